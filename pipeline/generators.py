@@ -1,0 +1,220 @@
+"""Problems made by rule, for a model small enough to learn them on a laptop.
+
+Five families, each in English and Chinese where it can be: sums (`sum`), the same sums told as a story
+(`word`), small functions from two test values (`code`), reasoning-gym's `chain_sum` (`gym`), and plain
+instructions (`general`). All but the last need several small steps, so that working line by line pays and guessing at once does not.
+
+Held-out problems are disjoint from training problems by construction: the split is a hash of what
+has to be computed (`key`: "3+4-5", whatever the family, language or wording), so a held-out sum
+never appears in training in any guise, nor in the pretraining corpus, which uses the train split only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from rollout.types import Kind, Language, Problem
+
+Split = Literal["train", "heldout"]
+LARGEST = 20
+"""Running values of a sum stay in 0..LARGEST, so that some 300 facts cover every step."""
+HELDOUT_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A problem with its worked solution."""
+
+    kind: Kind
+    family: str
+    language: Language
+    question: str
+    answer: str
+    """The final answer; for code, the function."""
+    tests: tuple[str, ...]
+    steps: tuple[str, ...]
+    """Bare equations, one a line: `3+4=7`."""
+    key: str
+    """What has to be computed, free of wording."""
+
+    def problem(self) -> Problem:
+        """The item as the model and the rewards see it."""
+        name = hashlib.sha256(f"{self.family}|{self.language}|{self.question}".encode()).hexdigest()[:12]
+        gold = "" if self.kind == "code" else self.answer
+        return Problem(
+            id=f"{self.family}/{name}",
+            kind=self.kind,
+            question=self.question,
+            answer=gold,
+            tests=self.tests,
+            source=f"generator:{self.family}",
+            language=self.language,
+        )
+
+
+def split_of(key: str) -> Split:
+    """The split that a key belongs to, for ever and on every machine."""
+    share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
+    return "heldout" if share < HELDOUT_SHARE else "train"
+
+
+def chain(rng: random.Random, operands: int) -> list[int]:
+    """Signed operands, the first positive, whose running sum stays in 0..LARGEST."""
+    while True:
+        terms = [rng.randint(1, 9)] + [rng.choice((1, -1)) * rng.randint(1, 9) for _ in range(operands - 1)]
+        if all(0 <= sum(terms[: i + 1]) <= LARGEST for i in range(operands)):
+            return terms
+
+
+def expression(terms: list[int]) -> str:
+    """`[3, 4, -5]` -> `3+4-5`."""
+    return "".join(f"{t:+d}" for t in terms).removeprefix("+")
+
+
+def chain_steps(terms: list[int]) -> tuple[str, ...]:
+    """`[3, 4, -5]` -> `("3+4=7", "7-5=2")`."""
+    return tuple(f"{sum(terms[:i])}{terms[i]:+d}={sum(terms[: i + 1])}" for i in range(1, len(terms)))
+
+
+def sum_item(rng: random.Random) -> Item:
+    """`What is 3+4-5?`"""
+    terms, language = chain(rng, rng.choice((3, 4, 5))), language_of(rng)
+    text = expression(terms)
+    asks = {"en": ("What is {}?", "Compute {}."), "zh": ("{}等于多少？", "计算{}。")}
+    question = rng.choice(asks[language]).format(text)
+    return Item("math", "sum", language, question, str(sum(terms)), (), chain_steps(terms), text)
+
+
+STORIES: dict[Language, tuple[tuple[str, ...], tuple[str, ...], str, str, str, str]] = {
+    # who, what, has, gets more, gives away, asks
+    "en": (
+        ("Tom", "Ann", "Sam", "Mia"),
+        ("apples", "books", "cards", "coins"),
+        "{who} has {n} {what}.",
+        " {who} gets {n} more.",
+        " {who} gives away {n}.",
+        " How many {what} now?",
+    ),
+    "zh": (
+        ("小明", "小红", "小李", "小王"),
+        ("个苹果", "本书", "张卡片", "个硬币"),
+        "{who}有{n}{what}。",
+        "又得到{n}{what}。",
+        "送出{n}{what}。",
+        "现在有多少{what}？",
+    ),
+}
+
+
+def word_item(rng: random.Random) -> Item:
+    """`Tom has 3 apples. Tom gets 4 more. Tom gives away 5. How many apples now?`"""
+    terms, language = chain(rng, rng.choice((3, 4))), language_of(rng)
+    names, things, has, gets, gives, asks = STORIES[language]
+    who, what = rng.choice(names), rng.choice(things)
+    parts = [has.format(who=who, what=what, n=terms[0])]
+    parts += [(gets if t > 0 else gives).format(who=who, what=what, n=abs(t)) for t in terms[1:]]
+    question = "".join(parts) + asks.format(what=what)
+    return Item("math", "word", language, question, str(sum(terms)), (), chain_steps(terms), expression(terms))
+
+
+def code_item(rng: random.Random) -> Item:
+    """`Write f(x)=a*x+b with f(1)=5 and f(2)=8.`: the slope first, then the rest."""
+    a, b, p, language = rng.randint(1, 6), rng.randint(0, 9), rng.randint(0, 2), language_of(rng)
+    low, high = a * p + b, a * (p + 1) + b
+    asks = {
+        "en": ("Write f(x)=a*x+b in Python with f({p})={low} and f({q})={high}.",),
+        "zh": ("用Python写f(x)=a*x+b，使f({p})={low}，f({q})={high}。",),
+    }
+    question = rng.choice(asks[language]).format(p=p, q=p + 1, low=low, high=high)
+    steps = [f"{high}-{low}={a}"]
+    if p > 1:
+        steps.append(f"{a}*{p}={a * p}")
+    if p:
+        steps.append(f"{low}-{a * p}={b}")
+    tests = tuple(f"assert f({x}) == {a * x + b}" for x in (p, p + 1, p + 5))
+    return Item("code", "code", language, question, f"def f(x): return {a}*x+{b}", tests, tuple(steps), f"code:{a},{b},{p}")
+
+
+def gym_item(rng: random.Random) -> Item:
+    """One of reasoning-gym's `chain_sum` (Apache-2.0), in its wording; English only."""
+    from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset  # a slow import
+
+    while True:
+        settings = ChainSumConfig(
+            min_terms=3, max_terms=4, min_digits=1, max_digits=1, seed=rng.randrange(2**31), size=16
+        )
+        for entry in ChainSumDataset(settings):
+            terms = [int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))]
+            if all(t != 0 for t in terms) and all(0 <= sum(terms[: i + 1]) <= LARGEST for i in range(len(terms))):
+                key = expression(terms)
+                return Item("math", "gym", "en", entry["question"], entry["answer"], (), chain_steps(terms), key)
+
+
+THINGS: dict[Language, tuple[str, ...]] = {
+    "en": ("apples", "books", "cards", "coins"),
+    "zh": ("苹果", "书", "卡片", "硬币"),
+}
+
+
+def general_item(rng: random.Random) -> Item:
+    """`Copy: 2 books then 3 coins.`: general instructions, nothing to calculate; exact match."""
+    language = language_of(rng)
+    pairs = [(rng.randint(1, 9), rng.choice(THINGS[language])) for _ in range(2)]
+    if language == "en":
+        question, parts = "Copy: {} then {}.", [f"{n} {thing}" for n, thing in pairs]
+    else:
+        question, parts = "抄写：{}，{}。", [f"{n}{thing}" for n, thing in pairs]
+    answer = (" then " if language == "en" else "，").join(parts)
+    return Item("general", "general", language, question.format(*parts), answer, (), (), f"copy:{pairs}")
+
+
+def language_of(rng: random.Random) -> Language:
+    """English or Chinese, evenly."""
+    return rng.choice(("en", "zh"))
+
+
+FAMILIES: dict[str, Callable[[random.Random], Item]] = {
+    "sum": sum_item,
+    "word": word_item,
+    "code": code_item,
+    "gym": gym_item,
+    "general": general_item,
+}
+MIXTURES: dict[str, dict[str, float]] = {
+    "tiny": {"sum": 0.4, "word": 0.3, "code": 0.15, "gym": 0.15},
+    "all": {"sum": 0.37, "word": 0.28, "code": 0.14, "gym": 0.14, "general": 0.07},
+}
+"""Named tasks: families with their shares."""
+
+
+def items(task: str, count: int, split: Split, seed: int) -> list[Item]:
+    """`count` different problems of a family or mixture, all of one split. The same arguments, the same items.
+
+    Raises:
+        ValueError: the task is unknown, or has fewer than `count` different problems.
+    """
+    shares = MIXTURES.get(task) or ({task: 1.0} if task in FAMILIES else None)
+    if shares is None:
+        raise ValueError(f"unknown task {task!r}; there are: {', '.join([*MIXTURES, *FAMILIES])}")
+    rng = random.Random(f"{task}/{split}/{seed}")
+    found: dict[str, Item] = {}
+    misses = 0
+    while len(found) < count:
+        item = FAMILIES[rng.choices([*shares], [*shares.values()])[0]](rng)
+        if split_of(item.key) != split or item.question in found:
+            misses += 1
+            if misses > 200 * (count + 10):
+                raise ValueError(f"task {task!r} has fewer than {count} different {split} problems; ask for fewer")
+            continue
+        found[item.question] = item
+    return list(found.values())
+
+
+def generate(task: str, count: int, split: Split, seed: int) -> list[Problem]:
+    """`items` as problems."""
+    return [item.problem() for item in items(task, count, split, seed)]

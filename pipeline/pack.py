@@ -1,0 +1,132 @@
+"""Packing: sequences of any length end to end in rows of equal length, each token with its share of the loss.
+
+Every per-token array is aligned with the token that it is about: `weights[r, t]` is the share of the
+global loss that predicting token `t` of row `r` (from the state at `t - 1`) has, and 0 for prompts,
+padding and the first token of a sequence. Shares are fixed here, once, from the whole global batch;
+micro-batches, padding and packing cannot change the loss afterwards.
+
+Axes  r rows of a batch, l tokens of a row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PADDING = -1
+"""Sequence id of padding; tokens attend only within their own id."""
+
+LossKind = Literal["grpo", "dapo", "dr_grpo"]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One sequence to train on; the arrays are as long as `token_ids`."""
+
+    token_ids: Sequence[int]
+    weights: Sequence[float]
+    rollout_logprobs: Sequence[float] = ()
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Packed rows. All tensors are `r l`."""
+
+    token_ids: Tensor
+    positions: Tensor
+    sequence_ids: Tensor
+    weights: Tensor
+    rollout_logprobs: Tensor
+    advantages: Tensor
+
+    def micro_batches(self, rows: int) -> Iterator[Batch]:
+        """The batch in parts of at most `rows` rows."""
+        for start in range(0, self.token_ids.shape[0], rows):
+            yield Batch(*(getattr(self, name)[start : start + rows] for name in self.__slots__))
+
+    @property
+    def scored(self) -> Tensor:
+        """Mask `r l-1` over states: the next token has weight."""
+        return self.weights[:, 1:] != 0
+
+    def tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return int((self.sequence_ids != PADDING).sum())
+
+
+def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """Indices of the sequences that share a row: first-fit decreasing, so the same lengths pack the same way.
+
+    Raises:
+        ValueError: a sequence is longer than a row.
+    """
+    if lengths and max(lengths) > row_tokens:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a row of {row_tokens}; raise row_tokens")
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for r, free in enumerate(room):
+            if lengths[i] <= free:
+                rows[r].append(i)
+                room[r] -= lengths[i]
+                break
+        else:
+            rows.append([i])
+            room.append(row_tokens - lengths[i])
+    return rows
+
+
+def pack(examples: Sequence[Example], row_tokens: int) -> Batch:
+    """Examples in as few rows of `row_tokens` as first-fit finds."""
+    rows = assign_rows([len(e.token_ids) for e in examples], row_tokens)
+    shape = (len(rows), row_tokens)
+    token_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    sequence_ids = torch.full(shape, PADDING)
+    weights, logprobs, advantages = (torch.zeros(shape) for _ in range(3))
+    for r, members in enumerate(rows):
+        at = 0
+        for number, i in enumerate(members):
+            example = examples[i]
+            span = slice(at, at + len(example.token_ids))
+            token_ids[r, span] = torch.tensor(example.token_ids)
+            positions[r, span] = torch.arange(len(example.token_ids))
+            sequence_ids[r, span] = number
+            weights[r, span] = torch.tensor(example.weights, dtype=torch.float)
+            weights[r, at] = 0.0  # nothing precedes a sequence's first token
+            if example.rollout_logprobs:
+                logprobs[r, span] = torch.tensor(example.rollout_logprobs, dtype=torch.float)
+            advantages[r, span] = example.advantage
+            at = span.stop
+    return Batch(token_ids, positions, sequence_ids, weights, logprobs, advantages)
+
+
+def mean_weights(scored: Sequence[Sequence[bool]]) -> list[list[float]]:
+    """Weights of a mean over all scored tokens of the batch; the first token of a sequence cannot be scored."""
+    total = sum(sum(flags[1:]) for flags in scored)
+    return [[0.0, *(float(flag) / max(total, 1) for flag in flags[1:])] for flags in scored]
+
+
+def rollout_weights(lengths: Sequence[int], kind: LossKind, max_tokens: int) -> list[float]:
+    """Share of the loss that each token of each rollout has.
+
+    Args:
+        lengths: completion tokens of every rollout of the update, those without advantage included:
+            they count in the denominator.
+        kind: `grpo` averages within a rollout, then over rollouts (arXiv:2402.03300 Eq. 3); `dapo` averages
+            over all tokens (arXiv:2503.14476 Eq. 8); `dr_grpo` divides by a constant (arXiv:2503.20783).
+        max_tokens: the constant of `dr_grpo`, the longest completion.
+
+    Returns:
+        One weight a rollout, to be given to each of its tokens.
+    """
+    n, total = len(lengths), sum(lengths)
+    if kind == "grpo":
+        return [1 / (n * length) for length in lengths]
+    if kind == "dapo":
+        return [1 / total] * n
+    return [1 / (n * max_tokens)] * n

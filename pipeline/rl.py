@@ -1,0 +1,243 @@
+"""The RL step: rollouts -> rewards -> advantages -> packed rows -> updates. `pipeline.grpo` holds the settings."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from model.transformer import Transformer
+from pipeline.advantages import group_advantages
+from pipeline.data import order, problems
+from pipeline.grpo import Config, mean
+from pipeline.learner import Learner, Policy, PolicyObjective, score
+from pipeline.pack import Example, pack, rollout_weights
+from pipeline.policy import load_policy, set_up
+from pipeline.run import RunDir
+from rewards.length import soft_overlong
+from rewards.reward import Scorer
+from rollout.dense import DenseEngine
+from rollout.engine import RolloutEngine
+from rollout.native import NativeEngine
+from rollout.tokenizer import completion_text, make_prompt
+from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
+
+
+class Trainer:
+    """Policy, engine, scorer and learner of one RL stage."""
+
+    def __init__(self, config: Config, run_dir: RunDir) -> None:
+        set_up(config.seed, config.threads)
+        self.config, self.run_dir = config, run_dir
+        self.policy, self.tokenizer = load_policy(run_dir.model_input(config.init_from))
+        self.engine: RolloutEngine = engine_for(self.policy, self.tokenizer)
+        self.scorer = Scorer(config.rewards)
+        self.problems: list[Problem] = []
+        for source in config.problems:
+            self.problems += problems(source, count=config.pool, split="train", seed=config.seed, data_dir=config.data)
+        self.heldout_problems: list[Problem] = []
+        if config.eval_every:
+            self.heldout_problems = problems(
+                config.eval_source, count=config.eval_problems, split="heldout", seed=1, data_dir=config.data
+            )
+        updates = config.steps * config.minibatches
+        self.learner = Learner(self.policy, config.optim, updates, micro_rows=config.micro_rows)
+        self.reference = frozen(self.policy) if config.kl_coef else None
+        self.objective = PolicyObjective(
+            config.clip_low, config.clip_high, config.kl_coef, config.temperature, config.tis_cap
+        )
+
+    # ---- one step
+
+    def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
+        config, clock = self.config, [time.monotonic()]
+        prompts = [make_prompt(self.tokenizer, p, config.template) for p in self.pick(step)]
+        sampling = SamplingParams(
+            max_tokens=config.max_tokens,
+            temperature=config.temperature,
+            n=config.group_size,
+            seed=config.seed * 1_000_003 + step,
+        )
+        rollouts = self.draw(prompts, sampling)
+        clock.append(time.monotonic())
+        graded = self.grade(rollouts)
+        clock.append(time.monotonic())
+        advantages: list[float | None] = []
+        for start in range(0, len(graded), config.group_size):
+            group = graded[start : start + config.group_size]
+            rewards = [None if g.verdict == "error" else g.reward for g in group]
+            advantages += group_advantages(rewards, config.advantage_scale)
+        metrics = self.update(graded, advantages)
+        if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
+            self.reference = frozen(self.policy)
+        clock.append(time.monotonic())
+        metrics |= rollout_metrics(graded, advantages, config.group_size)
+        metrics["rollout/tokens_per_s"] = sum(len(r.token_ids) for r in rollouts) / (clock[1] - clock[0])
+        for key, i in (("time/rollout_s", 1), ("time/reward_s", 2), ("time/train_s", 3)):
+            metrics[key] = clock[i] - clock[i - 1]
+        stride = max(1, len(graded) // max(1, config.log_samples))
+        shown = zip(graded[::stride], advantages[::stride], strict=True) if config.log_samples else ()
+        return metrics, [record(g, a) for g, a in shown]
+
+    def pick(self, step: int) -> list[Problem]:
+        """The step's problems: each once an epoch, in an order that depends on seed and epoch alone."""
+        n, k = len(self.problems), self.config.prompts_per_step
+        places = range((step - 1) * k, step * k)
+        orders = {epoch: order(n, self.config.seed, epoch) for epoch in {place // n for place in places}}
+        return [self.problems[orders[place // n][place % n]] for place in places]
+
+    def draw(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
+        """Rollouts in the order of the prompts, group by group."""
+        return sorted(self.engine.generate(prompts, sampling), key=lambda r: (r.index, r.sample))
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
+        """Grade every rollout by rule; add the length punishment where it is on."""
+        texts = [completion_text(self.tokenizer, r, r.prompt.template) for r in rollouts]
+        graded = self.scorer.grade_all(zip(rollouts, texts, strict=True))
+        if not self.config.overlong_buffer:
+            return graded
+        out = []
+        for g in graded:
+            cut = soft_overlong(len(g.rollout.token_ids), self.config.max_tokens, self.config.overlong_buffer)
+            out.append(dataclasses.replace(g, parts={**g.parts, "overlong": cut}, reward=g.reward + cut))
+        return out
+
+    def update(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> dict[str, float]:
+        """One update a minibatch of groups; the metrics of the last, engine mismatch the worst of all.
+
+        A rollout without advantage teaches nothing unless there is a KL penalty, and is left out of the
+        forward; it still counts in the denominator of the loss.
+        """
+        config = self.config
+        share = len(graded) // config.minibatches
+        parts = []
+        for start in range(0, len(graded), share):
+            pairs = [(g, a) for g, a in zip(graded[start : start + share], advantages[start:], strict=False) if a is not None]
+            lengths = [len(g.rollout.token_ids) for g, _ in pairs]
+            weights = rollout_weights(lengths, config.loss, config.max_tokens) if pairs else []
+            examples = [
+                example(g.rollout, a, w) for (g, a), w in zip(pairs, weights, strict=True) if a != 0 or config.kl_coef
+            ]
+            if examples:
+                parts.append(pack(examples, config.row_tokens))
+        old = None
+        if len(parts) > 1:
+            old = [
+                [score(self.policy, micro, config.temperature) for micro in part.micro_batches(config.micro_rows)]
+                for part in parts
+            ]
+        metrics: dict[str, float] = {}
+        mismatch = 0.0
+        for i, part in enumerate(parts):
+            metrics = self.learner.policy_update(part, self.objective, old[i] if old else None, self.reference)
+            mismatch = max(mismatch, metrics["policy/mismatch_kl"])
+        if mismatch > config.max_mismatch_kl:
+            raise RuntimeError(
+                f"engine and trainer disagree by {mismatch:.3g} nats a token (bound {config.max_mismatch_kl}): "
+                "the rollouts do not come from these weights"
+            )
+        return metrics
+
+    # ---- around it
+
+    def heldout(self) -> dict[str, float]:
+        """Greedy accuracy on a slice of the held-out problems."""
+        prompts = [make_prompt(self.tokenizer, p, self.config.template) for p in self.heldout_problems]
+        sampling = SamplingParams(max_tokens=self.config.max_tokens, temperature=0.0)
+        graded = self.grade(self.draw(prompts, sampling))
+        return {
+            "heldout/pass@1": mean([float(g.verdict == "correct") for g in graded]),
+            "heldout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
+            "heldout/format": mean([g.parts["format"] for g in graded]),
+        }
+
+    def checkpoint(self, step: int) -> None:
+        """Save all that the next step depends on."""
+        reference = None if self.reference is None else self.reference.state_dict()
+
+        def write(folder: Any) -> None:
+            torch.save({"learner": self.learner.state_dict(), "reference": reference}, folder / "state.pt")
+
+        self.run_dir.checkpoint(step, write)
+
+    def restore(self) -> int:
+        """Go on from the newest checkpoint; the steps it stands for."""
+        newest = self.run_dir.latest()
+        if newest is None:
+            return 0
+        step, folder = newest
+        state = torch.load(folder / "state.pt", weights_only=True)
+        self.learner.load_state_dict(state["learner"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        return step
+
+    def close(self) -> None:
+        """Stop engine and graders."""
+        self.engine.close()
+        self.scorer.close()
+
+
+def engine_for(policy: Policy, tokenizer: PreTrainedTokenizerFast) -> RolloutEngine:
+    """An engine that draws from the trainer's own weights, in place: nothing to sync, nothing to go stale."""
+    if isinstance(policy, Transformer):
+        return NativeEngine(policy, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+    return DenseEngine(policy.model, eos_token_id=tokenizer.eos_token_id)
+
+
+def frozen(policy: Policy) -> Policy:
+    """A copy that no update touches."""
+    return copy.deepcopy(policy).eval().requires_grad_(False)
+
+
+def example(rollout: Rollout, advantage: float, weight: float) -> Example:
+    """Prompt and completion as one sequence; only the completion has weight."""
+    prompt = rollout.prompt.token_ids
+    return Example(
+        token_ids=(*prompt, *rollout.token_ids),
+        weights=(*[0.0] * len(prompt), *[weight] * len(rollout.token_ids)),
+        rollout_logprobs=(*[0.0] * len(prompt), *rollout.logprobs),
+        advantage=advantage,
+    )
+
+
+def rollout_metrics(graded: Sequence[Graded], advantages: Sequence[float | None], group_size: int) -> dict[str, float]:
+    """What the step's rollouts looked like."""
+    valid = [g for g in graded if g.verdict != "error"]
+    groups = [advantages[i : i + group_size] for i in range(0, len(advantages), group_size)]
+    out = {
+        "reward/mean": mean([g.reward for g in valid]),
+        "reward/accuracy": mean([float(g.verdict == "correct") for g in valid]),
+        "reward/errors": len(graded) - len(valid),
+        "reward/groups_with_spread": mean([float(any(group)) for group in groups]),
+        "rollout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
+        "rollout/truncated": mean([float(g.rollout.finish_reason == "length") for g in graded]),
+    }
+    for name in ("format", "language", "overlong"):
+        if values := [g.parts[name] for g in valid if name in g.parts]:
+            out[f"reward/{name}"] = mean(values)
+    return out
+
+
+def record(graded: Graded, advantage: float | None) -> dict[str, Any]:
+    """A line of samples.jsonl."""
+    problem = graded.rollout.prompt.problem
+    return {
+        "id": problem.id,
+        "question": problem.question,
+        "kind": problem.kind,
+        "language": problem.language,
+        "text": graded.text,
+        "verdict": graded.verdict,
+        "reward": round(graded.reward, 6),
+        "parts": dict(graded.parts),
+        "advantage": advantage,
+        "tokens": len(graded.rollout.token_ids),
+        "finish_reason": graded.rollout.finish_reason,
+    }

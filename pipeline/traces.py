@@ -1,0 +1,96 @@
+"""Texts of the tiny chain: what the base reads, and the curated traces of the cold start.
+
+The pretraining mixture decides what reinforcement learning can find. The base knows each small fact,
+has seen problems worked line by line (but rarely inside the tags), and inside the tags mostly
+blurts out an answer, now and then in the wrong language. So it starts near zero, and RL has to
+discover that working inside the tags pays, which is R1-Zero's effect in miniature.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from pipeline.generators import LARGEST, Item, items, language_of
+from rollout.types import Language
+
+OPENERS: dict[Language, tuple[str, ...]] = {"en": ("First", "Then", "Next", "So"), "zh": ("先算", "再算", "接着", "得到")}
+STOP: dict[Language, str] = {"en": ".", "zh": "。"}
+GUESS: dict[Language, str] = {"en": "I think it is {}.", "zh": "我想是{}。"}
+RESULT: dict[Language, str] = {"en": "The answer is {}.", "zh": "答案是{}。"}
+
+
+def worked(steps: tuple[str, ...], language: Language, rng: random.Random | None = None, mixing: float = 0.0) -> str:
+    """Steps as sentences, one a line; with probability `mixing` a line is in the other language."""
+    lines = []
+    for i, step in enumerate(steps):
+        spoken: Language = language
+        if rng is not None and rng.random() < mixing:
+            spoken = "zh" if language == "en" else "en"
+        opener = OPENERS[spoken][min(i, len(OPENERS[spoken]) - 1)]
+        lines.append(f"{opener} {step}{STOP[spoken]}")
+    return "\n".join(lines)
+
+
+def tagged(thought: str, answer: str) -> str:
+    """R1's output format, as one canonical text."""
+    return f"<think>\n{thought}\n</think>\n<answer>{answer}</answer>"
+
+
+def curated(item: Item) -> str:
+    """A cold-start trace: every step, in the question's language, and the result said before it is given."""
+    lines = [worked(item.steps, item.language)] if item.steps else []
+    if item.kind != "code":
+        lines.append(RESULT[item.language].format(item.answer))
+    return tagged("\n".join(lines), item.answer)
+
+
+def facts(rng: random.Random) -> str:
+    """A few lines of arithmetic facts, the ones that every step needs."""
+    lines = []
+    for _ in range(8):
+        value, term = rng.randint(0, LARGEST), rng.randint(1, 9)
+        if rng.random() < 0.15:
+            a, b = rng.randint(1, 6), rng.randint(0, 3)
+            lines.append(f"{a}*{b}={a * b}")
+        elif rng.random() < 0.15:
+            high, slope = rng.randint(0, 27), rng.randint(0, 18)
+            lines.append(f"{high}-{min(high, slope)}={high - min(high, slope)}")
+        elif rng.random() < 0.5 and value + term <= LARGEST:
+            lines.append(f"{value}+{term}={value + term}")
+        else:
+            high = max(value, term)
+            lines.append(f"{high}-{term}={high - term}")
+    return "\n".join(lines)
+
+
+SHARES = {"facts": 0.20, "untagged": 0.36, "bare": 0.14, "guess": 0.22, "tagged": 0.08}
+"""The pretraining mixture, shares of documents."""
+MIXING = 0.3
+"""Share of tagged worked lines that the pretraining corpus has in the other language."""
+
+
+def document(kind: str, item: Item, rng: random.Random) -> str:
+    """One pretraining document about `item`; the prompt part is the template `r1-zero-short`."""
+    prompt = f"User: {item.question}\nAssistant:"
+    if not item.steps and kind in ("untagged", "tagged"):
+        kind = "guess"  # nothing to work out
+    if kind == "facts":
+        return facts(rng)
+    if kind == "untagged":
+        end = RESULT[item.language].format(item.answer)
+        return f"Problem: {item.question}\nSolution:\n{worked(item.steps, item.language)}\n{end}"
+    if kind == "bare":
+        return f"{prompt} {item.answer}"
+    if kind == "guess":
+        spoken = item.language if rng.random() > MIXING else language_of(rng)
+        return f"{prompt} {tagged(GUESS[spoken].format(item.answer), item.answer)}"
+    return f"{prompt} {tagged(worked(item.steps, item.language, rng, MIXING), item.answer)}"
+
+
+def corpus(task: str, pool: int, seed: int) -> Iterator[str]:
+    """Endless pretraining documents over `pool` different train-split problems."""
+    known = items(task, pool, "train", seed)
+    rng = random.Random(f"corpus/{task}/{seed}")
+    while True:
+        yield document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)

@@ -1,0 +1,105 @@
+"""The child process of `rewards.workers`: `python -m rewards.worker MEMORY_BYTES`.
+
+Answers requests one at a time until its input closes. Mathematics runs here, in the process itself;
+a program under test runs in a fork (`rewards.sandbox`), so that it cannot harm the next task.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import resource
+import shutil
+import struct
+import sys
+import time
+from typing import Any, BinaryIO
+
+from rewards import sandbox
+
+
+def answer(task: dict[str, Any]) -> dict[str, Any]:
+    """The reply to one request; `op` names what is asked."""
+    match task["op"]:
+        case "load":
+            return _load(task["for"])
+        case "math":
+            from rewards import equivalence
+
+            _limit_cpu(task["cpu_s"])
+            value, detail = equivalence.equivalent(task["gold"], task["answer"])
+            return {"value": value, "detail": detail}
+        case "asserts" | "stdio":
+            limits = sandbox.Limits(**task["limits"])
+            run = sandbox.run_asserts if task["op"] == "asserts" else sandbox.run_stdio
+            return run(task["code"], task["tests"], limits, task["stop_early"])
+    raise ValueError(f"unknown op {task['op']!r}")
+
+
+def _load(op: str) -> dict[str, Any]:
+    if op == "math":
+        import logging
+
+        logging.disable(logging.WARNING)  # math-verify warns that its own timeouts are off; ours are on
+        from rewards import equivalence
+
+        equivalence.equivalent("\\frac{1}{2}", "0.5 x")  # builds its regexes and parser tables
+    else:
+        sandbox.warm()
+    gc.collect()
+    gc.freeze()  # forks then share these pages instead of copying them at their first collection
+    return {"pid": os.getpid()}
+
+
+def _limit_cpu(seconds: float) -> None:
+    """Let this process use `seconds` more of CPU: it then ends by itself, even if its parent is gone."""
+    limit = math.ceil(time.process_time() + seconds) + 1
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+
+
+def _read(source: BinaryIO, length: int) -> bytes:
+    data = source.read(length)
+    if len(data) < length:
+        raise EOFError
+    return data
+
+
+def main() -> int:
+    """Serve until the parent closes our input."""
+    memory = int(sys.argv[1])
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # whatever a library prints must not land among the replies
+    os.dup2(nothing, 1)
+    sandbox.adopt_orphans(requests.fileno())
+    while True:
+        try:
+            (length,) = struct.unpack(">I", _read(requests, 4))
+            task = json.loads(_read(requests, length))
+        except EOFError:  # the parent is gone, and may not have had the time to tidy up
+            shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+            return 0
+        try:
+            reply = answer(task)
+        except MemoryError:
+            reply = {"error": "memory ran out"}
+        except RecursionError:
+            reply = {"error": "recursion too deep"}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        data = json.dumps(reply).encode()
+        data = struct.pack(">I", len(data)) + data
+        try:
+            while data:
+                data = data[os.write(replies, data) :]
+        except BrokenPipeError:
+            continue  # the parent is gone: the next read says so too
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,24 @@
+"""The seam between whoever wants completions and whatever draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from rollout.types import Prompt, Rollout, SamplingParams
+
+
+class RolloutEngine(Protocol):
+    """Draws completions. Same prompts, seed and weights: the same greedy tokens from every engine in fp32."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
+        """Yield `len(prompts) * sampling.n` rollouts in any order; `index` and `sample` say which is which."""
+        ...
+
+    def load_weights(self, source: Any, version: int) -> None:
+        """Draw from `source` (an engine says what it takes) from now on; rollouts carry `version`."""
+        ...
+
+    def close(self) -> None:
+        """Free what the engine holds. Calling it twice is fine."""
+        ...

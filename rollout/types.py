@@ -1,0 +1,112 @@
+"""The data of a rollout, one frozen type per state: Problem -> Prompt -> Rollout -> Graded.
+
+Standard library only, so that engines, rewards and trainers in any process can share it.
+Units: log-probabilities in nats under the distribution that was sampled from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["math", "code", "general"]
+Language = Literal["en", "zh"]
+FinishReason = Literal["stop", "length"]
+Verdict = Literal["correct", "incorrect", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class StdioTest:
+    """One stdin/stdout case: `input` is fed whole, `output` is compared token by token, line by line."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question whose answer a rule can check."""
+
+    id: str
+    kind: Kind
+    question: str
+    answer: str = ""
+    """Gold answer of a math problem, as text or LaTeX; empty for code."""
+    tests: tuple[str | StdioTest, ...] = ()
+    """Code only: Python statements that raise on failure (`assert f(1) == 2`), or stdin/stdout cases."""
+    source: str = ""
+    """Where the problem comes from: a generator's, file's or data set's name."""
+    language: Language = "en"
+    """The language that the question is asked in and the answer should be reasoned in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A problem as the model sees it."""
+
+    problem: Problem
+    template: str
+    """Name in `rollout.tokenizer.TEMPLATES`; it also tells which text was prefilled into the completion."""
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How completions are drawn. Temperature 0 is greedy; top_p 1 and top_k 0 switch those filters off."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+    """Rollouts per prompt; they share one prefill."""
+    seed: int = 0
+    """With the prompt's index and the sample's number this fixes a rollout, whatever it is batched with."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Sampling ends with, and includes, any of these."""
+    ignore_eos: bool = False
+    """Never stop before `max_tokens` (for benchmarks)."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.n < 1:
+            raise ValueError(f"max_tokens={self.max_tokens} and n={self.n} must be at least 1.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], top_k={self.top_k} >= 0."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion with the record of how it was drawn."""
+
+    prompt: Prompt
+    index: int
+    """The prompt's place in the request."""
+    sample: int
+    """0 .. n - 1 within the prompt's group."""
+    token_ids: tuple[int, ...]
+    """The completion, stop token included; a prefill belongs to the prompt."""
+    logprobs: tuple[float, ...]
+    """Of each completion token, under the sampling distribution."""
+    finish_reason: FinishReason
+    policy_version: int = 0
+    routed_experts: Any | None = None
+    """c x layers x k expert ids, where the engine records them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """A rollout with its reward, every part kept for the log."""
+
+    rollout: Rollout
+    text: str
+    """The whole completion as graded: the template's prefill, then the decoded tokens without the stop token."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """Unweighted value of each reward by name; a reward whose verifier failed has no entry."""
+    reward: float = 0.0
+    """The weighted sum of `parts`; means nothing when the verdict is `error`."""
+    verdict: Verdict = "incorrect"
+    """Of the accuracy reward. `error`: the verifier failed, the rollout is dropped from the loss and counted."""
+    detail: str = ""

@@ -1,0 +1,71 @@
+"""`python -m pipeline grade`: every line answered, in order, whatever it holds."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from pipeline.grade import grade_file, main
+
+LINES = [
+    b'{"id": 1, "answer": "7", "completion": "<think>a</think><answer>7</answer>"}',
+    b"{not json",
+    b'{"answer": "7", "completion": "8", "extra": [1]}',
+    b"",
+    b"[1, 2]",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"answer": 42, "completion": "\xe7\xad\x94\xe6\xa1\x88\xe6\x98\xaf42"}',
+    b'{"completion": "7"}',
+    b'{"answer": "7"}',
+    b'{"answer": "7", "completion": 7}',
+    b'{"answer": "\\\\frac{", "completion": "7"}',
+    b'{"answer": "7", "completion": "\\ud800"}',
+    b'{"tests": ["assert f(1) == 2"], "completion": "```python\\ndef f(x): return x + 1\\n```"}',
+    b'{"tests": ["assert f(1) == 2"], "completion": "import os; os._exit(0)"}',
+    b'{"tests": [{"input": "3", "output": "6"}], "completion": "print(int(input()) * 2)"}',
+    b'{"tests": [3], "completion": "x = 1"}',
+    b'{"tests": [], "completion": "x = 1"}',
+    b'{"answer": "7", "completion": "so it is\\u2028 #### 7"}',
+]
+WANT = (  # noqa: SIM905
+    "correct error incorrect error error error error correct error error error error incorrect "
+    "correct incorrect correct error error incorrect"
+).split()
+
+
+def test_every_line_is_answered_in_order(tmp_path, capsys):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\n".join(LINES))
+    assert main([str(source), str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
+    assert [row["verdict"] for row in rows] == WANT
+    assert all({"verdict", "extracted", "detail"} <= row.keys() for row in rows)
+    assert rows[0]["id"] == 1 and rows[2]["extra"] == [1] and rows[2]["extracted"] == "8"
+    assert rows[1]["line"] == 2 and "line 2" in rows[1]["detail"]
+    counts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert counts == {verdict: WANT.count(verdict) for verdict in ("correct", "incorrect", "error")}
+
+
+def test_strict_mode_and_forced_kind(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"answer": "7", "completion": "7", "tests": ["pass"]}\n')
+    assert grade_file(source, out, "math", "lenient") == {"correct": 1, "incorrect": 0, "error": 0}
+    assert grade_file(source, out, "math", "strict") == {"correct": 0, "incorrect": 1, "error": 0}
+    assert grade_file(source, out, None, "strict") == {"correct": 1, "incorrect": 0, "error": 0}
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
+    missing = tmp_path / "none.jsonl"
+    assert main([str(missing), str(tmp_path / "out.jsonl")]) == 2
+    missing.write_text("{}\n")
+    assert main([str(missing), str(missing)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    with pytest.raises(ValueError, match="kind='maths'"):
+        grade_file(missing, tmp_path / "out.jsonl", "maths", "lenient")
+
+
+def test_grading_needs_no_torch():
+    script = "import sys, pipeline.grade; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0

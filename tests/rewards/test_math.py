@@ -1,0 +1,147 @@
+"""Equivalence: tables of what is equal, what is not, and what cannot be decided.
+
+Among them the known mistakes of graders, lenient ones (`(2,\\infty)` for `[2,\\infty)`, `100` for `1`,
+several answers for one) and strict ones (`10,\\!080`, mixed numbers, `\\pm`, choices, degrees, units,
+ordinals).
+"""
+
+import threading
+import time
+
+import pytest
+
+from rewards.math_answer import grade_math, quick_grade
+from rewards.workers import WorkerPool
+
+EQUAL = [
+    (r"\$32,\!348", r"$\$32,\!348$"),
+    (r"\begin{pmatrix} -2 \\ -7 \end{pmatrix}", r"\begin{pmatrix}-2\\-7\end{pmatrix}"),
+    (r"[2,\infty)", r"[2,\infty)"),
+    (r"[2,\infty)", r"[2, +\infty)"),
+    ("1", r"100\%"),
+    (r"50\%", "50"),
+    (r"50\%", "0.5"),
+    (r"10,\!080", "10080"),
+    ("10080", "10,080"),
+    (r"\text{(C)}", "C"),
+    ("(C)", "C"),
+    (r"90^\circ", "90"),
+    ("90", "90°"),
+    ("90", "90 degrees"),
+    (r"5\text{ cm}", "5"),
+    ("5", "5 cm"),
+    (r"15\frac{39}{40}", r"\frac{639}{40}"),
+    (r"12^{\mathrm{th}}", "12"),
+    ("12", "12th"),
+    (r"3\pm2\sqrt2", r"3+2\sqrt{2}, 3-2\sqrt{2}"),
+    (r"3+2\sqrt{2}, 3-2\sqrt{2}", r"3 \pm 2\sqrt{2}"),
+    ("12", "１２"),
+    (r"\frac12", "0.5"),
+    (r"\frac{1}{3}", "0.333333"),
+    ("x=5", "5"),
+    ("5", "x=5"),
+    ("1,-2", "-2,1"),
+    (r"\{1,2\}", r"\{2,1\}"),
+    (r"\sqrt{2}/2", r"\frac{1}{\sqrt{2}}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"(-\infty,1)\cup(2,3]", r"(-\infty,1)\cup(2,3]"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("1.5e3", "1500"),
+    (r"1.5\times10^3", "1500"),
+    (r"\$18", "18"),
+    ("18", "$18.00"),
+    ("Evelyn", r"\text{Evelyn}"),
+    (r"x \in [-2,7]", "[-2,7]"),
+    (r"\frac{\pi}{2}", "π/2"),
+    (r"-\frac{1}{2}", "-1/2"),
+    ("0", "-0"),
+    ("1000000", "1,000,000"),
+    ("6", r"\frac{12}{2}"),
+    ("4", "2+2"),
+    (r"\sqrt{4}", "2"),
+    (r"\frac{3}{4}", r"\frac{6}{8}"),
+    ("(1,2)", "(1.0, 2)"),
+    (r"(3, \frac{\pi}{2})", r"(3,\pi/2)"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"\left(3,\frac{\pi}{2}\right)"),
+    ("5,-5", r"\pm 5"),
+    ("10", "10."),
+    ("y=2x+3", "2x+3"),
+    ("y=2x+3", "y=2x+3"),
+    (r"11\sqrt{2}", r"11\sqrt2"),
+    (r"\text{Monday}", "monday"),
+    ("6+9i", "9i+6"),
+    ("2,3,5", "5,3,2"),
+    ("16", r"16\text{ dollars per day}"),
+    ("2x+3y=6", "4x+6y=12"),
+    ("1<x<2", "(1,2)"),
+    ("1:2", "1/2"),
+]
+DIFFERENT = [
+    (r"(2,\infty)", r"[2,\infty)"),
+    ("1", "100"),
+    ("C", "B"),
+    ("5 cm", "5 m"),
+    ("42", "1, 2, 42"),
+    ("42", "42 or 43"),
+    ("42", "１２"),
+    (r"\frac{1}{3}", "0.33"),
+    ("(1,-2)", "(-2,1)"),
+    (r"\{1,2\}", "(1,2)"),
+    (r"(-\infty,1)\cup(2,3]", r"(-\infty,1)\cup(2,3)"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\3\end{pmatrix}"),
+    ("even", "odd"),
+    (r"2\pi", "6.28"),
+    ("1,2", "1, 2 and 3"),
+    ("(1,234)", "1234"),
+    ("3", "three"),
+    ("10", "banana"),
+    ("2", r"2\text{ and }3"),
+]
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with WorkerPool(1) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("gold", "answer"), EQUAL)
+def test_equal(pool, gold, answer):
+    assert grade_math(gold, answer, pool=pool).value == 1
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different(pool, gold, answer):
+    assert grade_math(gold, answer, pool=pool).value == 0
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "why"),
+    [
+        (r"\frac{", "5", "does not parse"),
+        ("", "5", "empty"),
+        ("2", "9^{9^{9^{9^9}}}", "time ran out|memory|died|does not"),
+    ],
+)
+def test_verifier_failure_is_no_verdict(pool, gold, answer, why):
+    outcome = grade_math(gold, answer, pool=pool, timeout_s=1)
+    assert outcome.value is None
+    assert any(part in outcome.detail for part in why.split("|"))
+    assert grade_math(r"\sqrt{50}", r"5\sqrt{2}", pool=pool).value == 1  # the next task is not harmed
+
+
+def test_works_off_the_main_thread(pool):
+    seen = []
+    thread = threading.Thread(
+        target=lambda: seen.append(grade_math(r"\sqrt{98}", r"7\sqrt{2}", pool=pool).value)
+    )
+    thread.start()
+    thread.join()
+    assert seen == [1]
+
+
+def test_numbers_cost_microseconds():
+    start = time.perf_counter()
+    for i in range(2000):
+        assert quick_grade("10080", str(i)).value == 0
+    assert time.perf_counter() - start < 2000 * 500e-6  # measured about 25 us; room for a busy machine

@@ -1,0 +1,118 @@
+"""The pool: time-outs, deaths, threads, and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rewards.workers import TaskFailed, WorkerPool
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def task(body: str = "pass", timeout_s: float = 5.0) -> dict:
+    return {
+        "op": "asserts",
+        "code": body,
+        "tests": ["pass"],
+        "limits": {"timeout_s": timeout_s},
+        "stop_early": True,
+    }
+
+
+def gone(pid: int) -> bool:
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (ProcessLookupError, FileNotFoundError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_starts_lazily_and_closes_for_good():
+    pool = WorkerPool(2)
+    assert pool.pids() == []
+    assert pool.call(task())["passed"] == 1
+    (pid,) = pool.pids()
+    (folder,) = [Path(child._folder) for child in pool._children]
+    assert folder.is_dir()
+    pool.close()
+    assert not folder.exists()
+    pool.close()
+    assert gone(pid)
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.call(task())
+
+
+def test_a_worker_that_died_idle_is_replaced():
+    with WorkerPool(1) as pool:
+        pool.call(task())
+        (pid,) = pool.pids()
+        os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+        assert pool.call(task())["passed"] == 1
+        assert pool.pids() != [pid]
+
+
+def test_a_worker_that_hangs_or_dies_at_work_fails_one_task():
+    with WorkerPool(1) as pool:
+        pool.call(task())
+        (pid,) = pool.pids()
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(TaskFailed, match=r"no reply within 0\.3 s"):
+            pool.call(task(), timeout_s=0.3)
+        assert gone(pid)
+        pool.call(task())
+        (pid,) = pool.pids()
+        threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+        with pytest.raises(TaskFailed, match=r"died \(signal SIGKILL"):
+            pool.call(task("while True: pass"))
+        assert pool.call(task())["passed"] == 1
+
+
+def test_an_error_in_a_task_leaves_the_worker_alive():
+    with WorkerPool(1) as pool:
+        pool.call(task())
+        pids = pool.pids()
+        with pytest.raises(TaskFailed, match="does not compile"):
+            pool.call(task() | {"tests": ["assert ("]})
+        assert pool.pids() == pids
+
+
+def test_many_threads_share_few_workers():
+    with WorkerPool(2) as pool, ThreadPoolExecutor(8) as threads:
+        bodies = [f"x = {i}\nassert x % 2 == 0" for i in range(40)]
+        replies = list(threads.map(lambda body: pool.call(task(body))["passed"], bodies))
+        assert replies == [1, 0] * 20
+        assert len(pool.pids()) <= 2
+
+
+@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)"])
+def test_nothing_is_left_when_the_parent_ends(end):
+    """Even a parent that is killed in the middle of a task, and the program under test too."""
+    script = (
+        "import os, sys, threading, time\n"
+        "from rewards.workers import shared_pool\n"
+        "task = {'op': 'asserts', 'code': 'while True: pass', 'tests': ['pass'], 'limits': {'timeout_s': 30},"
+        " 'stop_early': True}\n"
+        "threading.Thread(target=lambda: shared_pool().call(task, 40), daemon=True).start()\n"
+        "time.sleep(0.7)\n"
+        "worker = shared_pool().pids()[0]\n"
+        "print(worker, open(f'/proc/{worker}/task/{worker}/children').read(), flush=True)\n" + end
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, check=False, stdout=subprocess.PIPE, timeout=20
+    )
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
