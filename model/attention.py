@@ -1,0 +1,131 @@
+"""Multi-head latent attention (MLA), in the two forms that compute the same thing.
+
+DeepSeek-V3, arXiv:2412.19437, Sec. 2.1.1, in the names of the released weights. For the token x_t:
+
+    c_t     = norm(W_DKV x_t)          latent                 kv_a_proj_with_mqa, kv_a_layernorm  (Eq. 1)
+    k^R_t   = rope(W_KR x_t)           one key for all heads  kv_a_proj_with_mqa, last r rows     (Eq. 3)
+    k_t,i   = [W_UK,i c_t ; k^R_t]     key of head i          kv_b_proj, first rows of a head     (Eq. 2, 4)
+    v_t,i   = W_UV,i c_t               value of head i        kv_b_proj, last rows of a head      (Eq. 5)
+    q_t,i   = [q^C_t,i ; rope(q^R_t,i)]                       q_a_proj, q_b_proj, or q_proj       (Eq. 6-9)
+    o_t,i   = sum_j softmax_j(q_t,i . k_j,i / sqrt(n + r)) v_j,i                                  (Eq. 10)
+
+The expanded form forms keys and values of all heads, as written: cheapest where many queries share them,
+in training and prefill. The absorbed form moves W_UK to the query and W_UV to the output,
+
+    q^C . (W_UK c_j) = (W_UK^T q^C) . c_j         sum_j p_j (W_UV c_j) = W_UV sum_j p_j c_j
+
+so decoding reads the latents alone: all heads become queries of one head whose key and value are the cache.
+
+Axes    b rows, s tokens, d width, h heads, n unrotated and r rotated query dimensions, v value dimensions,
+        c kv_lora_rank, w = c + r, T cache capacity
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .cache import DecodeStep
+from .config import ModelConfig
+from .layers import RMSNorm
+from .rope import Rope, softmax_scale
+
+# The released code builds the norms of the two latents with this whatever the config's rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+
+class Attention(nn.Module):
+    """MLA of one layer."""
+
+    def __init__(self, config: ModelConfig, rope: Rope) -> None:
+        super().__init__()
+        d, h = config.hidden_size, config.num_attention_heads
+        self.heads, self.scale, self.rope = h, softmax_scale(config), rope
+        self.nope, self.rotary, self.value = (
+            config.qk_nope_head_dim,
+            config.qk_rope_head_dim,
+            config.v_head_dim,
+        )
+        self.rank = config.kv_lora_rank
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(d, h * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, h * config.qk_head_dim, bias=False)
+        self.low_rank_query = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = nn.Linear(d, config.latent_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(self.rank, h * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(h * self.value, d, bias=False)
+
+    def _query(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries of `x` (.. d): without position (.. h n), and still to be rotated (.. h r)."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.low_rank_query else self.q_proj(x)
+        return q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rotary], dim=-1)
+
+    def _latent(self, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent (.. c) and shared rotated key (.. r) of `x` (.. d), at `rotations` (.. r/2)."""
+        c, k = self.kv_a_proj_with_mqa(x).split([self.rank, self.rotary], dim=-1)
+        return self.kv_a_layernorm(c), self.rope.rotate(k, rotations)
+
+    def forward(
+        self, x: Tensor, rotations: Tensor, mask: Tensor | None, cache: Tensor | None = None
+    ) -> Tensor:
+        """Expanded form over `x` (b s d).
+
+        Args:
+            rotations: `s r/2` or `b s r/2`, of the tokens' positions.
+            mask: `b 1 s s`, added to the scores; None = every earlier token of the row.
+            cache: `b T w`, this layer's, whose first s columns are filled. None = keep nothing.
+        """
+        q, q_rot = self._query(x)  # b s h n, b s h r
+        c, k_rot = self._latent(x, rotations)  # b s c, b s r
+        if cache is not None:
+            cache[:, : x.shape[1], : self.rank] = c
+            cache[:, : x.shape[1], self.rank :] = k_rot
+        q_rot = self.rope.rotate(q_rot, rotations.unsqueeze(-2))
+        k, v = self.kv_b_proj(c).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
+        q = torch.cat([q, q_rot], dim=-1).transpose(1, 2)  # b h s n+r
+        k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1).transpose(1, 2)  # b h s n+r
+        o = attend(q, k, v.transpose(1, 2), mask, self.scale)  # b h s v
+        return self.o_proj(o.transpose(1, 2).flatten(-2))
+
+    def decode(self, x: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
+        """Absorbed form for one new token a row, `x` (b d), which is appended to `cache` (b T w)."""
+        q, q_rot = self._query(x)  # b h n, b h r
+        c, k_rot = self._latent(x, step.rotations[:, 0])  # b c, b r
+        cache.view(-1, cache.shape[-1]).index_copy_(0, step.slots, torch.cat([c, k_rot], dim=-1))
+        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
+            [self.nope, self.value], dim=1
+        )
+        q = torch.bmm(q.transpose(0, 1), w_uk).transpose(0, 1)  # h b n, h n c -> b h c
+        q = torch.cat([q, self.rope.rotate(q_rot, step.rotations)], dim=-1)  # b h w
+        kv = cache[:, None, : step.columns]  # b 1 n w
+        # Keys and values are the same memory; the r columns of rotary key that come out are dropped.
+        o = F.scaled_dot_product_attention(q[:, None], kv, kv, attn_mask=step.mask, scale=self.scale)
+        o = torch.bmm(o[:, 0, :, : self.rank].transpose(0, 1), w_uv.transpose(1, 2))  # h b c, h c v -> h b v
+        return self.o_proj(o.transpose(0, 1).flatten(-2))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention of `q`, `k` (b h s n+r) over `v` (b h s v): (b h s v).
+
+    The fused kernels, on the CPU too, want heads of one size, and fall back to whole score matrices where
+    values are narrower: padding them is twice as fast and never holds an s x s matrix.
+    """
+    pad = q.shape[-1] - v.shape[-1]
+    o = F.scaled_dot_product_attention(
+        q, k, F.pad(v, (0, pad)) if pad > 0 else v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return o[..., : v.shape[-1]]
+
+
+def packed_mask(sequence_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mask (b 1 s s) that keeps attention causal and within a sequence: `sequence_ids` (b s), -1 = padding.
+
+    Padding sees earlier padding of its row and itself, so that no softmax is empty.
+    """
+    s = sequence_ids.shape[1]
+    same = (sequence_ids[:, :, None] == sequence_ids[:, None, :]).tril()  # b s s
+    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    return mask.masked_fill_(~same, float("-inf")).view(-1, 1, s, s)

@@ -1,0 +1,211 @@
+"""Public safetensors checkpoints to modules and back, tensor for tensor.
+
+A checkpoint is a directory: `config.json`, and `model.safetensors` or shards that
+`model.safetensors.index.json` lists. Our parameters carry the public names, with four differences:
+
+    model.              in front of every name but `lm_head`
+    layers.{L + k}      for MTP module k after L trunk layers; ours is `mtp.{k}`
+    experts.{j}.*_proj  an expert at a time; ours are stacked, gate and up in one tensor
+    shared tensors      the MTP modules' `embed_tokens` and `shared_head.head` repeat the trunk's, as in the
+                        released weights. `save` writes the copies (vLLM reads them); `load` checks them
+                        where present and does not need them. A tied `lm_head.weight` is not written.
+
+FP8 checkpoints (`*.weight_scale_inv`, one fp32 factor per 128 x 128 block) are dequantized on the way in.
+"""
+
+import json
+import struct
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .config import ModelConfig
+from .transformer import Transformer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FP8_BLOCK = 128
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be read as the network that its config describes; the message says where."""
+
+
+def load(
+    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> Transformer:
+    """The network of a public deepseek_v3 checkpoint directory, in `dtype` on `device`."""
+    path = Path(path)
+    config = read_config(path)
+    with _Tensors(path) as tensors:
+        first_mtp = f"model.layers.{config.num_hidden_layers}."
+        if config.num_nextn_predict_layers and not any(name.startswith(first_mtp) for name in tensors.files):
+            warnings.warn(
+                f"{path} has num_nextn_predict_layers={config.num_nextn_predict_layers} but no tensor of them"
+                " (transformers does not save MTP modules): loaded without.",
+                stacklevel=2,
+            )
+            config = replace(config, num_nextn_predict_layers=0)
+        with torch.device("meta"):
+            net = Transformer(config)
+        net.to(dtype).to_empty(device=device)
+        if config.tie_word_embeddings:  # to_empty gives every module a tensor of its own
+            net.lm_head.weight = net.embed_tokens.weight
+        for moe in net.moe_layers():
+            moe.gate.load.zero_()  # no checkpoint has the counts
+        _fill(net, tensors)
+    return net
+
+
+def save(net: Transformer, path: str | Path) -> None:
+    """Write `net` to directory `path` so that `load`, transformers and vLLM read it back."""
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: part.clone(memory_format=torch.contiguous_format)
+        for name, part in _public(net)
+        if not _is_tied(net, name)
+    }
+    for name, shared in _shared_copies(net):
+        tensors[name] = shared.detach().clone()
+    save_file(tensors, path / SINGLE, metadata={"format": "pt"})
+    dtype = str(net.norm.weight.dtype).removeprefix("torch.")
+    config = net.config.to_dict() | {"torch_dtype": dtype}
+    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def read_config(path: Path) -> ModelConfig:
+    """The `config.json` of checkpoint directory `path`."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing: a checkpoint is a directory with config.json and safetensors."
+        )
+    try:
+        return ModelConfig.from_dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+
+
+def _public(net: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its public name; experts one at a time, as views that can be written through."""
+    trunk = net.config.num_hidden_layers
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        tensor = tensor.detach()
+        if name.startswith("mtp."):
+            _, module, rest = name.split(".", 2)
+            name = f"layers.{trunk + int(module)}.{rest}"
+        if not name.startswith("lm_head."):
+            name = f"model.{name}"
+        stem, _, leaf = name.rpartition(".")
+        for j, expert in enumerate(tensor if stem.endswith(".experts") else ()):
+            if leaf == "gate_up_proj":
+                gate, up = expert.chunk(2)  # 2i d -> i d, i d
+                yield f"{stem}.{j}.gate_proj.weight", gate
+                yield f"{stem}.{j}.up_proj.weight", up
+            else:
+                yield f"{stem}.{j}.down_proj.weight", expert
+        if not stem.endswith(".experts"):
+            yield name, tensor
+
+
+def _shared_copies(net: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """The trunk's embedding and head under the names that the MTP modules have for them."""
+    for k in range(len(net.mtp)):
+        stem = f"model.layers.{net.config.num_hidden_layers + k}"
+        yield f"{stem}.embed_tokens.weight", net.embed_tokens.weight
+        yield f"{stem}.shared_head.head.weight", net.lm_head.weight
+
+
+def _is_tied(net: Transformer, name: str) -> bool:
+    return name == "lm_head.weight" and net.config.tie_word_embeddings
+
+
+@torch.no_grad()
+def _fill(net: Transformer, tensors: "_Tensors") -> None:
+    """Copy every weight of `net` from `tensors`, and account for every tensor that is there."""
+    left = set(tensors.files)
+    wanted = dict(_public(net))
+    for name, target in wanted.items():
+        if _is_tied(net, name) and name not in left:
+            continue
+        if name not in left:
+            raise CheckpointError(f"{tensors.path} lacks the tensor {name} {tuple(target.shape)}.")
+        target.copy_(tensors.read(name, tuple(target.shape)))
+        left -= {name, f"{name}_scale_inv"}
+    for name, shared in _shared_copies(net):
+        if name in left:
+            if not torch.equal(tensors.read(name, tuple(shared.shape)).to(shared), shared):
+                raise CheckpointError(
+                    f"{tensors.files[name]}: {name} differs from the trunk's, which MTP shares."
+                )
+            left -= {name, f"{name}_scale_inv"}
+    # Rotary frequencies follow from the config; early conversions wrote them all the same.
+    extra = sorted(name for name in left if not name.endswith("rotary_emb.inv_freq"))
+    if extra:
+        more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+        raise CheckpointError(
+            f"{tensors.files[extra[0]]} has a tensor {extra[0]}{more} that the config has no place for."
+        )
+
+
+class _Tensors:
+    """The tensors of a checkpoint directory, single file or shards: `files` maps a name to its file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.open: dict[Path, safe_open] = {}
+
+    def __enter__(self) -> "_Tensors":
+        index = self.path / INDEX
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise CheckpointError(f"{index} is not a safetensors index: {error!r}.") from error
+            self.files = {name: self.path / file for name, file in weight_map.items()}
+        elif (self.path / SINGLE).is_file():
+            self.files = dict.fromkeys(self._file(self.path / SINGLE).keys(), self.path / SINGLE)
+        else:
+            raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}.")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.open.clear()
+
+    def _file(self, file: Path) -> safe_open:
+        if file not in self.open:
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing, though {INDEX} names it.")
+            try:
+                self.open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError, struct.error) as error:
+                raise CheckpointError(f"{file} is truncated or not a safetensors file: {error}.") from error
+        return self.open[file]
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Tensor `name`, which must have `shape`; dequantized where the checkpoint is FP8."""
+        file = self.files[name]
+        try:
+            tensor = self._file(file).get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} has no readable tensor {name}: {error}.") from error
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, the config says {shape}.")
+        scale = f"{name}_scale_inv"
+        return _dequantize(tensor, self.read(scale, _blocks(shape))) if scale in self.files else tensor
+
+
+def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-(-n // FP8_BLOCK) for n in shape)
+
+
+def _dequantize(weight: Tensor, scale: Tensor) -> Tensor:
+    """FP8 `weight` (o i) times the factor of its 128 x 128 block, `scale` (o/128 i/128), in fp32."""
+    factor = scale.float().repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+    return weight.float() * factor[: weight.shape[0], : weight.shape[1]]

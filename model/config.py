@@ -1,0 +1,307 @@
+"""The shape of a DeepSeek-V3 network: the fields of a public `config.json`, checked.
+
+Field names and meanings are those of the released configuration (github.com/deepseek-ai/DeepSeek-V3),
+and a field that a file leaves out takes the value that transformers' `DeepseekV3Config` gives it, so the
+same file describes the same network here and there. `ModelConfig.from_dict` refuses what it does not
+know or cannot honour: a silently ignored field is a network that is nearly, but not quite, the trained one.
+
+Papers  DeepSeek-V3  arXiv:2412.19437  Sec. 4.2 (sizes)
+        Moonlight    arXiv:2502.16982  (a smaller model of the same architecture)
+        YaRN         arXiv:2309.00071
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# Keys that say nothing about the network's function, or that `to_dict` derives again.
+_BOOKKEEPING = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
+    *("_attn_implementation", "attn_implementation", "chunk_size_feed_forward", "use_cache", "return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "is_encoder_decoder"),
+    *("id2label", "label2id", "problem_type", "head_dim", "qk_head_dim", "quantization_config"),
+    *("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp"),
+}
+
+# Keys with one value that this architecture means; any other value is another architecture.
+_FIXED = {
+    "model_type": "deepseek_v3",
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "moe_layer_freq": 1,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+}
+
+_YARN_REQUIRED = ("factor", "original_max_position_embeddings")
+_YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": 0.0, "mscale_all_dim": 0.0}  # 0 = not given
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes of the network. Defaults: DeepSeek-V3 as transformers' `DeepseekV3Config` states it."""
+
+    vocab_size: int = 129280
+    """Rows of the embedding and of the output head."""
+    hidden_size: int = 7168
+    """Width d of the residual stream."""
+    intermediate_size: int = 18432
+    """Inner width of the dense feed-forward layers."""
+    moe_intermediate_size: int = 2048
+    """Inner width of one routed (or shared) expert."""
+    num_hidden_layers: int = 61
+    """Decoder layers of the trunk, MTP modules not counted."""
+    num_attention_heads: int = 128
+    """Attention heads h; MLA has no separate count of key and value heads."""
+    n_shared_experts: int = 1
+    """Experts that every token visits, fused into one feed-forward layer of n times the inner width."""
+    n_routed_experts: int = 256
+    """Experts e that the gate chooses from."""
+    num_experts_per_tok: int = 8
+    """Experts k that a token is sent to."""
+    n_group: int = 8
+    """Groups that the experts are split into, one per node in training. 1 = no grouping."""
+    topk_group: int = 4
+    """Groups a token may draw its experts from."""
+    norm_topk_prob: bool = True
+    """Divide a token's gate values by their sum."""
+    routed_scaling_factor: float = 2.5
+    """Multiplies the gate values after normalization."""
+    first_k_dense_replace: int = 3
+    """Leading layers with a dense feed-forward instead of experts."""
+    q_lora_rank: int | None = 1536
+    """Rank of the query compression. None = one full-rank `q_proj`."""
+    kv_lora_rank: int = 512
+    """Rank of the shared key-value latent, what the cache holds per token beside the rotary key."""
+    qk_nope_head_dim: int = 128
+    """Query and key dimensions per head without position."""
+    qk_rope_head_dim: int = 64
+    """Query dimensions per head, and dimensions of the one shared key, that RoPE rotates."""
+    v_head_dim: int = 128
+    """Value dimensions per head."""
+    num_nextn_predict_layers: int = 1
+    """Multi-token-prediction modules D after the trunk. 0 = none."""
+    max_position_embeddings: int = 4096
+    """Longest sequence, tokens."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: dict[str, Any] | None = None
+    """YaRN parameters. None = plain RoPE."""
+    rope_interleave: bool = True
+    """Rotary pairs are neighbours (0, 1), (2, 3) .. as released. False = (0, r/2), (1, r/2 + 1) .."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in every norm of width d."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = False
+    """The output head is the embedding."""
+    bos_token_id: int | None = 0
+    """First token of a document. None = there is none."""
+    eos_token_id: int | list[int] | None = 1
+    """Token, or any of several, that ends a document."""
+    pad_token_id: int | None = None
+    """Filler that no loss counts."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rope_scaling", _yarn(self.rope_scaling))
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+            *("n_shared_experts", "n_routed_experts", "num_experts_per_tok", "n_group", "topk_group"),
+            "max_position_embeddings",
+        ):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a positive whole number.")
+        if self.q_lora_rank is not None and self.q_lora_rank < 1:
+            raise ValueError(
+                f"q_lora_rank={self.q_lora_rank} is not positive. For a full-rank query say null."
+            )
+        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace={self.first_k_dense_replace} is not within the "
+                f"{self.num_hidden_layers} layers of num_hidden_layers."
+            )
+        if self.num_nextn_predict_layers < 0:
+            raise ValueError(
+                f"num_nextn_predict_layers={self.num_nextn_predict_layers} is negative; 0 = none."
+            )
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; RoPE rotates pairs.")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"n_routed_experts={self.n_routed_experts} cannot be split into n_group={self.n_group} "
+                "equal groups."
+            )
+        size = self.n_routed_experts // self.n_group
+        if self.n_group > 1 and size < 2:
+            raise ValueError(
+                f"n_group={self.n_group} leaves {size} expert a group; "
+                "a group's score is the sum of its best two."
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(
+                f"topk_group={self.topk_group} is more than the n_group={self.n_group} there are."
+            )
+        if self.num_experts_per_tok > self.topk_group * size:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the "
+                f"{self.topk_group * size} experts of topk_group={self.topk_group} groups of {size}."
+            )
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Query and key dimensions per head, rotated or not."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Numbers the cache holds per token and layer: the key-value latent and the rotary key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers with a gate, those of the MTP modules included."""
+        return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """Read a public `config.json`. Refuses unknown fields and values that mean another architecture."""
+        values = {key: value for key, value in values.items() if key not in _BOOKKEEPING}
+        for key, wanted in _FIXED.items():
+            found = values.pop(key, wanted)
+            if found is not None and found != wanted:
+                raise ValueError(f"{key}={found!r} is not supported: this architecture has {key}={wanted!r}.")
+        if "num_mtp_layers" in values:  # transformers' own name for it
+            values.setdefault("num_nextn_predict_layers", values.pop("num_mtp_layers"))
+        kv_heads = values.pop("num_key_value_heads", None)
+        heads = values.get("num_attention_heads", cls.num_attention_heads)
+        if kv_heads is not None and kv_heads != heads:
+            raise ValueError(
+                f"num_key_value_heads={kv_heads} contradicts num_attention_heads={heads}: latent attention "
+                "gives every head keys and values of its own."
+            )
+        _merge_rope_parameters(values)
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"{key!r} is not a field of a deepseek_v3 config. The nearest that is: {near!r}."
+                )
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A `config.json` that transformers' `DeepseekV3ForCausalLM` and vLLM load."""
+        return (
+            asdict(self)
+            | _FIXED
+            | {
+                "architectures": ["DeepseekV3ForCausalLM"],
+                "num_key_value_heads": self.num_attention_heads,
+                "rope_scaling": {"type": "yarn"} | self.rope_scaling if self.rope_scaling else None,
+            }
+        )
+
+
+def _yarn(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Complete YaRN parameters with their defaults, without the type; None where there is no scaling."""
+    if scaling is None:
+        return None
+    scaling = dict(scaling)
+    kinds = {scaling.pop(key, None) for key in ("type", "rope_type")} - {None}
+    if kinds == {"default"}:
+        return None
+    if not kinds <= {"yarn"}:
+        raise ValueError(f"rope_scaling of type {sorted(kinds)} is not supported: it is 'yarn' or null.")
+    for key in _YARN_REQUIRED:
+        if scaling.get(key) is None:
+            raise ValueError(f"rope_scaling lacks {key!r}, which YaRN needs.")
+    for key in scaling:
+        known = (*_YARN_REQUIRED, *_YARN_DEFAULTS)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"rope_scaling has an unknown {key!r}. The nearest YaRN parameter: {near!r}.")
+    return _YARN_DEFAULTS | {key: value for key, value in scaling.items() if value is not None}
+
+
+def _merge_rope_parameters(values: dict[str, Any]) -> None:
+    """Turn transformers 5's `rope_parameters` into `rope_theta` and `rope_scaling`, in place."""
+    parameters = dict(values.pop("rope_parameters", None) or {})
+    if not parameters:
+        return
+    theta = parameters.pop("rope_theta", None)
+    if theta is not None and values.setdefault("rope_theta", theta) != theta:
+        raise ValueError(
+            f"rope_parameters' rope_theta={theta} contradicts rope_theta={values['rope_theta']}."
+        )
+    scaling = _yarn(parameters)
+    if values.get("rope_scaling") is None:
+        values["rope_scaling"] = scaling
+    elif _yarn(values["rope_scaling"]) != scaling:
+        raise ValueError("rope_parameters and rope_scaling contradict each other; keep one.")
+
+
+DEEPSEEK_V3 = ModelConfig(
+    max_position_embeddings=163840,
+    rope_scaling={
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+)
+"""DeepSeek-V3, V3-Base and R1: 671 B parameters, 37 B of them active for a token."""
+
+MOONLIGHT_16B = ModelConfig(
+    vocab_size=163840,
+    hidden_size=2048,
+    intermediate_size=11264,
+    moe_intermediate_size=1408,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    n_shared_experts=2,
+    n_routed_experts=64,
+    num_experts_per_tok=6,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=2.446,
+    first_k_dense_replace=1,
+    q_lora_rank=None,
+    num_nextn_predict_layers=0,
+    max_position_embeddings=8192,
+    rope_theta=50000.0,
+    rms_norm_eps=1e-5,
+    bos_token_id=163584,
+    eos_token_id=163585,
+)
+"""Moonlight-16B-A3B: a public base of this architecture that fits one node."""
+
+TINY = ModelConfig(
+    vocab_size=640,
+    hidden_size=128,
+    intermediate_size=384,
+    moe_intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    n_shared_experts=1,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    routed_scaling_factor=1.0,
+    first_k_dense_replace=1,
+    q_lora_rank=None,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    num_nextn_predict_layers=1,
+    max_position_embeddings=2048,
+)
+"""Every mechanism of the architecture at a size that a laptop trains in minutes."""

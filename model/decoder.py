@@ -1,0 +1,55 @@
+"""One decoder layer: attention and feed-forward, each on the normed residual stream.
+
+    x = x + attention(norm(x))        x = x + ffn(norm(x))
+
+The feed-forward is dense in the first layers and a mixture of experts in the rest (DeepSeek-V3,
+arXiv:2412.19437, Sec. 4.2).
+
+Axes    b rows, s tokens, d width, T cache capacity, k experts per token
+"""
+
+from torch import Tensor, nn
+
+from .attention import Attention
+from .cache import DecodeStep, LayerCache
+from .config import ModelConfig
+from .layers import MLP, RMSNorm
+from .moe import Layout, MoE
+from .rope import Rope
+
+
+class DecoderLayer(nn.Module):
+    """Layer `index` of the network; MTP modules count on from the trunk."""
+
+    def __init__(self, config: ModelConfig, index: int, rope: Rope) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, rope)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = index >= config.first_k_dense_replace
+        self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, layout: Layout, replay: Tensor | None = None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """`x` (b s d), with `replay` (b s k) of recorded experts; fills the first s columns of `cache`."""
+        latent = None if cache is None else cache.latent
+        x = x + self.self_attn(self.input_layernorm(x), layout.rotations, layout.mask, latent)
+        u = self.post_attention_layernorm(x)
+        if not self.is_moe:
+            return x + self.mlp(u)
+        y, ids = self.mlp(u, layout, replay)
+        if cache is not None and cache.routes is not None:
+            cache.routes[:, : x.shape[1]] = ids.view(*x.shape[:2], -1)
+        return x + y
+
+    def decode(self, x: Tensor, step: DecodeStep, cache: LayerCache) -> Tensor:
+        """One new token a row, `x` (b d), appended to `cache`."""
+        x = x + self.self_attn.decode(self.input_layernorm(x), step, cache.latent)
+        u = self.post_attention_layernorm(x)
+        if not self.is_moe:
+            return x + self.mlp(u)
+        y, ids = self.mlp(u)
+        if cache.routes is not None:
+            cache.routes.view(-1, ids.shape[1])[step.slots] = ids.to(cache.routes.dtype)
+        return x + y

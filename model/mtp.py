@@ -1,0 +1,40 @@
+"""Multi-token prediction: module k reads the state at i and token i + k, and predicts token i + k + 1.
+
+DeepSeek-V3, arXiv:2412.19437, Sec. 2.2, as the released weights have it:
+
+    h'_i = W [norm(Emb(t_(i+k))) ; norm(h_i)]      eh_proj, enorm, hnorm       (Eq. 21, halves swapped)
+    h_i  = norm(layer(h'_i))                       shared_head.norm            (Eq. 22)
+    P(t_(i+k+1)) = softmax(head(h_i))              the trunk's head            (Eq. 23)
+
+Eq. 21 writes the state first and the embedding second; the released `eh_proj` has the embedding's columns
+first, which is what counts. The state of the trunk goes in after its final norm, and a module's after its
+`shared_head.norm`, as transformers feeds them (vLLM too, for the one module there is).
+
+Axes    b rows, s tokens, d width
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .config import ModelConfig
+from .decoder import DecoderLayer
+from .layers import RMSNorm
+from .moe import Layout
+from .rope import Rope
+
+
+class MTPModule(DecoderLayer):
+    """A decoder layer that starts from a state and the token after it. Embedding and head are the trunk's."""
+
+    def __init__(self, config: ModelConfig, index: int, rope: Rope) -> None:
+        super().__init__(config, index, rope)
+        d, eps = config.hidden_size, config.rms_norm_eps
+        self.enorm = RMSNorm(d, eps)
+        self.hnorm = RMSNorm(d, eps)
+        self.eh_proj = nn.Linear(2 * d, d, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(d, eps)})
+
+    def predict(self, state: Tensor, embedding: Tensor, layout: Layout) -> Tensor:
+        """Normed state (b s d) for the head, from the previous `state` and the `embedding` of token i + k."""
+        x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(state)], dim=-1))
+        return self.shared_head["norm"](self(x, layout))

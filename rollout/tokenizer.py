@@ -1,0 +1,262 @@
+"""Tokenizer, prompt templates, and the way back from tokens to the text that is graded.
+
+The tokenizer is a byte-level BPE that never merges digits, operators or punctuation, so that
+`3+4=7` is five tokens in every context; arithmetic is then learned symbol by symbol. Special
+tokens and chat template have the names and the form of DeepSeek-R1's public checkpoint.
+
+A template may prefill the completion (`<think>\\n`). The prefill is part of the *prompt's* tokens
+and of the *completion's* text: `make_prompt` puts it in the one, `completion_text` in the other.
+
+Papers  R1-Zero template  arXiv:2501.12948  Table 1
+        \\boxed{} prompt   arXiv:2501.12948  Sec. 3 (evaluation setup), DeepSeek-R1's README
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from rollout.types import Problem, Prompt, Rollout
+
+if TYPE_CHECKING:  # transformers takes seconds to import; the table of templates must not
+    from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+"""Single tokens, but ordinary text: the format reward reads them, so decoding keeps them."""
+
+THINK = "<think>\n"
+
+# Each alternative is one pre-token, and BPE never merges across two: a word with the space before it; a
+# digit; a line break; other white space, less the space that a word takes; any other character by itself.
+PIECES = r" ?[\p{L}\p{M}]+|\p{N}|[\r\n]|[^\S\r\n]+(?! ?[\p{L}\p{M}])|[^\S\r\n]|[^\s\p{L}\p{M}\p{N}]"
+
+# As in DeepSeek-R1's tokenizer_config.json, without tool calls: past answers come without their thinking.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + eos_token }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+
+R1_ZERO = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user "
+    "with the answer. The reasoning process and answer are enclosed within <think> </think> and "
+    "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>. User: {question}. Assistant:"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a question becomes a prompt."""
+
+    name: str
+    text: str
+    """Format string with `{question}`; the user's message when `chat`."""
+    chat: bool = False
+    """Wrap the text in the tokenizer's own chat template, generation prompt included."""
+    think: Literal["open", "closed", "own"] = "own"
+    """Chat only. The prompt always ends in `<think>\\n`, never does, or does if the chat template says so."""
+
+
+TEMPLATES: dict[str, Template] = {
+    template.name: template
+    for template in (
+        Template("r1-zero", R1_ZERO),
+        Template("r1-zero-short", "User: {question}\nAssistant:"),  # tiny models have no room for more
+        Template("r1", "{question}", chat=True, think="open"),
+        Template("plain", "{question}", chat=True, think="closed"),
+        Template(
+            "boxed",
+            "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
+            chat=True,
+        ),
+        Template("raw", "{question}"),
+    )
+}
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE; same texts in the same order, same tokenizer.
+
+    Args:
+        texts: the corpus; read once.
+        vocab_size: most tokens, special ones and tags included. A small corpus may fill fewer:
+            size the embedding by `len(tokenizer)`.
+
+    Raises:
+        ValueError: `vocab_size` below the 256 bytes and 9 added tokens.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    least = 256 + len(SPECIAL_TOKENS) + len(TAGS)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size={vocab_size} is below the {least} that bytes and added tokens take.")
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TAGS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(SPECIAL_TOKENS),
+        show_progress=False,
+    )
+    # The trainer does not know added tokens: left in, the tags would spend merges on `think` and `answer`.
+    added = re.compile("|".join(map(re.escape, SPECIAL_TOKENS + TAGS)))
+    core.train_from_iterator((piece for text in texts for piece in added.split(text) if piece), trainer)
+    core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,  # would eat the space in `a ,`
+    )
+
+
+def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint directory.
+
+    Raises:
+        FileNotFoundError: no such directory, or no tokenizer in it.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkpoint directory {path}")
+    if not has_tokenizer(path):
+        raise FileNotFoundError(f"{path} has no tokenizer.json; copy the tokenizer of its base model there")
+    from transformers import AutoTokenizer
+
+    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
+
+
+def has_tokenizer(path: Path | str) -> bool:
+    """Whether a checkpoint directory carries a tokenizer."""
+    return any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
+
+
+def template_named(name: str) -> Template:
+    """The template of that name, or a `ValueError` with the names there are."""
+    try:
+        return TEMPLATES[name]
+    except KeyError:
+        raise ValueError(f"unknown template {name!r}; there are: {', '.join(TEMPLATES)}") from None
+
+
+def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str) -> str:
+    """The prompt as text, a prefilled `<think>\\n` included.
+
+    Raises:
+        ValueError: unknown template, or a chat template is needed and the tokenizer has none.
+    """
+    template = template_named(template_name)
+    text = template.text.format(question=question)
+    if not template.chat:
+        return text
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"template {template_name!r} needs a chat template and this tokenizer has none; "
+            f"use one of: {', '.join(t.name for t in TEMPLATES.values() if not t.chat)}"
+        )
+    messages = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert isinstance(chat, str)
+    if template.think == "open" and not chat.endswith(THINK):
+        return chat + THINK
+    return chat.removesuffix(THINK) if template.think == "closed" else chat
+
+
+def prefill(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:
+    """What the template writes into the completion before the model does: `<think>\\n` or nothing."""
+    template = template_named(template_name)
+    if not template.chat or template.think == "closed":
+        return ""
+    if template.think == "open":
+        return THINK
+    return THINK if render(tokenizer, "", template_name).endswith(THINK) else ""
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str) -> list[int]:
+    """Token ids of the rendered prompt, with the tokenizer's own leading token exactly once."""
+    text = render(tokenizer, question, template_name)
+    bos = tokenizer.bos_token
+    written = TEMPLATES[template_name].chat or bool(bos and text.startswith(bos))
+    return tokenizer.encode(text, add_special_tokens=not written)
+
+
+def make_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem, template_name: str) -> Prompt:
+    """The problem as the model sees it."""
+    token_ids = tuple(encode_prompt(tokenizer, problem.question, template_name))
+    return Prompt(problem=problem, template=template_name, token_ids=token_ids)
+
+
+def completion_text(
+    tokenizer: PreTrainedTokenizerFast, completion: Rollout | Sequence[int], template_name: str
+) -> str:
+    """The whole completion as text: the template's prefill, then the tokens without special ones.
+
+    A stop token that is ordinary text, such as `</answer>`, is kept: graders need to see it.
+    """
+    ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
+    if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
+        ids.pop()
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return prefill(tokenizer, template_name) + text
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerFast, question: Problem | str, template_name: str, completion: str
+) -> tuple[list[int], list[int]]:
+    """A worked example as the engine would have seen it: prompt ids, completion ids with eos.
+
+    Args:
+        question: the problem, or its question.
+        template_name: a key of `TEMPLATES`.
+        completion: whole text, prefill included, as `completion_text` gives it.
+
+    Raises:
+        ValueError: the completion does not start with the template's prefill.
+    """
+    if isinstance(question, Problem):
+        question = question.question
+    opening = prefill(tokenizer, template_name)
+    if not completion.startswith(opening):
+        raise ValueError(
+            f"template {template_name!r} prefills {opening!r}, and the completion starts with "
+            f"{completion[:20]!r}; pass the completion with its prefill."
+        )
+    ids = tokenizer.encode(completion[len(opening) :], add_special_tokens=False)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos token, so an example would have no end; set eos_token.")
+    if ids[-1:] != [tokenizer.eos_token_id]:
+        ids.append(tokenizer.eos_token_id)
+    return encode_prompt(tokenizer, question, template_name), ids
+
+
+def template_hash(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:
+    """sha256 of what the template makes of a fixed question, so that a changed prompt shows in the record."""
+    ids = encode_prompt(tokenizer, "probe 1+1=?\nprobe", template_name)
+    done = [tokenizer.decode(ids), prefill(tokenizer, template_name)]
+    return hashlib.sha256(json.dumps(done, ensure_ascii=False).encode()).hexdigest()
