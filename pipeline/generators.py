@@ -38,7 +38,7 @@ class Item:
     """The final answer; for code, the function."""
     tests: tuple[str, ...]
     steps: tuple[str, ...]
-    """Bare equations, one a line: `3+4=7`."""
+    """Bare mathematics, one a line: `3+4-5`, `7-5`, `2`, or equations."""
     key: str
     """What has to be computed, free of wording."""
 
@@ -73,12 +73,15 @@ def chain(rng: random.Random, operands: int) -> list[int]:
 
 def expression(terms: list[int]) -> str:
     """`[3, 4, -5]` -> `3+4-5`."""
-    return "".join(f"{t:+d}" for t in terms).removeprefix("+")
+    return str(terms[0]) + "".join(f"{t:+d}" for t in terms[1:])
 
 
 def chain_steps(terms: list[int]) -> tuple[str, ...]:
-    """`[3, 4, -5]` -> `("3+4=7", "7-5=2")`."""
-    return tuple(f"{sum(terms[:i])}{terms[i]:+d}={sum(terms[: i + 1])}" for i in range(1, len(terms)))
+    """`[3, 4, -5]` -> `("3+4-5", "7-5", "2")`: what is left to do, one line a step.
+
+    Writing out the rest makes each step local: the two first operands become one, the tail is copied.
+    """
+    return tuple(expression([sum(terms[:i]), *terms[i:]]) for i in range(1, len(terms) + 1))
 
 
 def sum_item(rng: random.Random) -> Item:

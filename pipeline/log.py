@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 GLOSSARY: dict[str, str] = {
-    "loss/total": "what the optimizer minimizes, summed over the update's token weights; nats a token for SFT",
+    "loss/total": "what the optimizer minimizes, summed over the update's token weights (SFT: nats a token)",
     "loss/lm": "next-token cross-entropy, nats a token",
     "loss/mtp": "cross-entropy of the multi-token-prediction module, nats a token, before its weight",
     "loss/balance": "sequence-wise expert balance loss (arXiv:2412.19437, Eq. 17), before its weight",
@@ -18,7 +18,7 @@ GLOSSARY: dict[str, str] = {
     "loss/clip_frac": "share of token weight whose ratio was clipped",
     "loss/kl_ref": "k3 estimate of KL(policy || reference), nats a token",
     "policy/entropy": "mean entropy of the policy at the completion tokens, nats",
-    "policy/mismatch_kl": "k3 estimate of KL between the engine's and the trainer's distribution, nats a token",
+    "policy/mismatch_kl": "k3 estimate of KL between the engine's and the trainer's policy, nats a token",
     "policy/mismatch_max": "largest |log-probability of engine - of trainer| of a completion token, nats",
     "optim/lr": "learning rate of the update",
     "optim/grad_norm": "global gradient norm before clipping",
@@ -98,7 +98,7 @@ class MetricsLog:
         """Write step `step` of `total` and print its line. Every key must stand in `GLOSSARY`."""
         if unknown := set(metrics) - set(GLOSSARY):
             raise KeyError(f"metrics without an entry in pipeline.log.GLOSSARY: {sorted(unknown)}")
-        row = {"step": step, **{k: round(float(v), 8) for k, v in metrics.items()}}
+        row = {"step": step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}}
         row["time/elapsed_s"] = round(self.elapsed_s, 3)
         self.file.write(json.dumps(row) + "\n")
         shown = [f"{SHORT[k]} {v:.3g}" for k, v in metrics.items() if k in SHORT]

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import model
-from model.dense import DensePolicy, load_dense
+from model.dense import DensePolicy, load_dense, save_dense
 from model.transformer import Transformer
 from pipeline.errors import UserError
 from pipeline.learner import Policy
@@ -48,7 +48,7 @@ def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path, 
         model.save(policy, path)
     else:
         assert isinstance(policy, DensePolicy)
-        policy.save(path)
+        save_dense(policy, path)
     tokenizer.save_pretrained(path)
     (path / "pipeline.json").write_text(json.dumps({"template": template}) + "\n")
     (path / "README.md").write_text(

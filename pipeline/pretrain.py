@@ -26,11 +26,11 @@ class Config(StageConfig):
     """Different problems that the documents are about."""
     steps: int = 800
     """Optimizer updates."""
-    rows: int = 16
+    rows: int = 32
     """Packed rows an update."""
-    row_tokens: int = 256
+    row_tokens: int = 128
     """Tokens of a packed row."""
-    micro_rows: int = 24
+    micro_rows: int = 32
     """Rows of one forward and backward; fewer take less memory and give the same sum."""
     mtp_coef: float = 0.3
     """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
@@ -70,7 +70,7 @@ def batches(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batc
         total = 0
         while True:
             text = document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)
-            ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
             total += len(ids)
             if total > 0.97 * budget:  # what first-fit can always place in `rows` rows of such short documents
                 break

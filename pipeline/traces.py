@@ -27,7 +27,7 @@ def worked(steps: tuple[str, ...], language: Language, rng: random.Random | None
         spoken: Language = language
         if rng is not None and rng.random() < mixing:
             spoken = "zh" if language == "en" else "en"
-        opener = OPENERS[spoken][min(i, len(OPENERS[spoken]) - 1)]
+        opener = OPENERS[spoken][-1 if i == len(steps) - 1 else min(i, 2)]
         lines.append(f"{opener} {step}{STOP[spoken]}")
     return "\n".join(lines)
 
@@ -64,7 +64,7 @@ def facts(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-SHARES = {"facts": 0.20, "untagged": 0.36, "bare": 0.14, "guess": 0.22, "tagged": 0.08}
+SHARES = {"facts": 0.20, "untagged": 0.42, "bare": 0.08, "guess": 0.20, "tagged": 0.10}
 """The pretraining mixture, shares of documents."""
 MIXING = 0.3
 """Share of tagged worked lines that the pretraining corpus has in the other language."""

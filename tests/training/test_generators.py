@@ -28,10 +28,12 @@ def test_a_heldout_sum_never_appears_in_another_family():
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_steps_lead_from_the_question_to_the_answer(family, split):
     for item in items(family, 150, split, 3):
-        assert eval(item.key) == int(item.answer)
-        assert all(eval(step.partition("=")[0]) == int(step.partition("=")[2]) for step in item.steps)
-        assert item.steps[-1].endswith("=" + item.answer)
-        assert all(0 <= int(step.partition("=")[2]) <= LARGEST for step in item.steps)
+        assert [eval(step) for step in item.steps] == [int(item.answer)] * len(item.steps)
+        assert item.steps[0] == item.key and item.steps[-1] == item.answer
+        operands = [len(re.findall(r"\d+", step)) for step in item.steps]
+        assert operands == list(range(len(item.steps), 0, -1))  # one fewer each line
+        first = [int(re.match(r"\d+", step)[0]) for step in item.steps]
+        assert all(0 <= value <= LARGEST for value in first)
         said = [int(n) for n in re.findall(r"\d+", item.question)]
         assert said == [int(n) for n in re.findall(r"\d+", item.key)]
 
