@@ -25,7 +25,7 @@ def usage() -> str:
 
 
 def command_line(*argv: str) -> str:
-    """What to type to run this again: with this environment's Python, where it lies below the working directory."""
+    """What to type to run this, with this environment's Python when it lies below the working directory."""
     python = Path(sys.executable)
     here = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     return shlex.join([str(here), "-m", "pipeline", *argv])

@@ -1,4 +1,4 @@
-"""Configs: a frozen dataclass a stage, filled from defaults, then a TOML file, then flags; the last word wins.
+"""Configs: a frozen dataclass a stage, filled from defaults, a TOML file, then flags; the last word wins.
 
 File and flags go through one parser (tyro) and one set of errors. Nothing here imports torch, so
 `--help` answers at once.
@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import re
 import tomllib
 import typing
@@ -100,7 +101,7 @@ def known_flags(config: type, prefix: str = "--") -> Iterator[str]:
 
 def refuse_unknown(config: type, args: list[str], where: str) -> None:
     """Raise `UserError` with the nearest right key for the first flag that `config` does not have."""
-    known = list(known_flags(config)) + ["--help", "-h"]
+    known = [*known_flags(config), "--help", "-h"]
     for arg in args:
         key = arg.split("=", 1)[0].replace("_", "-")
         if key.startswith("--") and key not in known:
@@ -124,11 +125,10 @@ def parse(config: type, args: list[str], prog: str) -> Any:
 
 
 def one_line(said: str) -> str:
-    """What tyro's framed error says, without the frame: what was found, what was wanted, the nearest right one."""
+    """What tyro's framed error says, without the frame: what was found, what was wanted, what is near."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯┌┐└┘├┤]", " ", said).split())
-    parts = [
-        part.strip() for part in re.split(r"[-─]{5,}", text)
-    ]  # title, message, help of the argument, ...
+    # The parts: title, message, help of the argument, ...
+    parts = [part.strip() for part in re.split(r"[-─]{5,}", text)]
     line = re.sub(r"^Error parsing [^-\s]\S*: ", "", parts[1] if len(parts) > 1 else text)
     if wrong := re.match(r"Error parsing (--\S+): .*?('.*')$", line):
         wanted = parts[2].removeprefix("Argument helptext: ") if len(parts) > 2 else wrong[1]
@@ -188,8 +188,8 @@ def to_toml(table: dict[str, Any], prefix: str = "") -> str:
             return "true" if value else "false"
         if isinstance(value, list):
             return "[" + ", ".join(map(literal, value)) + "]"
-        if isinstance(value, str):
-            return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+        if isinstance(value, str):  # JSON's escapes are TOML's, but for one character
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(value)
 
     lines = [f"{key} = {literal(value)}" for key, value in table.items() if not isinstance(value, dict)]

@@ -188,7 +188,7 @@ def engine_for(policy: Policy, tokenizer: PreTrainedTokenizerFast) -> RolloutEng
     """An engine that draws from the trainer's own weights, in place: nothing to sync, nothing to go stale."""
     if isinstance(policy, Transformer):
         return NativeEngine(policy, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    return DenseEngine(policy.model, eos_token_id=tokenizer.eos_token_id)
+    return DenseEngine(policy.network, eos_token_id=tokenizer.eos_token_id)
 
 
 def frozen(policy: Policy) -> Policy:

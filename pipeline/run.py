@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -116,10 +116,8 @@ class RunDir:
         partial.rename(final)
         write_atomic(pointer, final.name + "\n")
         steps = sorted(int(p.name.rpartition("-")[2]) for p in self.path.glob("checkpoint-*[0-9]"))
-        kept = [n for n in steps if n <= step][
-            -KEEP_CHECKPOINTS:
-        ]  # later ones are of a past that was given up
-        for old in set(steps) - set(kept):
+        past = [n for n in steps if n <= step]  # later ones belong to a past that was given up
+        for old in set(steps) - set(past[-KEEP_CHECKPOINTS:]):
             shutil.rmtree(self.path / f"checkpoint-{old}")
 
     def latest(self) -> tuple[int, Path] | None:
@@ -240,8 +238,7 @@ def open_run(stage: Stage, config: StageConfig, command: str) -> Iterator[RunDir
                 finish(run)
             finally:
                 signal.signal(signal.SIGINT, before)
-                with suppress(OSError):  # on a full disk the last line fails a second time
-                    run.metrics.close()
+                run.metrics.close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from pipeline.generators import LARGEST, Item, items, language_of
+from pipeline.generators import Item, chain, chain_steps, expression, items, language_of, split_of
 from rollout.types import Language
 
 OPENERS: dict[Language, tuple[str, ...]] = {"en": ("First", "Then", "Next", "So"), "zh": ("先算", "再算", "接着", "得到")}
@@ -45,26 +45,30 @@ def curated(item: Item) -> str:
     return tagged("\n".join(lines), item.answer)
 
 
-def facts(rng: random.Random) -> str:
-    """A few lines of arithmetic facts, the ones that every step needs."""
+def drill(rng: random.Random) -> str:
+    """Lines of bare arithmetic, `3+4-5=7-5=2`: the facts that every step needs, and copying the rest.
+
+    Copying is what a small model learns last and reasoning needs first; here every line is an exercise in it.
+    """
     lines = []
-    for _ in range(8):
-        value, term = rng.randint(0, LARGEST), rng.randint(1, 9)
-        if rng.random() < 0.15:
+    for _ in range(5):
+        kind = rng.random()
+        if kind < 0.12:
             a, b = rng.randint(1, 6), rng.randint(0, 3)
             lines.append(f"{a}*{b}={a * b}")
-        elif rng.random() < 0.15:
-            high, slope = rng.randint(0, 27), rng.randint(0, 18)
-            lines.append(f"{high}-{min(high, slope)}={high - min(high, slope)}")
-        elif rng.random() < 0.5 and value + term <= LARGEST:
-            lines.append(f"{value}+{term}={value + term}")
+        elif kind < 0.24:
+            high = rng.randint(0, 27)
+            low = rng.randint(0, min(high, 18))
+            lines.append(f"{high}-{low}={high - low}")
         else:
-            high = max(value, term)
-            lines.append(f"{high}-{term}={high - term}")
+            terms = chain(rng, rng.choice((2, 3, 4)))
+            while split_of(expression(terms)) == "heldout":
+                terms = chain(rng, rng.choice((2, 3, 4)))
+            lines.append("=".join(chain_steps(terms)))
     return "\n".join(lines)
 
 
-SHARES = {"facts": 0.20, "untagged": 0.42, "bare": 0.08, "guess": 0.20, "tagged": 0.10}
+SHARES = {"drill": 0.20, "untagged": 0.42, "bare": 0.08, "guess": 0.20, "tagged": 0.10}
 """The pretraining mixture, shares of documents."""
 MIXING = 0.3
 """Share of tagged worked lines that the pretraining corpus has in the other language."""
@@ -75,8 +79,8 @@ def document(kind: str, item: Item, rng: random.Random) -> str:
     prompt = f"User: {item.question}\nAssistant:"
     if not item.steps and kind in ("untagged", "tagged"):
         kind = "guess"  # nothing to work out
-    if kind == "facts":
-        return facts(rng)
+    if kind == "drill":
+        return drill(rng)
     if kind == "untagged":
         end = RESULT[item.language].format(item.answer)
         return f"Problem: {item.question}\nSolution:\n{worked(item.steps, item.language)}\n{end}"

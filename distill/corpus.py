@@ -1,0 +1,123 @@
+"""What students learn: worked traces, and the same questions answered without reasoning.
+
+The rows are `pipeline.corpus`'s: `completion` is everything the student is to say, tags included. Traces
+come from the `reject` stage (the teacher's kept samples) or, here, from the published solutions of GSM8K
+and MATH. `plain_rows` makes the control that shows what the traces teach.
+
+Papers  distillation from the teacher's kept samples    arXiv:2501.12948  Sec. 2.4
+        GSM8K's calculator marks and `####` line        arXiv:2110.14168  Sec. 2, App. C
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pipeline.corpus import Row
+from pipeline.data import BENCHMARKS, decontaminate, problems, read_rows, to_problem
+from pipeline.data import Row as Raw
+from pipeline.errors import UserError
+from rewards.extract import last_boxed, outside_think
+from rollout.types import Problem
+
+WORKED = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.train)
+"""Sources with published solutions: gsm8k_train, math_train."""
+
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_HASHES = re.compile(r"^[ \t]*####.*\Z", re.MULTILINE | re.DOTALL)
+_BREAK = re.compile(r"\s*\n\s*")
+
+
+def plain_rows(rows: Iterable[Row]) -> list[Row]:
+    """The same questions, answered without reasoning.
+
+    What stands outside the think block is kept as it is (`<answer>7</answer>`); a worked solution without
+    tags shrinks to its box. A row that says nothing outside its thinking is left out.
+    """
+    plain = []
+    for row in rows:
+        if "</think>" in row.completion:
+            completion = outside_think(row.completion).strip()
+        else:
+            answer = row.answer or last_boxed(row.completion) or ""
+            completion = f"\\boxed{{{answer}}}" if answer else ""
+        if completion:
+            plain.append(replace(row, completion=completion))
+    return plain
+
+
+def read_solutions(source: str, folder: Path | None) -> list[tuple[Problem, str]]:
+    """Problems of `gsm8k_train` or `math_train` with their published solutions.
+
+    Args:
+        folder: where the local files lie; without the file, the hub's copy is read.
+
+    Raises:
+        UserError: neither can be read, or a line holds no problem.
+    """
+    benchmark = BENCHMARKS[source]
+    path = folder / benchmark.file if folder else None
+    rows: Iterable[tuple[int, Raw]]
+    if path and path.is_file():
+        rows = read_rows(path)
+    else:
+        import datasets
+
+        hub = benchmark.hub
+        try:
+            rows = enumerate(datasets.load_dataset(hub.path, hub.config, split=hub.split), start=1)
+        except Exception as error:  # the hub client raises a dozen unrelated types, offline and on line
+            missing = f"{folder} has no {benchmark.file}" if folder else f"no folder for {benchmark.file}"
+            raise UserError(
+                f"{source}: {missing}, and the hub data set {hub.path} cannot be read; "
+                "pass --data FOLDER (or set R1_DATA), or get on line"
+            ) from error
+    found = []
+    for number, row in rows:
+        solution = row.get("solution") or row.get("answer") or ""  # the hub's GSM8K has it under `answer`
+        found.append((to_problem(row, f"{source} line {number}", source, number - 1), str(solution)))
+    return found
+
+
+def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
+    """Published solutions as traces that end in the boxed answer; what has no solution is left out.
+
+    Args:
+        tags: `<think>` around the solution and the answer in `<answer>`, for R1's own template; else the
+            solution as it stands, for models that are asked to box their answer.
+    """
+    for problem, solution in solved:
+        steps = worked_steps(solution, problem.answer)
+        if steps and problem.answer:
+            ending = f"</think>\n<answer>\\boxed{{{problem.answer}}}</answer>"
+            yield Row(
+                id=problem.id,
+                question=problem.question.strip(),
+                completion=f"<think>\n{steps}\n{ending}" if tags else steps,
+                answer=problem.answer,
+                language=problem.language,
+                kind=problem.kind,
+                source=problem.source,
+            )
+
+
+def worked_steps(solution: str, answer: str) -> str:
+    """A published solution, cleaned: no `<<48/2=24>>`, no `#### 72`, no blank lines, the answer in a box.
+
+    MATH solutions box their answer already, mostly in mid-sentence.
+    """
+    steps = _BREAK.sub("\n", _HASHES.sub("", _CALCULATOR.sub("", solution)).strip())
+    if steps and last_boxed(steps) is None:
+        steps += f"\nThe answer is $\\boxed{{{answer}}}$."
+    return steps
+
+
+def apart_from(
+    solved: list[tuple[Problem, str]], heldout: Iterable[str], folder: Path | None
+) -> list[tuple[Problem, str]]:
+    """`solved` less what is a copy or near copy of a problem of the `heldout` benchmarks."""
+    tests = [problem for name in heldout for problem in problems(name, data_dir=folder)]
+    kept = {problem.id for problem in decontaminate([problem for problem, _ in solved], tests)}
+    return [pair for pair in solved if pair[0].id in kept]

@@ -1,0 +1,158 @@
+"""Scores of a benchmark from graded samples, and how sure they are. Pure functions.
+
+`pass@1` is the mean over questions of the share of samples that are right (avg@k, arXiv:2501.12948,
+Sec. 3), `pass@j` the unbiased estimate from k >= j samples (arXiv:2107.03374, Eq. 1), `cons@k` the
+accuracy of the majority answer (arXiv:2203.11171). A sample whose verifier failed counts as not right,
+and the failures are counted beside it, so the true score lies at most that much higher.
+
+The 95 % interval is over questions, the draw that does not shrink with more samples. One sample a
+question, greedy or not, gives 0 or 1: Wilson's interval. Several give a mean a question: the normal
+interval over those means; where they do not differ at all that would have no width, so Wilson again.
+
+Format is R1's think/answer format whatever the template: under `boxed`, which does not ask for it, a
+low rate is no fault.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rollout.types import Verdict
+
+Z95 = 1.959964
+"""The normal distribution's 97.5 % point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the scores need to know of one graded completion."""
+
+    question: int
+    verdict: Verdict
+    vote: str | None
+    """The answer for the majority vote, in one notation; `None` where there is none, or no vote (code)."""
+    votes: bool
+    """Whether the question is one that a majority can answer: mathematics, not code."""
+    drawn: bool = True
+    """False where the prompt did not fit the model's context."""
+    tokens: int = 0
+    truncated: bool = False
+    in_format: float = 0.0
+    language: float = 1.0
+
+
+def pass_at(k: int, n: int, c: int) -> float:
+    """Chance that k of n samples, drawn without replacement, hold one of the c right ones.
+
+    Raises:
+        ValueError: k is not in 1..n or c not in 0..n.
+    """
+    if not 1 <= k <= n or not 0 <= c <= n:
+        raise ValueError(f"pass_at(k={k}, n={n}, c={c}) needs 1 <= k <= n and 0 <= c <= n.")
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
+    """Accuracy of the most frequent answer of one question.
+
+    Args:
+        votes: each sample's answer and whether it is right; without an answer it does not vote.
+
+    Returns:
+        1 or 0; on a tie the share of the tied answers that are right, a random pick's mean.
+    """
+    counts = Counter(answer for answer, _ in votes if answer is not None)
+    if not counts:
+        return 0.0
+    right = {answer for answer, correct in votes if correct}
+    most = max(counts.values())
+    tied = [answer for answer, count in counts.items() if count == most]
+    return sum(answer in right for answer in tied) / len(tied)
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, `right` of `n`."""
+    if n == 0:
+        return 0.0, 1.0
+    p, zz = right / n, Z95 * Z95
+    centre, spread = p + zz / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    # The bounds hold p; at 0 and n of n they touch it, and rounding must not push them past.
+    return max(0.0, min(p, (centre - spread) / (1 + zz / n))), min(
+        1.0, max(p, (centre + spread) / (1 + zz / n))
+    )
+
+
+def interval(means: Sequence[float], samples: int) -> tuple[tuple[float, float], str]:
+    """95 % interval of the mean over questions, and the method: `wilson` or `normal`, see the module.
+
+    Args:
+        means: each question's share of right samples.
+        samples: samples a question.
+    """
+    n = len(means)
+    mean = sum(means) / n
+    variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else 0.0
+    if samples == 1 or variance < 1e-12:
+        return wilson(sum(means), n), "wilson"
+    half = Z95 * math.sqrt(variance / n)
+    return (max(0.0, mean - half), min(1.0, mean + half)), "normal"
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    """The mean, `None` of nothing."""
+    return sum(values) / len(values) if values else None
+
+
+def rounds(k: int) -> list[int]:
+    """The j of pass@j that are reported for k samples: the powers of two, and k."""
+    return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
+
+
+def scores(samples: Sequence[Sample]) -> dict[str, Any]:
+    """All scores of one benchmark, as they stand in scores.json.
+
+    Args:
+        samples: equally many for each question, in any order.
+
+    Returns:
+        `pass@1`, `interval`, `interval_method`, `n` questions, `k` samples each; `pass@j` by powers of two;
+        `pass@k` and `cons@k` at j = k (`cons@k` over the mathematics, `None` without any); `format_rate`,
+        `language_consistency`, `mean_tokens`, `truncation_rate` over the drawn completions;
+        `verifier_failures` and `prompts_too_long` as counts of samples and questions.
+
+    Raises:
+        ValueError: no samples, or not equally many for each question.
+    """
+    by_question: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_question.setdefault(sample.question, []).append(sample)
+    sizes = {len(group) for group in by_question.values()}
+    if len(sizes) != 1:
+        raise ValueError(f"every question needs equally many samples, at least one; found {sorted(sizes)}.")
+    k = sizes.pop()
+    right = [sum(s.verdict == "correct" for s in group) for group in by_question.values()]
+    means = [c / k for c in right]
+    bounds, method = interval(means, k)
+    ballots = [g for g in by_question.values() if g[0].votes]
+    cons = mean_of([majority([(s.vote, s.verdict == "correct") for s in group]) for group in ballots])
+    drawn = [s for s in samples if s.drawn]
+    return {
+        "pass@1": sum(means) / len(means),
+        "interval": list(bounds),
+        "interval_method": method,
+        "n": len(means),
+        "k": k,
+        **{f"pass@{j}": sum(pass_at(j, k, c) for c in right) / len(right) for j in rounds(k) if j > 1},
+        "pass@k": sum(pass_at(k, k, c) for c in right) / len(right),
+        "cons@k": cons,
+        "format_rate": mean_of([s.in_format for s in drawn]),
+        "language_consistency": mean_of([s.language for s in drawn]),
+        "mean_tokens": mean_of([s.tokens for s in drawn]),
+        "truncation_rate": mean_of([s.truncated for s in drawn]),
+        "verifier_failures": sum(s.verdict == "error" for s in samples),
+        "prompts_too_long": sum(not g[0].drawn for g in by_question.values()),
+    }
