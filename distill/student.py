@@ -257,10 +257,11 @@ def model_card(config: Config, course: Course, parameters: int, tokens: int, ste
 
 def run(config: Config, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
-    from distill.trainer import Job, train
+    from distill.trainer import Job, quiet, train
     from pipeline.policy import set_up
 
     set_up(config.seed, config.threads)
+    quiet()
     lora = lora_config(config.lora_rank)
     init = run_dir.model_input(config.init_from) if config.init_from else None
     tokenizer = load_tokenizer(init or run_dir.model_input(config.tokenizer_from))

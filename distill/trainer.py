@@ -254,7 +254,6 @@ def train(
     After a Ctrl-C all is saved and `KeyboardInterrupt` raised. `lora` is a `peft.LoraConfig` or None; the
     adapters are merged into the weights that are given back.
     """
-    quiet()
     trainer = StudentTrainer(
         model=model,
         args=arguments(job, optim, run_dir.path / job.label, seed=seed, bf16=bf16),

@@ -27,9 +27,11 @@ class DensePolicy(nn.Module):
         self.config = network.config
 
     @property
-    def lm_head(self) -> nn.Module:
+    def lm_head(self) -> nn.Linear:
         """States (.. d) to logits (.. vocab)."""
-        return self.network.get_output_embeddings()
+        head = self.network.get_output_embeddings()
+        assert isinstance(head, nn.Linear)
+        return head
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Logits, see `logits`."""

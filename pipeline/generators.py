@@ -1,8 +1,9 @@
 """Problems made by rule, for a model small enough to learn them on a laptop.
 
 Five families, each in English and Chinese where it can be: sums (`sum`), the same sums told as a story
-(`word`), small functions from two test values (`code`), reasoning-gym's `chain_sum` (`gym`), and plain
-instructions (`general`). All but the last need several small steps, so that working line by line pays and guessing at once does not.
+(`word`), small functions that must pass tests (`code`), reasoning-gym's `chain_sum` (`gym`), and plain
+instructions (`general`). All but the last need several small steps, so that working line by line pays
+and guessing at once does not.
 
 Held-out problems are disjoint from training problems by construction: the split is a hash of what
 has to be computed (`key`: "3+4-5", whatever the family, language or wording), so a held-out sum
@@ -122,25 +123,24 @@ def word_item(rng: random.Random) -> Item:
     parts = [has.format(who=who, what=what, n=terms[0])]
     parts += [(gets if t > 0 else gives).format(who=who, what=what, n=abs(t)) for t in terms[1:]]
     question = "".join(parts) + asks.format(what=what)
-    return Item("math", "word", language, question, str(sum(terms)), (), chain_steps(terms), expression(terms))
+    return Item(
+        "math", "word", language, question, str(sum(terms)), (), chain_steps(terms), expression(terms)
+    )
 
 
 def code_item(rng: random.Random) -> Item:
-    """`Write f(x)=a*x+b with f(1)=5 and f(2)=8.`: the slope first, then the rest."""
-    a, b, p, language = rng.randint(1, 6), rng.randint(0, 9), rng.randint(0, 2), language_of(rng)
-    low, high = a * p + b, a * (p + 1) + b
-    asks = {
-        "en": ("Write f(x)=a*x+b in Python with f({p})={low} and f({q})={high}.",),
-        "zh": ("用Python写f(x)=a*x+b，使f({p})={low}，f({q})={high}。",),
-    }
-    question = rng.choice(asks[language]).format(p=p, q=p + 1, low=low, high=high)
-    steps = [f"{high}-{low}={a}"]
-    if p > 1:
-        steps.append(f"{a}*{p}={a * p}")
-    if p:
-        steps.append(f"{low}-{a * p}={b}")
-    tests = tuple(f"assert f({x}) == {a * x + b}" for x in (p, p + 1, p + 5))
-    return Item("code", "code", language, question, f"def f(x): return {a}*x+{b}", tests, tuple(steps), f"code:{a},{b},{p}")
+    """`Write f(x) in Python: add 3, add 4, take 5.`: what has to be added in all is a sum like the others."""
+    terms, language = chain(rng, rng.choice((3, 4))), language_of(rng)
+    says = {"en": ("add {}", "take {}"), "zh": ("加{}", "减{}")}[language]
+    parts = [says[t < 0].format(abs(t)) for t in terms]
+    if language == "en":
+        question = f"Write f(x) in Python: {', '.join(parts)}."
+    else:
+        question = f"用Python写f(x)：{'，'.join(parts)}。"
+    total = sum(terms)
+    tests = tuple(f"assert f({x}) == {x + total}" for x in (0, 1, 10))
+    answer = f"def f(x): return x+{total}"
+    return Item("code", "code", language, question, answer, tests, chain_steps(terms), expression(terms))
 
 
 def gym_item(rng: random.Random) -> Item:
@@ -152,10 +152,16 @@ def gym_item(rng: random.Random) -> Item:
             min_terms=3, max_terms=4, min_digits=1, max_digits=1, seed=rng.randrange(2**31), size=16
         )
         for entry in ChainSumDataset(settings):
-            terms = [int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))]
-            if all(t != 0 for t in terms) and all(0 <= sum(terms[: i + 1]) <= LARGEST for i in range(len(terms))):
+            terms = [
+                int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))
+            ]
+            if all(t != 0 for t in terms) and all(
+                0 <= sum(terms[: i + 1]) <= LARGEST for i in range(len(terms))
+            ):
                 key = expression(terms)
-                return Item("math", "gym", "en", entry["question"], entry["answer"], (), chain_steps(terms), key)
+                return Item(
+                    "math", "gym", "en", entry["question"], entry["answer"], (), chain_steps(terms), key
+                )
 
 
 THINGS: dict[Language, tuple[str, ...]] = {
@@ -212,7 +218,9 @@ def items(task: str, count: int, split: Split, seed: int) -> list[Item]:
         if split_of(item.key) != split or item.question in found:
             misses += 1
             if misses > 200 * (count + 10):
-                raise ValueError(f"task {task!r} has fewer than {count} different {split} problems; ask for fewer")
+                raise ValueError(
+                    f"task {task!r} has fewer than {count} different {split} problems; ask for fewer"
+                )
             continue
         found[item.question] = item
     return list(found.values())

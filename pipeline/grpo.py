@@ -74,7 +74,7 @@ class Config(StageConfig):
     micro_rows: int = 32
     """Rows of one forward and backward."""
     eval_every: int = 10
-    """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never used to train or select."""
+    """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
     eval_problems: int = 64
     """Held-out problems of that check."""
     eval_source: str = "generator:tiny"

@@ -42,7 +42,9 @@ def learning_rate(optim: OptimConfig, update: int, total: int) -> float:
         return optim.lr * (update + 1) / optim.warmup_steps
     done = (update - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)
     done = min(1.0, done)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[optim.schedule]
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        optim.schedule
+    ]
     floor = 1.0 if optim.schedule == "constant" else optim.min_lr_ratio
     return optim.lr * (floor + (1 - floor) * shape)
 
@@ -51,7 +53,13 @@ class Learner:
     """Owns the optimizer of a policy and makes its updates."""
 
     def __init__(
-        self, policy: Policy, optim: OptimConfig, total_updates: int, *, micro_rows: int, mtp_coef: float = 0.0
+        self,
+        policy: Policy,
+        optim: OptimConfig,
+        total_updates: int,
+        *,
+        micro_rows: int,
+        mtp_coef: float = 0.0,
     ) -> None:
         self.policy, self.optim, self.total_updates = policy, optim, total_updates
         self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
@@ -83,7 +91,11 @@ class Learner:
         return self._step(sums)
 
     def policy_update(
-        self, batch: Batch, objective: PolicyObjective, old_logprobs: list[Tensor] | None, reference: Policy | None
+        self,
+        batch: Batch,
+        objective: PolicyObjective,
+        old_logprobs: list[Tensor] | None,
+        reference: Policy | None,
     ) -> dict[str, float]:
         """One update on the clipped surrogate.
 
@@ -169,7 +181,9 @@ class Learner:
         self.adamw.zero_grad(set_to_none=True)
         if isinstance(self.policy, Transformer):
             load = self.policy.router_load().float()
-            violation = (load.amax(-1) / load.mean(-1).clamp(min=1) - 1).max() if load.numel() else torch.zeros(())
+            violation = (
+                (load.amax(-1) / load.mean(-1).clamp(min=1) - 1).max() if load.numel() else torch.zeros(())
+            )
             metrics["router/max_violation"] = float(violation)
             self.policy.update_router_bias(self.optim.router_bias_gamma)
         self.updates += 1

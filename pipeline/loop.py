@@ -34,12 +34,17 @@ def restore_state(run_dir: RunDir, learner: Learner) -> int:
 
 
 def train_loop(
-    run_dir: RunDir, learner: Learner, batches: Iterable[Batch], steps: int, log_every: int, checkpoint_every: int
+    run_dir: RunDir,
+    learner: Learner,
+    batches: Iterable[Batch],
+    steps: int,
+    log_every: int,
+    checkpoint_every: int,
 ) -> None:
     """Update on each batch; log, checkpoint, and stop between steps after a Ctrl-C.
 
     Args:
-        batches: one an update, the same ones in the same order every time; a resumed run skips what it has had.
+        batches: one an update, the same every time; a resumed run skips those that it has had.
         log_every: metrics are those of the last step of each interval.
     """
     done = restore_state(run_dir, learner)

@@ -41,7 +41,9 @@ def token_logprobs(
     if hidden.shape[0] <= rows:
         return _score(hidden, head.weight, targets, temperature, entropy)
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    scored = [checkpoint(_score, h, head.weight, t, temperature, entropy, use_reentrant=False) for h, t in chunks]
+    scored = [
+        checkpoint(_score, h, head.weight, t, temperature, entropy, use_reentrant=False) for h, t in chunks
+    ]
     return torch.cat([s[0] for s in scored]), torch.cat([s[1] for s in scored])
 
 

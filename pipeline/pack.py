@@ -66,7 +66,9 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
         ValueError: a sequence is longer than a row.
     """
     if lengths and max(lengths) > row_tokens:
-        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a row of {row_tokens}; raise row_tokens")
+        raise ValueError(
+            f"a sequence of {max(lengths)} tokens does not fit a row of {row_tokens}; raise row_tokens"
+        )
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -106,7 +108,7 @@ def pack(examples: Sequence[Example], row_tokens: int) -> Batch:
 
 
 def mean_weights(scored: Sequence[Sequence[bool]]) -> list[list[float]]:
-    """Weights of a mean over all scored tokens of the batch; the first token of a sequence cannot be scored."""
+    """Weights of a mean over all scored tokens of the batch; a sequence's first token cannot be scored."""
     total = sum(sum(flags[1:]) for flags in scored)
     return [[0.0, *(float(flag) / max(total, 1) for flag in flags[1:])] for flags in scored]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 import model
 from model.dense import DensePolicy, load_dense, save_dense
@@ -28,7 +28,7 @@ def set_up(seed: int, threads: int) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def load_policy(path: Path) -> tuple[Policy, PreTrainedTokenizerBase]:
+def load_policy(path: Path) -> tuple[Policy, PreTrainedTokenizerFast]:
     """The model at `path`, native or dense by its config.json, in training mode, with its tokenizer.
 
     Raises:
@@ -42,7 +42,9 @@ def load_policy(path: Path) -> tuple[Policy, PreTrainedTokenizerBase]:
         raise UserError(f"cannot load the model at {path}: {error}") from error
 
 
-def save_policy(policy: Policy, tokenizer: PreTrainedTokenizerBase, path: Path, template: str, story: str) -> None:
+def save_policy(
+    policy: Policy, tokenizer: PreTrainedTokenizerFast, path: Path, template: str, story: str
+) -> None:
     """A directory that transformers loads: weights, tokenizer, the template it was trained with, a card."""
     if isinstance(policy, Transformer):
         model.save(policy, path)

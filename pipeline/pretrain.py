@@ -51,7 +51,9 @@ class Config(StageConfig):
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=3e-3, warmup_steps=30, schedule="cosine", router_bias_gamma=0.003)
+        default_factory=lambda: OptimConfig(
+            lr=3e-3, warmup_steps=30, schedule="cosine", router_bias_gamma=0.003
+        )
     )
     """AdamW, schedule and router balancing."""
 
@@ -72,7 +74,9 @@ def batches(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batc
             text = document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)
             ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
             total += len(ids)
-            if total > 0.97 * budget:  # what first-fit can always place in `rows` rows of such short documents
+            if (
+                total > 0.97 * budget
+            ):  # what first-fit can always place in `rows` rows of such short documents
                 break
             docs.append(ids)
         weights = mean_weights([[True] * len(d) for d in docs])
@@ -83,7 +87,6 @@ def run(config: Config, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
     import dataclasses
     import itertools
-
 
     from model.config import TINY
     from model.transformer import Transformer
@@ -110,5 +113,7 @@ def run(config: Config, run_dir: RunDir) -> None:
     )
     net = Transformer(shape, seed=config.seed).train()
     learner = Learner(net, config.optim, config.steps, micro_rows=config.micro_rows, mtp_coef=config.mtp_coef)
-    train_loop(run_dir, learner, batches(config, tokenizer), config.steps, config.log_every, config.checkpoint_every)
+    train_loop(
+        run_dir, learner, batches(config, tokenizer), config.steps, config.log_every, config.checkpoint_every
+    )
     run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))

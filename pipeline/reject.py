@@ -34,7 +34,7 @@ class Config(StageConfig):
     keep: int = 2
     """Most completions kept a problem; they differ."""
     general: int = 200
-    """Rows of general data (no arithmetic, no code) that are added, so that the model stays useful beside it."""
+    """Rows of general data (no arithmetic, no code) that are added, so that the model stays of general use."""
     max_tokens: int = 96
     """Longest completion, tokens."""
     temperature: float = 1.0
@@ -104,7 +104,9 @@ def run(config: Config, run_dir: RunDir) -> None:
         engine.close()
         scorer.close()
     if not rows:
-        raise UserError(f"reject kept nothing of {len(pool)} problems: {config.init_from} solves none; train it longer")
+        raise UserError(
+            f"reject kept nothing of {len(pool)} problems: {config.init_from} solves none; train it longer"
+        )
     for item in items("general", config.general, "train", config.seed + 2) if config.general else ():
         p = item.problem()
         rows.append(Row(p.id, p.question, curated(item), item.answer, p.language, p.kind, "general"))

@@ -1,4 +1,4 @@
-"""The RL step: rollouts -> rewards -> advantages -> packed rows -> updates. `pipeline.grpo` holds the settings."""
+"""The RL step: rollouts -> rewards -> advantages -> packed rows -> updates. Settings: `pipeline.grpo`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Trainer:
         self.scorer = Scorer(config.rewards)
         self.problems: list[Problem] = []
         for source in config.problems:
-            self.problems += problems(source, count=config.pool, split="train", seed=config.seed, data_dir=config.data)
+            self.problems += problems(
+                source, count=config.pool, split="train", seed=config.seed, data_dir=config.data
+            )
         self.heldout_problems: list[Problem] = []
         if config.eval_every:
             self.heldout_problems = problems(
@@ -118,28 +120,39 @@ class Trainer:
         share = len(graded) // config.minibatches
         parts = []
         for start in range(0, len(graded), share):
-            pairs = [(g, a) for g, a in zip(graded[start : start + share], advantages[start:], strict=False) if a is not None]
+            pairs = [
+                (g, a)
+                for g, a in zip(graded[start : start + share], advantages[start:], strict=False)
+                if a is not None
+            ]
             lengths = [len(g.rollout.token_ids) for g, _ in pairs]
             weights = rollout_weights(lengths, config.loss, config.max_tokens) if pairs else []
             examples = [
-                example(g.rollout, a, w) for (g, a), w in zip(pairs, weights, strict=True) if a != 0 or config.kl_coef
+                example(g.rollout, a, w)
+                for (g, a), w in zip(pairs, weights, strict=True)
+                if a != 0 or config.kl_coef
             ]
             if examples:
                 parts.append(pack(examples, config.row_tokens))
         old = None
         if len(parts) > 1:
             old = [
-                [score(self.policy, micro, config.temperature) for micro in part.micro_batches(config.micro_rows)]
+                [
+                    score(self.policy, micro, config.temperature)
+                    for micro in part.micro_batches(config.micro_rows)
+                ]
                 for part in parts
             ]
         metrics: dict[str, float] = {}
         mismatch = 0.0
         for i, part in enumerate(parts):
-            metrics = self.learner.policy_update(part, self.objective, old[i] if old else None, self.reference)
+            metrics = self.learner.policy_update(
+                part, self.objective, old[i] if old else None, self.reference
+            )
             mismatch = max(mismatch, metrics["policy/mismatch_kl"])
         if mismatch > config.max_mismatch_kl:
             raise RuntimeError(
-                f"engine and trainer disagree by {mismatch:.3g} nats a token (bound {config.max_mismatch_kl}): "
+                f"engine and trainer differ by {mismatch:.3g} nats a token (bound {config.max_mismatch_kl}): "
                 "the rollouts do not come from these weights"
             )
         return metrics
@@ -207,7 +220,9 @@ def example(rollout: Rollout, advantage: float, weight: float) -> Example:
     )
 
 
-def rollout_metrics(graded: Sequence[Graded], advantages: Sequence[float | None], group_size: int) -> dict[str, float]:
+def rollout_metrics(
+    graded: Sequence[Graded], advantages: Sequence[float | None], group_size: int
+) -> dict[str, float]:
     """What the step's rollouts looked like."""
     valid = [g for g in graded if g.verdict != "error"]
     groups = [advantages[i : i + group_size] for i in range(0, len(advantages), group_size)]

@@ -7,7 +7,6 @@ the corpus that rejection sampling kept.
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import OptimConfig, StageConfig
 from pipeline.corpus import Row, read_corpus, readable, split_blocks
 from pipeline.errors import UserError
+from pipeline.log import read_jsonl
 from pipeline.run import RunDir
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config(StageConfig):
-    """SFT on completions; prompts have no weight. Schedule: cosine to a tenth (arXiv:2501.12948, appendix)."""
+    """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"
     """Model to start from: a stage of this run, or a directory."""
@@ -79,11 +79,13 @@ def gather(config: Config, run_dir: RunDir) -> list[Row]:
             rows.append(Row(p.id, p.question, curated(item), item.answer, p.language, p.kind, "curated"))
     if config.samples_from:
         path = run_dir.file_input(config.samples_from, "samples.jsonl")
-        rows += kept_samples([json.loads(line) for line in path.read_text().splitlines()], config)
+        rows += kept_samples(read_jsonl(path), config)
     if config.corpus:
         rows += read_corpus(run_dir.file_input(config.corpus, "corpus.jsonl"))
     if not rows:
-        raise UserError(f"{run_dir.stage.name}: no rows are left after filtering; train {config.samples_from} longer")
+        raise UserError(
+            f"{run_dir.stage.name}: no rows are left after filtering; train {config.samples_from} longer"
+        )
     return rows
 
 
@@ -107,7 +109,9 @@ def kept_samples(samples: list[dict], config: Config) -> list[Row]:
     return rows
 
 
-def examples(rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: Config) -> list[tuple[list[int], list[bool]]]:
+def examples(
+    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: Config
+) -> list[tuple[list[int], list[bool]]]:
     """Token ids and which of them are scored: the completion, its end included."""
     from rollout.tokenizer import encode_example
 
@@ -117,7 +121,7 @@ def examples(rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: Config
         if len(prompt) + len(completion) <= config.row_tokens:
             out.append((prompt + completion, [False] * len(prompt) + [True] * len(completion)))
     if len(out) < len(rows):
-        print(f"{len(rows) - len(out)} of {len(rows)} rows are longer than row_tokens={config.row_tokens}: left out")
+        print(f"{len(rows) - len(out)} of {len(rows)} rows exceed row_tokens={config.row_tokens}: left out")
     return out
 
 
@@ -152,6 +156,8 @@ def run(config: Config, run_dir: RunDir) -> None:
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     packed = list(batches(examples(rows, tokenizer, config), config))
     print(f"{run_dir.stage.name}: {len(rows)} rows, {len(packed)} updates")
-    learner = Learner(policy, config.optim, len(packed), micro_rows=config.micro_rows, mtp_coef=config.mtp_coef)
+    learner = Learner(
+        policy, config.optim, len(packed), micro_rows=config.micro_rows, mtp_coef=config.mtp_coef
+    )
     train_loop(run_dir, learner, packed, len(packed), config.log_every, config.checkpoint_every)
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))

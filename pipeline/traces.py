@@ -14,13 +14,18 @@ from collections.abc import Iterator
 from pipeline.generators import Item, chain, chain_steps, expression, items, language_of, split_of
 from rollout.types import Language
 
-OPENERS: dict[Language, tuple[str, ...]] = {"en": ("First", "Then", "Next", "So"), "zh": ("先算", "再算", "接着", "得到")}
+OPENERS: dict[Language, tuple[str, ...]] = {
+    "en": ("First", "Then", "Next", "So"),
+    "zh": ("先算", "再算", "接着", "得到"),
+}
 STOP: dict[Language, str] = {"en": ".", "zh": "。"}
 GUESS: dict[Language, str] = {"en": "I think it is {}.", "zh": "我想是{}。"}
 RESULT: dict[Language, str] = {"en": "The answer is {}.", "zh": "答案是{}。"}
 
 
-def worked(steps: tuple[str, ...], language: Language, rng: random.Random | None = None, mixing: float = 0.0) -> str:
+def worked(
+    steps: tuple[str, ...], language: Language, rng: random.Random | None = None, mixing: float = 0.0
+) -> str:
     """Steps as sentences, one a line; with probability `mixing` a line is in the other language."""
     lines = []
     for i, step in enumerate(steps):
@@ -52,23 +57,14 @@ def drill(rng: random.Random) -> str:
     """
     lines = []
     for _ in range(5):
-        kind = rng.random()
-        if kind < 0.12:
-            a, b = rng.randint(1, 6), rng.randint(0, 3)
-            lines.append(f"{a}*{b}={a * b}")
-        elif kind < 0.24:
-            high = rng.randint(0, 27)
-            low = rng.randint(0, min(high, 18))
-            lines.append(f"{high}-{low}={high - low}")
-        else:
+        terms = chain(rng, rng.choice((2, 3, 4)))
+        while split_of(expression(terms)) == "heldout":
             terms = chain(rng, rng.choice((2, 3, 4)))
-            while split_of(expression(terms)) == "heldout":
-                terms = chain(rng, rng.choice((2, 3, 4)))
-            lines.append("=".join(chain_steps(terms)))
+        lines.append("=".join(chain_steps(terms)))
     return "\n".join(lines)
 
 
-SHARES = {"drill": 0.20, "untagged": 0.42, "bare": 0.08, "guess": 0.20, "tagged": 0.10}
+SHARES = {"drill": 0.25, "untagged": 0.40, "bare": 0.06, "guess": 0.19, "tagged": 0.10}
 """The pretraining mixture, shares of documents."""
 MIXING = 0.3
 """Share of tagged worked lines that the pretraining corpus has in the other language."""

@@ -12,7 +12,7 @@ class RolloutEngine(Protocol):
     """Draws completions. Same prompts, seed and weights: the same greedy tokens from every engine in fp32."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
-        """Yield `len(prompts) * sampling.n` rollouts in any order; `index` and `sample` say which is which."""
+        """Yield `len(prompts) * sampling.n` rollouts in any order; `index` and `sample` tell them apart."""
         ...
 
     def load_weights(self, source: Any, version: int) -> None:

@@ -73,7 +73,8 @@ class SamplingParams:
             raise ValueError(f"max_tokens={self.max_tokens} and n={self.n} must be at least 1.")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
-                f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], top_k={self.top_k} >= 0."
+                f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
+                f"top_k={self.top_k} >= 0."
             )
 
 
@@ -102,11 +103,11 @@ class Graded:
 
     rollout: Rollout
     text: str
-    """The whole completion as graded: the template's prefill, then the decoded tokens without the stop token."""
+    """The whole completion as graded: the template's prefill, then the tokens without the stop token."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Unweighted value of each reward by name; a reward whose verifier failed has no entry."""
     reward: float = 0.0
     """The weighted sum of `parts`; means nothing when the verdict is `error`."""
     verdict: Verdict = "incorrect"
-    """Of the accuracy reward. `error`: the verifier failed, the rollout is dropped from the loss and counted."""
+    """Of the accuracy reward. `error`: the verifier failed; the rollout is dropped and counted."""
     detail: str = ""

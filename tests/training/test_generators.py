@@ -12,7 +12,10 @@ from rewards.language import language_consistency
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_splits_are_disjoint_by_what_is_computed(family):
-    train, heldout = items(family, 400 if family != "code" else 120, "train", 0), items(family, 12, "heldout", 1)
+    train, heldout = (
+        items(family, 400, "train", 0),
+        items(family, 100, "heldout", 1),
+    )
     assert {i.key for i in train}.isdisjoint(i.key for i in heldout)
     assert all(split_of(i.key) == "heldout" for i in heldout)
     assert len({i.question for i in train}) == len(train)
@@ -24,12 +27,12 @@ def test_a_heldout_sum_never_appears_in_another_family():
     assert heldout.isdisjoint(told)
 
 
-@pytest.mark.parametrize("family", ["sum", "word", "gym"])
+@pytest.mark.parametrize("family", ["sum", "word", "gym", "code"])
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_steps_lead_from_the_question_to_the_answer(family, split):
     for item in items(family, 150, split, 3):
-        assert [eval(step) for step in item.steps] == [int(item.answer)] * len(item.steps)
-        assert item.steps[0] == item.key and item.steps[-1] == item.answer
+        assert {eval(step) for step in item.steps} == {eval(item.key)}
+        assert item.steps[0] == item.key and item.answer.endswith(item.steps[-1])
         operands = [len(re.findall(r"\d+", step)) for step in item.steps]
         assert operands == list(range(len(item.steps), 0, -1))  # one fewer each line
         first = [int(re.match(r"\d+", step)[0]) for step in item.steps]
@@ -65,8 +68,8 @@ def test_both_languages_and_all_families_are_there():
 def test_too_many_or_unknown_is_refused():
     with pytest.raises(ValueError, match="unknown task 'tinny'"):
         items("tinny", 1, "train", 0)
-    with pytest.raises(ValueError, match="fewer than 5000"):
-        items("code", 5000, "heldout", 0)
+    with pytest.raises(ValueError, match="fewer than 50000"):
+        items("general", 50000, "heldout", 0)
 
 
 def test_curated_traces_are_in_format_and_in_their_language():

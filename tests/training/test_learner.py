@@ -12,9 +12,19 @@ from pipeline.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rat
 from pipeline.pack import Example, mean_weights, pack, rollout_weights
 
 MICRO = dataclasses.replace(
-    TINY, vocab_size=40, hidden_size=32, num_hidden_layers=2, intermediate_size=48, moe_intermediate_size=16,
-    n_routed_experts=4, num_attention_heads=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
-)  # fmt: skip
+    TINY,
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_attention_heads=2,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+)
 OBJECTIVE = PolicyObjective(clip_low=0.2, clip_high=0.2, kl_coef=0.0, temperature=1.0, tis_cap=2.0)
 
 
@@ -54,7 +64,9 @@ def test_the_supervised_loss_is_the_mean_cross_entropy():
     for text in texts:
         logits = it.policy.logits(torch.tensor([text]))[0].double().log_softmax(-1)
         per_token += [-logits[i - 1, text[i]].item() for i in range(1, len(text))]
-    assert it.supervised_update(supervised(40, texts))["loss/lm"] == pytest.approx(sum(per_token) / len(per_token), rel=1e-5)
+    assert it.supervised_update(supervised(40, texts))["loss/lm"] == pytest.approx(
+        sum(per_token) / len(per_token), rel=1e-5
+    )
 
 
 def rollouts(it, row_tokens=40):
@@ -108,7 +120,10 @@ def test_a_restored_learner_goes_on_to_the_same_bits():
         straight.supervised_update(batch)
     for batch in batches[:2]:
         broken.supervised_update(batch)
-    state = {k: v if k == "counts" else torch.load(roundtrip(v), weights_only=True) for k, v in broken.state_dict().items()}
+    state = {
+        k: v if k == "counts" else torch.load(roundtrip(v), weights_only=True)
+        for k, v in broken.state_dict().items()
+    }
     resumed = learner(gamma=0.01)
     resumed.load_state_dict(state)
     for batch in batches[2:]:

@@ -46,7 +46,11 @@ def test_policy_loss_is_the_papers_objective_negated(lengths, high):
 def test_the_gradient_is_that_of_the_objective():
     torch.manual_seed(1)
     new = (-torch.rand(12, dtype=torch.double)).requires_grad_()
-    old, ref, advantages = -torch.rand(12, dtype=torch.double), -torch.rand(12, dtype=torch.double), torch.randn(12).double()
+    old, ref, advantages = (
+        -torch.rand(12, dtype=torch.double),
+        -torch.rand(12, dtype=torch.double),
+        torch.randn(12).double(),
+    )
     weights = torch.full((12,), 1 / 12, dtype=torch.double)
 
     def loss(x):
@@ -67,7 +71,11 @@ def test_rollout_weights_are_each_papers_mean(kind):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunked_logprobs_equal_the_whole_softmax_in_float64(monkeypatch, temperature):
     torch.manual_seed(0)
-    head, hidden, targets = nn.Linear(8, 50, bias=False), torch.randn(33, 8, requires_grad=True), torch.randint(50, (33,))
+    head, hidden, targets = (
+        nn.Linear(8, 50, bias=False),
+        torch.randn(33, 8, requires_grad=True),
+        torch.randint(50, (33,)),
+    )
     dense = torch.log_softmax(hidden.double() @ head.weight.double().T / temperature, -1)
     monkeypatch.setattr(losses, "CHUNK_BYTES", 4 * 50 * 7)  # seven rows a chunk, a ragged last one
     logprobs, entropy = token_logprobs(hidden, head, targets, temperature)

@@ -29,7 +29,9 @@ def test_packed_arrays_line_up():
     assert batch.token_ids.tolist() == [[5, 6, 7, 8, 9, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch.sequence_ids.tolist() == [[0, 0, 0, 1, 1, PADDING]]
-    torch.testing.assert_close(batch.weights, torch.tensor([[0, 0.5, 0.5, 0, 0.7, 0]]))  # no weight on a first token
+    torch.testing.assert_close(
+        batch.weights, torch.tensor([[0, 0.5, 0.5, 0, 0.7, 0]])
+    )  # no weight on a first token
     assert batch.rollout_logprobs.tolist() == [[0, -1, -2, 0, 0, 0]]
     assert batch.advantages.tolist() == [[2, 2, 2, 0, 0, 0]]
     assert batch.scored.tolist() == [[True, True, False, True, False]]

@@ -1,0 +1,180 @@
+"""The stage at micro size: students learn, travel, cost the same, and come out the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from distill.batches import plan
+from distill.student import Config, Shape, first_weights, lora_config
+from pipeline.config import OptimConfig
+from pipeline.errors import UserError
+from pipeline.run import RunDir
+from rollout.tokenizer import encode_example
+
+Distill = Callable[..., Path]
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path, label: str = "student") -> dict[str, torch.Tensor]:
+    return load_file(folder / label / "model" / "model.safetensors")
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def stop_after() -> Callable[[int], Callable[[RunDir], None]]:
+    """A hook that presses Ctrl-C when line `n` of the log is written."""
+
+    def make(n: int) -> Callable[[RunDir], None]:
+        def hook(run_dir: RunDir) -> None:
+            log = run_dir.log
+
+            def logged(step: int, total: int, row: dict[str, float]) -> None:
+                log(step, total, row)
+                if step == n:
+                    run_dir.on_sigint(signal.SIGINT, None)
+
+            run_dir.log = logged  # type: ignore[method-assign]
+
+        return hook
+
+    return make
+
+
+def test_student_and_control_learn_on_equal_budgets_and_load(distill: Distill, toy: Path) -> None:
+    folder = distill(steps=90, shape=Shape(hidden=64, layers=2, heads=2, intermediate=128))
+    rows = metrics(folder)
+    student, plain = rows[:90], rows[90:]
+    assert [row["step"] for row in rows] == list(range(1, 181))
+    assert student[-1]["loss/lm"] < 1.5 < 5 < student[0]["loss/lm"]
+    assert plain[-1]["loss/lm"] < 1.5 < 5 < plain[0]["loss/lm"]
+
+    # The same number of updates, and of tokens to within one row, though a plain row is three times shorter.
+    assert abs(student[-1]["data/tokens"] - plain[-1]["data/tokens"]) <= 128
+    assert abs(student[-1]["data/tokens"] - 90 * 512) <= 128
+    assert plain[-1]["data/epoch"] > 2 * student[-1]["data/epoch"]
+    assert student[-1]["optim/lr"] == pytest.approx(1e-3, rel=0.1)  # cosine to a tenth
+
+    question, trace = "1+2+3", "<think>\n1+2=3\n3+3=6\n</think>\n<answer>6</answer>"
+    for label, template in (("student", "r1"), ("plain", "plain")):
+        model = AutoModelForCausalLM.from_pretrained(folder / label / "model")
+        tokenizer = AutoTokenizer.from_pretrained(folder / label / "model")
+        assert json.loads((folder / label / "model" / "pipeline.json").read_text()) == {"template": template}
+        assert (folder / label / "model" / "README.md").read_text().startswith("# tiny: distilled")
+        assert (
+            model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
+        )
+        completion = trace if label == "student" else "<answer>6</answer>"
+        mine = encode_example(tokenizer, question, template, completion)
+        theirs = AutoTokenizer.from_pretrained(toy / "tokenizer")
+        assert mine == encode_example(theirs, question, template, completion)
+
+
+def test_the_first_loss_is_the_mean_over_completion_tokens(distill: Distill, toy: Path) -> None:
+    """Against a loop over rows and tokens on the untrained student."""
+    folder = distill(steps=1, plain_control=False, micro_batches=2, max_length=100)
+    tokenizer = AutoTokenizer.from_pretrained(toy / "tokenizer")
+    lines = (toy / "corpus.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    pairs = [encode_example(tokenizer, row["question"], "r1", row["completion"]) for row in rows]
+    shape = Shape(hidden=32, layers=2, heads=2, intermediate=64)
+    net = first_weights(Config(shape=shape), tokenizer, None).eval()
+    total, count = 0.0, 0
+    for batch in plan([len(p) + len(c) for p, c in pairs], 2, 256, seed=0):
+        for row in batch:
+            prompt, completion = pairs[row]
+            with torch.no_grad():
+                logits = net(torch.tensor([prompt + completion])).logits[0].double()
+            for i, token in enumerate(completion):
+                scores = logits[len(prompt) + i - 1]
+                total += math.log(scores.exp().sum().item()) - scores[token].item()
+                count += 1
+    assert metrics(folder)[0]["loss/lm"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_same_seed_same_bits(distill: Distill) -> None:
+    one, two, three = (distill(name=n, seed=s) for n, s in (("one", 0), ("two", 0), ("three", 1)))
+    for label in ("student", "plain"):
+        assert same_bits(weights(one, label), weights(two, label))
+    assert not same_bits(weights(one), weights(three))
+
+
+@pytest.mark.parametrize("at", [2, 4, 6, 8, 12])
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    distill: Distill, stop_after: Callable[[int], Callable[[RunDir], None]], at: int
+) -> None:
+    """In the middle of the student, of its control, on a checkpoint, and on the last step of each."""
+    whole = distill(name="whole", save_every=4)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        distill(name="cut", save_every=4, hook=stop_after(at))
+    cut = distill(name="cut", save_every=4, resume=True)
+    for label in ("student", "plain"):
+        assert same_bits(weights(whole, label), weights(cut, label))
+    told = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics(cut)]
+    assert told == [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics(whole)]
+
+
+def test_a_damaged_checkpoint_is_refused(
+    distill: Distill, stop_after: Callable[[int], Callable[[RunDir], None]], tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        distill(hook=stop_after(2))
+    file = tmp_path / "tiny" / "distill" / "student" / "checkpoint-3" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(UserError, match="corrupted"):
+        distill(resume=True)
+
+
+def test_too_long_rows_are_counted(distill: Distill, capsys: pytest.CaptureFixture[str]) -> None:
+    distill(max_completion=30, steps=1, plain_control=False)
+    assert "too long ones" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of 200 rows fits"):
+        distill(name="none", max_length=5, steps=1)
+
+
+def test_bfloat16_trains_float32_weights(distill: Distill) -> None:
+    folder = distill(dtype="bfloat16", steps=2, plain_control=False)
+    assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
+    assert metrics(folder)[1]["loss/lm"] < metrics(folder)[0]["loss/lm"]
+
+
+def test_a_checkpoint_can_be_the_start(distill: Distill) -> None:
+    first = distill(steps=20, plain_control=False)
+    start = str(first / "student" / "model")
+    second = distill(name="second", steps=1, plain_control=False, init_from=start)
+    assert metrics(second)[0]["loss/lm"] < metrics(first)[0]["loss/lm"] - 2
+
+
+def test_settings_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="micro-batch holds"):
+        Config(max_length=512, tokens_per_step=512, micro_batches=2)
+    with pytest.raises(ValueError, match="cosine or constant"):
+        Config(optim=OptimConfig(schedule="linear"))
+    with pytest.raises(ValueError, match="unknown template"):
+        Config(template="nope")
+
+
+def test_lora_without_peft_says_what_to_install() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="pip install peft"):
+            lora_config(8)
+    else:
+        assert lora_config(8).r == 8
+    assert lora_config(0) is None
