@@ -31,6 +31,7 @@ from pipeline.log import say
 from rollout.tokenizer import encode_example, load_tokenizer, template_named
 
 if TYPE_CHECKING:
+    from distill.trainer import Job
     from pipeline.run import RunDir
 
 
@@ -53,6 +54,22 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Base:
+    """Pretraining of a fresh student, so that it can read before it is taught, as R1's students could."""
+
+    steps: int = 0
+    """Updates on generated documents (`pipeline.traces.corpus`); 0 = fresh weights are taught at once."""
+    tokens_per_step: int = 1024
+    """Tokens of an update."""
+    task: str = "all"
+    """Mixture or family of `pipeline.generators` that the documents are about; train split only."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-3, warmup_steps=30, schedule="cosine")
+    )
+    """AdamW and its schedule."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config(StageConfig):
     """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
 
@@ -71,6 +88,8 @@ class Config(StageConfig):
     """Stage of this run, or directory, whose tokenizer a fresh student takes."""
     shape: Shape = field(default_factory=Shape)
     """The fresh student; unused with init_from."""
+    base: Base = field(default_factory=Base)
+    """Its pretraining; student and control start from the same result. Unused with init_from."""
     lora_rank: int = 0
     """Rank of LoRA adapters (arXiv:2106.09685) on all linear layers, merged at the end; 0 = full training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -133,6 +152,34 @@ class Course:
     examples: list[Example]
 
 
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A course, and how long and in what portions it is taught."""
+
+    course: Course
+    steps: int
+    tokens_per_step: int
+    micro_batches: int
+    optim: OptimConfig
+
+    def job(self, first: int, total: int, config: Config) -> Job:
+        """The updates, planned; they are steps `first + 1` .. of the stage's `total`."""
+        from distill.trainer import Job
+
+        lengths = [len(example) for example in self.course.examples]
+        budget = self.tokens_per_step // self.micro_batches
+        return Job(
+            label=self.course.label,
+            examples=self.course.examples,
+            batches=plan(lengths, self.steps * self.micro_batches, budget, config.seed),
+            accumulate=self.micro_batches,
+            first=first,
+            total=total,
+            save_every=config.save_every,
+            log_every=config.log_every,
+        )
+
+
 # ---- the corpus
 
 
@@ -181,6 +228,22 @@ def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: C
         + (f"; dropped {len(rows) - len(kept)} too long ones" if len(kept) < len(rows) else "")
     )
     return Course(label, template, kept)
+
+
+def documents(config: Config, tokenizer: Any) -> Course:
+    """Pretraining documents for every update of the base, each token scored."""
+    from pipeline.traces import corpus
+
+    wanted = config.base.steps * config.base.tokens_per_step
+    examples: list[Example] = []
+    tokens = 0
+    for text in corpus(config.base.task, 20_000, config.seed):
+        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+        examples.append(Example(ids[:1], ids[1:]))
+        tokens += len(ids)
+        if tokens >= wanted:
+            break
+    return Course("base", "r1-zero-short", examples)
 
 
 # ---- the model
@@ -239,7 +302,11 @@ def save(model: Any, tokenizer: Any, folder: Path, template: str, card: str) -> 
 def model_card(config: Config, course: Course, parameters: int, tokens: int, steps: int) -> str:
     """What it is, from what, and how it was trained."""
     start = f"the checkpoint {config.init_from}" if config.init_from else "fresh weights"
-    taught = "worked traces" if course.label == "student" else "answers without reasoning (the control)"
+    taught = {
+        "base": "generated documents (pretraining)",
+        "student": "worked traces",
+        "plain": "answers without reasoning (the control)",
+    }[course.label]
     return (
         f"# {config.name}: distilled {course.label}\n\n"
         f"{parameters:,} parameters, dense, from {start}; supervised training on {taught}.\n\n"
@@ -257,7 +324,7 @@ def model_card(config: Config, course: Course, parameters: int, tokens: int, ste
 
 def run(config: Config, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
-    from distill.trainer import Job, quiet, train
+    from distill.trainer import quiet, train
     from pipeline.policy import set_up
 
     set_up(config.seed, config.threads)
@@ -271,32 +338,34 @@ def run(config: Config, run_dir: RunDir) -> None:
     courses = [course("student", config.template, rows, tokenizer, config)]
     if config.plain_control:
         courses.append(course("plain", config.plain_template, plain_rows(rows), tokenizer, config))
-
     tokens = sum(map(len, courses[0].examples))
     steps = config.steps or max(1, math.ceil(config.epochs * tokens / config.tokens_per_step))
-    budget = config.tokens_per_step // config.micro_batches
-    for number, taught in enumerate(courses):
-        folder = run_dir.path / taught.label / "model"
+    lessons = [Lesson(c, steps, config.tokens_per_step, config.micro_batches, config.optim) for c in courses]
+    if config.base.steps and init is None:
+        base = config.base
+        lessons.insert(
+            0, Lesson(documents(config, tokenizer), base.steps, base.tokens_per_step, 1, base.optim)
+        )
+
+    total = sum(lesson.steps for lesson in lessons)
+    first = 0
+    for lesson in lessons:
+        taught, folder = lesson.course, run_dir.path / lesson.course.label / "model"
         if folder.is_dir():
             say(f"distill: {taught.label} is already trained")
-            continue
-        batches = plan([len(e) for e in taught.examples], steps * config.micro_batches, budget, config.seed)
-        job = Job(
-            label=taught.label,
-            examples=taught.examples,
-            batches=batches,
-            accumulate=config.micro_batches,
-            first=number * steps,
-            total=len(courses) * steps,
-            save_every=config.save_every,
-            log_every=config.log_every,
-        )
-        model = first_weights(config, tokenizer, init)
-        parameters = model.num_parameters()
-        size, tokens = f"{parameters / 1e6:.2f}M parameters", job.tokens(steps)
-        say(f"distill: {taught.label}: {size}, {steps} updates, {tokens:,} tokens")
-        bf16 = config.dtype == "bfloat16"
-        model = train(model, tokenizer, job, run_dir, config.optim, seed=config.seed, bf16=bf16, lora=lora)
-        card = model_card(config, taught, parameters, tokens, steps)
-        save(model, tokenizer, folder, taught.template, card)
-        run_dir.stop_if_interrupted()
+        else:
+            job = lesson.job(first, total, config)
+            model = first_weights(config, tokenizer, init)
+            parameters, seen = model.num_parameters(), job.tokens(lesson.steps)
+            size = f"{parameters / 1e6:.2f}M parameters"
+            say(f"distill: {taught.label}: {size}, {lesson.steps} updates, {seen:,} tokens")
+            bf16 = config.dtype == "bfloat16"
+            model = train(
+                model, tokenizer, job, run_dir, lesson.optim, seed=config.seed, bf16=bf16, lora=lora
+            )
+            card = model_card(config, taught, parameters, seen, lesson.steps)
+            save(model, tokenizer, folder, taught.template, card)
+            run_dir.stop_if_interrupted()
+        if taught.label == "base":
+            init = folder
+        first += lesson.steps

@@ -117,6 +117,7 @@ def run(config: Config, run_dir: RunDir) -> None:
 def loop(config: Config, run_dir: RunDir, trainer: Trainer) -> None:
     """The steps, logged, checkpointed, and interruptible between any two."""
     first = trainer.restore() + 1
+    run_dir.metrics.begin()
     for step in range(first, config.steps + 1):
         began = time.monotonic()
         metrics, records = trainer.step(step)

@@ -82,12 +82,17 @@ class MetricsLog:
     def __init__(self, path: Path, stage: str, keep_to: int | None = None) -> None:
         """Append to `path`; on a resume, drop what came after step `keep_to`, which will be made again."""
         self.stage, self.first, self.started = stage, keep_to or 0, time.monotonic()
+        self.loop_began = self.started
         self.elapsed_before = 0.0
         if keep_to is not None:
             truncate_after(path, keep_to)
             rows = read_jsonl(path)
             self.elapsed_before = rows[-1].get("time/elapsed_s", 0.0) if rows else 0.0
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+
+    def begin(self) -> None:
+        """The first step starts now; what came before, such as loading, is no part of its time."""
+        self.loop_began = time.monotonic()
 
     @property
     def elapsed_s(self) -> float:
@@ -102,7 +107,7 @@ class MetricsLog:
         row["time/elapsed_s"] = round(self.elapsed_s, 3)
         self.file.write(json.dumps(row) + "\n")
         shown = [f"{SHORT[k]} {v:.3g}" for k, v in metrics.items() if k in SHORT]
-        a_step = (time.monotonic() - self.started) / max(1, step - self.first)
+        a_step = (time.monotonic() - self.loop_began) / max(1, step - self.first)
         left = duration(a_step * (total - step))
         print(
             f"{self.stage:8} {step:>4}/{total}  {'  '.join(shown)}  {a_step:.2f} s/step  left {left}",

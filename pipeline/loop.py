@@ -49,6 +49,7 @@ def train_loop(
     """
     done = restore_state(run_dir, learner)
     tokens = 0
+    run_dir.metrics.begin()
     for step, batch in enumerate(itertools.islice(batches, steps), start=1):
         tokens += batch.tokens()
         if step <= done:

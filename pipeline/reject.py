@@ -34,7 +34,7 @@ class Config(StageConfig):
     keep: int = 2
     """Most completions kept a problem; they differ."""
     general: int = 200
-    """Rows of general data (no arithmetic, no code) that are added, so that the model stays of general use."""
+    """Rows of general data (no arithmetic, no code) that are added, to keep other skills alive."""
     max_tokens: int = 96
     """Longest completion, tokens."""
     temperature: float = 1.0

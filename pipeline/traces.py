@@ -64,15 +64,19 @@ def drill(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-SHARES = {"drill": 0.25, "untagged": 0.40, "bare": 0.06, "guess": 0.19, "tagged": 0.10}
+SHARES = {"drill": 0.25, "untagged": 0.40, "bare": 0.06, "guess": 0.20, "tagged": 0.09}
 """The pretraining mixture, shares of documents."""
+CHAT = 0.25
+"""Share of prompts written with the chat template's own tokens, as some of any base's text is."""
+CHAT_PROMPT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜>"
 MIXING = 0.3
 """Share of tagged worked lines that the pretraining corpus has in the other language."""
 
 
 def document(kind: str, item: Item, rng: random.Random) -> str:
-    """One pretraining document about `item`; the prompt part is the template `r1-zero-short`."""
-    prompt = f"User: {item.question}\nAssistant:"
+    """One pretraining document about `item`; prompts read as the templates `r1-zero-short` and `r1` do."""
+    chat = rng.random() < CHAT
+    prompt = CHAT_PROMPT.format(item.question) if chat else f"User: {item.question}\nAssistant: "
     if not item.steps and kind in ("untagged", "tagged"):
         kind = "guess"  # nothing to work out
     if kind == "drill":
@@ -81,11 +85,11 @@ def document(kind: str, item: Item, rng: random.Random) -> str:
         end = RESULT[item.language].format(item.answer)
         return f"Problem: {item.question}\nSolution:\n{worked(item.steps, item.language)}\n{end}"
     if kind == "bare":
-        return f"{prompt} {item.answer}"
+        return f"{prompt}{item.answer}"
     if kind == "guess":
         spoken = item.language if rng.random() > MIXING else language_of(rng)
-        return f"{prompt} {tagged(GUESS[spoken].format(item.answer), item.answer)}"
-    return f"{prompt} {tagged(worked(item.steps, item.language, rng, MIXING), item.answer)}"
+        return f"{prompt}{tagged(GUESS[spoken].format(item.answer), item.answer)}"
+    return f"{prompt}{tagged(worked(item.steps, item.language, rng, MIXING), item.answer)}"
 
 
 def corpus(task: str, pool: int, seed: int) -> Iterator[str]:
