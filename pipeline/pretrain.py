@@ -54,7 +54,7 @@ class Config(StageConfig):
     """Steps between checkpoints."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(
-            lr=3e-3, warmup_steps=30, schedule="cosine", router_bias_gamma=0.003
+            lr=1e-3, warmup_steps=30, schedule="cosine", router_bias_gamma=0.003
         )
     )
     """AdamW, schedule and router balancing."""
