@@ -185,3 +185,14 @@ def test_a_corrupted_model_is_refused_by_name(runs, capsys):
     weights_file.write_bytes(weights_file.read_bytes()[:1000])
     assert main(command("grpo", runs, "--name", "truncated")) == 2
     assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_rl_takes_a_dense_policy_too(runs):
+    """GRPO on the distilled student: the same loop over a transformers model and the dense engine."""
+    student = str(runs / "micro/distill/student/model")
+    assert main(command("grpo", runs, "--name", "dense", "--init-from", student, "--steps", "2")) == 0
+    logged = rows(runs / "dense/grpo/metrics.jsonl")
+    assert [row["step"] for row in logged] == [1, 2]
+    assert all(row["policy/mismatch_max"] < 1e-3 for row in logged if "policy/mismatch_max" in row)
+    new, old = (load_file(Path(p) / "model.safetensors") for p in (runs / "dense/grpo/model", student))
+    assert new.keys() == old.keys() and any(not torch.equal(new[k], old[k]) for k in new)
