@@ -34,21 +34,19 @@ def read_corpus(path: Path) -> list[Row]:
     """
     names = {field.name for field in fields(Row)}
     try:
-        lines = (
-            path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        )  # not splitlines: U+2028 is text
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the corpus {path}: {error}") from error
+    if not text:
+        raise UserError(f"{path} has no rows")
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 is text
         try:
             rows.append(Row(**{k: v for k, v in json.loads(line).items() if k in names}))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path} line {number} is not a corpus row (id, question, completion, ...): {error}"
             ) from error
-    if not rows:
-        raise UserError(f"{path} has no rows")
     return rows
 
 
