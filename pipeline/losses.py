@@ -98,4 +98,4 @@ def policy_loss(
 def k3(p: Tensor, q: Tensor) -> Tensor:
     """Schulman's k3 estimate of KL(p || q) a token, from log-probabilities of tokens drawn from `p`."""
     gap = q - p
-    return gap.exp() - gap - 1
+    return gap.expm1() - gap  # expm1: the gaps are tiny, and a KL estimate is never negative
