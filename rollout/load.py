@@ -68,9 +68,11 @@ def open_engine(
         return NativeEngine(model.load(path, dtype=torch_dtype, device=device)), tokenizer
 
     from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers.utils import logging
 
     from rollout.dense import DenseEngine
 
+    logging.disable_progress_bar()  # it would tear the caller's own lines apart
     dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch_dtype, device_map={"": device}
     )
