@@ -236,6 +236,9 @@ def open_run(stage: Stage, config: StageConfig, command: str) -> Iterator[RunDir
             try:
                 yield run
                 finish(run)
+            except UserError:
+                forget_if_empty(run, used)
+                raise
             finally:
                 signal.signal(signal.SIGINT, before)
                 run.metrics.close()
@@ -245,6 +248,15 @@ def open_run(stage: Stage, config: StageConfig, command: str) -> Iterator[RunDir
                 f"the disk is full ({run.path}); free some space, then: {command} --resume"
             ) from error
         raise
+
+
+def forget_if_empty(run: RunDir, used: bool) -> None:
+    """Remove a new directory in which nothing was done: the corrected command must not find it in use."""
+    work = [
+        p for p in run.path.iterdir() if p.name not in ("config.toml", "env.json", "lock", "metrics.jsonl")
+    ]
+    if not used and not work and not (run.path / "metrics.jsonl").stat().st_size:
+        shutil.rmtree(run.path)
 
 
 @contextmanager

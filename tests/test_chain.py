@@ -196,3 +196,12 @@ def test_rl_takes_a_dense_policy_too(runs):
     assert all(row["policy/mismatch_max"] < 1e-3 for row in logged if "policy/mismatch_max" in row)
     new, old = (load_file(Path(p) / "model.safetensors") for p in (runs / "dense/grpo/model", student))
     assert new.keys() == old.keys() and any(not torch.equal(new[k], old[k]) for k in new)
+
+
+def test_a_run_that_could_not_begin_leaves_no_directory_in_the_way(runs, capsys):
+    student = str(runs / "micro/sft/model")
+    argv = command("grpo", runs, "--name", "typo", "--init-from", student, "--steps", "1", "--problems")
+    assert main([*argv, "nothere.jsonl"]) == 2
+    assert "nothere.jsonl" in capsys.readouterr().err
+    assert not (runs / "typo/grpo").exists()
+    assert main([*argv, "generator:sum"]) == 0

@@ -84,11 +84,12 @@ def test_a_stage_that_refuses_its_input_is_2(toy, capsys):
 
     toy.run = run
     assert main(capsys, "toy --config toy.toml") == (2, ["error: problems.jsonl, line 3: no answer"])
-    assert not Path("runs/tiny/toy/done.json").exists()
+    assert not Path("runs/tiny/toy").exists()  # nothing was done: the corrected command starts afresh
 
 
 def test_a_used_directory_says_how_to_go_on_and_that_works(toy, capsys):
     def stop(config, run_dir):
+        run_dir.samples(1, [{"text": "some work"}])  # a run that did nothing leaves no directory
         raise UserError("stop")
 
     toy.run = stop
