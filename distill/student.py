@@ -47,6 +47,8 @@ class Shape:
     """Attention heads; divides `hidden`."""
     intermediate: int = 384
     """Width of the gated feed-forward."""
+    initializer_range: float = 0.05
+    """Standard deviation of initial weights; at this width 0.05 learns to copy sooner than 0.02."""
 
     def __post_init__(self) -> None:
         if self.hidden % (2 * self.heads):
@@ -266,6 +268,7 @@ def first_weights(config: Config, tokenizer: Any, init: Path | None) -> Any:
             num_attention_heads=shape.heads,
             num_key_value_heads=shape.heads,
             intermediate_size=shape.intermediate,
+            initializer_range=shape.initializer_range,
             max_position_embeddings=max(2048, config.max_length),
             tie_word_embeddings=True,
             bos_token_id=tokenizer.bos_token_id,
