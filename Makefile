@@ -67,7 +67,7 @@ endif
 
 # ---- stages: a stage is made when its done.json is missing (age does not count), or when it is the goal
 
-.PHONY: help setup check test r1 FORCE $(STAGES)
+.PHONY: help setup check test bench r1 FORCE $(STAGES)
 
 $(STAGES): %: $(call done,%)
 
@@ -141,6 +141,9 @@ check: $(STAMP)
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+bench: $(STAMP)
+	$(VENV)/bin/python -m tests.bench $(ARGS)
+
 help:
 	@echo 'make r1                     the whole chain, from nothing to a report'
 	@echo 'make STAGE                  one stage, and first whatever it needs:'
@@ -149,6 +152,7 @@ help:
 	@echo 'make setup                  the environment $(VENV); every target does it by itself'
 	@echo 'make check                  lint, format, types'
 	@echo 'make test                   the tests'
+	@echo 'make bench [ARGS="NAME ..."]  speed against named peers; writes docs/results/bench-NAME.json'
 	@echo
 	@echo 'With PRESET=NAME, a folder of configs/ ($(presets)), and ARGS="--name NAME --seed N --key value".'
 	@echo 'Every setting of a stage: $(VENV)/bin/python -m pipeline STAGE --help'

@@ -1,0 +1,73 @@
+"""How a benchmark measures: candidates interleaved, medians of rounds, one JSON under docs/results.
+
+A shared machine slows everything down for a while, so what is compared runs in turn, round by round, and
+only ratios of medians are claims. A round's ratio of two candidates that ran next to each other is steadier
+still: `ratio` is the median of those.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.run import environment, write_atomic
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of every round of one candidate."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+    def ratio(self, other: Timing) -> float:
+        """How many times longer `other` takes: the median of the rounds' ratios."""
+        return statistics.median(b / a for a, b in zip(self.seconds, other.seconds, strict=True))
+
+    def report(self) -> dict[str, float]:
+        """For the JSON."""
+        return {"median_s": self.median, "min_s": min(self.seconds), "max_s": max(self.seconds)}
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], rounds: int = 5, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time each candidate once a round, in turn, every second round in reverse order.
+
+    Args:
+        candidates: what to time, by name; a call does the whole work and returns when it is done.
+        rounds: timed rounds.
+        warmup: rounds before them that are not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for number in range(-warmup, rounds):
+        names = list(candidates) if number % 2 == 0 else list(candidates)[::-1]
+        for name in names:
+            begin = time.perf_counter()
+            candidates[name]()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+def record(name: str, result: Mapping[str, Any]) -> Path:
+    """Write `docs/results/bench-NAME.json`: the result with machine, versions, commit and date."""
+    env = environment()
+    where = {key: env[key] for key in ("machine", "python", "packages", "commit", "modified")}
+    path = RESULTS / f"bench-{name}.json"
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    body = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), **where, **result}
+    write_atomic(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
+    return path
