@@ -1,1 +1,1 @@
-"""Benchmarks: ratios against named peers, measured side by side in one run. `make bench`, never in the suite."""
+"""Benchmarks: ratios against named peers, side by side in one run. `make bench`, never in the suite."""

@@ -20,7 +20,7 @@ NOT_BENCHMARKS = {"__init__", "__main__", "measure"}
 
 
 def names() -> list[str]:
-    """The benchmarks there are. A file whose name begins with an underscore holds what several of them share."""
+    """The benchmarks there are; a file whose name begins with an underscore holds what several share."""
     found = {file.stem for file in Path(__file__).parent.glob("*.py")} - NOT_BENCHMARKS
     return sorted(name for name in found if not name.startswith("_"))
 
