@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .kernels.blocks import BLOCK, Quantized, transpose
 from .kernels.gemm import (
@@ -79,16 +80,29 @@ class _Grouped(torch.autograd.Function):
         return dx, dw, None, None
 
 
+class _Steps:
+    """Optimizer steps of this process. Fused optimizers change weights without raising their version."""
+
+    taken = 0
+
+    @classmethod
+    def count(cls, *_: object) -> None:
+        cls.taken += 1
+
+
+register_optimizer_step_post_hook(_Steps.count)
+
+
 class _Kept:
     """A weight's FP8 form, made again when the weight has changed: once an update, not once a micro-batch."""
 
     def __init__(self) -> None:
-        self.made_for: tuple[int, int] | None = None
+        self.made_for: tuple[int, ...] = ()
 
     @torch.no_grad()
     def of(self, weight: Tensor) -> Quantized:
         """`weight` (.. o i) in blocks. `copy_` and optimizers are noticed, writing through `.data` is not."""
-        now = (weight.data_ptr(), weight._version)
+        now = (weight.data_ptr(), weight._version, _Steps.taken)
         if self.made_for != now:
             self.quantized, self.made_for = quantize(weight.detach(), BLOCK), now
         return self.quantized

@@ -84,7 +84,9 @@ def test_grouped_products_equal_the_plain_code():
     a, b = blocks.quantize(x, 1, True), blocks.quantize(w, 128)
     close(cuda.multiply_grouped(a, b, COUNTS, x.dtype), gemm.multiply_grouped(a, b, COUNTS, x.dtype))
     d, flipped = blocks.quantize(dy, 1), transpose(b)
-    close(cuda.multiply_grouped(d, flipped, COUNTS, x.dtype), gemm.multiply_grouped(d, flipped, COUNTS, x.dtype))
+    close(
+        cuda.multiply_grouped(d, flipped, COUNTS, x.dtype), gemm.multiply_grouped(d, flipped, COUNTS, x.dtype)
+    )
     got = cuda.weight_gradient_grouped(dy, a, COUNTS, x.dtype)
     close(got, gemm.weight_gradient_grouped(dy, a, COUNTS, x.dtype))
     assert not got[1].any() and not got[4].any()  # experts without tokens
@@ -96,7 +98,10 @@ def test_dense_products_equal_the_plain_code():
     a, b = cuda.quantize(x, 1, True), cuda.quantize(w, 128)
     assert isinstance(a, Quantized)
     close(cuda.multiply(a, b, torch.float), gemm.multiply(a, b, torch.float))
-    close(cuda.multiply(cuda.quantize(dy, 1), transpose(b), torch.float), gemm.multiply(blocks.quantize(dy, 1), transpose(b), torch.float))
+    close(
+        cuda.multiply(cuda.quantize(dy, 1), transpose(b), torch.float),
+        gemm.multiply(blocks.quantize(dy, 1), transpose(b), torch.float),
+    )
     close(cuda.weight_gradient(dy, a, torch.float), gemm.weight_gradient(dy, a, torch.float))
     half = cuda.multiply(a, b, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and (half - gemm.multiply(a, b, torch.float)).abs().max() < 0.5
