@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import DecodeStep
+from .causal import CausalAttention
 from .config import ModelConfig
 from .layers import RMSNorm
+from .layout import Layout
 from .rope import Rope, softmax_scale
 
 # The released code builds the norms of the two latents with this whatever the config's rms_norm_eps.
@@ -68,16 +70,14 @@ class Attention(nn.Module):
         c, k = self.kv_a_proj_with_mqa(x).split([self.rank, self.rotary], dim=-1)
         return self.kv_a_layernorm(c), self.rope.rotate(k, rotations)
 
-    def forward(
-        self, x: Tensor, rotations: Tensor, mask: Tensor | None, cache: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, cache: Tensor | None = None) -> Tensor:
         """Expanded form over `x` (b s d).
 
         Args:
-            rotations: `s r/2` or `b s r/2`, of the tokens' positions.
-            mask: `b 1 s s`, added to the scores; None = every earlier token of the row.
+            layout: rotations of the tokens' positions, and who sees whom.
             cache: `b T w`, this layer's, whose first s columns are filled. None = keep nothing.
         """
+        rotations = layout.rotations
         q, q_rot = self._query(x)  # b s h n, b s h r
         c, k_rot = self._latent(x, rotations)  # b s c, b s r
         if cache is not None:
@@ -85,10 +85,15 @@ class Attention(nn.Module):
             cache[:, : x.shape[1], self.rank :] = k_rot
         q_rot = self.rope.rotate(q_rot, rotations.unsqueeze(-2))
         k, v = self.kv_b_proj(c).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
-        q = torch.cat([q, q_rot], dim=-1).transpose(1, 2)  # b h s n+r
-        k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1).transpose(1, 2)  # b h s n+r
-        o = attend(q, k, v.transpose(1, 2), mask, self.scale)  # b h s v
-        return self.o_proj(o.transpose(1, 2).flatten(-2))
+        q = torch.cat([q, q_rot], dim=-1)  # b s h n+r
+        k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1)  # b s h n+r
+        if layout.buckets is not None:
+            flat = (tensor.flatten(0, 1) for tensor in (q, k, v))  # b s h .. -> N h ..
+            o = CausalAttention.apply(*flat, self.scale, layout.buckets).view_as(v)  # b s h v
+        else:
+            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # b h s ..
+            o = attend(q, k, v, layout.mask, self.scale).transpose(1, 2)  # b s h v
+        return self.o_proj(o.flatten(-2))
 
     def decode(self, x: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
         """Absorbed form for one new token a row, `x` (b d), which is appended to `cache` (b T w)."""
@@ -108,24 +113,13 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention of `q`, `k` (b h s n+r) over `v` (b h s v): (b h s v).
+    """Softmax attention of `q`, `k` (b h s n+r) over `v` (b h s v) by torch's fused kernels: (b h s v).
 
-    The fused kernels, on the CPU too, want heads of one size, and fall back to whole score matrices where
-    values are narrower: padding them is twice as fast and never holds an s x s matrix.
+    Those want heads of one size, and fall back to whole score matrices where values are narrower: padding
+    the values is faster and never holds an s x s matrix.
     """
     pad = q.shape[-1] - v.shape[-1]
     o = F.scaled_dot_product_attention(
         q, k, F.pad(v, (0, pad)) if pad > 0 else v, attn_mask=mask, is_causal=mask is None, scale=scale
     )
     return o[..., : v.shape[-1]]
-
-
-def packed_mask(sequence_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mask (b 1 s s) that keeps attention causal and within a sequence: `sequence_ids` (b s), -1 = padding.
-
-    Padding sees earlier padding of its row and itself, so that no softmax is empty.
-    """
-    s = sequence_ids.shape[1]
-    same = (sequence_ids[:, :, None] == sequence_ids[:, None, :]).tril()  # b s s
-    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
-    return mask.masked_fill_(~same, float("-inf")).view(-1, 1, s, s)

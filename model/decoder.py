@@ -14,7 +14,8 @@ from .attention import Attention
 from .cache import DecodeStep, LayerCache
 from .config import ModelConfig
 from .layers import MLP, RMSNorm
-from .moe import Layout, MoE
+from .layout import Layout
+from .moe import MoE
 from .rope import Rope
 
 
@@ -34,7 +35,7 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """`x` (b s d), with `replay` (b s k) of recorded experts; fills the first s columns of `cache`."""
         latent = None if cache is None else cache.latent
-        x = x + self.self_attn(self.input_layernorm(x), layout.rotations, layout.mask, latent)
+        x = x + self.self_attn(self.input_layernorm(x), layout, latent)
         u = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(u)

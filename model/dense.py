@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .attention import packed_mask
+from .layout import packed_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +49,11 @@ class DensePolicy(nn.Module):
         Where the sequences of a packed row start is told by a whole (b 1 s s) mask: the one form that every
         architecture and attention of transformers takes as it is.
         """
-        mask = None if sequence_ids is None else packed_mask(sequence_ids, self.network.dtype)
+        mask = None
+        if sequence_ids is not None:  # added to the scores: what all attentions of transformers understand
+            seen = packed_mask(sequence_ids)
+            mask = torch.zeros(seen.shape, dtype=self.network.dtype, device=seen.device)
+            mask.masked_fill_(~seen, float("-inf"))
         out = self.network.base_model(
             input_ids=token_ids, attention_mask=mask, position_ids=positions, use_cache=False
         )

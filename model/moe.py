@@ -12,7 +12,7 @@ Axes    t tokens, d width, e experts, k experts per token, m = t k token-expert 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .layers import MLP
+from .layout import Layout
 
 
 class Gate(nn.Module):
@@ -160,17 +161,6 @@ class Experts(nn.Module):
         y = GroupedLinear.apply(F.silu(gate) * up, self.down_proj, counts)  # m d
         y = y * g.flatten()[order, None].to(y.dtype)
         return torch.zeros_like(u).index_add_(0, token, y)  # m d -> t d
-
-
-class Layout(NamedTuple):
-    """What all layers of one forward share: who sits where, who sees whom, and what is counted."""
-
-    rotations: Tensor  # s r/2 or b s r/2, complex
-    mask: Tensor | None = None  # b 1 s s, added to attention scores; None = causal within the row
-    sequence: Tensor | None = None  # b s, number of a token's sequence, -1 = padding; None = row by row
-    sequences: int = 0  # how many there are, where they are numbered
-    counted: bool = False  # add to the load that `update_bias` evens out
-    balance: bool = False  # add to the balance loss
 
 
 class MoE(nn.Module):

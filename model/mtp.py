@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .decoder import DecoderLayer
 from .layers import RMSNorm
-from .moe import Layout
+from .layout import Layout
 from .rope import Rope
 
 

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .attention import packed_mask
 from .cache import DecodeStep, LatentCache
 from .config import ModelConfig
 from .decoder import DecoderLayer
 from .layers import RMSNorm
-from .moe import Layout, MoE
+from .layout import Layout
+from .moe import MoE
 from .mtp import MTPModule
 from .rope import Rope
 
@@ -127,11 +127,7 @@ class Transformer(nn.Module):
         rotations = self.rope.first(s, token_ids.device) if positions is None else self.rope(positions)
         learning = self.training and torch.is_grad_enabled()  # rollouts and evaluation leave no trace
         balance = learning and self.balance_alpha > 0
-        if sequence_ids is None:
-            return Layout(rotations, counted=learning, balance=balance)
-        mask = packed_mask(sequence_ids, self.embed_tokens.weight.dtype)
-        sequence, sequences = _number_sequences(sequence_ids) if balance else (sequence_ids, 0)
-        return Layout(rotations, mask, sequence, sequences, learning, balance)
+        return Layout.of(rotations, token_ids, sequence_ids, learning, balance)
 
     def new_cache(self, batch: int, max_tokens: int, record_routes: bool = False) -> LatentCache:
         """An empty cache for `batch` rows of up to `max_tokens`; `record_routes` keeps expert choices too."""
@@ -152,7 +148,7 @@ class Transformer(nn.Module):
             )
         # Padding sits after the tokens that count, so the causal mask already hides it from them; the
         # columns it leaves in the cache lie beyond `lengths` until decoding overwrites them.
-        layout = Layout(self.rope.first(token_ids.shape[1], token_ids.device))
+        layout = Layout.of(self.rope.first(token_ids.shape[1], token_ids.device), token_ids)
         x = self.embed_tokens(token_ids)
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, layout, cache=layer_cache)
@@ -203,12 +199,3 @@ class Transformer(nn.Module):
         for moe in self.moe_layers():
             moe.balance_loss = None
         return self.balance_alpha * sum(losses, start=self.norm.weight.new_zeros((), dtype=torch.float))
-
-
-def _number_sequences(sequence_ids: Tensor) -> tuple[Tensor, int]:
-    """Number the sequences of all rows 0, 1, .. (b s), keeping -1 for padding; and say how many there are."""
-    rows = torch.arange(len(sequence_ids), device=sequence_ids.device)[:, None].expand_as(sequence_ids)
-    inside = sequence_ids >= 0
-    pairs = torch.stack([rows[inside], sequence_ids[inside]], dim=1)
-    found, numbers = torch.unique(pairs, dim=0, return_inverse=True)
-    return torch.full_like(sequence_ids, -1).masked_scatter(inside, numbers), len(found)

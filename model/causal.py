@@ -1,0 +1,138 @@
+"""Causal attention over sequences of many lengths, for CPUs: no block above the diagonal.
+
+The fused attention of torch wants heads of one size and, on a CPU, is slower than plain GEMMs at the lengths
+that a CPU trains. Here queries are taken a block at a time against the keys up to the block's end:
+
+    P_b = softmax(scale Q_b K_(<=b)^T)        O_b = P_b V_(<=b)
+
+    dV += P_b^T dO_b      dS_b = softmax'(dO_b V^T, P_b)      dQ_b = scale dS_b K      dK += scale dS_b^T Q_b
+
+Packed rows are taken apart into their sequences, and sequences of like length share a bucket, padded on the
+right: a causal query never sees padding behind it, so there is no mask but the diagonal block's.
+
+Axes    N tokens of all rows laid end to end, h heads, k key dimensions, v value dimensions;
+        n sequences of a bucket, L its longest
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+"""Queries of a block. Smaller ones skip more of the upper triangle, larger ones make better GEMMs."""
+FULLNESS = 0.75
+"""A sequence shares a bucket whose longest is at most 1 / FULLNESS times as long."""
+KEEP = 1024
+"""Up to this length the probabilities are kept for the backward; above, they are computed again."""
+
+Buckets = list[Tensor]
+"""Index tensors (n L): places in the N tokens, -1 where a shorter sequence has ended."""
+
+
+def buckets(sequence_ids: Tensor) -> Buckets:
+    """Sequences of packed rows, `sequence_ids` (b s), -1 = padding, by like length."""
+    b, s = sequence_ids.shape
+    row = torch.arange(b).repeat_interleave(s)
+    flat = sequence_ids.flatten()
+    key = row * (int(flat.max()) + 2) + flat
+    inside = (flat >= 0).nonzero().squeeze(1)
+    order = inside[key[inside].argsort(stable=True)]
+    lengths = torch.unique_consecutive(key[order], return_counts=True)[1].tolist()
+    sequences = sorted(order.split(lengths), key=len, reverse=True)
+    found, start = [], 0
+    while start < len(sequences):
+        longest = len(sequences[start])
+        end = start + 1
+        while end < len(sequences) and len(sequences[end]) >= FULLNESS * longest:
+            end += 1
+        found.append(torch.nn.utils.rnn.pad_sequence(sequences[start:end], True, -1))
+        start = end
+    return found
+
+
+@lru_cache(maxsize=64)
+def _above_diagonal(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).triu(1)
+
+
+class CausalAttention(torch.autograd.Function):
+    """softmax(scale q k^T) v in each sequence: q, k (N h k), v (N h v) -> (N h v), zeros for padding."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Buckets) -> Tensor:
+        o = v.new_zeros(v.shape[0] + 1, *v.shape[1:])  # the last row takes what padding computes
+        learning = any(ctx.needs_input_grad)
+        kept: list[Tensor] = []
+        for places in plan:
+            qs, ks, vs = (_gather(x, places) for x in (q, k, v))
+            out = torch.empty_like(vs)
+            for begin, end in _blocks(places):
+                p = _probabilities(qs, ks, begin, end, scale)
+                out[:, begin:end] = torch.bmm(p, vs[:, :end])
+                if learning and places.shape[1] <= KEEP:
+                    kept.append(p)
+            _scatter(o, out, places)
+        if learning:
+            ctx.save_for_backward(q, k, v, *plan, *kept)
+            ctx.scale, ctx.buckets = scale, len(plan)
+        return o[:-1]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *rest = ctx.saved_tensors
+        plan, kept, scale = rest[: ctx.buckets], iter(rest[ctx.buckets :]), ctx.scale
+        dq, dk, dv = (x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))
+        for places in plan:
+            qs, ks, vs, do = (_gather(x, places) for x in (q, k, v, grad))
+            do.unflatten(0, (len(places), -1)).masked_fill_((places < 0)[:, None, :, None], 0)
+            # Sums over blocks: in bf16 they would lose what a small block adds.
+            wide = torch.promote_types(q.dtype, torch.float32)
+            dqs, dks, dvs = torch.empty_like(qs), *(torch.zeros_like(x, dtype=wide) for x in (ks, vs))
+            for begin, end in _blocks(places):
+                again = places.shape[1] > KEEP
+                p = _probabilities(qs, ks, begin, end, scale) if again else next(kept)
+                d = do[:, begin:end]
+                _add_bmm(dvs[:, :end], p.transpose(1, 2), d, 1.0)
+                ds = torch.bmm(d, vs[:, :end].transpose(1, 2))
+                ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
+                dqs[:, begin:end] = _bmm(ds, ks[:, :end], scale)
+                _add_bmm(dks[:, :end], ds.transpose(1, 2), qs[:, begin:end], scale)
+            for whole, part in ((dq, dqs), (dk, dks), (dv, dvs)):
+                _scatter(whole, part, places)
+        return dq[:-1], dk[:-1], dv[:-1], None, None
+
+
+def _blocks(places: Tensor) -> list[tuple[int, int]]:
+    longest = places.shape[1]
+    return [(begin, min(begin + BLOCK, longest)) for begin in range(0, longest, BLOCK)]
+
+
+def _bmm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    return torch.baddbmm(a.new_empty(()).expand(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=alpha)
+
+
+def _add_bmm(sums: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
+    if sums.dtype == a.dtype:
+        sums.baddbmm_(a, b, alpha=alpha)
+    else:
+        sums += _bmm(a, b, alpha)
+
+
+def _probabilities(q: Tensor, k: Tensor, begin: int, end: int, scale: float) -> Tensor:
+    """Of queries `begin` to `end` over the keys up to `end`: (n h, end - begin, end)."""
+    scores = _bmm(q[:, begin:end], k[:, :end].transpose(1, 2), scale)
+    scores[:, :, begin:].masked_fill_(_above_diagonal(end - begin), float("-inf"))
+    return scores.softmax(-1)
+
+
+def _gather(x: Tensor, places: Tensor) -> Tensor:
+    """Sequences of a bucket from `x` (N h d): (n h, L, d). Padding takes the last token: any will do."""
+    return x[places].transpose(1, 2).flatten(0, 1)  # n L h d -> n h L d
+
+
+def _scatter(whole: Tensor, part: Tensor, places: Tensor) -> None:
+    """Put `part` (n h, L, d) where its tokens are in `whole` (N + 1, h d); padding goes to the last row."""
+    rows = part.unflatten(0, (len(places), -1)).transpose(1, 2).flatten(0, 1)  # n h L d -> n L, h d
+    whole.index_copy_(0, places.flatten() % len(whole), rows.to(whole.dtype))

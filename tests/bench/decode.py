@@ -1,0 +1,82 @@
+"""A decoding step, batch 32, fp32, at growing context, against transformers' DeepSeek-V3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from model import DEEPSEEK_V3, Transformer
+from model.cache import LatentCache
+from tests.bench._peer import CONFIG, ours, theirs
+from tests.bench.measure import Timing, interleave
+
+SUMMARY = "decoding step, batch 32, at 128, 512 and 960 tokens of context"
+BATCH, STEPS, ROUNDS = 32, 4, 5
+BOUNDS = {128: 3.0, 512: 12.0, 960: 18.0}
+
+
+def our_steps(net: Transformer, context: int) -> Callable[[], None]:
+    """`STEPS` tokens for every row from a cache of `context` tokens, head included."""
+    prompt = torch.randint(CONFIG.vocab_size, (BATCH, context), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        full = net.new_cache(BATCH, context + STEPS)
+        net.prefill(prompt, torch.full((BATCH,), context), full)
+
+    @torch.no_grad()
+    def steps() -> None:
+        # The same latents again each time: what a step appends lies behind `lengths` and is overwritten.
+        cache = LatentCache(full.latent, None, torch.full((BATCH,), context), context)
+        token = prompt[:, 0]
+        for _ in range(STEPS):
+            token = net.lm_head(net.decode(token, cache)).argmax(-1)
+
+    return steps
+
+
+def their_steps(peer: Any, context: int) -> Callable[[], None]:
+    """The same through transformers' dynamic cache, cropped back before each round."""
+    prompt = torch.randint(CONFIG.vocab_size, (BATCH, context), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = peer(prompt, use_cache=True).past_key_values
+
+    @torch.no_grad()
+    def steps() -> None:
+        cache.crop(context)
+        token = prompt[:, :1]
+        for _ in range(STEPS):
+            out = peer(token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+
+    return steps
+
+
+def run() -> dict[str, Any]:
+    """Milliseconds a step, against transformers' default setting; its grouped experts beside it."""
+    net = ours().eval()
+    default, grouped = theirs(net, "sdpa", "eager").eval(), theirs(net, "eager", "grouped_mm").eval()
+    claims, table = [], {}
+    for context, bound in BOUNDS.items():
+        timings: dict[str, Timing] = interleave(
+            {
+                "ours": our_steps(net, context),
+                "transformers": their_steps(default, context),
+                "transformers eager grouped_mm": their_steps(grouped, context),
+            },
+            ROUNDS,
+        )
+        ratio = timings["ours"].ratio(timings["transformers"])
+        claims.append({"claim": f"decoding at {context} tokens", "value": ratio, "at_least": bound})
+        table[context] = {name: 1e3 * timing.median / STEPS for name, timing in timings.items()}
+    v3 = DEEPSEEK_V3
+    latent = 2 * v3.latent_dim * v3.num_hidden_layers
+    claims.append(
+        {"claim": "KV cache of DeepSeek-V3, bf16", "value": latent, "at_most": 70272, "unit": "bytes/token"}
+    )
+    whole = 2 * v3.num_hidden_layers * v3.num_attention_heads * (v3.qk_head_dim + v3.v_head_dim)
+    return {
+        "claims": claims,
+        "milliseconds_a_step": table,
+        "kv_bytes_a_token": {"latent": latent, "same heads without latent compression": whole},
+    }
