@@ -13,6 +13,7 @@ Parameters keep their names and types, so checkpoints, optimizers and the absorb
 Axes    t tokens, i input and o output channels, e experts, m token-expert pairs, k experts a token
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ from .moe import Experts
 
 KEPT = {"lm_head", "eh_proj"}
 """Linear layers that stay as they are, by the last part of their names."""
+
+FP8_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""`quantization_config` of the released config.json."""
 
 
 class _Linear(torch.autograd.Function):
@@ -146,6 +155,19 @@ class Fp8Experts(Experts):
         y = _Grouped.apply(F.silu(gate) * up, self.down_proj, self.kept_down.of(self.down_proj), counts)
         y = y * g.flatten()[order, None].to(y.dtype)
         return torch.zeros_like(u).index_add_(0, token, y)
+
+
+def to_fp8(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint `tensors` by public name, those of linear layers and experts as FP8 blocks with scales."""
+    for name, tensor in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        layer = stem.rpartition(".")[2]
+        if leaf == "weight" and layer not in KEPT and layer.endswith(("_proj", "_proj_with_mqa")):
+            values, scale, _ = quantize(tensor, BLOCK)
+            yield name, values
+            yield f"{name}_scale_inv", scale
+        else:
+            yield name, tensor
 
 
 def convert(net: nn.Module) -> int:

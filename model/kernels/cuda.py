@@ -1,7 +1,7 @@
 """The GPU's side of `gemm`: the same five functions, over Triton and vendor kernels.
 
-Dense products go to DeepGEMM where it is installed, else to `scaled_mm` on Hopper, else to Triton; grouped ones
-to DeepGEMM or Triton; quantizing is always Triton's. Which one is decided by device and shape alone.
+Dense products go to DeepGEMM where it is installed, else to `scaled_mm` on Hopper, else to Triton; grouped
+ones to DeepGEMM or Triton; quantizing is always Triton's. Which one is decided by device and shape alone.
 """
 
 import torch

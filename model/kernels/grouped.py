@@ -1,8 +1,8 @@
 """Triton: products of FP8 matrices by expert, and by expert over the tokens for weight gradients.
 
-A dense product is one expert. Every 128 of the contraction are summed by the tensor cores, multiplied by both
-scales, and added to an fp32 total in registers: DeepSeek-V3's promotion (arXiv:2412.19437, Sec. 3.3.2). Hopper's
-tensor cores keep about 14 bits while they sum FP8, so a longer sum would not be fp32.
+A dense product is one expert. Every 128 of the contraction are summed by the tensor cores, multiplied by
+both scales, and added to an fp32 total in registers: DeepSeek-V3's promotion (arXiv:2412.19437, Sec. 3.3.2).
+Hopper's tensor cores keep about 14 bits while they sum FP8, so a longer sum would not be fp32.
 
 Axes    m rows sorted by expert, n output columns, c contraction, e experts, t tokens in tiles of 128
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from .blocks import BLOCK, Quantized
 
 ROWS, COLUMNS = 64, 128
-"""Rows and columns of the output that a program makes. 128 columns lie in one block of the weight's scales."""
+"""Rows and columns of the output that a program makes. 128 columns lie in one block of a weight."""
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Dense FP8 products by libraries: torch's `scaled_mm` on Hopper, DeepGEMM where it is installed.
 
-`scaled_mm` hands 1 x 128 and 128 x 128 scales to cuBLASLt (12.9 or later), on compute capability 9.0 only. The
-layouts that it wants, of which a wrong one can be read without complaint:
+`scaled_mm` hands 1 x 128 and 128 x 128 scales to cuBLASLt (12.9 or later), on compute capability 9.0 only.
+The layouts that it wants, of which a wrong one can be read without complaint:
 
     tiles     a scale (m, c/128) with strides (1, m), on either side
     blocks    as the second factor (L, n/128) with strides (1, L), L = c/128 rounded up to a multiple of 4
@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import ScalingType  # type: ignore[attr-defined]
+from torch.nn.functional import ScalingType
 
 from .blocks import BLOCK, Quantized
 
@@ -66,7 +66,7 @@ def scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     m, n = a.values.shape[0], b.values.shape[0]
     left, right = padded(a.values, 16, BLOCK), padded(b.values, 16, BLOCK)
     recipe = ScalingType.BlockWise1x128 if b.rows == 1 else ScalingType.BlockWise128x128
-    y = F.scaled_mm(  # type: ignore[attr-defined]
+    y = F.scaled_mm(
         left,
         right.T,
         scales(a, left.shape[0]),

@@ -3,14 +3,17 @@ wrong. The Triton kernels: test_fp8_kernels.py.
 """
 
 import copy
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from model_shapes import BASE, make
+from safetensors.torch import load_file
 from torch import nn
 
+import model
 from model import fp8
 from model.kernels import blocks, gemm
 from model.moe import Experts
@@ -238,3 +241,39 @@ def test_weights_are_quantized_again_exactly_when_they_change():
     assert torch.equal(layer(x), other(x))
     layer.weight.data = 2 * layer.weight.data
     assert torch.allclose(layer(x), 2 * other(x))
+
+
+# ---- checkpoints
+
+
+def test_an_fp8_checkpoint_reads_back_as_quantized_and_dequantized(tmp_path):
+    net = make(replace(BASE, q_lora_rank=16, intermediate_size=160))
+    model.save(net, tmp_path, fp8=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
+    halves = {name for name, tensor in tensors.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert {f"{name}_scale_inv" for name in halves} == {n for n in tensors if n.endswith("_scale_inv")}
+    for name in (
+        "0.mlp.down_proj",
+        "1.mlp.experts.7.up_proj",
+        "2.self_attn.kv_a_proj_with_mqa",
+        "3.self_attn.q_b_proj",
+    ):
+        assert f"model.layers.{name}.weight" in halves
+    for name in ("lm_head", "model.embed_tokens", "model.layers.1.mlp.gate", "model.layers.3.eh_proj"):
+        assert tensors[f"{name}.weight"].dtype == torch.float
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale_inv"].shape == (1, 2)
+    want, got = copy.deepcopy(net), model.load(tmp_path)
+    fp8.convert(want)
+    with torch.no_grad():
+        for module in want.modules():
+            if isinstance(module, fp8.Fp8Linear):
+                module.weight.copy_(blocks.dequantize(blocks.quantize(module.weight, 128)))
+            elif isinstance(module, fp8.Fp8Experts):  # gate and up are tensors of their own there
+                for half in (*module.gate_up_proj.chunk(2, dim=1), module.down_proj):
+                    half.copy_(blocks.dequantize(blocks.quantize(half, 128)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(got.state_dict().values(), want.state_dict().values(), strict=True)
+    )
+    assert any((a != b).any() for a, b in zip(got.parameters(), net.parameters(), strict=True))

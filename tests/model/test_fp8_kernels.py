@@ -10,9 +10,9 @@ import sys
 
 def test_triton_kernels_equal_the_plain_code(root):
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/model/triton_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "tests/model/triton_cases.py"]
     done = subprocess.run(
         command, cwd=root, env=env, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert "13 passed" in done.stdout, done.stdout[-500:]
+    assert "14 passed" in done.stdout, done.stdout[-500:]

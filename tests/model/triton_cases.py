@@ -10,6 +10,8 @@ import torch
 from model.kernels import blocks, cuda, gemm
 from model.kernels.blocks import Quantized, dequantize, transpose
 from model.kernels.quantize import square_blocks, tiles
+from tests.bench.__main__ import holds
+from tests.gpu import fp8_kernels
 
 NAN, INF = float("nan"), float("inf")
 
@@ -112,3 +114,9 @@ def test_no_tokens_at_all():
     w = torch.randn(2, 40, 150)
     assert cuda.multiply_grouped(a, cuda.quantize(w, 128), [0, 0], torch.float).shape == (0, 40)
     assert not cuda.weight_gradient_grouped(torch.randn(0, 40), a, [0, 0], torch.float).any()
+
+
+def test_the_gpu_check_of_the_kernels_holds_in_the_interpreter():
+    result = fp8_kernels.run(torch.device("cpu"), [(37, 130, 200)], [[3, 0, 40]], (136, 150))
+    missed = [claim for claim in result["claims"] if not holds(claim)]
+    assert len(result["claims"]) == 10 and not missed, missed
