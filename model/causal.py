@@ -87,18 +87,19 @@ class CausalAttention(torch.autograd.Function):
         for places in plan:
             qs, ks, vs, do = (_gather(x, places) for x in (q, k, v, grad))
             do.unflatten(0, (len(places), -1)).masked_fill_((places < 0)[:, None, :, None], 0)
-            # Sums over blocks: in bf16 they would lose what a small block adds.
+            # Sums over blocks: in bf16 they would lose what a small block adds. (In place, baddbmm is no
+            # batched GEMM but a loop of small ones.)
             wide = torch.promote_types(q.dtype, torch.float32)
             dqs, dks, dvs = torch.empty_like(qs), *(torch.zeros_like(x, dtype=wide) for x in (ks, vs))
             for begin, end in _blocks(places):
                 again = places.shape[1] > KEEP
                 p = _probabilities(qs, ks, begin, end, scale) if again else next(kept)
                 d = do[:, begin:end]
-                _add_bmm(dvs[:, :end], p.transpose(1, 2), d, 1.0)
+                dvs[:, :end] += torch.bmm(p.transpose(1, 2), d)
                 ds = torch.bmm(d, vs[:, :end].transpose(1, 2))
                 ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
                 dqs[:, begin:end] = _bmm(ds, ks[:, :end], scale)
-                _add_bmm(dks[:, :end], ds.transpose(1, 2), qs[:, begin:end], scale)
+                dks[:, :end] += _bmm(ds.transpose(1, 2), qs[:, begin:end], scale)
             for whole, part in ((dq, dqs), (dk, dks), (dv, dvs)):
                 _scatter(whole, part, places)
         return dq[:-1], dk[:-1], dv[:-1], None, None
@@ -113,13 +114,6 @@ def _bmm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return torch.baddbmm(a.new_empty(()).expand(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=alpha)
 
 
-def _add_bmm(sums: Tensor, a: Tensor, b: Tensor, alpha: float) -> None:
-    if sums.dtype == a.dtype:
-        sums.baddbmm_(a, b, alpha=alpha)
-    else:
-        sums += _bmm(a, b, alpha)
-
-
 def _probabilities(q: Tensor, k: Tensor, begin: int, end: int, scale: float) -> Tensor:
     """Of queries `begin` to `end` over the keys up to `end`: (n h, end - begin, end)."""
     scores = _bmm(q[:, begin:end], k[:, :end].transpose(1, 2), scale)
@@ -129,7 +123,8 @@ def _probabilities(q: Tensor, k: Tensor, begin: int, end: int, scale: float) -> 
 
 def _gather(x: Tensor, places: Tensor) -> Tensor:
     """Sequences of a bucket from `x` (N h d): (n h, L, d). Padding takes the last token: any will do."""
-    return x[places].transpose(1, 2).flatten(0, 1)  # n L h d -> n h L d
+    rows = x.index_select(0, places.flatten() % len(x))  # n L, h d
+    return rows.unflatten(0, places.shape).transpose(1, 2).flatten(0, 1)  # n L h d -> n h L d
 
 
 def _scatter(whole: Tensor, part: Tensor, places: Tensor) -> None:

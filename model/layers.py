@@ -4,9 +4,39 @@ Papers  RMSNorm  arXiv:1910.07467  Eq. 4
         SwiGLU   arXiv:2002.05202  Eq. 6
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class _RMSNorm(torch.autograd.Function):
+    """RMSNorm of `x` (.. d) for CPUs, in a third of the passes over memory that autograd's own takes.
+
+    y = r x w       r = 1 / sqrt(mean x^2 + eps)       dx = r (dy w - x r^2 mean(dy w x))
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        r = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, r)
+        return (wide * r).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        x, dy, w = (tensor.to(r.dtype).flatten(0, -2) for tensor in (x, dy, weight[None]))  # t d, t d, 1 d
+        r = r.flatten(0, -2)  # t 1
+        product = dy * x
+        mean = product @ w.T / x.shape[-1]  # t 1
+        dx = (dy * w).mul_(r).addcmul_(x, mean * r**3, value=-1)
+        return (
+            dx.to(weight.dtype).view(*ctx.saved_tensors[0].shape),
+            (r.T @ product)[0].to(weight.dtype),
+            None,
+        )
 
 
 class RMSNorm(nn.Module):
@@ -18,6 +48,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

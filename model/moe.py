@@ -12,7 +12,7 @@ Axes    t tokens, d width, e experts, k experts per token, m = t k token-expert 
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from .config import ModelConfig
 from .layers import MLP
 from .layout import Layout
+
+BF16_FILL_FROM = 512
+"""Tokens of a batch from which bf16 rows of experts are filled up; smaller ones would be mostly filling."""
 
 
 class Gate(nn.Module):
@@ -142,6 +145,88 @@ class GroupedLinear(torch.autograd.Function):
         return dx, dw, None
 
 
+class Dispatch(torch.autograd.Function):
+    """Tokens `u` (t d) in the order `token` (m), where t stands for a row of zeros.
+
+    The gradient of a token is the sum over its `places` (t k), the inverse of `token`. Reading them back is
+    several times faster than adding rows up one by one, and the order of additions is fixed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, token: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return F.pad(u, (0, 0, 0, 1)).index_select(0, token)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _sum_rows(dy, ctx.saved_tensors[0]), None, None
+
+
+class Combine(torch.autograd.Function):
+    """The reverse of `Dispatch`: each token's k rows of `y` (m d), summed: (t d)."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, token: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return _sum_rows(y, places)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
+        return F.pad(dout, (0, 0, 0, 1)).index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def _sum_rows(x: Tensor, places: Tensor) -> Tensor:
+    """Rows of `x` (m d) at `places` (t k), summed over k: (t d)."""
+    return x.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
+
+
+class WeightedSwiGLU(torch.autograd.Function):
+    """silu(gate) * up * g for `h` = [gate ; up] (m 2i) and gate values `g` (m 1): (m i)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, g: Tensor) -> Tensor:
+        gate, up = h.chunk(2, dim=-1)
+        ctx.save_for_backward(h, g)
+        return F.silu(gate).mul_(up).mul_(g)
+
+    @staticmethod
+    def backward(ctx: Any, da: Tensor) -> tuple[Tensor, Tensor]:
+        h, g = ctx.saved_tensors
+        gate, up = h.chunk(2, dim=-1)
+        silu = F.silu(gate)
+        dh = torch.empty_like(h)
+        d_gate, d_up = dh.chunk(2, dim=-1)
+        torch.mul(da, silu, out=d_up)  # d(silu up), less the factors that differ
+        dg = torch.linalg.vecdot(d_up, up).unsqueeze(-1)
+        d_up.mul_(g)
+        d_gate.copy_(torch.ops.aten.silu_backward((da * up).mul_(g), gate))
+        return dh, dg
+
+
+class Plan(NamedTuple):
+    """Where token-expert pairs go: sorted by expert, an expert's rows filled up to a multiple of `align`."""
+
+    counts: list[int]  # rows of each expert, filling included
+    token: Tensor  # m, whose state a row holds; t = nobody's, a filling row
+    pair: Tensor  # m, which of the t k pairs a row is; t k = none
+    places: Tensor  # t k, the row of each pair
+
+    @classmethod
+    def of(cls, ids: Tensor, experts: int, align: int) -> "Plan":
+        """For the choice `ids` (t k) among `experts`."""
+        t, k = ids.shape
+        flat = ids.flatten()
+        loads = torch.bincount(flat, minlength=experts)
+        rows = (loads + align - 1) // align * align
+        order = flat.argsort(stable=True)  # pairs by expert
+        filling = (rows - loads).cumsum(0) - (rows - loads)  # filling rows before each expert's
+        at = torch.arange(t * k, device=ids.device) + filling[flat[order]]
+        counts = rows.tolist()
+        pair = torch.full((sum(counts),), t * k, device=ids.device).index_copy_(0, at, order)
+        places = torch.empty_like(order).index_copy_(0, order, at)
+        return cls(counts, pair.div(k, rounding_mode="floor"), pair, places.view(t, k))
+
+
 class Experts(nn.Module):
     """The routed experts, stacked: `gate_up_proj` (e 2i d) and `down_proj` (e d i)."""
 
@@ -153,14 +238,25 @@ class Experts(nn.Module):
 
     def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
         """sum_i g_i expert_i(u) for tokens `u` (t d), chosen experts `ids` (t k), gate values `g` (t k)."""
-        flat = ids.flatten()  # m, pair p belongs to token p // k
-        counts = torch.bincount(flat, minlength=len(self.down_proj)).tolist()
-        order = flat.argsort(stable=True)  # m, pairs by expert
-        token = order.div(ids.shape[1], rounding_mode="floor")
-        gate, up = GroupedLinear.apply(u[token], self.gate_up_proj, counts).chunk(2, dim=-1)  # m i
-        y = GroupedLinear.apply(F.silu(gate) * up, self.down_proj, counts)  # m d
-        y = y * g.flatten()[order, None].to(y.dtype)
-        return torch.zeros_like(u).index_add_(0, token, y)  # m d -> t d
+        plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
+        h = self.grouped(Dispatch.apply(u, plan.token, plan.places), self.gate_up_proj, plan.counts)  # m 2i
+        # The gate value goes in here and not after down_proj, where rows are d wide.
+        g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
+        y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.counts)  # m d
+        return Combine.apply(y, plan.token, plan.places)
+
+    def alignment(self, u: Tensor) -> int:
+        """What the rows of an expert are filled up to.
+
+        On a CPU torch makes a new bf16 kernel for every size that it has not met, which takes several times
+        as long as to run it: with 64 few sizes are left. fp32 kernels are ready for all.
+        """
+        return 64 if u.dtype == torch.bfloat16 and len(u) >= BF16_FILL_FROM else 1
+
+    def grouped(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        """Rows `x` (m i), `counts` of them an expert, each times its expert's weight (e o i)^T: (m o)."""
+        y: Tensor = GroupedLinear.apply(x, weight, counts)
+        return y
 
 
 class MoE(nn.Module):

@@ -13,10 +13,12 @@ Units   log-probabilities, entropy and KL in nats
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 64 << 20
 """Most bytes of fp32 logits alive at once."""
@@ -37,26 +39,70 @@ def token_logprobs(
     Returns:
         `n` log-probabilities with gradient; `n` entropies without.
     """
-    rows = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
-    if hidden.shape[0] <= rows:
-        return _score(hidden, head.weight, targets, temperature, entropy)
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
-    scored = [
-        checkpoint(_score, h, head.weight, t, temperature, entropy, use_reentrant=False) for h, t in chunks
-    ]
-    return torch.cat([s[0] for s in scored]), torch.cat([s[1] for s in scored])
+    chosen: Tensor
+    entropies: Tensor
+    chosen, entropies = _TokenLogprobs.apply(hidden, head.weight, targets, temperature, entropy)
+    return chosen, entropies
 
 
-def _score(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    logits = F.linear(hidden, weight).float()
-    logprobs = (logits / temperature if temperature != 1 else logits).log_softmax(-1)
-    chosen = logprobs.gather(1, targets[:, None]).squeeze(1)
-    if not entropy:
-        return chosen, torch.zeros_like(chosen, requires_grad=False)
-    with torch.no_grad():
-        return chosen, -(logprobs.exp() * logprobs).sum(-1)
+class _TokenLogprobs(torch.autograd.Function):
+    """As `token_logprobs`, chunk by chunk in both directions; the logits' gradient takes their place.
+
+    A single chunk's log-probabilities are kept for the backward, several chunks' are computed again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        chosen = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        entropies = torch.zeros_like(chosen)
+        kept = None
+        for begin in range(0, len(hidden), rows):
+            part = slice(begin, begin + rows)
+            logprobs = _log_softmax(hidden[part], weight, temperature)
+            chosen[part] = logprobs.gather(1, targets[part, None]).squeeze(1)
+            if entropy:
+                entropies[part] = -torch.linalg.vecdot(logprobs.exp(), logprobs)
+            kept = logprobs
+        ctx.mark_non_differentiable(entropies)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(hidden, weight, targets)
+            ctx.rows, ctx.temperature = rows, temperature
+            ctx.kept = kept if len(hidden) <= rows else None
+        return chosen, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=d.dtype) if ctx.needs_input_grad[1] else None
+        kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward computes it again
+        for begin in range(0, len(hidden), ctx.rows):
+            part = slice(begin, begin + ctx.rows)
+            logprobs = _log_softmax(hidden[part], weight, ctx.temperature) if kept is None else kept
+            # d logits = d (onehot - softmax) / temperature
+            scale = d[part, None] / ctx.temperature
+            gradient = logprobs.exp_().mul_(-scale).scatter_add_(1, targets[part, None], scale)
+            gradient = gradient.to(weight.dtype)
+            torch.mm(gradient, weight, out=d_hidden[part])
+            if d_weight is not None:
+                if d_weight.dtype == gradient.dtype:
+                    d_weight.addmm_(gradient.T, hidden[part])
+                else:
+                    d_weight += gradient.T @ hidden[part]
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = F.linear(hidden, weight)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    if temperature != 1:
+        logits /= temperature
+    return logits.log_softmax(-1)
 
 
 def policy_loss(
