@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -144,17 +143,15 @@ class Fp8Experts(Experts):
         self.gate_up_proj, self.down_proj = of.gate_up_proj, of.down_proj
         self.kept_up, self.kept_down = _Kept(), _Kept()
 
-    def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
-        """As `Experts.forward`: `u` (t i), chosen experts `ids` (t k), gate values `g` (t k)."""
-        flat = ids.flatten()  # m
-        counts = torch.bincount(flat, minlength=len(self.down_proj)).tolist()
-        order = flat.argsort(stable=True)
-        token = order.div(ids.shape[1], rounding_mode="floor")
-        up = _Grouped.apply(u[token], self.gate_up_proj, self.kept_up.of(self.gate_up_proj), counts)
-        gate, up = up.chunk(2, dim=-1)
-        y = _Grouped.apply(F.silu(gate) * up, self.down_proj, self.kept_down.of(self.down_proj), counts)
-        y = y * g.flatten()[order, None].to(y.dtype)
-        return torch.zeros_like(u).index_add_(0, token, y)
+    def alignment(self, u: Tensor) -> int:
+        """No filling rows: the products take any number."""
+        return 1
+
+    def grouped(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        """As `Experts.grouped`, in FP8."""
+        kept = self.kept_up if weight is self.gate_up_proj else self.kept_down
+        y: Tensor = _Grouped.apply(x, weight, kept.of(weight), counts)
+        return y
 
 
 def to_fp8(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

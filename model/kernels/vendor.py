@@ -64,7 +64,8 @@ def scales(q: Quantized, rows: int) -> Tensor:
 def scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     """`a` (m c) in tiles times `b` (n c), tiles or blocks, transposed: (m n)."""
     m, n = a.values.shape[0], b.values.shape[0]
-    left, right = padded(a.values, 16, BLOCK), padded(b.values, 16, BLOCK)
+    # Ragged blocks are padded to whole ones: torch's checks of their scales round down in places.
+    left, right = padded(a.values, 16, BLOCK), padded(b.values, max(16, b.rows), BLOCK)
     recipe = ScalingType.BlockWise1x128 if b.rows == 1 else ScalingType.BlockWise128x128
     y = F.scaled_mm(
         left,

@@ -37,6 +37,7 @@ def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, *, output_dtype, use_f
         assert scale_b.stride(1) == n or (length == 1 and scale_b.stride(1) == 1)
         right = memory(scale_b, n * length).view(length, n).T
     else:
+        assert n % 128 == 0
         four = -(-length // 4) * 4
         assert scale_b.shape == (four, -(-n // 128)) and scale_b.stride(0) == 1
         assert scale_b.stride(1) == four or (scale_b.shape[1] == 1 and scale_b.stride(1) == 1)
@@ -68,6 +69,21 @@ def test_scaled_mm_gets_the_layouts_that_it_reads(shape, monkeypatch):
     # Scales as the GPU's quantization leaves them: rows next to each other.
     gpu = Quantized(a.values, a.scale.T.contiguous().T, 1)
     assert off(vendor.scaled_mm(gpu, b, torch.float), gemm.multiply(a, b, torch.float)) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_torchs_own_checks_pass_without_a_gpu(shape):
+    """The call, sizes and layouts, by the function that torch has for tensors without memory."""
+    t, o, i = shape
+    a, b, d = (blocks.quantize(torch.ones(s), r) for s, r in (((t, i), 1), ((o, i), 128), ((t, o), 1)))
+    over = blocks.quantize(torch.ones(o, t), 1), blocks.quantize(torch.ones(i, t), 1)
+    for left, right in ((a, b), (d, transpose(b)), over):
+        bare = [
+            Quantized(q.values.to("meta"), torch.empty_like(q.scale, device="meta"), q.rows)
+            for q in (left, right)
+        ]
+        y = vendor.scaled_mm(*bare, torch.bfloat16)
+        assert y.shape == (left.values.shape[0], right.values.shape[0]) and y.dtype == torch.bfloat16
 
 
 def test_a_device_without_hopper_is_not_asked():
