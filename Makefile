@@ -67,7 +67,7 @@ endif
 
 # ---- stages: a stage is made when its done.json is missing (age does not count), or when it is the goal
 
-.PHONY: help setup check test bench r1 FORCE $(STAGES)
+.PHONY: help setup check test bench gpu-check r1 FORCE $(STAGES)
 
 $(STAGES): %: $(call done,%)
 
@@ -96,7 +96,8 @@ endif
 setup: $(STAMP)
 
 # Which build of torch: with an NVIDIA driver the index's own (CUDA); without, the CPU build where pip's indexes have
-# it, else the plain one, which runs on a CPU too. TORCH_INDEX=url names an index for torch alone.
+# it, else the plain one, which runs on a CPU too. TORCH_INDEX=url names an index for torch alone. CUDA builds bring
+# the Triton that they were made with.
 torch := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH_FROM := $(TORCH_INDEX:%=--index-url %)
@@ -105,7 +106,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || { echo "setup: $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 	    echo "setup: found a GPU ($$(nvidia-smi -L | sed -n '1s/ (UUID.*//p')): installing torch with CUDA"; \
-	    grep -v '^torch==' constraints.txt >$(VENV)/constraints.txt; \
+	    grep -Ev '^(torch|triton)==' constraints.txt >$(VENV)/constraints.txt; \
 	    $(PIP) install -qq 'torch>=2.11' $(TORCH_FROM); \
 	else \
 	    cp constraints.txt $(VENV)/constraints.txt; \
@@ -114,7 +115,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    elif $(PIP) install -qq --dry-run --no-deps 'torch==$(torch)+cpu' $(TORCH_FROM) >/dev/null 2>&1; then \
 	        build='$(torch)+cpu'; \
 	        echo "setup: no GPU found: installing torch $$build, the CPU build"; \
-	    else build='$(torch)'; \
+	    else build='$(torch)'; grep -v '^triton==' constraints.txt >$(VENV)/constraints.txt; \
 	        echo "setup: no GPU found and no CPU build on pip's indexes: installing torch $$build, the larger" \
 	            "CUDA build, which runs on a CPU too (to use a CPU index: make setup TORCH_INDEX=url)"; \
 	    fi; \
@@ -144,6 +145,9 @@ test: $(STAMP)
 bench: $(STAMP)
 	$(VENV)/bin/python -m tests.bench $(ARGS)
 
+gpu-check: $(STAMP)
+	$(VENV)/bin/python -m tests.gpu $(ARGS)
+
 help:
 	@echo 'make r1                     the whole chain, from nothing to a report'
 	@echo 'make STAGE                  one stage, and first whatever it needs:'
@@ -153,6 +157,7 @@ help:
 	@echo 'make check                  lint, format, types'
 	@echo 'make test                   the tests'
 	@echo 'make bench [ARGS="NAME ..."]  speed against named peers; writes docs/results/bench-NAME.json'
+	@echo 'make gpu-check [ARGS="NAME"]  every GPU path against the CPU, then GPU speed; docs/results/gpu-*.json'
 	@echo
 	@echo 'With PRESET=NAME, a folder of configs/ ($(presets)), and ARGS="--name NAME --seed N --key value".'
 	@echo 'Every setting of a stage: $(VENV)/bin/python -m pipeline STAGE --help'

@@ -44,7 +44,7 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW and its schedule. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
+    """AdamW, its schedule, and the arithmetic. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
 
     lr: float = 3e-6
     """Peak learning rate (R1's RL: 3e-6)."""
@@ -64,12 +64,22 @@ class OptimConfig:
     """Largest gradient norm; 0 = no clipping."""
     router_bias_gamma: float = 0.001
     """Step of the router's balancing bias after each update (arXiv:2412.19437, Sec. 2.1.2); 0 = frozen."""
+    precision: typing.Literal["float32", "bfloat16", "fp8"] = "float32"
+    """Arithmetic of forward and backward. `bfloat16` and `fp8` keep fp32 masters and leave a bf16 model;
+    `fp8` has the products of linear layers and experts in blockwise FP8 too (arXiv:2412.19437, Sec. 3.3)."""
+    moments: typing.Literal["float32", "bfloat16"] = "float32"
+    """What AdamW's moments are stored in (arXiv:2412.19437, Sec. 3.3.3: bfloat16)."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr} must be above 0.")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optim.min_lr_ratio={self.min_lr_ratio} must be in [0, 1].")
+        if self.moments == "bfloat16" and self.beta2 > 0.99:
+            raise ValueError(
+                f"optim.moments=bfloat16 cannot hold beta2={self.beta2}: rounding would keep the second "
+                "moment from decaying. Set optim.beta2 to 0.99 or less, or optim.moments to float32."
+            )
 
 
 def flags(table: dict[str, Any], prefix: str = "--") -> list[str]:

@@ -19,6 +19,7 @@ from model.transformer import Transformer
 from pipeline.config import OptimConfig
 from pipeline.losses import k3, policy_loss, token_logprobs
 from pipeline.pack import Batch
+from pipeline.precision import Masters, optimizer
 
 Policy = Transformer | DensePolicy
 MAX_SKIPPED = 5
@@ -63,13 +64,11 @@ class Learner:
     ) -> None:
         self.policy, self.optim, self.total_updates = policy, optim, total_updates
         self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
-        matrices = [p for p in policy.parameters() if p.requires_grad and p.ndim >= 2]
-        vectors = [p for p in policy.parameters() if p.requires_grad and p.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), fused=True)
+        # The parameters that the optimizer steps: the policy's own, or fp32 masters of them.
+        self.masters = None if optim.precision == "float32" else Masters(policy, optim.precision)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        self.trained = trained if self.masters is None else self.masters.masters
+        self.adamw = optimizer(self.trained, optim)
         self.updates = self.skipped = self.skipped_in_a_row = 0
 
     # ---- losses
@@ -162,12 +161,14 @@ class Learner:
         """
         metrics = {key: float(value) for key, value in sums.items()}
         limit = self.optim.clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.policy.parameters(), limit))
+        norm = float(nn.utils.clip_grad_norm_(self.trained, limit))
         rate = learning_rate(self.optim, self.updates, self.total_updates)
         if math.isfinite(norm) and all(map(math.isfinite, metrics.values())):
             for group in self.adamw.param_groups:
                 group["lr"] = rate
             self.adamw.step()
+            if self.masters is not None:
+                self.masters.publish()
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -193,15 +194,19 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on."""
+        masters = {} if self.masters is None else {"masters": self.masters.state_dict()}
         return {
             "policy": self.policy.state_dict(),
             "adamw": self.adamw.state_dict(),
             "counts": (self.updates, self.skipped, self.skipped_in_a_row),
+            **masters,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s state, to the same bits."""
         self.policy.load_state_dict(state["policy"])
+        if self.masters is not None:
+            self.masters.load_state_dict(state["masters"])
         self.adamw.load_state_dict(state["adamw"])
         self.updates, self.skipped, self.skipped_in_a_row = state["counts"]
 

@@ -62,11 +62,11 @@ def interleave(
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
 
 
-def record(name: str, result: Mapping[str, Any]) -> Path:
-    """Write `docs/results/bench-NAME.json`: the result with machine, versions, commit and date."""
+def record(name: str, result: Mapping[str, Any], prefix: str = "bench") -> Path:
+    """Write `docs/results/PREFIX-NAME.json`: the result with machine, versions, commit and date."""
     env = environment()
     where = {key: env[key] for key in ("machine", "python", "packages", "commit", "modified")}
-    path = RESULTS / f"bench-{name}.json"
+    path = RESULTS / f"{prefix}-{name}.json"
     RESULTS.mkdir(parents=True, exist_ok=True)
     body = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), **where, **result}
     write_atomic(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")

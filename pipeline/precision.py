@@ -1,0 +1,114 @@
+"""What the network computes in, and what the optimizer keeps for it.
+
+`float32` trains the network's own parameters, and nothing of this file is used. Otherwise the parameters are
+bf16, the optimizer steps fp32 masters of them, and gradients add up in fp32 (DeepSeek-V3, arXiv:2412.19437,
+Sec. 3.3.1 and 3.3.3); `fp8` also runs the linear layers' products in FP8 (`model.fp8`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from model import fp8
+from pipeline.config import OptimConfig
+
+
+class Masters:
+    """fp32 masters of a network's trained parameters, which become bf16 in place.
+
+    A backward moves its gradients here at once, so micro-batches add up in fp32.
+    """
+
+    def __init__(self, net: nn.Module, precision: str) -> None:
+        self.working = [p for p in net.parameters() if p.requires_grad]
+        self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.working]
+        for (
+            p
+        ) in net.parameters():  # parameters alone: rotary frequencies and gate biases are buffers, in fp32
+            p.data = p.data.to(torch.bfloat16)
+        if precision == "fp8":
+            fp8.convert(net)
+        for p, master in zip(self.working, self.masters, strict=True):
+            p.register_post_accumulate_grad_hook(lambda p, master=master: self._collect(p, master))
+
+    @staticmethod
+    def _collect(p: Tensor, master: Tensor) -> None:
+        assert p.grad is not None
+        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        p.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the masters to the network's parameters."""
+        for p, master in zip(self.working, self.masters, strict=True):
+            p.copy_(master)
+
+    def state_dict(self) -> list[Tensor]:
+        """The masters' values."""
+        return [master.detach() for master in self.masters]
+
+    @torch.no_grad()
+    def load_state_dict(self, state: list[Tensor]) -> None:
+        """Take over `state_dict`'s values, and publish them."""
+        for master, value in zip(self.masters, state, strict=True):
+            master.copy_(value)
+        self.publish()
+
+
+def optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW, with decay on matrices only."""
+    parameters = list(parameters)
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    betas = (optim.beta1, optim.beta2)
+    if optim.moments == "bfloat16":
+        return HalfMomentAdamW(groups, lr=optim.lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, fused=True)
+
+
+class HalfMomentAdamW(torch.optim.Optimizer):
+    """AdamW whose two moments are stored in bf16 and updated in fp32 (arXiv:2412.19437, Sec. 3.3.3).
+
+    Decoupled weight decay, arXiv:1711.05101, Alg. 2. Rounding to bf16 loses changes of less than 0.4 %, so
+    the second moment only forgets if beta2 is well below 0.996: `OptimConfig` refuses more than 0.99.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float = 1e-8
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["step"] += 1
+                count, grad = float(state["step"]), p.grad.float()
+                m = state["exp_avg"].float().lerp_(grad, 1 - beta1)
+                v = state["exp_avg_sq"].float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                state["exp_avg"].copy_(m)
+                state["exp_avg_sq"].copy_(v)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = v.div_(1 - beta2**count).sqrt_().add_(group["eps"])
+                p.addcdiv_(m, scale, value=-group["lr"] / (1 - beta1**count))
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`, which casts moments to the parameters' dtype."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(torch.bfloat16)
