@@ -31,6 +31,10 @@ from .kernels.blocks import BLOCK, Quantized, dequantize
 from .transformer import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SMALLEST_SHARD, LARGEST_SHARD = 64 << 20, 5_000_000_000
+"""Bytes of a file, where there are several; what `save` holds twice."""
+RELEASE_BYTES = 64 << 20
+"""Bytes read from a file before its pages are given back; what `load` holds beside the network."""
 
 
 class CheckpointError(ValueError):
@@ -70,21 +74,44 @@ def save(net: Transformer, path: str | Path, fp8: bool = False) -> None:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: part.clone(memory_format=torch.contiguous_format)
-        for name, part in _public(net)
-        if not _is_tied(net, name)
-    }
-    for name, shared in _shared_copies(net):
-        tensors[name] = shared.detach().clone()
-    if fp8:
-        tensors = dict(to_fp8(tensors))
-    save_file(tensors, path / SINGLE, metadata={"format": "pt"})
+    parts = {name: part for name, part in _public(net) if not _is_tied(net, name)} | dict(_shared_copies(net))
+    shards = _shards(parts)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # Copies, for safetensors takes no views of one storage; a shard's worth at a time.
+        tensors = {n: parts[n].detach().clone(memory_format=torch.contiguous_format) for n in names}
+        if fp8:
+            tensors = dict(to_fp8(tensors))
+        save_file(tensors, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    if len(shards) > 1:
+        size = sum(parts[name].nbytes for name in parts)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    else:
+        (path / INDEX).unlink(missing_ok=True)
+    for stale in set(path.glob("model*.safetensors")) - {path / file for file in weight_map.values()}:
+        stale.unlink()  # of an earlier save
     dtype = str(net.norm.weight.dtype).removeprefix("torch.")
     config = (
         net.config.to_dict() | {"torch_dtype": dtype} | ({"quantization_config": FP8_CONFIG} if fp8 else {})
     )
     (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(parts: dict[str, Tensor]) -> list[list[str]]:
+    """Names of the tensors of each file, in order: one file for a small network, else at least six."""
+    most = min(LARGEST_SHARD, max(SMALLEST_SHARD, sum(part.nbytes for part in parts.values()) // 6))
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, part in parts.items():
+        if shards[-1] and size + part.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += part.nbytes
+    return shards
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -138,12 +165,12 @@ def _is_tied(net: Transformer, name: str) -> bool:
 def _fill(net: Transformer, tensors: "_Tensors") -> None:
     """Copy every weight of `net` from `tensors`, and account for every tensor that is there."""
     left = set(tensors.files)
-    wanted = dict(_public(net))
-    for name, target in wanted.items():
-        if _is_tied(net, name) and name not in left:
-            continue
+    wanted = {n: part for n, part in _public(net) if n in left or not _is_tied(net, n)}
+    for name in wanted:
         if name not in left:
-            raise CheckpointError(f"{tensors.path} lacks the tensor {name} {tuple(target.shape)}.")
+            raise CheckpointError(f"{tensors.path} lacks the tensor {name} {tuple(wanted[name].shape)}.")
+    for name in sorted(wanted, key=lambda name: tensors.files[name]):  # file by file
+        target = wanted[name]
         target.copy_(tensors.read(name, tuple(target.shape)))
         left -= {name, f"{name}_scale_inv"}
     for name, shared in _shared_copies(net):
@@ -168,6 +195,7 @@ class _Tensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.open: dict[Path, safe_open] = {}
+        self.bytes_read = 0
 
     def __enter__(self) -> "_Tensors":
         index = self.path / INDEX
@@ -203,6 +231,12 @@ class _Tensors:
             tensor = self._file(file).get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(f"{file} has no readable tensor {name}: {error}.") from error
+        self.bytes_read += tensor.nbytes
+        if (
+            self.bytes_read > RELEASE_BYTES
+        ):  # files are mapped: what was read stays until the last map is gone
+            self.open.clear()
+            self.bytes_read = 0
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, the config says {shape}.")
         scale = f"{name}_scale_inv"

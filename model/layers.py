@@ -27,13 +27,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, r = ctx.saved_tensors
+        shape = x.shape
         x, dy, w = (tensor.to(r.dtype).flatten(0, -2) for tensor in (x, dy, weight[None]))  # t d, t d, 1 d
         r = r.flatten(0, -2)  # t 1
         product = dy * x
         mean = product @ w.T / x.shape[-1]  # t 1
         dx = (dy * w).mul_(r).addcmul_(x, mean * r**3, value=-1)
         return (
-            dx.to(weight.dtype).view(*ctx.saved_tensors[0].shape),
+            dx.to(weight.dtype).view(shape),
             (r.T @ product)[0].to(weight.dtype),
             None,
         )

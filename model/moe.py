@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,8 +87,13 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, gamma: float) -> None:
-        """Move each bias by gamma against its expert's surplus of tokens; start counting anew."""
+        """Move each bias by gamma against its expert's surplus of tokens; start counting anew.
+
+        The surplus is that of all ranks together, or replicas would drift apart.
+        """
         if gamma:
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(self.load)
             load = self.load.float()
             self.e_score_correction_bias += gamma * torch.sign(load.mean() - load)
         self.load.zero_()
@@ -268,6 +274,7 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.balance_loss: Tensor | None = None  # since the last `Transformer.pop_balance_loss`
+        self.recomputing = False  # this forward repeats one for the backward: it was counted before
 
     def forward(
         self, x: Tensor, layout: Layout | None = None, replay: Tensor | None = None
@@ -278,11 +285,12 @@ class MoE(nn.Module):
         """
         u = x.flatten(0, -2)  # t d
         ids, g, s = self.gate(u, None if replay is None else replay.flatten(0, -2).long())
-        if layout is not None and layout.counted:
+        if layout is not None and layout.counted and not self.recomputing:
             self.gate.count(ids if layout.sequence is None else ids[layout.sequence.flatten() >= 0])
         if layout is not None and layout.balance:
             loss = self._balance(s, ids, layout, x.shape[0])
-            self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
+            if not self.recomputing:
+                self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
         return (self.experts(u, ids, g) + self.shared_experts(u)).view_as(x), ids
 
     @staticmethod

@@ -13,10 +13,13 @@ Papers  DeepSeek-V3  arXiv:2412.19437  Sec. 2
 Axes    b rows, s tokens of a row, p tokens of a prompt, d width, k experts per token
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .cache import DecodeStep, LatentCache
 from .config import ModelConfig
@@ -58,6 +61,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
         self.balance_alpha = 0.0
         """Weight of the sequence-wise balance loss (Eq. 17). 0 = it is not computed. The paper: 1e-4."""
+        self.recompute = False
+        """Activation checkpointing: the backward computes each trunk layer again (arXiv:1604.06174)."""
         if self.norm.weight.device.type != "meta":
             self._initialize(seed)
 
@@ -99,7 +104,11 @@ class Transformer(nn.Module):
         first = self.config.first_k_dense_replace
         for i, layer in enumerate(self.layers):
             replay = None if routed_experts is None or i < first else routed_experts[:, :, i - first]
-            x = layer(x, layout, replay)
+            if self.recompute and torch.is_grad_enabled():
+                contexts = partial(_recomputing, layer)
+                x = checkpoint(layer, x, layout, replay, use_reentrant=False, context_fn=contexts)
+            else:
+                x = layer(x, layout, replay)
         return self.norm(x)
 
     def hidden_and_mtp(
@@ -199,3 +208,20 @@ class Transformer(nn.Module):
         for moe in self.moe_layers():
             moe.balance_loss = None
         return self.balance_alpha * sum(losses, start=self.norm.weight.new_zeros((), dtype=torch.float))
+
+
+def _recomputing(layer: DecoderLayer) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a checkpointed layer's first and second forward: the second leaves no trace in the gate."""
+
+    @contextmanager
+    def second() -> Iterator[None]:
+        moe = layer.mlp
+        if isinstance(moe, MoE):
+            moe.recomputing = True
+        try:
+            yield
+        finally:
+            if isinstance(moe, MoE):
+                moe.recomputing = False
+
+    return nullcontext(), second()

@@ -69,6 +69,8 @@ class OptimConfig:
     `fp8` has the products of linear layers and experts in blockwise FP8 too (arXiv:2412.19437, Sec. 3.3)."""
     moments: typing.Literal["float32", "bfloat16"] = "float32"
     """What AdamW's moments are stored in (arXiv:2412.19437, Sec. 3.3.3: bfloat16)."""
+    recompute: bool = False
+    """Activation checkpointing: layers are computed again in the backward, for memory (native model)."""
 
     def __post_init__(self) -> None:
         if self.lr <= 0:

@@ -61,9 +61,24 @@ class Learner:
         *,
         micro_rows: int,
         mtp_coef: float = 0.0,
+        mtp_coef_late: float | None = None,
+        mtp_late_from: float = 1.0,
     ) -> None:
+        """
+        Args:
+            policy: trained in place.
+            optim: AdamW, its schedule, and the arithmetic.
+            total_updates: over which the schedules run.
+            micro_rows: packed rows of one forward and backward.
+            mtp_coef: weight of the multi-token-prediction loss; 0 = those modules are not trained.
+            mtp_coef_late: its weight from the share `mtp_late_from` of the updates on; None = the same.
+        """
         self.policy, self.optim, self.total_updates = policy, optim, total_updates
         self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
+        self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
+        self.mtp_late_from = mtp_late_from
+        if isinstance(policy, Transformer):
+            policy.recompute = optim.recompute
         # The parameters that the optimizer steps: the policy's own, or fp32 masters of them.
         self.masters = None if optim.precision == "float32" else Masters(policy, optim.precision)
         trained = [p for p in policy.parameters() if p.requires_grad]
@@ -84,7 +99,8 @@ class Learner:
             if ahead:
                 mtp = torch.stack([self._cross_entropy(h, part, 2 + k) for k, h in enumerate(ahead)]).mean()
                 add(sums, {"loss/mtp": mtp.detach()})
-                loss = loss + self.mtp_coef * mtp
+                late = self.updates >= self.mtp_late_from * self.total_updates
+                loss = loss + (self.mtp_coef_late if late else self.mtp_coef) * mtp
             loss.backward()
             add(sums, {"loss/total": loss.detach()})
         return self._step(sums)

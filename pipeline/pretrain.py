@@ -34,6 +34,10 @@ class Config(StageConfig):
     """Rows of one forward and backward; fewer take less memory and give the same sum."""
     mtp_coef: float = 0.3
     """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
+    mtp_coef_late: float = 0.1
+    """Its weight from the share `mtp_late_from` of the updates on."""
+    mtp_late_from: float = 0.68
+    """When the later weight begins, share of the updates (the report: 10 of 14.8T tokens); 1 = never."""
     vocab_size: int = 640
     """Entries of the byte-level BPE that is trained on the corpus."""
     hidden_size: int = 128
@@ -117,7 +121,15 @@ def run(config: Config, run_dir: RunDir) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     net = Transformer(shape, seed=config.seed).train()
-    learner = Learner(net, config.optim, config.steps, micro_rows=config.micro_rows, mtp_coef=config.mtp_coef)
+    learner = Learner(
+        net,
+        config.optim,
+        config.steps,
+        micro_rows=config.micro_rows,
+        mtp_coef=config.mtp_coef,
+        mtp_coef_late=config.mtp_coef_late,
+        mtp_late_from=config.mtp_late_from,
+    )
     train_loop(
         run_dir, learner, batches(config, tokenizer), config.steps, config.log_every, config.checkpoint_every
     )

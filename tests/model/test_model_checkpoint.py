@@ -94,6 +94,31 @@ def test_shards_are_read(saved):
         model.load(saved)
 
 
+def test_large_networks_are_written_in_shards(tmp_path, monkeypatch):
+    from model import checkpoint
+
+    monkeypatch.setattr(checkpoint, "SMALLEST_SHARD", 1)
+    monkeypatch.setattr(checkpoint, "RELEASE_BYTES", 1000)
+    net = make(BASE)
+    model.save(net, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) >= 6 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    whole = sum(file.stat().st_size for file in files)
+    assert max(file.stat().st_size for file in files) < whole / 5
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
+    back = model.load(tmp_path)
+    assert all(torch.equal(t, back.state_dict()[n]) for n, t in net.state_dict().items())
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = torch.arange(9)[None]
+    torch.testing.assert_close(peer(tokens).logits, net.logits(tokens), atol=1e-5, rtol=1e-5)
+
+    monkeypatch.undo()
+    model.save(net, tmp_path)  # one file now: nothing of the shards is left to be read
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
 def test_fp8_blocks_are_dequantized(saved):
     name = "model.layers.0.mlp.down_proj.weight"
     config = replace(BASE, intermediate_size=160)
