@@ -1,0 +1,89 @@
+"""Routed experts: grouped, filled up and recombined, against a loop over tokens; RMSNorm against torch's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from model_shapes import BASE
+
+from model.layers import RMSNorm
+from model.moe import Experts, Plan, WeightedSwiGLU
+
+T, K = 40, 3
+
+
+def made(dtype=torch.float64):
+    torch.manual_seed(0)
+    experts = Experts(BASE).to(dtype)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    u = torch.randn(T, BASE.hidden_size, dtype=dtype, requires_grad=True)
+    ids = torch.stack([torch.randperm(BASE.n_routed_experts - 1)[:K] for _ in range(T)])  # the last gets none
+    g = torch.rand(T, K, dtype=dtype, requires_grad=True)
+    return experts, u, ids, g
+
+
+def one_by_one(experts, u, ids, g):
+    out = []
+    for t in range(T):
+        y = torch.zeros_like(u[t])
+        for i, gate_value in zip(ids[t], g[t], strict=True):
+            gate, up = (experts.gate_up_proj[i] @ u[t]).chunk(2)
+            y = y + gate_value * (experts.down_proj[i] @ (F.silu(gate) * up))
+        out.append(y)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("align", [1, 64])
+def test_grouped_experts_equal_a_loop_over_tokens(align, monkeypatch):
+    monkeypatch.setattr(Experts, "alignment", lambda self, u: align)
+    experts, u, ids, g = made()
+    ours, want = experts(u, ids, g), one_by_one(experts, u, ids, g)
+    torch.testing.assert_close(ours, want, atol=1e-12, rtol=1e-12)
+    leaves = [u, g, *experts.parameters()]
+    upstream = torch.randn_like(want)
+    gradients = (torch.autograd.grad(y, leaves, upstream) for y in (ours, want))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_large_bf16_batches_are_filled_up_and_others_are_not():
+    experts, *_ = made()
+    assert experts.alignment(torch.zeros(2048, 4, dtype=torch.bfloat16)) == 64
+    assert experts.alignment(torch.zeros(32, 4, dtype=torch.bfloat16)) == 1
+    assert experts.alignment(torch.zeros(2048, 4)) == 1
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_the_plan_sends_every_pair_to_a_row_of_its_expert(align):
+    ids = torch.tensor([[0, 3], [3, 1], [3, 0]])
+    plan = Plan.of(ids, 5, align)
+    assert all(count % align == 0 for count in plan.counts) and len(plan.counts) == 5
+    owner = torch.arange(5).repeat_interleave(torch.tensor(plan.counts))
+    assert torch.equal(owner[plan.places], ids)
+    assert torch.equal(plan.pair[plan.places], torch.arange(6).view(3, 2))
+    assert torch.equal(plan.token[plan.places], torch.arange(3)[:, None].expand(3, 2))
+    assert (plan.token == 3).sum() == sum(plan.counts) - 6  # filling rows are nobody's
+
+
+def test_weighted_swiglu_has_the_gradient_of_its_formula():
+    h = torch.randn(5, 8, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(5, 1, dtype=torch.float64, requires_grad=True)
+    gate, up = h.chunk(2, -1)
+    torch.testing.assert_close(WeightedSwiGLU.apply(h, g), F.silu(gate) * up * g)
+    assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (h, g))
+
+
+def test_rms_norm_is_that_of_torch_in_every_dtype():
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        torch.manual_seed(0)
+        norm = RMSNorm(16, 1e-5)
+        norm.weight.data.normal_(1, 0.3)
+        norm.to(dtype)
+        x = torch.randn(3, 7, 16, dtype=dtype, requires_grad=True)
+        want = F.rms_norm(x, (16,), norm.weight, 1e-5)
+        torch.testing.assert_close(norm(x), want, atol=tolerance, rtol=tolerance)
+        upstream = torch.randn_like(want)
+        pairs = (torch.autograd.grad(y, (x, norm.weight), upstream) for y in (norm(x), want))
+        for mine, theirs in zip(*pairs, strict=True):
+            assert mine.dtype == dtype
+            torch.testing.assert_close(mine, theirs, atol=4 * tolerance, rtol=4 * tolerance)
