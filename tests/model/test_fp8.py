@@ -176,6 +176,18 @@ def test_an_outlier_channel_spoils_only_its_own_tile():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("rows", [1, 128])
+def test_a_tile_that_holds_what_is_not_finite_is_lost_whole_and_alone(bad, power_of_two, rows):
+    x = torch.randn(200, 300)
+    x[7, 150] = bad
+    finite = blocks.dequantize(blocks.quantize(x, rows, power_of_two)).isfinite()
+    tile = torch.zeros(200, 300, dtype=torch.bool)
+    tile[slice(7, 8) if rows == 1 else slice(0, 128), 128:256] = True
+    assert torch.equal(finite, ~tile)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "w", "dy"])
 def test_nan_and_infinity_come_out_of_every_product_that_they_go_into(bad, where):
     x, w, dy = inputs(40, 24, 200)
