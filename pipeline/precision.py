@@ -56,10 +56,9 @@ class Masters:
 
     @torch.no_grad()
     def load_state_dict(self, state: list[Tensor]) -> None:
-        """Take over `state_dict`'s values, and publish them."""
+        """Take over `state_dict`'s values; the network restores its own."""
         for master, value in zip(self.masters, state, strict=True):
             master.copy_(value)
-        self.publish()
 
 
 def optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
