@@ -167,6 +167,11 @@ def to_fp8(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+def supported(device: torch.device) -> bool:
+    """Whether `device` can do this: a CPU emulates it, a GPU needs compute capability 8.9."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def convert(net: nn.Module) -> int:
     """Swap the linear layers and experts of `net` for FP8 ones, in place; how many there were.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model import fp8
 from pipeline.config import OptimConfig
+from pipeline.errors import UserError
 
 
 class Masters:
@@ -23,6 +24,9 @@ class Masters:
     """
 
     def __init__(self, net: nn.Module, precision: str) -> None:
+        device = next(net.parameters()).device
+        if precision == "fp8" and not fp8.supported(device):
+            raise UserError(f"{device} has no FP8 arithmetic; set optim.precision to bfloat16")
         self.working = [p for p in net.parameters() if p.requires_grad]
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.working]
         for (
@@ -52,10 +56,9 @@ class Masters:
 
     @torch.no_grad()
     def load_state_dict(self, state: list[Tensor]) -> None:
-        """Take over `state_dict`'s values, and publish them."""
+        """Take over `state_dict`'s values; the network restores its own."""
         for master, value in zip(self.masters, state, strict=True):
             master.copy_(value)
-        self.publish()
 
 
 def optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:

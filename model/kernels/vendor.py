@@ -55,6 +55,8 @@ def padded(values: Tensor, rows: int, columns: int) -> Tensor:
 def scales(q: Quantized, rows: int) -> Tensor:
     """Scales of `q`, whose values have been padded to `rows`, in the layout for `scaled_mm` (see above)."""
     if q.rows == 1:
+        if len(q.scale) == rows and q.scale.stride() == (1, rows):
+            return q.scale
         scale = F.pad(q.scale, (0, 0, 0, rows - q.scale.shape[0]))
         return scale.T.contiguous().T
     scale = F.pad(q.scale, (0, -q.scale.shape[1] % 4)).contiguous()  # n/128 L

@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 from test_learner import MICRO, OBJECTIVE, rollouts, roundtrip, sequences, supervised
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import fp8
+from model.dense import DensePolicy
 from model.transformer import Transformer
 from pipeline.config import OptimConfig
+from pipeline.errors import UserError
 from pipeline.learner import MAX_SKIPPED, Learner
 from pipeline.losses import token_logprobs
 from pipeline.precision import HalfMomentAdamW
@@ -146,6 +149,15 @@ def test_a_policy_update_works_in_every_precision(precision):
     assert metrics["policy/mismatch_max"] < 0.1  # drawn and trained on in the same arithmetic
 
 
+def test_a_gpu_without_fp8_is_refused_before_anything_changes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not fp8.supported(torch.device("cuda")) and fp8.supported(torch.device("cpu"))
+    monkeypatch.setattr(fp8, "supported", lambda device: False)
+    with pytest.raises(UserError, match=r"optim\.precision to bfloat16"):
+        learner("fp8")
+    learner("bfloat16")
+
+
 def test_half_moments_step_almost_as_full_ones_do():
     full, half = learner("float32"), learner("float32", moments="bfloat16")
     assert isinstance(half.adamw, HalfMomentAdamW)
@@ -176,3 +188,24 @@ def test_a_second_moment_that_bf16_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"optim\.beta2 to 0\.99 or less"):
         OptimConfig(moments="bfloat16", beta2=0.999)
     assert dataclasses.replace(OptimConfig(), moments="bfloat16").beta2 == 0.95
+
+
+@pytest.mark.parametrize("precision", HALF)
+def test_a_dense_policy_trains_in_every_precision(precision):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    policy = DensePolicy(LlamaForCausalLM(config)).train()
+    it = Learner(policy, OptimConfig(lr=1e-2, precision=precision), 10, micro_rows=64)
+    batch = batches(1)[0]
+    losses = [it.supervised_update(batch)["loss/lm"] for _ in range(5)]
+    assert losses[-1] < losses[0] - 0.05 and it.skipped == 0
+    assert policy.lm_head.weight is policy.network.get_input_embeddings().weight
+    assert not isinstance(policy.lm_head, fp8.Fp8Linear)
+    converted = [m for m in policy.modules() if isinstance(m, fp8.Fp8Linear)]
+    assert len(converted) == (14 if precision == "fp8" else 0)
+    assert {b.dtype for b in policy.buffers() if b.is_floating_point()} == {
+        torch.float32
+    }  # rotary frequencies
