@@ -15,13 +15,14 @@ import shutil
 import struct
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from rewards import sandbox
 
 
-def answer(task: dict[str, Any]) -> dict[str, Any]:
-    """The reply to one request; `op` names what is asked."""
+def answer(task: dict[str, Any], send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The reply to one request; `op` names what is asked. `send` tells the parent how far it has come."""
     match task["op"]:
         case "load":
             return _load(task["for"])
@@ -29,7 +30,11 @@ def answer(task: dict[str, Any]) -> dict[str, Any]:
             from rewards import equivalence
 
             _limit_cpu(task["cpu_s"])
-            value, detail = equivalence.equivalent(task["gold"], task["answer"])
+            value, detail = equivalence.equivalent(
+                task["gold"],
+                task["answer"],
+                lambda stage: send({"stage": stage, "cpu_s": time.process_time()}),
+            )
             return {"value": value, "detail": detail}
         case "asserts" | "stdio":
             limits = sandbox.Limits(**task["limits"])
@@ -77,6 +82,16 @@ def main() -> int:
     os.dup2(nothing, 0)  # whatever a library prints must not land among the replies
     os.dup2(nothing, 1)
     sandbox.adopt_orphans(requests.fileno())
+
+    def send(reply: dict[str, Any]) -> None:
+        data = json.dumps(reply).encode()
+        data = struct.pack(">I", len(data)) + data
+        try:
+            while data:
+                data = data[os.write(replies, data) :]
+        except BrokenPipeError:
+            pass  # the parent is gone: the next read says so too
+
     while True:
         try:
             (length,) = struct.unpack(">I", _read(requests, 4))
@@ -85,20 +100,14 @@ def main() -> int:
             shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
             return 0
         try:
-            reply = answer(task)
+            reply = answer(task, send)
         except MemoryError:
-            reply = {"error": "memory ran out"}
+            reply = {"error": "memory ran out", "kind": "memory"}
         except RecursionError:
-            reply = {"error": "recursion too deep"}
+            reply = {"error": "recursion too deep", "kind": "memory"}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
-        data = json.dumps(reply).encode()
-        data = struct.pack(">I", len(data)) + data
-        try:
-            while data:
-                data = data[os.write(replies, data) :]
-        except BrokenPipeError:
-            continue  # the parent is gone: the next read says so too
+            reply = {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
+        send(reply)
 
 
 if __name__ == "__main__":

@@ -29,13 +29,24 @@ from typing import Any, Generic, Self, TypeVar
 
 START_LIMIT_S = 60.0  # an import of sympy on a busy machine; not part of a task's own limit
 DEFAULT_LIMIT_S = 5.0
-CHILD_MEMORY_BYTES = 4 << 30
+CHILD_MEMORY_BYTES = 2 << 30
 
 T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The task got no reply: its child ran out of time, died, or raised. The message says which."""
+    """The task got no reply: its child ran out of time, died, or raised. The message says which.
+
+    Args:
+        message: What happened, one line.
+        kind: `time`, `memory`, `died` or `raised`.
+        stage: The last stage that the child reported, if any (see `rewards.equivalence`).
+        cpu_s: CPU time that the child spent in that stage, seconds, where its time ran out.
+    """
+
+    def __init__(self, message: str, kind: str = "raised", stage: str = "", cpu_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.kind, self.stage, self.cpu_s = kind, stage, cpu_s
 
 
 class WorkerPool:
@@ -76,7 +87,7 @@ class WorkerPool:
                 if not self._closed:
                     self._idle.append(child)
         if "error" in reply:
-            raise TaskFailed(str(reply["error"]))
+            raise TaskFailed(str(reply["error"]), reply.get("kind", "raised"), child.stage)
         return reply
 
     def pids(self) -> list[int]:
@@ -153,6 +164,7 @@ class _Child:
         os.set_blocking(self._in.fileno(), False)
         os.set_blocking(self._out.fileno(), False)
         self._loaded: set[str] = set()
+        self.stage, self._stage_cpu_s = "", 0.0  # the last that the child reported of its task
 
     def prepare(self, op: str) -> None:
         """Let the child import what `op` needs, once, on a clock of its own."""
@@ -162,11 +174,15 @@ class _Child:
 
     def exchange(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
+        self.stage, self._stage_cpu_s = "", 0.0
         data = json.dumps(task).encode()
         self._write(struct.pack(">I", len(data)) + data, deadline, timeout_s)
-        (length,) = struct.unpack(">I", self._read(4, deadline, timeout_s))
-        reply: dict[str, Any] = json.loads(self._read(length, deadline, timeout_s))
-        return reply
+        while True:
+            (length,) = struct.unpack(">I", self._read(4, deadline, timeout_s))
+            reply: dict[str, Any] = json.loads(self._read(length, deadline, timeout_s))
+            if "stage" not in reply:
+                return reply
+            self.stage, self._stage_cpu_s = reply["stage"], reply["cpu_s"]
 
     def kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
@@ -204,14 +220,24 @@ class _Child:
         poll.register(fd, event)
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(1000 * left):
-            raise TaskFailed(f"time ran out: no reply within {limit_s:g} s")
+            spent = max(0.0, self._cpu_s() - self._stage_cpu_s)
+            raise TaskFailed(f"time ran out: no reply within {limit_s:g} s", "time", self.stage, spent)
+
+    def _cpu_s(self) -> float:
+        """CPU seconds that the child has used so far; 0 where the system does not say."""
+        try:
+            with open(f"/proc/{self.process.pid}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _death(self) -> TaskFailed:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=1)
         code = self.process.returncode
         how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
-        return TaskFailed(f"the worker process died ({how})")
+        return TaskFailed(f"the worker process died ({how})", "died", self.stage)
 
 
 class Memo(Generic[T]):
