@@ -39,7 +39,7 @@ class Undecided(Exception):
 
 _AND = re.compile(r"\s*,?\s+(?:and|or)\s+|\s*(?:和|或者?)\s*|\s*;\s*|,\s*(?:and|or)\s+")
 _MEMBERSHIP = re.compile(r"^\s*[A-Za-z]\s*\\in\s*(?!\\mathbb)")
-_LEFT_SIDE = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)(?:_\{?\w+\}?|'|\([a-zA-Z0-9, ]*\))*\s*=\s*(?=[^=]+$)")
+_LEFT_SIDE = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)(?:_\w|_\s*\{[^{}]*\}|'|\([a-zA-Z0-9, ]*\))*\s*=\s*(?=[^=]+$)")
 _EQUALS = re.compile(r"(?<![<>!:])=|\\approx(?![A-Za-z])|\\equiv(?![A-Za-z])")
 _RELATION = re.compile(r"[<>]|\\[lg]e(?:q|qslant)?(?![A-Za-z])|\\[lg]t(?![A-Za-z])|\\n?eq?(?![A-Za-z])")
 _CHOSEN = re.compile(
@@ -85,6 +85,10 @@ def _by_members(gold: str, answer: str, leaf: Leaf, depth: int, *, thousands: bo
         return _single(gold, answer, leaf, depth)
     if several and len(answer_members) == 1 and _RELATION.search(answer) and gold_kind not in ("", "{}"):
         return leaf(gold, answer)  # an interval answered by an inequality
+    if not several and not answer_kind and len(answer_members) <= 3:
+        # One value in several notations, "15 39/40, or 639/40", is one value.
+        if all(compare(gold, member, leaf, depth + 1)[0] == 1 for member in answer_members):
+            return 1.0, "each of them equal"
     if len(gold_members) != len(answer_members):
         return 0.0, f"{len(answer_members)} values where {len(gold_members)} are wanted"
     loose = {"", "{}"}  # "1, 2" and "{1, 2}" say the same

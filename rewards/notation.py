@@ -50,10 +50,7 @@ def normalise(text: str) -> str:
             text = text if start in inner.replace("\\$", "") else inner.strip()
     text = text.replace("\\$", "").replace("\\%", "%").replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
-    if text.count("$") == 1 or (text.count("$") > 1 and text.startswith("$")):
-        text = text.replace("$", "", 1)  # dollars, the money
-    elif text.count("$") % 2 == 0:
-        text = text.replace("$", " ")  # "$1$ and $2$"
+    text = text.replace("$", " ").strip()  # money, or the delimiters of "$1$ and $2$"
     text = text.lstrip("£€¥") if text[:1] in "£€¥" else text.replace("-€", "-").replace("-£", "-")
     text = _SPACING.sub(_respace, text)
     text = _ORDINAL.sub("", _DEGREES.sub("", text))

@@ -51,11 +51,12 @@ def _load(op: str) -> dict[str, Any]:
         from rewards import equivalence
 
         equivalence.equivalent("\\frac{1}{2}", "0.5 x")  # builds its regexes and parser tables
+        in_force = ""
     else:
-        sandbox.warm()
+        in_force = sandbox.warm()
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"pid": os.getpid()}
+    return {"pid": os.getpid(), "in_force": in_force}
 
 
 def _limit_cpu(seconds: float) -> None:
