@@ -28,6 +28,7 @@ from typing import Any
 
 from rewards.values import Malformed, decode, dumps, encode
 
+ENDED = "the program ended"
 LONGEST_MESSAGE = 64 << 20
 
 
@@ -64,7 +65,7 @@ class Pipe:
             except OSError:
                 part = b""
             if not part:
-                raise ProgramGone("the program ended")
+                raise ProgramGone(ENDED)
             parts.append(part)
             length -= len(part)
         return b"".join(parts)
@@ -105,7 +106,7 @@ class Link:
         except (Malformed, ValueError, TypeError, OSError, ProgramGone) as error:
             if getattr(error, "from_program", False):
                 raise
-            self.gone = str(error) if isinstance(error, (ProgramGone, Malformed)) else "the program ended"
+            self.gone = str(error) if isinstance(error, (ProgramGone, Malformed)) else ENDED
             raise ProgramGone(self.gone) from None
 
     def encoded(self, value: Any) -> Any:
