@@ -20,7 +20,8 @@ _FILLER = re.compile(
 _NO_VALUE = re.compile(
     r"(?:not|wrong|incorrect|correct|right|clear|obvious|unclear|unknown|as follows|based|found|obtained|one of|"
     r"among|in the form|supposed|expected|required|needed|asked|yes we|given in|to be|being|a positive|an integer|"
-    r"always|independent|unique|now|within)\b",
+    r"always|independent|unique|now|within|let|we|first|i|here|sure|step|since|using|this|there|it|see|below|"
+    r"above|can|could|may|might|either of)\b",
     re.IGNORECASE,
 )
 _AND = re.compile(r"(?:[\s,;、]|\b(?:and|or)\b|和|或|或者|以及)*")
@@ -45,6 +46,8 @@ _CONTEXT = re.compile(
     r"\s*$",
     re.IGNORECASE,
 )
+_DENIED = re.compile(r"(?:\bnot|n't|≠|\\ne|不是)\s*$", re.IGNORECASE)
+_OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[^{}]|\{[^{}]*\})*\Z")
 _MODIFIER = re.compile(r"\s?-\s?[A-Za-z]")  # "the 8-point buck"
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?")
 
@@ -122,7 +125,11 @@ def last_stated(text: str) -> str | None:
         if outside[sentence_start:sentence_end].rstrip().endswith(("?", "？")):
             continue
         inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
-        telling = [token for token in inside if not _label_only(token.content)]
+        telling = [
+            token
+            for token in inside
+            if not _label_only(token.content) and not _DENIED.search(tail[max(0, token.start - 12) : token.start])
+        ]
         if not telling:
             continue
         for bold in list(_BOLD.finditer(tail, sentence_start, sentence_end))[::-1]:
@@ -220,7 +227,7 @@ def _looks_cut(text: str) -> bool:
     tail = text[-TAIL:]
     if tail.rfind("\\[") > tail.rfind("\\]") or tail.rfind("\\(") > tail.rfind("\\)"):
         return True
-    if tail.count("$$") % 2:
+    if tail.count("$$") % 2 or _OPEN_BOX.search(tail, max(tail.rfind("\\boxed"), tail.rfind("\\fbox"), 0)):
         return True
     last = re.search(r"([A-Za-z]+)$", tail)
     return last is not None and last[1].lower() in _CUT_WORDS and len(tail) > len(last[1])
