@@ -38,14 +38,16 @@ class Undecided(Exception):
 
 
 _AND = re.compile(r"\s*,?\s+(?:and|or)\s+|\s*(?:和|或者?)\s*|\s*;\s*|,\s*(?:and|or)\s+")
-_MEMBERSHIP = re.compile(r"^\s*[A-Za-z]\s*\\in\s*(?!\\mathbb)")
+_MEMBERSHIP = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)\s*\\in\s*(?!\\mathbb)")
 _LEFT_SIDE = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)(?:_\w|_\s*\{[^{}]*\}|'|\([a-zA-Z0-9, ]*\))*\s*=\s*(?=[^=]+$)")
 _EQUALS = re.compile(r"(?<![<>!:])=|\\approx(?![A-Za-z])|\\equiv(?![A-Za-z])")
 _RELATION = re.compile(r"[<>]|\\[lg]e(?:q|qslant)?(?![A-Za-z])|\\[lg]t(?![A-Za-z])|\\n?eq?(?![A-Za-z])")
+_RELATION_SIGN = re.compile(r"=|[<>]|\\[lg]e")
 _CHOSEN = re.compile(
     r"(?:(?:option|choice|answer|answer choice)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[).:](?=\s|$))\s*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
+_MODULUS = re.compile(r"\(?\s*\\?(?:p|b)?mod\s*(?:\{\s*\w+\s*\}|\w+)\s*\)?\s*$")
 _BASE = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*)\s*_\s*\{?\s*(\d{1,2})\s*\}?")
 _OPEN, _CLOSE = "([{", ")]}"
 _LIST_LIMIT = 6  # members matched in any order by trying all; beyond that each takes the first that fits
@@ -61,6 +63,8 @@ def compare(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> Verdict:
     gold, answer = _MEMBERSHIP.sub("", gold), _MEMBERSHIP.sub("", answer)
     if gold == answer or compact(gold) == compact(answer):
         return 1.0, "equal as written"
+    if "mod" in answer and "mod" not in gold:  # 3 \\pmod 7, where 3 is wanted
+        answer = _MODULUS.sub("", answer).strip()
     if depth > _DEPTH_LIMIT:
         return 0.0, "nested too deep"
     if (chosen := _choice(gold, answer, leaf, depth)) is not None:
@@ -89,6 +93,8 @@ def _by_members(gold: str, answer: str, leaf: Leaf, depth: int, *, thousands: bo
         # One value in several notations, "15 39/40, or 639/40", is one value.
         if all(compare(gold, member, leaf, depth + 1)[0] == 1 for member in answer_members):
             return 1.0, "each of them equal"
+    if several and len(answer_members) == 1 and _EQUALS.search(answer) and not _EQUALS.search(gold):
+        return compare(gold, _EQUALS.split(answer)[-1].strip(), leaf, depth + 1)  # M = (a, b) = (1, 2)
     if len(gold_members) != len(answer_members):
         return 0.0, f"{len(answer_members)} values where {len(gold_members)} are wanted"
     loose = {"", "{}"}  # "1, 2" and "{1, 2}" say the same
@@ -111,6 +117,7 @@ def members(text: str, thousands: bool = True) -> tuple[str, list[str]]:
         if text[0] != "{" or text.startswith("{<"):
             kind = text[0] + text[-1]
         text = text[1:-1].removeprefix("<").removesuffix(">") if kind else text
+        thousands = thousands and ", " in text  # (1,234) is a pair
     parts = [part for part in _split(text, thousands) if part]
     expanded = [sign for part in parts for sign in _signs(part)]
     restored = [part.replace("{<", "\\{").replace(">}", "\\}") for part in expanded]
@@ -204,6 +211,10 @@ def _single(gold: str, answer: str, leaf: Leaf, depth: int) -> Verdict:
         return _chain(gold, [part for part in _EQUALS.split(answer) if part.strip()], leaf, depth)
     if _EQUALS.search(gold) and not _EQUALS.search(answer) and _LEFT_SIDE.match(gold):
         gold = _LEFT_SIDE.sub("", gold)
+    elif gold.count("=") == 1 and _EQUALS.search(gold) and not _RELATION_SIGN.search(answer):
+        return 0.0, "an equation is wanted"
+    if plain_number(gold) and plain_number(answer):
+        return leaf(gold, answer)
     gold_bare, gold_unit = split_unit(gold)
     answer_bare, answer_unit = split_unit(answer)
     if gold_unit or answer_unit:

@@ -7,6 +7,7 @@ pool holds the clock. Its unit list is off too, because it eats variables (`3t` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from latex2sympy2_extended import NormalizationConfig
@@ -22,6 +23,7 @@ _CONFIG = [
     ),
     ExprExtractionConfig(),
 ]
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 Stage = Callable[[str], None]
 
 
@@ -52,4 +54,5 @@ def _leaf(gold: str, answer: str, stage: Stage) -> Verdict:
 
 
 def _parsed(text: str) -> list:
+    text = _THOUSANDS.sub("", text)  # in a single expression a comma before three digits separates nothing
     return parse(f"${text}$", _CONFIG, fallback_mode="no_fallback", parsing_timeout=None)

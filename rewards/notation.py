@@ -27,11 +27,11 @@ _ORDINAL = re.compile(
 _WRAPPERS = "text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mathsf|bf|rm|it|mbox|hbox|operatorname|emph|bm"
 _TEXT = re.compile(rf"\\(?:{_WRAPPERS})\s*\{{([^{{}}]*)\}}")
 _OLD_FONT = re.compile(r"\\(?:bf|rm|it|mathrm)(?![A-Za-z])")
-_UNIT_TEXT = re.compile(
-    r"\s*(?:\\(?:text|mbox|textrm|mathrm|rm|hbox)\s*\{\s*([A-Za-z][A-Za-z.,/\s]{0,40}(?:\^\{?[23]\}?)?)\s*\}"
-    r"(?:\s*\^?\s*\{?[23]\}?)?\s*)+\.?\s*$"
+_UNIT_TEXT = re.compile(r"\s+((?:[A-Za-z]{2,}\.?\s*){1,4})(?:\^?\s*\{?[23]\}?)?\s*$")
+_SHORT_UNITS = frozenset("cm mm km ft in mi yd kg lb mg ml oz hr cu sq".split())  # noqa: SIM905
+_JOINING = frozenset(
+    "and or to of over mod bmod choose if for million billion thousand percent sin cos tan log".split()  # noqa: SIM905
 )
-_JOINING = frozenset("and or to of over mod bmod choose if for".split())  # noqa: SIM905
 _FRAC_BARE = re.compile(r"\\frac\s*(?:(\d)\s*(\d)|(\d)\s*(\{[^{}]*\})|(\{[^{}]*\})\s*(\d))")
 _SQRT_BARE = re.compile(r"\\sqrt\s*(?:(\d|[a-z])|\((\d+)\))")
 _BRACED_POWER = re.compile(r"\^\s*\{\s*([0-9A-Za-z])\s*\}")
@@ -69,22 +69,19 @@ def compact(text: str) -> str:
 
 
 def split_unit(text: str) -> tuple[str, str]:
-    r"""An expression less the unit that follows it, `12\sqrt{13}\text{ feet}`, and the unit's words.
+    r"""A normalised expression less the unit that follows it, `12\sqrt{13} feet`, and the unit's words.
 
-    Words that join or change the number (`\text{ or }`, `\text{ million}`) are no unit, and neither is text
-    that stands alone.
+    Words that join or change the number (`or`, `million`) are no unit, and neither are variables (`2 xy`).
     """
     match = _UNIT_TEXT.search(text)
     if match is None:
         return text, ""
-    head = text[: match.start()].rstrip()
-    words = " ".join(re.findall(r"[A-Za-z]+", match[0].replace("\\text", "").replace("\\mbox", ""))).lower()
-    words = re.sub(r"^(?:mathrm|textrm|hbox|rm)\b\s*", "", words)
+    head, words = text[: match.start()].rstrip(), match[1].lower().replace(".", " ").split()
     if not re.search(r"[0-9a-zA-Z})\]]$", head) or not re.search(r"\d|\\pi|\\sqrt", head):
         return text, ""
-    if _JOINING.intersection(words.split()) or words in ("million", "billion", "thousand", "percent", "i", "x"):
+    if _JOINING.intersection(words) or any(len(word) < 3 and word not in _SHORT_UNITS for word in words):
         return text, ""
-    return head, words
+    return head, " ".join(words)
 
 
 def _respace(match: re.Match[str]) -> str:

@@ -80,6 +80,9 @@ def plain_number(text: str) -> Number | None:
             unit = " ".join(words)
         if _NOT_UNITS.intersection(words):
             return None
+        # "3t" is a product; of single letters only "3 m" and its like are units, apart from the number.
+        if len(unit) == 1 and (unit not in _UNIT_NAMES or not tail[0][0].isspace()):
+            return None
         match = _NUMBER.fullmatch(text[: tail.start()])
     if match is None:
         return None

@@ -28,6 +28,7 @@ _COMMAND = re.compile(
     r"|\\(?:text|textbf|textrm|textit|mathrm|mbox|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\."
 )
 _LONG_WORD = re.compile(r"[A-Za-z]{2,}|[^\W\d_A-Za-z]{2,}")
+_PROSE_WORD = re.compile(r"(?<![A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|max|min|gcd|lcm|mod)\b)[A-Za-z]{3,}")
 _MATHS_WORDS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin arccos "  # noqa: SIM905
     "arctan and or".split()
@@ -158,7 +159,7 @@ def _closing_dollar(text: str, start: int) -> int:
         return -1
     content = text[start:close]
     money = content[0].isdigit() and (text[close + 1 : close + 2].isdigit() or content[-1].isspace())
-    prose = content[0].isdigit() and not is_expression(content.strip().replace("\n", " "))
+    prose = content[0].isdigit() and _PROSE_WORD.search(_COMMAND.sub(" ", content)) is not None
     return -1 if money or prose else close
 
 

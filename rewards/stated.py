@@ -25,7 +25,7 @@ _NO_VALUE = re.compile(
     re.IGNORECASE,
 )
 _AND = re.compile(r"(?:[\s,;、]|\b(?:and|or)\b|和|或|或者|以及)*")
-_FENCE = re.compile(r"```[ \t]*(?:python|py|cpp|c|java)\b.*?(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"```[ \t]*(?:python|py|cpp|c|java)\b.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
 _CUT_WORDS = frozenset(
     "the a an of is are was and or to in with that we so which by for from as be this it if then at on let since "  # noqa: SIM905
     "because when where has have can will would how first next now i our their its but not get gives find use "
@@ -40,9 +40,9 @@ _CONTEXT = re.compile(
     r"(?:(?<!total )(?<!sum )(?<!cost )(?<!price )(?<!profit )(?<!average )(?<!balance )(?<!amount )(?<!score )"
     r"(?<!length )(?<!area )(?<!speed )(?<!value )(?<!answer )(?<!maximum )(?<!minimum )\bof|"
     r"\b(?:in|after|for|during|over|within|on|at|from|with|without|per|every|each|than|before|when|if|between|"
-    r"until|among|through|across|given|since|as|modulo|where|mod)|(?<!need )(?<!needs )(?<!have )(?<!has )"
+    r"by|until|among|through|across|given|since|as|modulo|where|mod)|(?<!need )(?<!needs )(?<!have )(?<!has )"
     r"(?<!had )(?<!able )(?<!going )(?<!needed )(?<!him )(?<!her )(?<!them )(?<!us )\bto(?:\s+[a-z]+)?)"
-    r"(?:\s+(?:[a-z]+ing|the|a|an|his|her|their|its|all|these|those|first|next|last|another|about|only|just|other))*"
+    r"(?:\s+(?:[a-z]+ing|\$?\d+\$?,?|and|or|the|a|an|his|her|their|its|all|these|those|first|next|last|another|about|only|just|other))*"
     r"\s*$",
     re.IGNORECASE,
 )
@@ -117,12 +117,13 @@ def last_stated(text: str) -> str | None:
     """The last expression that a finished sentence of the text states: maths, bold text or a number."""
     if _looks_cut(text):
         return None
-    tail = _FENCE.sub(" ", text[-TAIL:])
+    tail = _FENCE.sub(" ", _tail(text))
     spans = maths(tail)
     outside = _blanked(tail, spans)
     tokens = sorted([*spans, *numbers(outside)], key=lambda span: span.start)
     for sentence_start, sentence_end in _sentences(outside)[::-1]:
-        if outside[sentence_start:sentence_end].rstrip().endswith(("?", "？")):
+        sentence = outside[sentence_start:sentence_end].strip()
+        if sentence.endswith(("?", "？")) or sentence.startswith(("(", "Note")):
             continue
         inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
         telling = [
@@ -138,6 +139,17 @@ def last_stated(text: str) -> str | None:
         last = _main(tail, telling)
         return _group(tail, telling, last, backwards=True) if last in spans else last.content
     return None
+
+
+def _tail(text: str) -> str:
+    """The end of the text, from the start of a paragraph or at least a line on: never from within maths."""
+    start = len(text) - TAIL
+    if start <= 0:
+        return text
+    for boundary in ("\n\n", "\n"):
+        if (at := text.find(boundary, start)) >= 0:
+            return text[at:]
+    return text[start:]
 
 
 def _main(text: str, tokens: list[Span]) -> Span:
@@ -188,7 +200,7 @@ def _group(text: str, spans: list[Span], chosen: Span, *, backwards: bool = Fals
     at = spans.index(chosen)
     if backwards:
         for earlier in spans[:at][::-1]:
-            if not _AND.fullmatch(text[earlier.end : group[0].start]):
+            if not _AND.fullmatch(text[earlier.end : group[0].start]) or not _parallel(earlier, group[0]):
                 break
             group.insert(0, earlier)
     else:
@@ -200,6 +212,17 @@ def _group(text: str, spans: list[Span], chosen: Span, *, backwards: bool = Fals
     after = text[group[-1].end : group[-1].end + 12].lstrip()
     percent = "%" if len(group) == 1 and re.match(r"\\?%|percent\b", after) else ""
     return ", ".join(dict.fromkeys(contents)) + percent
+
+
+def _parallel(first: Span, second: Span) -> bool:
+    """Whether two formulas are values side by side, `x = 2` and `x = 3`, and not steps of a derivation."""
+    shapes = []
+    for content in (first.content, second.content):
+        left, equals, right = content.partition("=")
+        if equals and (not _label_only(left) or "=" in right):
+            return False
+        shapes.append("=" if equals else "<" if re.search(r"[<>]|\\[lg]eq?\b|\\in\b", content) else "")
+    return shapes[0] == shapes[1]
 
 
 def _one(content: str) -> str:
