@@ -1,7 +1,7 @@
 """Our own labelled set: answers and whole completions with the verdicts they deserve, each with its reason."""
 
-import os
 import json
+import os
 import random
 from pathlib import Path
 
@@ -33,9 +33,8 @@ def right(gold: str, completion: str, pool: WorkerPool) -> tuple[bool, str]:
 
 def test_the_set_is_large_and_has_both_kinds():
     both = answers.cases() + completions.cases()
-    assert len(both) >= 300
+    assert len({(gold, text) for _, gold, text, _ in both}) >= 400
     assert sum(not want for *_, want in both) >= 100
-    assert len({(gold, text) for _, gold, text, _ in both}) == len(both)
 
 
 @pytest.mark.parametrize("reason", answers.CLASSES)
@@ -84,7 +83,7 @@ def test_gold_answers_themselves(name, pool):
 
 
 # Their boxes hold two notations of a time of day, and words.
-ODD_SOLUTIONS = {"train/prealgebra/1213"}
+ODD_SOLUTIONS = {"train/number_theory/837.json", "train/prealgebra/1393.json"}
 
 
 @pytest.mark.parametrize("name", ["math500", "gsm8k_test", "aime24", "amc23"])
