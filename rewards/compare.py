@@ -24,7 +24,7 @@ import re
 from collections.abc import Callable
 from itertools import permutations
 
-from rewards.expression import differ_or_equal, value_of
+from rewards.expression import differ_or_equal, readable, value_of
 from rewards.notation import compact, split_unit
 from rewards.numbers import equal_numbers, plain_number, unit_conflict
 from rewards.spans import is_expression, numbers
@@ -48,7 +48,8 @@ _CHOSEN = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 _MODULUS = re.compile(r"\(?\s*\\?(?:p|b)?mod\s*(?:\{\s*\w+\s*\}|\w+)\s*\)?\s*$")
-_BASE = re.compile(r"([0-9A-Za-z]*\d[0-9A-Za-z]*)\s*_\s*\{?\s*(\d{1,2})\s*\}?")
+_MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
+_BASE = re.compile(r"(-?[0-9A-Za-z]*\d[0-9A-Za-z]*)\s*_\s*\{?\s*(\d{1,2})\s*\}?")
 _OPEN, _CLOSE = "([{", ")]}"
 _LIST_LIMIT = 6  # members matched in any order by trying all; beyond that each takes the first that fits
 _DEPTH_LIMIT = 8
@@ -221,8 +222,27 @@ def _single(gold: str, answer: str, leaf: Leaf, depth: int) -> Verdict:
         if unit_conflict(gold_unit, answer_unit):
             return 0.0, "another unit"
         return compare(gold_bare, answer_bare, leaf, depth + 1)
-    based = _bases(gold, answer)
-    return based if based is not None else leaf(gold, answer)
+    for rule in (_bases, _matrices):
+        verdict = rule(gold, answer, leaf, depth)
+        if verdict is not None:
+            return verdict
+    if ("\\cup" in gold and readable(answer)) or ("\\cup" in answer and readable(gold)):
+        return 0.0, "a union of intervals is not a number"
+    return leaf(gold, answer)
+
+
+def _matrices(gold: str, answer: str, leaf: Leaf, depth: int) -> Verdict | None:
+    """Matrices entry by entry; round or square brackets do not matter, bars (a determinant) do."""
+    wanted, got = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(answer)
+    if wanted and got and (wanted[1] in ("vmatrix", "Vmatrix")) == (got[1] in ("vmatrix", "Vmatrix")):
+        rows = [[row.split("&") for row in re.split(r"\\\\", m[2]) if row.strip()] for m in (wanted, got)]
+        if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
+            return 0.0, "another shape"
+        entries = [[entry.strip() for row in matrix for entry in row] for matrix in rows]
+        return _all_equal(entries[0], entries[1], True, leaf, depth)
+    if (wanted and readable(answer)) or (got and readable(gold)):
+        return 0.0, "a matrix is not a number"
+    return None
 
 
 def _chain(gold: str, parts: list[str], leaf: Leaf, depth: int) -> Verdict:
@@ -246,7 +266,7 @@ def _value(text: str) -> complex | None:
     return complex(number.value) if number else value_of(text)
 
 
-def _bases(gold: str, answer: str) -> Verdict | None:
+def _bases(gold: str, answer: str, _leaf: Leaf, _depth: int) -> Verdict | None:
     """Numerals with a base: `1011_2`. The base may be left out, but not be another."""
     wanted, got = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
     if not wanted and not got:
@@ -254,8 +274,8 @@ def _bases(gold: str, answer: str) -> Verdict | None:
     if wanted and got and wanted[2] != got[2]:
         return 0.0, "another base"
     digits = (wanted[1] if wanted else compact(gold), got[1] if got else compact(answer))
-    if not all(part.isalnum() for part in digits):
-        return None
+    if not all(part.removeprefix("-").isalnum() for part in digits):
+        return (0.0, "a numeral is not an expression") if readable(gold if got else answer) else None
     same = digits[0].lstrip("0").casefold() == digits[1].lstrip("0").casefold()
     return float(same), "same digits" if same else "other digits"
 

@@ -37,7 +37,7 @@ class _Irrational(Exception):
 def differ_or_equal(first: str, second: str) -> bool | None:
     """`True` where two normalised expressions are equal for certain, `False` where they differ, else `None`."""
     a, b = _parse(first), _parse(second)
-    if a is None or b is None or _variables(a) != _variables(b):
+    if a is None or b is None:
         return None
     try:
         # The names take the same values in both; three points, each exact.
@@ -55,6 +55,11 @@ def differ_or_equal(first: str, second: str) -> bool | None:
     except (_Unsupported, ArithmeticError, ValueError):
         pass
     return None
+
+
+def readable(text: str) -> bool:
+    """Whether it is in the part of LaTeX that is evaluated here."""
+    return _parse(text) is not None
 
 
 def value_of(text: str) -> complex | None:

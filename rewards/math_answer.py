@@ -5,8 +5,8 @@ exactly; `rewards.compare` takes structure apart by stated rules; what is left, 
 algebra, goes to math-verify in a killable child (`rewards.equivalence`).
 
 Three outcomes: 1, 0, or `None` where the verifier failed. An answer may not buy itself out of being wrong:
-when time or memory runs out *after* the gold was parsed, and the child did work on the answer for most of
-its limit (CPU time, so a busy machine is not mistaken for it), the answer is too costly to be one, and wrong.
+when time or memory runs out *after* the gold was parsed, and the child did work on the answer for a
+good part of its limit (CPU time, so a busy machine is not mistaken for it), the answer is too costly to be one, and wrong.
 Everything else (the gold does not parse or is too costly itself, the child died, the machine was too busy) is
 the verifier's failure.
 """
@@ -21,6 +21,7 @@ from rewards.workers import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, share
 __all__ = ["LONGEST_ANSWER", "grade_math", "normalise", "quick_grade"]
 
 LONGEST_ANSWER = 2000  # characters; longer ones are not answers, and would only cost parsing time
+COSTLY = 0.2  # share of the limit in CPU time on the answer: 1 s of 5, where comparisons take milliseconds
 
 _results: Memo[Outcome] = Memo(size=16384, keep=lambda outcome: outcome.value is not None)
 
@@ -61,12 +62,13 @@ def quick_grade(gold: str, answer: str) -> Outcome | None:
 
 
 def _slow_grade(gold: str, answer: str, pool: WorkerPool, timeout_s: float) -> Outcome:
-    task = {"op": "math", "gold": normalise(gold), "answer": normalise(answer), "cpu_s": timeout_s + 5}
+    task = {"op": "math", "gold": normalise(gold), "answer": normalise(answer), "timeout_s": timeout_s}
     try:
-        reply = pool.call(task, timeout_s)
+        # The worker holds the comparison's clock; ours is a second, later one, for the worker itself.
+        reply = pool.call(task, timeout_s + 5)
     except TaskFailed as failure:
         blame = failure.stage == "answer" and (
-            failure.kind == "memory" or (failure.kind == "time" and failure.cpu_s >= 0.5 * timeout_s)
+            failure.kind == "memory" or (failure.kind == "time" and failure.cpu_s >= COSTLY * timeout_s)
         )
         if blame:
             return Outcome(0.0, f"the answer is too costly to compare: {failure}", answer)

@@ -40,8 +40,8 @@ class TaskFailed(Exception):
     Args:
         message: What happened, one line.
         kind: `time`, `memory`, `died` or `raised`.
-        stage: The last stage that the child reported, if any (see `rewards.equivalence`).
-        cpu_s: CPU time that the child spent in that stage, seconds, where its time ran out.
+        stage: Mathematics only: the last stage that was reached (see `rewards.equivalence`).
+        cpu_s: CPU time that was spent in that stage, seconds, where its time ran out.
     """
 
     def __init__(self, message: str, kind: str = "raised", stage: str = "", cpu_s: float = 0.0) -> None:
@@ -87,7 +87,8 @@ class WorkerPool:
                 if not self._closed:
                     self._idle.append(child)
         if "error" in reply:
-            raise TaskFailed(str(reply["error"]), reply.get("kind", "raised"), child.stage)
+            details = reply.get("kind", "raised"), reply.get("stage", ""), reply.get("cpu_s", 0.0)
+            raise TaskFailed(str(reply["error"]), *details)
         return reply
 
     def pids(self) -> list[int]:
@@ -164,7 +165,6 @@ class _Child:
         os.set_blocking(self._in.fileno(), False)
         os.set_blocking(self._out.fileno(), False)
         self._loaded: set[str] = set()
-        self.stage, self._stage_cpu_s = "", 0.0  # the last that the child reported of its task
 
     def prepare(self, op: str) -> None:
         """Let the child import what `op` needs, once, on a clock of its own."""
@@ -174,15 +174,11 @@ class _Child:
 
     def exchange(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
-        self.stage, self._stage_cpu_s = "", 0.0
         data = json.dumps(task).encode()
         self._write(struct.pack(">I", len(data)) + data, deadline, timeout_s)
-        while True:
-            (length,) = struct.unpack(">I", self._read(4, deadline, timeout_s))
-            reply: dict[str, Any] = json.loads(self._read(length, deadline, timeout_s))
-            if "stage" not in reply:
-                return reply
-            self.stage, self._stage_cpu_s = reply["stage"], reply["cpu_s"]
+        (length,) = struct.unpack(">I", self._read(4, deadline, timeout_s))
+        reply: dict[str, Any] = json.loads(self._read(length, deadline, timeout_s))
+        return reply
 
     def kill(self) -> None:
         with suppress(ProcessLookupError, PermissionError):
@@ -220,24 +216,14 @@ class _Child:
         poll.register(fd, event)
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(1000 * left):
-            spent = max(0.0, self._cpu_s() - self._stage_cpu_s)
-            raise TaskFailed(f"time ran out: no reply within {limit_s:g} s", "time", self.stage, spent)
-
-    def _cpu_s(self) -> float:
-        """CPU seconds that the child has used so far; 0 where the system does not say."""
-        try:
-            with open(f"/proc/{self.process.pid}/stat") as file:
-                fields = file.read().rpartition(")")[2].split()
-        except OSError:
-            return 0.0
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            raise TaskFailed(f"time ran out: no reply within {limit_s:g} s", "time")
 
     def _death(self) -> TaskFailed:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=1)
         code = self.process.returncode
         how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
-        return TaskFailed(f"the worker process died ({how})", "died", self.stage)
+        return TaskFailed(f"the worker process died ({how})", "died")
 
 
 class Memo(Generic[T]):

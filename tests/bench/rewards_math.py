@@ -53,7 +53,7 @@ def pairs() -> list[tuple[str, str]]:
         golds, templates = (grade_school, _GSM8K + _TEMPLATES[:1]) if i % 3 == 0 else (maths, _TEMPLATES)
         gold = draw.choice(golds)
         said = gold if draw.random() < 0.5 else draw.choice(golds)
-        if draw.random() < 0.3:  # written in another way
+        if draw.random() < 0.3 and "\\left" not in said:  # written in another way
             said = said.replace("\\frac", "\\dfrac").replace("(", "\\left(").replace(")", "\\right)")
         made.append((gold, draw.choice(templates).format(said)))
     return made
