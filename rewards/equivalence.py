@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from functools import lru_cache
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -42,7 +44,7 @@ def _leaf(gold: str, answer: str, stage: Stage) -> Verdict:
     except Undecided:
         pass
     stage("gold")
-    wanted = _parsed(gold)
+    wanted = _gold(gold)
     if not wanted:
         return None, "the gold answer does not parse"
     stage("answer")
@@ -51,6 +53,16 @@ def _leaf(gold: str, answer: str, stage: Stage) -> Verdict:
         return 0.0, "the answer does not parse"
     same = verify(wanted, found, allow_set_relation_comp=True, timeout_seconds=None)
     return float(same), "equal by math-verify" if same else "different by math-verify"
+
+
+@lru_cache(maxsize=1024)
+def _gold(text: str) -> list:
+    """The gold, parsed and evaluated once: where even that is too costly, it is the gold that is to blame."""
+    wanted = _parsed(text)
+    for expression in wanted:
+        with suppress(AttributeError, TypeError, ValueError, ArithmeticError, NotImplementedError):
+            expression.evalf()
+    return wanted
 
 
 def _parsed(text: str) -> list:

@@ -106,8 +106,8 @@ def test_who_is_to_blame(failure, value):
         def call(self, task, timeout_s):
             raise failure
 
-    salted = f"\\sqrt{{{id(failure)}}}"  # nothing remembered from another case
-    assert grade_math(salted, "\\sqrt{11}", pool=Failing(), timeout_s=LIMIT_S).value == value  # type: ignore[arg-type]
+    salted = f"\\log_2 {id(failure)}"  # needs the engine; nothing remembered from another case
+    assert grade_math(salted, "\\log_3 11", pool=Failing(), timeout_s=LIMIT_S).value == value  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "$", "\\[", "answer is ", "Answer:\n", "#### 5 ", "**",
