@@ -24,6 +24,7 @@ learned the tags. Likewise an answer that the end of the text cuts off, `\boxed{
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import Literal
 
 from rewards.spans import Span, boxes, is_expression, maths
@@ -34,6 +35,7 @@ __all__ = ["Mode", "answer_block", "final_answer", "is_expression", "last_boxed"
 Mode = Literal["strict", "lenient"]
 
 OPEN, CLOSE = "<think>", "</think>"
+MOST_QUESTIONS = 4  # that a model asks itself are looked at
 MOST_MARKERS = 64  # places "the answer is" is looked at, from the end, where that is all a completion repeats
 
 _END_OF_TURN = re.compile(
@@ -53,7 +55,7 @@ _MARKERS = (
     # "the answer to … is", "Final Answer:", "**Answer**", but not "answers", "answered", "answer key is"
     re.compile(
         r"(?P<final>\bfinal[ \t]+)?\b(?:answer|ans)\b(?!\s+key)[^\n.:：=?!]{0,80}?"
-        r"(?:\b(?:is|are|was|equals|be|becomes)\b(?!\s*n[o']t)|[:：=]|\.?[ \t]*(?:\*\*)?[ \t]*\n)",
+        r"(?:\b(?:is|are|was|equals|be|becomes)\b(?!\s*n[o']t)|[:：=]|\.?[ \t]{0,9}(?:\*\*)?[ \t]{0,9}\n)",
         re.IGNORECASE,
     ),
     re.compile(r"(?P<final>最终|最后)?的?答案(?:应该|应当|应|就|便)?(?:[是为][ \t]*[:：]?|等于|[ \t]*[:：])"),
@@ -108,7 +110,7 @@ def final_answer(completion: str, mode: Mode) -> str | None:
     if (found := _from_blocks(visible)) is not None:
         return found
     visible = visible.replace("<answer>", " ").replace("</answer>", " ")
-    for question in _NEXT_QUESTION.finditer(visible):
+    for question in islice(_NEXT_QUESTION.finditer(visible), MOST_QUESTIONS):
         answered = _explicit(visible[: question.start()])
         if answered is not None:
             return answered

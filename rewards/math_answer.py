@@ -21,6 +21,7 @@ from rewards.workers import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, share
 __all__ = ["LONGEST_ANSWER", "grade_math", "normalise", "quick_grade"]
 
 LONGEST_ANSWER = 2000  # characters; longer ones are not answers, and would only cost parsing time
+LONGEST_GOLD = 10_000
 COSTLY = 0.2  # share of the limit in CPU time on the answer: 1 s of 5, where comparisons take milliseconds
 
 _results: Memo[Outcome] = Memo(size=16384, keep=lambda outcome: outcome.value is not None)
@@ -49,6 +50,8 @@ def quick_grade(gold: str, answer: str) -> Outcome | None:
         return Outcome(None, "the gold answer is empty", answer)
     if len(answer) > LONGEST_ANSWER:
         return Outcome(0.0, f"answer longer than {LONGEST_ANSWER} characters", answer)
+    if len(gold) > LONGEST_GOLD:
+        return Outcome(None, f"the gold answer is longer than {LONGEST_GOLD} characters", answer)
     want, got = normalise(gold), normalise(answer)
     if want == got or compact(want) == compact(got):
         return Outcome(1.0, "equal as written", answer)

@@ -27,7 +27,7 @@ _ORDINAL = re.compile(
 _WRAPPERS = "text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mathsf|bf|rm|it|mbox|hbox|operatorname|emph|bm"
 _TEXT = re.compile(rf"\\(?:{_WRAPPERS})\s*\{{([^{{}}]*)\}}")
 _OLD_FONT = re.compile(r"\\(?:bf|rm|it|mathrm)(?![A-Za-z])")
-_UNIT_TEXT = re.compile(r"\s+((?:[A-Za-z]{2,}\.?\s*){1,4})(?:\^?\s*\{?[23]\}?)?\s*$")
+_UNIT_TEXT = re.compile(r"\s((?:[A-Za-z]{2,}+\.?\s*+){1,4})(?:\^?\s*\{?[23]\}?)?\s*$")
 _SHORT_UNITS = frozenset("cm mm km ft in mi yd kg lb mg ml oz hr cu sq".split())  # noqa: SIM905
 _JOINING = frozenset(
     "and or to of over mod bmod choose if for million billion thousand percent sin cos tan log".split()  # noqa: SIM905
@@ -43,7 +43,7 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", 
 @lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
     """One notation for what is written alike: no spacing, delimiters or text wrappers, ASCII digits."""
-    text = text.translate(_WIDTH).strip()
+    text = _SPACES.sub(" ", text.translate(_WIDTH)).strip()
     for start, end in _DELIMITERS * 2:
         if text.startswith(start) and text.endswith(end) and len(text) > len(start) + len(end):
             inner = text[len(start) : -len(end)]
@@ -52,7 +52,7 @@ def normalise(text: str) -> str:
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
     text = text.replace("$", " ").strip()  # money, or the delimiters of "$1$ and $2$"
     text = text.lstrip("£€¥") if text[:1] in "£€¥" else text.replace("-€", "-").replace("-£", "-")
-    text = _SPACING.sub(_respace, text)
+    text = _SPACES.sub(" ", _SPACING.sub(_respace, text))  # patterns below are slow on long runs of spaces
     text = _ORDINAL.sub("", _DEGREES.sub("", text))
     text = _OLD_FONT.sub(" ", _TEXT.sub(r" \1 ", text))
     text = _FRAC_BARE.sub(_brace, text)

@@ -23,7 +23,7 @@ _NUMBER = re.compile(
     )\s*(?P<percent>\\?%)?""",
     re.VERBOSE,
 )
-_UNIT = re.compile(r"\s*((?:[A-Za-z]+\.?(?:\s*\^?\s*\{?[23]\}?)?[/\s]*){1,6})$")
+_UNIT = re.compile(r"\s?((?:[A-Za-z]++\.?(?:\s?\^?\s?\{?[23]\}?)?[/\s]*+){1,6})$")
 # After a number these are not units: they change it, or join it to another.
 _NOT_UNITS = frozenset(
     "or and to over out point half third quarter hundred dozen times plus minus e i pi x y z n k a b c mod "  # noqa: SIM905
