@@ -111,7 +111,10 @@ def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _graded(
-    lines: Iterable[tuple[int, bytes | None]], accuracy: Accuracy, kind: str | None, threads: ThreadPoolExecutor
+    lines: Iterable[tuple[int, bytes | None]],
+    accuracy: Accuracy,
+    kind: str | None,
+    threads: ThreadPoolExecutor,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each line's size and answer, in order, at most `WINDOW` of them under way at once."""
     waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()

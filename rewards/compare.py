@@ -39,12 +39,14 @@ class Undecided(Exception):
 
 _AND = re.compile(r"\s*,?\s+(?:and|or)\s+|\s*(?:和|或者?)\s*|\s*;\s*|,\s*(?:and|or)\s+")
 _MEMBERSHIP = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)\s*\\in\s*(?!\\mathbb)")
-_LEFT_SIDE = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)(?:_\w|_\s*\{[^{}]*\}|'|\([a-zA-Z0-9, ]*\))*\s*=\s*(?=[^=]+$)")
+_LEFT_SIDE = re.compile(
+    r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)(?:_\w|_\s*\{[^{}]*\}|'|\([a-zA-Z0-9, ]*\))*\s*=\s*(?=[^=]+$)"
+)
 _EQUALS = re.compile(r"(?<![<>!:])=|\\approx(?![A-Za-z])|\\equiv(?![A-Za-z])")
 _RELATION = re.compile(r"[<>]|\\[lg]e(?:q|qslant)?(?![A-Za-z])|\\[lg]t(?![A-Za-z])|\\n?eq?(?![A-Za-z])")
 _RELATION_SIGN = re.compile(r"=|[<>]|\\[lg]e")
 _CHOSEN = re.compile(
-    r"(?:(?:option|choice|answer|answer choice)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[).:](?=\s|$))\s*(.*)",
+    r"(?:(?:option|choice|answer(?: choice)?)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[).:](?=\s|$))\s*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _MODULUS = re.compile(r"\(?\s*\\?(?:p|b)?mod\s*(?:\{\s*\w+\s*\}|\w+)\s*\)?\s*$")
@@ -92,7 +94,8 @@ def _by_members(gold: str, answer: str, leaf: Leaf, depth: int, *, thousands: bo
         return leaf(gold, answer)  # an interval answered by an inequality
     if not several and not answer_kind and len(answer_members) <= 3:
         # One value in several notations, "15 39/40, or 639/40", is one value.
-        if all(compare(gold, member, leaf, depth + 1)[0] == 1 for member in answer_members):
+        each = [compare(gold, member, leaf, depth + 1)[0] == 1 for member in answer_members]
+        if all(each):
             return 1.0, "each of them equal"
     if several and len(answer_members) == 1 and _EQUALS.search(answer) and not _EQUALS.search(gold):
         return compare(gold, _EQUALS.split(answer)[-1].strip(), leaf, depth + 1)  # M = (a, b) = (1, 2)
@@ -192,7 +195,9 @@ def _choice(gold: str, answer: str, leaf: Leaf, depth: int) -> Verdict | None:
             same = (got[1] or got[2]).upper() == gold
             return float(same), "same choice" if same else "another choice"
         if len(answer) == 1 and answer.isalpha():
-            return float(gold == answer.upper()), "same choice" if gold == answer.upper() else "another choice"
+            return float(
+                gold == answer.upper()
+            ), "same choice" if gold == answer.upper() else "another choice"
         return None
     if wanted and wanted[3]:
         letter = (wanted[1] or wanted[2]).upper()
@@ -328,7 +333,9 @@ def is_words(text: str) -> bool:
     if letters.lower() in ("sin", "cos", "tan", "infty", "infinity"):
         return False
     words = re.findall(r"[^\W\d_]{3,}", text)
-    return len(letters) > 2 and letters.isalpha() or (bool(words) and "\\" not in text and not is_expression(text))
+    return (len(letters) > 2 and letters.isalpha()) or (
+        bool(words) and "\\" not in text and not is_expression(text)
+    )
 
 
 def _letters(text: str) -> str:

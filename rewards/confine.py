@@ -26,7 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
+    1,
+    4,
+    22,
+    36,
+    38,
+)
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
@@ -36,19 +42,19 @@ STACK_BYTES = 64 << 20  # deep recursion is a legitimate way to write a solution
 
 # Not for programs, by kernel name: x86-64's number, aarch64's number.
 _DENIED = {
-    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),
-    "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),
+    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),  # noqa: E501
+    "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),  # noqa: E501
     "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
     "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
     "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "tkill": (200, 130),
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),
+    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),  # noqa: E501
     "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
     "mount_setattr": (442, 442), "mknod": (133, -1), "mknodat": (259, 33), "bpf": (321, 280),
     "perf_event_open": (298, 241), "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
     "io_uring_setup": (425, 425), "userfaultfd": (323, 282), "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265), "init_module": (175, 105), "finit_module": (313, 273), "reboot": (169, 142),
-    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "memfd_create": (319, 279),
+    "open_by_handle_at": (304, 265), "init_module": (175, 105), "finit_module": (313, 273), "reboot": (169, 142),  # noqa: E501
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180), "memfd_create": (319, 279),  # noqa: E501
     "setpriority": (141, 140), "sched_setaffinity": (203, 122), "setsid": (112, 157), "setpgid": (109, 154),
 }  # fmt: skip
 _CLONE, _CLONE3, _KILL, _TGKILL = (56, 220), (435, 435), (62, 129), (234, 131)
@@ -149,7 +155,15 @@ def _enter(project: Path) -> None:
 def _visible(project: Path) -> list[str]:
     """The folders that Python needs, without those that lie in others of them."""
     wanted = [sys.base_prefix, sys.prefix, sys.base_exec_prefix, os.path.dirname(os.__file__)]
-    wanted += ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/localtime", "/etc/ld.so.cache"]
+    wanted += [
+        "/usr/lib",
+        "/usr/lib64",
+        "/lib",
+        "/lib64",
+        "/usr/share/zoneinfo",
+        "/etc/localtime",
+        "/etc/ld.so.cache",
+    ]
     wanted += [str(project / "rewards"), str(project / "rollout")]
     # A symbolic link needs its target too: /lib is usr/lib on most systems.
     paths = {path for path in wanted if os.path.exists(path)} | {
@@ -178,7 +192,9 @@ def _bind(path: str, root: str, *, read_only: bool = True) -> None:
 def _make_read_only(target: str) -> None:
     assert _libc is not None
     recursive, at_cwd = 0x8000, -100
-    attributes = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)  # MOUNT_ATTR_* have these values
+    attributes = struct.pack(
+        "QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0
+    )  # MOUNT_ATTR_* have these values
     done = _libc.syscall(
         _SYSCALL_MOUNT_SETATTR, at_cwd, os.fsencode(target), recursive, attributes, len(attributes)
     )
@@ -193,7 +209,9 @@ def fork_program() -> int:
         return os.fork()
     assert _libc_with_gil is not None and _machine is not None
     ctypes.pythonapi.PyOS_BeforeFork()
-    pid = int(_libc_with_gil.syscall(_CLONE[_machine[0]], ctypes.c_long(NEWPID | 17), 0, 0, 0, 0))  # 17: SIGCHLD
+    pid = int(
+        _libc_with_gil.syscall(_CLONE[_machine[0]], ctypes.c_long(NEWPID | 17), 0, 0, 0, 0)
+    )  # 17: SIGCHLD
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
         return 0

@@ -35,7 +35,7 @@ class _Irrational(Exception):
 
 
 def differ_or_equal(first: str, second: str) -> bool | None:
-    """`True` where two normalised expressions are equal for certain, `False` where they differ, else `None`."""
+    """`True` where two normalised expressions are equal for certain, `False` where they differ; or `None`."""
     a, b = _parse(first), _parse(second)
     if a is None or b is None:
         return None
@@ -163,7 +163,7 @@ class _Parser:
                 self.need("}")
             else:
                 kind, text = self.peek()
-                if kind == "number" and len(text) > 1 or kind not in ("number", "letter"):
+                if (kind == "number" and len(text) > 1) or kind not in ("number", "letter"):
                     raise _Unsupported  # x^23 is x^2 times 3 in LaTeX, and x to the 23rd elsewhere
                 exponent = self.atom()
             base = ("power", base, exponent)

@@ -42,14 +42,14 @@ _END_OF_TURN = re.compile(
     r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text|end)\|>|</s>|<eos>|<end_of_turn>|<｜end▁of▁sentence｜>"
 )
 _NEXT_QUESTION = re.compile(
-    r"\n[ \t]*(?:\*\*|#{1,4}[ \t]*)?(?:(?:Question|Problem|Q|Human|User|Instruction)(?:[ \t]*\d+)?[ \t]*[:：]|"
+    r"\n[ \t]*(?:\*\*|#{1,4}[ \t]*)?(?:(?:Question|Problem|Q|Human|User|Instruction)(?:[ \t]*\d+)?[ \t]*[:：]|"  # noqa: E501
     r"<\|(?:im_start|start_header_id)\|>)",
 )
 _BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*([^\n]{1,200})")
 _HEADING = re.compile(r"\d+[.):]\s+[A-Za-z]|[A-Za-z]{2,}")
 _JOINT = re.compile(
-    r"(?:[\s$,;、]|\\[()\[\];,! ]|\\q?quad|\\text\s*\{\s*(?:and|or|,)?\s*\}|\b(?:and|or)\b|和|或|[A-Za-z]\s*=)*"
+    r"(?:[\s$,;、]|\\[()\[\];,! ]|\\q?quad|\\text\s*\{\s*(?:and|or|,)?\s*\}|\b(?:and|or)\b|和|或|[A-Za-z]\s*=)*"  # noqa: E501
 )
 _MARKERS = (
     # "the answer to … is", "Final Answer:", "**Answer**", but not "answers", "answered", "answer key is"

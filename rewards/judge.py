@@ -2,8 +2,8 @@
 
 `judge` runs the tests. In their namespace the program's functions are `Remote` stand-ins: a call goes over a
 pipe to `serve` in the program's process, and its answer comes back as data (`rewards.values`). So expected
-values, the tests' source and the verdict exist only where the program is not: it cannot read them from frames,
-the heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
+values, the tests' source and the verdict exist only where the program is not: it cannot read them from
+frames, the heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
 
 What a test asks of the program's own objects, the program answers: `==` between two of its objects, a helper
 function of its own that the test calls. Nothing else is: a stand-in never equals plain data, never turns into
@@ -97,9 +97,11 @@ class Link:
                 if kind == "value":
                     return self.decoded(rest[0])
                 if kind == "changed":
-                    return _Changed(self.decoded(rest[0]), [(int(at), self.decoded(new)) for at, new in rest[1]])
+                    return _Changed(
+                        self.decoded(rest[0]), [(int(at), self.decoded(new)) for at, new in rest[1]]
+                    )
                 if kind == "raised":
-                    raise _exception(*(str(part) for part in rest[:2]), rest[2])
+                    raise _exception(str(rest[0]), str(rest[1]), rest[2])
                 if kind != "own":
                     raise ProgramGone("the program sent what is no message")
                 self.pipe.send(self._called(*rest))
@@ -282,7 +284,7 @@ def _change(old: Any, new: Any) -> None:
 
 
 def judge(fd: int, tests: list[str], stop_early: bool, report: Callable[[str], None]) -> None:
-    """Run the tests against the program at the other end of `fd`, and report "PASSED DETAIL" or "E DETAIL"."""
+    """Run the tests against the program at the end of `fd`, and report "PASSED DETAIL" or "E DETAIL"."""
     compiled = []
     for number, test in enumerate(tests, 1):
         try:
@@ -298,9 +300,9 @@ def judge(fd: int, tests: list[str], stop_early: bool, report: Callable[[str], N
         namespace = _namespace(link, [str(name) for name in rest[0]], tests)
     except (ProgramGone, Malformed, ValueError, TypeError) as error:
         return report(f"0 {error} before the tests")
-    for number, test in enumerate(compiled, 1):
+    for number, statement in enumerate(compiled, 1):
         try:
-            exec(test, namespace)
+            exec(statement, namespace)
             passed += 1
         except BaseException as error:
             detail = detail or f"test {number} of {len(tests)}: {words(error)}"

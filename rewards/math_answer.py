@@ -6,7 +6,8 @@ algebra, goes to math-verify in a killable child (`rewards.equivalence`).
 
 Three outcomes: 1, 0, or `None` where the verifier failed. An answer may not buy itself out of being wrong:
 when time or memory runs out *after* the gold was parsed, and the child did work on the answer for a
-good part of its limit (CPU time, so a busy machine is not mistaken for it), the answer is too costly to be one, and wrong.
+good part of its limit (CPU time, so a busy machine is not mistaken for it), the answer is too costly to be
+one, and wrong.
 Everything else (the gold does not parse or is too costly itself, the child died, the machine was too busy) is
 the verifier's failure.
 """

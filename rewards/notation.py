@@ -18,13 +18,15 @@ _WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     0x00BC: "\\frac{1}{4}", 0x00BE: "\\frac{3}{4}", 0x2260: "\\ne ", 0x2248: "\\approx ", 0x0000: "",
 }  # fmt: skip
 _SPACING = re.compile(
-    r"\\\\|\\[!,;:>]|\\ |\\q?quad\b|~|\\(?:displaystyle|textstyle|limits|left|right|[Bb]ig{1,2}[lrm]?)(?![A-Za-z])"
+    r"\\\\|\\[!,;:>]|\\ |\\q?quad\b|~|\\(?:displaystyle|textstyle|limits|left|right|[Bb]ig{1,2}[lrm]?)(?![A-Za-z])"  # noqa: E501
 )
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\\circ\b")
 _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mbox)\s*\{?\s*)?(?:st|nd|rd|th)\b\s*\}?\}?"
 )
-_WRAPPERS = "text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mathsf|bf|rm|it|mbox|hbox|operatorname|emph|bm"
+_WRAPPERS = (
+    "text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mathsf|bf|rm|it|mbox|hbox|operatorname|emph|bm"
+)
 _TEXT = re.compile(rf"\\(?:{_WRAPPERS})\s*\{{([^{{}}]*)\}}")
 _OLD_FONT = re.compile(r"\\(?:bf|rm|it|mathrm)(?![A-Za-z])")
 _UNIT_TEXT = re.compile(r"\s((?:[A-Za-z]{2,}+\.?\s*+){1,4})(?:\^?\s*\{?[23]\}?)?\s*$")

@@ -33,7 +33,7 @@ _MULTIPLES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion":
 _WORDS = {
     word: value
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "  # noqa: SIM905
+        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "  # noqa: E501, SIM905
         "seventeen eighteen nineteen twenty".split()
     )
 }

@@ -36,7 +36,7 @@ __all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output",
 
 WARM_MODULES = (
     "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools",
-    "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",
+    "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",  # noqa: E501
 )  # fmt: skip
 JUDGE_MEMORY_BYTES = 1 << 30
 
@@ -145,7 +145,10 @@ def _become_judge(link: int, result: int, tests: list[str], stop_early: bool, li
         sys.set_int_max_str_digits(0)
         seed()
         judge.judge(
-            LINK_FD, tests, stop_early, lambda text: _write(LINK_FD + 1, text[:1000].encode("utf-8", "replace"))
+            LINK_FD,
+            tests,
+            stop_early,
+            lambda text: _write(LINK_FD + 1, text[:1000].encode("utf-8", "replace")),
         )
     finally:
         os._exit(0)

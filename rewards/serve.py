@@ -49,11 +49,18 @@ class _Served:
                 return self.decoded(rest[0])
             if operation == "raised":
                 kind = getattr(__import__("builtins"), rest[0], RuntimeError)
-                raise kind(rest[1]) if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
+                raise (
+                    kind(rest[1]) if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
+                )
             try:
                 answer = self.done(operation, rest)
             except BaseException as error:
-                answer = ["raised", type(error).__name__, _text(error), [k.__name__ for k in type(error).__mro__]]
+                answer = [
+                    "raised",
+                    type(error).__name__,
+                    _text(error),
+                    [k.__name__ for k in type(error).__mro__],
+                ]
             self.pipe.send(answer)
 
     def done(self, operation: str, rest: list[Any]) -> list[Any]:
@@ -85,7 +92,9 @@ class _Own:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         served = self._served
         given = [served.encoded(arg) for arg in args]
-        served.pipe.send(["own", self._number, "", given, [[k, served.encoded(v)] for k, v in kwargs.items()]])
+        served.pipe.send(
+            ["own", self._number, "", given, [[k, served.encoded(v)] for k, v in kwargs.items()]]
+        )
         return served.until_answered()
 
     def __getattr__(self, name: str) -> Any:

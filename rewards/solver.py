@@ -34,7 +34,7 @@ class Solver:
         self._pid = 0
 
     def compare(self, gold: str, answer: str, timeout_s: float) -> dict[str, Any]:
-        """`value` and `detail` of `rewards.equivalence.equivalent`, or `error` with its `kind`, `stage`, `cpu_s`."""
+        """`value` and `detail` of `equivalence.equivalent`, or `error` with `kind`, `stage` and `cpu_s`."""
         if not self._pid:
             self._start()
         stage, stage_cpu_s = "", 0.0
@@ -141,6 +141,6 @@ def _answer(equivalent: Any, task: dict[str, Any], replies: int) -> dict[str, An
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let this process use `seconds` more of CPU: it then ends by itself, even if nobody is there to kill it."""
+    """Let this process use `seconds` more of CPU: it then ends by itself, even with nobody to kill it."""
     limit = math.ceil(time.process_time() + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

@@ -19,7 +19,7 @@ _BOX = re.compile(
 )
 _INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _PLACEHOLDER = re.compile(
-    r"(?:\\text\{)?[\s<\[(]*(?:your |the |final )*(?:answer|result)(?: here)?[\s>\])]*\}?|[.…\s]+|\\[lc]?dots|_+",
+    r"(?:\\text\{)?[\s<\[(]*(?:your |the |final )*(?:answer|result)(?: here)?[\s>\])]*\}?|[.…\s]+|\\[lc]?dots|_+",  # noqa: E501
     re.IGNORECASE,
 )
 _END_OF_BROKEN_BOX = re.compile(r"\$|\\\)|\\\]")
@@ -28,7 +28,9 @@ _COMMAND = re.compile(
     r"|\\(?:text|textbf|textrm|textit|mathrm|mbox|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\."
 )
 _LONG_WORD = re.compile(r"[A-Za-z]{2,}|[^\W\d_A-Za-z]{2,}")
-_PROSE_WORD = re.compile(r"(?<![A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|max|min|gcd|lcm|mod)\b)[A-Za-z]{3,}")
+_PROSE_WORD = re.compile(
+    r"(?<![A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|max|min|gcd|lcm|mod)\b)[A-Za-z]{3,}"
+)
 _MATHS_WORDS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin arccos "  # noqa: SIM905
     "arctan and or".split()
@@ -179,8 +181,15 @@ def _is_label(text: str, match: re.Match[str]) -> bool:
         return False
     word = found[0].strip().lower()
     after = text[match.end() : match.end() + 2]
-    if word in ("", "(", "[", "#"):  # "1. First", "(1)", "[1]"; but "(18 dollars)" and a line "18" are numbers
-        return bool(re.match(r"[.):\]]\s|[\])]", after + " ")) and (word != "" or not _ends(text, match.end()))
+    if word in (
+        "",
+        "(",
+        "[",
+        "#",
+    ):  # "1. First", "(1)", "[1]"; but "(18 dollars)" and a line "18" are numbers
+        return bool(re.match(r"[.):\]]\s|[\])]", after + " ")) and (
+            word != "" or not _ends(text, match.end())
+        )
     return word != "and"
 
 

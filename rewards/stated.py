@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from rewards.spans import Span, is_expression, maths, numbers
 
@@ -12,14 +13,14 @@ TAIL = 4000  # characters at the end of a text in which its last expression is l
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？；]|\n\s*\n|\n(?=\s*(?:[-*]|\d+[.)])\s)|\n")
 _BOLD = re.compile(r"\*\*(?!\s)([^*\n]{1,120})\*\*")
 _FILLER = re.compile(
-    r"(?:[\s:：*_>]|\\?\[?\s*$|(?:that|therefore|thus|then|simply|just|indeed|actually|exactly|equal(?:s)? to|"
+    r"(?:[\s:：*_>]|\\?\[?\s*$|(?:that|therefore|thus|then|simply|just|indeed|actually|exactly|equal(?:s)? to|"  # noqa: E501
     r"approximately|about|given by|is|are|given as|obtained as|option|choice|hence|the number|the value|the|"
     r"both|either|again|still|now|also|only|是|为|应该|等于)\b)*",
     re.IGNORECASE,
 )
 _NO_VALUE = re.compile(
-    r"(?:not|wrong|incorrect|correct|right|clear|obvious|unclear|unknown|as follows|based|found|obtained|one of|"
-    r"among|in the form|supposed|expected|required|needed|asked|yes we|given in|to be|being|a positive|an integer|"
+    r"(?:not|wrong|incorrect|correct|right|clear|obvious|unclear|unknown|as follows|based|found|obtained|one of|"  # noqa: E501
+    r"among|in the form|supposed|expected|required|needed|asked|yes we|given in|to be|being|a positive|an integer|"  # noqa: E501
     r"always|independent|unique|now|within|let|we|first|i|here|sure|step|since|using|this|there|it|see|below|"
     r"above|can|could|may|might|either of)\b",
     re.IGNORECASE,
@@ -27,8 +28,8 @@ _NO_VALUE = re.compile(
 _AND = re.compile(r"(?:[\s,;、]|\b(?:and|or)\b|和|或|或者|以及)*")
 _FENCE = re.compile(r"```[ \t]*(?:python|py|cpp|c|java)\b.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
 _CUT_WORDS = frozenset(
-    "the a an of is are was and or to in with that we so which by for from as be this it if then at on let since "  # noqa: SIM905
-    "because when where has have can will would how first next now i our their its but not get gives find use "
+    "the a an of is are was and or to in with that we so which by for from as be this it if then at on let since "  # noqa: E501, SIM905
+    "because when where has have can will would how first next now i our their its but not get gives find use "  # noqa: E501
     "using plus minus times".split()
 )
 _CUT_CHARACTERS = "=+-−*/^_({[,:;\\&<>~，、：≈×÷"
@@ -37,7 +38,7 @@ _LABEL_ONLY = re.compile(
 )
 # "Thus Tim makes 120 dollars in 2 weeks": what a preposition leads in is said of the answer, not the answer.
 _CONTEXT = re.compile(
-    r"(?:(?<!total )(?<!sum )(?<!cost )(?<!price )(?<!profit )(?<!average )(?<!balance )(?<!amount )(?<!score )"
+    r"(?:(?<!total )(?<!sum )(?<!cost )(?<!price )(?<!profit )(?<!average )(?<!balance )(?<!amount )(?<!score )"  # noqa: E501
     r"(?<!length )(?<!area )(?<!speed )(?<!value )(?<!answer )(?<!maximum )(?<!minimum )\bof|"
     r"\b(?:in|after|for|during|over|within|on|at|from|with|without|per|every|each|than|before|when|if|between|"
     r"by|until|among|through|across|given|since|as|modulo|where|mod)|(?<!need )(?<!needs )(?<!have )(?<!has )"
@@ -94,7 +95,7 @@ def _plain(sentence: str, *, whole: bool) -> str | None:
         return _with_unit(sentence, found)
     if re.match(r"\(?[A-Z]\)", sentence):  # "(C) 15 apples"
         return sentence
-    head, equals, right = sentence.rpartition("=")
+    _, equals, right = sentence.rpartition("=")
     if equals and (after := numbers(right)) and after[0].start <= 2:
         return _with_unit(right.strip(), numbers(right.strip()))
     return found[-1].content
@@ -129,7 +130,8 @@ def last_stated(text: str) -> str | None:
         telling = [
             token
             for token in inside
-            if not _label_only(token.content) and not _DENIED.search(tail[max(0, token.start - 12) : token.start])
+            if not _label_only(token.content)
+            and not _DENIED.search(tail[max(0, token.start - 12) : token.start])
         ]
         if not telling:
             continue
@@ -182,7 +184,7 @@ def _sentences(outside: str) -> list[tuple[int, int]]:
     for match in _SENTENCE_END.finditer(outside):
         cuts.append(match.end())
     cuts.append(len(outside))
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(pairwise(cuts))
 
 
 def _blanked(text: str, spans: list[Span]) -> str:
@@ -245,7 +247,7 @@ def _ended(text: str) -> bool:
 def _looks_cut(text: str) -> bool:
     """Whether the text breaks off in the middle of a sentence or a formula."""
     text = text.rstrip()
-    if not text or text[-1] in _CUT_CHARACTERS and not text.endswith(("**", "\\)", "\\]", "--")):
+    if not text or (text[-1] in _CUT_CHARACTERS and not text.endswith(("**", "\\)", "\\]", "--"))):
         return True
     tail = text[-TAIL:]
     if tail.rfind("\\[") > tail.rfind("\\]") or tail.rfind("\\(") > tail.rfind("\\)"):

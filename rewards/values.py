@@ -24,8 +24,8 @@ SAFE_MODULES = frozenset(
     "fractions datetime".split()
 )
 SAFE_BUILTINS = frozenset(
-    "int float str bool list tuple dict set frozenset complex bytes len sum min max abs sorted reversed range "  # noqa: SIM905
-    "enumerate zip map filter any all round pow divmod ord chr repr object".split()
+    "int float str bool list tuple dict set frozenset complex bytes len sum min max abs sorted reversed "  # noqa: SIM905
+    "range enumerate zip map filter any all round pow divmod ord chr repr object".split()
 )
 LONGEST_CONTAINER = 2_000_000
 
@@ -74,7 +74,7 @@ def _safe_name(value: Any) -> tuple[str, str] | None:
     return (module, name) if getattr(sys.modules.get(module), name, None) is value else None
 
 
-def _items(kind: str, base: type) -> Callable[[Any, Reference], Any]:
+def _items(kind: str, base: Any) -> Callable[[Any, Reference], Any]:
     def encoder(value: Any, reference: Reference) -> Any:
         return [kind, [encode(item, reference) for item in base.__iter__(value)]]
 
@@ -106,7 +106,7 @@ _ENCODERS: dict[type, Callable[[Any, Reference], Any]] = {
     bytes: lambda value, _: ["b", bytes.hex(value)],
     bytearray: lambda value, _: ["B", bytearray.hex(value)],
     range: lambda value, _: ["r", hex(value.start), hex(value.stop), hex(value.step)],
-    slice: lambda value, reference: ["S", *(encode(part, reference) for part in (value.start, value.stop, value.step))],
+    slice: lambda value, send: ["S", *(encode(part, send) for part in (value.start, value.stop, value.step))],
     fractions.Fraction: lambda value, _: ["q", hex(value.numerator), hex(value.denominator)],
     decimal.Decimal: lambda value, _: ["D", decimal.Decimal.__str__(value)],
     datetime.datetime: lambda value, _: ["dt", datetime.datetime.isoformat(value)],
@@ -146,7 +146,15 @@ def decode(data: Any, dereference: Dereference) -> Any:
         if kind == "a":
             numpy = importlib.import_module("numpy")
             return numpy.frombuffer(bytes.fromhex(rest[2]), dtype=rest[0]).reshape(rest[1]).copy()
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, ImportError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        ArithmeticError,
+        ImportError,
+    ) as error:
         raise Malformed(f"{type(error).__name__} in a value") from None
     return dereference(kind, rest)
 

@@ -29,7 +29,8 @@ def _programs() -> list[tuple[str, list[str]]]:
         raise UserError(f"{path} is missing: set R1_DATA to the folder that holds {path.name}.")
     rows = [json.loads(line) for line in path.open(encoding="utf-8")]
     return [
-        (row["prompt"] + row["canonical_solution"], [row["test"] + f"\ncheck({row['entry_point']})"]) for row in rows
+        (row["prompt"] + row["canonical_solution"], [row["test"] + f"\ncheck({row['entry_point']})"])
+        for row in rows
     ]
 
 
@@ -43,7 +44,9 @@ def run() -> dict[str, Any]:
             nonlocal passes
             passes += 1
             salt = f"\n# pass {passes}\n"  # a program of its own, so that no verdict is remembered
-            done = threads.map(lambda job: run_tests(job[0] + salt, job[1], pool=pool, timeout_s=10), programs)
+            done = threads.map(
+                lambda job: run_tests(job[0] + salt, job[1], pool=pool, timeout_s=10), programs
+            )
             assert all(outcome.value == 1 for outcome in done)
 
         timing = interleave({"humaneval": once}, rounds=ROUNDS)["humaneval"]
@@ -51,7 +54,12 @@ def run() -> dict[str, Any]:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "claims": [
-            {"claim": "programs a second", "value": len(programs) / timing.median, "at_least": AT_LEAST, "unit": "/s"}
+            {
+                "claim": "programs a second",
+                "value": len(programs) / timing.median,
+                "at_least": AT_LEAST,
+                "unit": "/s",
+            }
         ],
         "programs": len(programs),
         "in_force": in_force,

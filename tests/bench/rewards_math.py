@@ -33,7 +33,10 @@ _TEMPLATES = (
     "Adding everything up, we find it. The final answer is ${}$. I hope it is correct.",
     "So we have 4 * 5 = 20 of one kind and the rest of the other. The answer is ${}$.",
 )
-_GSM8K = ("She starts with 5 of them and adds 7.\n5 + 7 = 12\n#### {}", "So in the end there are 3 left. The answer is {}.")
+_GSM8K = (
+    "She starts with 5 of them and adds 7.\n5 + 7 = 12\n#### {}",
+    "So in the end there are 3 left. The answer is {}.",
+)
 
 
 def _rows(name: str) -> list[str]:
@@ -45,7 +48,7 @@ def _rows(name: str) -> list[str]:
 
 
 def pairs() -> list[tuple[str, str]]:
-    """(gold, completion): two of three from MATH, one of three from GSM8K; half of them with a wrong answer."""
+    """(gold, completion): two of three from MATH, one from GSM8K; half of them with a wrong answer."""
     draw = random.Random(0)
     maths, grade_school = _rows("math_train"), _rows("gsm8k_train")
     made = []
@@ -87,7 +90,10 @@ def run() -> dict[str, Any]:
     theirs: list[bool] = []
     mine: list[str] = []
     with WorkerPool(2) as pool, ThreadPoolExecutor(2) as threads:
-        warm = [("\\sqrt{8}", "The answer is $2\\sqrt{2}$."), ("\\pi^2", "The answer is $\\pi\\cdot\\pi$.")] * 4
+        warm = [
+            ("\\sqrt{8}", "The answer is $2\\sqrt{2}$."),
+            ("\\pi^2", "The answer is $\\pi\\cdot\\pi$."),
+        ] * 4
         list(threads.map(lambda pair: grade_math(pair[0], "0+" + pair[0], pool=pool), warm))
         _peer(warm)
         for number in range(BLOCKS):
@@ -106,7 +112,7 @@ def run() -> dict[str, Any]:
     slow = sum(quick_grade(gold, final_answer(text, "lenient") or "") is None for gold, text in every)
     return {
         "claims": [
-            {"claim": "times math-verify's throughput", "value": statistics.median(ratios), "at_least": AT_LEAST},
+            {"claim": "times math-verify's throughput", "value": statistics.median(ratios), "at_least": AT_LEAST},  # noqa: E501
             {"claim": "share of unexplained differences", "value": differing["unexplained"] / PAIRS,
              "at_most": 0.001, "unit": "of pairs"},
         ],

@@ -133,7 +133,7 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("2", "The answer is 1. No, wait: the answer is 2.", True),
         ("1", "The answer is 1. No, wait: the answer is 2.", False),
         ("Evelyn", "The answer is Evelyn.", True),
-        ("\\text{Evelyn}", "The student with the greatest speed is Evelyn, so the answer is \\text{Evelyn}.", True),
+        ("\\text{Evelyn}", "The student with the greatest speed is Evelyn, so the answer is \\text{Evelyn}.", True),  # noqa: E501
         ("even", "The answer is odd.", False),
         ("3", "My answer is correct because 2 + 1 = 3.", True),
         ("1080", "The answer is 1,080.", True),

@@ -1,4 +1,4 @@
-"""Answers and completions made to hang, crash or fool the grader: each is answered in time, none is correct."""
+"""Answers and completions made to hang, crash or fool the grader: each is answered in time, none is correct."""  # noqa: E501
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ ODD = {
 @pytest.fixture(scope="module")
 def pool():
     with WorkerPool(1) as pool:
-        assert grade_math("\\log_2 8", "\\log_3 27", pool=pool).value == 1  # started: a start has a clock of its own
+        assert (
+            grade_math("\\log_2 8", "\\log_3 27", pool=pool).value == 1
+        )  # started: a start has a clock of its own
         yield pool
 
 
@@ -82,7 +84,7 @@ def test_the_pool_works_on_after_it(pool):
 
 
 def test_a_costly_answer_is_wrong_and_a_costly_gold_an_error(pool):
-    """An answer must not buy itself out of being wrong; a gold that cannot be checked is the verifier's failure."""
+    """An answer must not buy itself out; a gold that cannot be checked is the verifier's failure."""
     tower = "2 + 9^{9^{9^{9^{9}}}}"
     wrong = grade_math("\\sqrt{7}", tower, pool=pool, timeout_s=LIMIT_S)
     assert wrong.value == 0 and "too costly" in wrong.detail
@@ -110,8 +112,8 @@ def test_who_is_to_blame(failure, value):
     assert grade_math(salted, "\\log_3 11", pool=Failing(), timeout_s=LIMIT_S).value == value  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "$", "\\[", "answer is ", "Answer:\n", "#### 5 ", "**",
-                                   "5 and ", "<answer>", "</answer>", "\n\nQ: ", "\x00", "\ud800", "= ", "\\\\"])  # fmt: skip
+@pytest.mark.parametrize("piece", ["\\boxed{", "{", "}", "$", "\\[", "answer is ", "Answer:\n", "#### 5 ", "**",  # noqa: E501
+                                   "5 and ", "<answer>", "</answer>", "\n\nQ: ", "\x00", "\ud800", "= ", "\\\\"])  # fmt: skip  # noqa: E501
 def test_extraction_is_linear(piece):
     """Ten times the text in about ten times the time: a quadratic pattern would take a hundred."""
 
@@ -134,7 +136,9 @@ def test_grade_streams_a_large_batch_in_order(tmp_path):
     with source.open("w") as file:
         for i in range(8192):
             text = odd[i // 97 % len(odd)] if i % 97 == 0 else f"so \\boxed{{{i}}}"
-            file.write(json.dumps({"id": i, "answer": "7" if i % 97 == 0 else str(i), "completion": text}) + "\n")
+            file.write(
+                json.dumps({"id": i, "answer": "7" if i % 97 == 0 else str(i), "completion": text}) + "\n"
+            )
     counts = grade_file(source, out)
     rows = [json.loads(line) for line in out.open()]
     assert [row["id"] for row in rows] == list(range(8192))

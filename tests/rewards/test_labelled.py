@@ -1,4 +1,4 @@
-"""Our own labelled set: answers and whole completions with the verdicts they deserve, each with its reason."""
+"""Our own labelled set: answers and whole completions with the verdicts they deserve, each with its reason."""  # noqa: E501
 
 import json
 import os
@@ -67,7 +67,7 @@ def rows(name: str, most: int = 150) -> list[dict]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_gold_answers_themselves(name, pool):
-    """Gold against itself, boxed in a sentence, and (where solutions end in an answer) against its solution."""
+    """Gold against itself, boxed in a sentence, and (where solutions end in one) against its solution."""
     wrong = []
     for row in rows(name):
         gold = row["answer"]
@@ -93,6 +93,11 @@ def test_other_values_are_not_the_gold(name, pool):
     for row, other in zip(every, every[1:] + every[:1], strict=True):
         outcome = grade_math(row["answer"], other["answer"], pool=pool)
         assert outcome.value is not None
-        digits = ["".join(filter(str.isalnum, item["answer"].replace("dfrac", "frac"))) for item in (row, other)]
+        digits = [
+            "".join(filter(str.isalnum, item["answer"].replace("dfrac", "frac"))) for item in (row, other)
+        ]
         if outcome.value == 1:
-            assert digits[0].replace("circ", "") == digits[1].replace("circ", ""), (row["answer"], other["answer"])
+            assert digits[0].replace("circ", "") == digits[1].replace("circ", ""), (
+                row["answer"],
+                other["answer"],
+            )

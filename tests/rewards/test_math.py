@@ -121,7 +121,6 @@ def test_different(pool, gold, answer):
     [
         (r"\frac{", "5", "does not parse"),
         ("", "5", "empty"),
-        ("2", "9^{9^{9^{9^9}}}", "time ran out|memory|died|does not"),
     ],
 )
 def test_verifier_failure_is_no_verdict(pool, gold, answer, why):

@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 from pipeline.grade import grade_file
 from rewards.extract import final_answer
 from rewards.math_answer import grade_math, quick_grade
-from rewards.numbers import plain_number
 from rewards.notation import normalise
+from rewards.numbers import plain_number
 from rewards.workers import WorkerPool
 
 FAST = settings(max_examples=200, deadline=None, derandomize=True)
 SLOW = settings(
-    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 integers = st.integers(-(10**12), 10**12)
@@ -119,7 +122,7 @@ def same(gold: str, answer: str) -> bool:
 @given(plain)
 def test_spacing_and_delimiters_do_not_matter(gold):
     for answer in (
-        f" {gold}\n", f"${gold}$", f"$ {gold} $", f"\\({gold}\\)", f"\\[ {gold} \\]", f"$${gold}$$", f"**{gold}**",
+        f" {gold}\n", f"${gold}$", f"$ {gold} $", f"\\({gold}\\)", f"\\[ {gold} \\]", f"$${gold}$$", f"**{gold}**",  # noqa: E501
         f"{gold}.", gold.replace("\\frac", "\\dfrac"), gold.replace("\\frac", "\\tfrac"),
         gold.replace(", ", " ,\\; "),
     ):  # fmt: skip
@@ -131,11 +134,11 @@ def test_spacing_and_delimiters_do_not_matter(gold):
 @FAST
 @given(
     numbers,
-    st.sampled_from(["We add up. ", "First 17 + 4 = 21.\n\n", "<think>\n\\boxed{3} or 5?\n</think>\n", "由题意，"]),
+    st.sampled_from(["We add up. ", "First 17 + 4 = 21.\n\n", "<think>\n\\boxed{3} or 5?\n</think>\n", "由题意，"]),  # noqa: E501
     st.sampled_from([
         "The answer is ${}$.", "The final answer is ${}$. I hope it is correct.", "**Answer:** {}",
         "Thus $\\boxed{{{}}}$.", "So we get $x = \\boxed{{{}}}$ as wanted by 12 people.", "#### {}",
-        "<answer>{}</answer>", "所以答案是${}$。", "Final Answer: {}", "### Answer\n\n${}$", "Therefore, $x = {}$.",
+        "<answer>{}</answer>", "所以答案是${}$。", "Final Answer: {}", "### Answer\n\n${}$", "Therefore, $x = {}$.",  # noqa: E501
     ]),
 )  # fmt: skip
 def test_surrounding_prose_does_not_matter(gold, before, template):
@@ -152,7 +155,7 @@ def test_extraction_never_raises(text, mode):
 
 
 PIECES = st.sampled_from(
-    "\\boxed{ } { $ $$ \\( \\) \\[ <think> </think> <answer> </answer> #### answer is Answer: 5 -3 x = , . \n \\ "  # noqa: SIM905
+    "\\boxed{ } { $ $$ \\( \\) \\[ <think> </think> <answer> </answer> #### answer is Answer: 5 -3 x = , . \n \\ "  # noqa: E501, SIM905
     "\\frac 1/0 ** 答案是 \x00 \ud800 ^ _ \\pm [2,\\infty) or and % \\text{ = ( ) !".split(" ")
 )
 
@@ -175,7 +178,10 @@ def test_lines_of_any_kind_are_answered(tmp_path):
     @given(st.lists(st.one_of(st.binary(max_size=40), st.text(max_size=40).map(str.encode)), min_size=300))
     def check(lines):
         lines = [line.replace(b"\n", b"") for line in lines]
-        lines += [json.dumps({"answer": "5", "completion": text.decode("utf-8", "replace")}).encode() for text in lines]
+        lines += [
+            json.dumps({"answer": "5", "completion": text.decode("utf-8", "replace")}).encode()
+            for text in lines
+        ]
         source.write_bytes(b"\n".join([*lines, b""]))
         grade_file(source, out)
         rows = [json.loads(line) for line in out.read_bytes().splitlines()]
