@@ -14,18 +14,20 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, BinaryIO, Literal, get_args
 
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rewards.code import sandbox_in_force
 from rewards.extract import Mode
 from rewards.reward import Accuracy, Outcome, verdict_of
 from rewards.workers import WorkerPool
 from rollout.types import Problem, StdioTest
 
 WINDOW = 256  # lines read ahead of the one being written: enough to keep every worker busy
+LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read into memory
 
 Kind = Literal["math", "code", "general"]
 
@@ -87,39 +89,76 @@ def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "le
     ):
         accuracy = Accuracy("strict" if mode == "strict" else "lenient", pool=pool)
         task = bar.add_task("", total=os.fstat(lines.fileno()).st_size, lines=0)
-        for done, (line, row) in enumerate(_graded(lines, accuracy, kind, threads), 1):
+        programs = False
+        for done, (size, row) in enumerate(_graded(_lines(lines), accuracy, kind, threads), 1):
             graded.write(_encoded(row))
             counts[row["verdict"]] += 1
-            bar.update(task, advance=len(line), lines=done)
+            programs = programs or "tests" in row
+            bar.update(task, advance=size, lines=done)
+        if programs and kind != "math":
+            bar.console.print(f"grade: programs were held by {sandbox_in_force(pool)}", soft_wrap=True)
     return dict(counts)
 
 
+def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Each line with its size in bytes; `None` for one that is longer than `LONGEST_LINE`."""
+    while line := source.readline(LONGEST_LINE):
+        size, whole = len(line), len(line) < LONGEST_LINE or line.endswith(b"\n")
+        while not whole and (rest := source.readline(LONGEST_LINE)):
+            size += len(rest)
+            line, whole = b"", rest.endswith(b"\n")
+        yield size, line if line and len(line) < LONGEST_LINE else None
+
+
 def _graded(
-    lines: Iterable[bytes], accuracy: Accuracy, kind: str | None, threads: ThreadPoolExecutor
-) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Each line with its answer, in order, `WINDOW` of them under way at once."""
-    waiting: deque[tuple[bytes, Future[dict[str, Any]]]] = deque()
-    for number, line in enumerate(lines, 1):
-        waiting.append((line, threads.submit(_grade_line, number, line, accuracy, kind)))
+    lines: Iterable[tuple[int, bytes | None]],
+    accuracy: Accuracy,
+    kind: str | None,
+    threads: ThreadPoolExecutor,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's size and answer, in order, at most `WINDOW` of them under way at once."""
+    waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()
+
+    def oldest() -> tuple[int, dict[str, Any]]:
+        size, row, outcome = waiting.popleft()
+        if isinstance(outcome, Future):
+            outcome = outcome.result()
+        verdict = {"verdict": verdict_of(outcome), "extracted": outcome.extracted, "detail": outcome.detail}
+        return size, row | verdict
+
+    for number, (size, line) in enumerate(lines, 1):
+        row, outcome = _grade_line(number, line, accuracy, kind, threads)
+        waiting.append((size, row, outcome))
         if len(waiting) >= WINDOW:
-            first, answer = waiting.popleft()
-            yield first, answer.result()
-    for rest, answer in waiting:
-        yield rest, answer.result()
+            yield oldest()
+    while waiting:
+        yield oldest()
 
 
-def _grade_line(number: int, line: bytes, accuracy: Accuracy, kind: str | None) -> dict[str, Any]:
-    """The answer to one line. Nothing escapes: whatever goes wrong is this line's `detail`."""
+def _grade_line(
+    number: int, line: bytes | None, accuracy: Accuracy, kind: str | None, threads: ThreadPoolExecutor
+) -> tuple[dict[str, Any], Outcome | Future[Outcome]]:
+    """The line's keys and its outcome, now or later. Nothing escapes: whatever goes wrong is its `detail`."""
     row: dict[str, Any] = {"line": number}
     try:
+        if line is None:
+            raise _BadLine(f"line {number} is longer than {LONGEST_LINE} bytes")
         row = _parse(number, line)
         problem, completion = _problem(row, kind)
-        outcome = accuracy(problem, completion)
+        quick, _ = accuracy.quick(problem, completion)
+        return row, quick or threads.submit(_outcome, accuracy, problem, completion)
     except _BadLine as bad:
-        outcome = Outcome(None, str(bad))
+        return row, Outcome(None, str(bad))
     except Exception as error:
-        outcome = Outcome(None, f"{type(error).__name__}: {error}"[:500])
-    return row | {"verdict": verdict_of(outcome), "extracted": outcome.extracted, "detail": outcome.detail}
+        return row, Outcome(None, f"{type(error).__name__}: {error}"[:500])
+
+
+def _outcome(accuracy: Accuracy, problem: Problem, completion: str) -> Outcome:
+    """What takes a worker: programs and algebra."""
+    try:
+        return accuracy(problem, completion)
+    except Exception as error:
+        return Outcome(None, f"{type(error).__name__}: {error}"[:500])
 
 
 def _parse(number: int, line: bytes) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rewards.extract import answer_block, outside_think
 from rewards.outcome import Outcome
-from rewards.workers import Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.workers import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
 from rollout.types import StdioTest
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -56,6 +56,11 @@ def run_tests(
     """
     key = _key(code, tests, timeout_s, partial_credit)
     return _results.get(key, lambda: _run(code, tests, timeout_s, partial_credit, pool or shared_pool()))
+
+
+def sandbox_in_force(pool: WorkerPool | None = None) -> str:
+    """What holds a program on this machine, in words: namespaces, seccomp, rlimits, audit hook."""
+    return str((pool or shared_pool()).call({"op": "load", "for": "asserts"}, START_LIMIT_S)["in_force"])
 
 
 def _run(

@@ -1,36 +1,31 @@
 """The child process of `rewards.workers`: `python -m rewards.worker MEMORY_BYTES`.
 
-Answers requests one at a time until its input closes. Mathematics runs here, in the process itself;
-a program under test runs in a fork (`rewards.sandbox`), so that it cannot harm the next task.
+Answers requests one at a time until its input closes. Mathematics runs in a fork (`rewards.solver`) and a
+program under test in another (`rewards.sandbox`), so that neither can harm the next task.
 """
 
 from __future__ import annotations
 
 import gc
 import json
-import math
 import os
 import resource
 import shutil
 import struct
 import sys
-import time
 from typing import Any, BinaryIO
 
 from rewards import sandbox
+from rewards.solver import Solver
 
 
-def answer(task: dict[str, Any]) -> dict[str, Any]:
+def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
     """The reply to one request; `op` names what is asked."""
     match task["op"]:
         case "load":
             return _load(task["for"])
         case "math":
-            from rewards import equivalence
-
-            _limit_cpu(task["cpu_s"])
-            value, detail = equivalence.equivalent(task["gold"], task["answer"])
-            return {"value": value, "detail": detail}
+            return solver.compare(task["gold"], task["answer"], task["timeout_s"])
         case "asserts" | "stdio":
             limits = sandbox.Limits(**task["limits"])
             run = sandbox.run_asserts if task["op"] == "asserts" else sandbox.run_stdio
@@ -46,17 +41,12 @@ def _load(op: str) -> dict[str, Any]:
         from rewards import equivalence
 
         equivalence.equivalent("\\frac{1}{2}", "0.5 x")  # builds its regexes and parser tables
+        in_force = ""
     else:
-        sandbox.warm()
+        in_force = sandbox.warm()
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"pid": os.getpid()}
-
-
-def _limit_cpu(seconds: float) -> None:
-    """Let this process use `seconds` more of CPU: it then ends by itself, even if its parent is gone."""
-    limit = math.ceil(time.process_time() + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+    return {"pid": os.getpid(), "in_force": in_force}
 
 
 def _read(source: BinaryIO, length: int) -> bytes:
@@ -77,6 +67,17 @@ def main() -> int:
     os.dup2(nothing, 0)  # whatever a library prints must not land among the replies
     os.dup2(nothing, 1)
     sandbox.adopt_orphans(requests.fileno())
+    solver = Solver(requests.fileno())
+
+    def send(reply: dict[str, Any]) -> None:
+        data = json.dumps(reply).encode()
+        data = struct.pack(">I", len(data)) + data
+        try:
+            while data:
+                data = data[os.write(replies, data) :]
+        except BrokenPipeError:
+            pass  # the parent is gone: the next read says so too
+
     while True:
         try:
             (length,) = struct.unpack(">I", _read(requests, 4))
@@ -85,20 +86,14 @@ def main() -> int:
             shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
             return 0
         try:
-            reply = answer(task)
+            reply = answer(task, solver)
         except MemoryError:
-            reply = {"error": "memory ran out"}
+            reply = {"error": "memory ran out", "kind": "memory"}
         except RecursionError:
-            reply = {"error": "recursion too deep"}
+            reply = {"error": "recursion too deep", "kind": "memory"}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
-        data = json.dumps(reply).encode()
-        data = struct.pack(">I", len(data)) + data
-        try:
-            while data:
-                data = data[os.write(replies, data) :]
-        except BrokenPipeError:
-            continue  # the parent is gone: the next read says so too
+            reply = {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
+        send(reply)
 
 
 if __name__ == "__main__":

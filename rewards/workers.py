@@ -29,13 +29,24 @@ from typing import Any, Generic, Self, TypeVar
 
 START_LIMIT_S = 60.0  # an import of sympy on a busy machine; not part of a task's own limit
 DEFAULT_LIMIT_S = 5.0
-CHILD_MEMORY_BYTES = 4 << 30
+CHILD_MEMORY_BYTES = 2 << 30
 
 T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The task got no reply: its child ran out of time, died, or raised. The message says which."""
+    """The task got no reply: its child ran out of time, died, or raised. The message says which.
+
+    Args:
+        message: What happened, one line.
+        kind: `time`, `memory`, `died` or `raised`.
+        stage: Mathematics only: the last stage that was reached (see `rewards.equivalence`).
+        cpu_s: CPU time that was spent in that stage, seconds, where its time ran out.
+    """
+
+    def __init__(self, message: str, kind: str = "raised", stage: str = "", cpu_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.kind, self.stage, self.cpu_s = kind, stage, cpu_s
 
 
 class WorkerPool:
@@ -76,7 +87,8 @@ class WorkerPool:
                 if not self._closed:
                     self._idle.append(child)
         if "error" in reply:
-            raise TaskFailed(str(reply["error"]))
+            details = reply.get("kind", "raised"), reply.get("stage", ""), reply.get("cpu_s", 0.0)
+            raise TaskFailed(str(reply["error"]), *details)
         return reply
 
     def pids(self) -> list[int]:
@@ -204,14 +216,14 @@ class _Child:
         poll.register(fd, event)
         left = deadline - time.monotonic()
         if left <= 0 or not poll.poll(1000 * left):
-            raise TaskFailed(f"time ran out: no reply within {limit_s:g} s")
+            raise TaskFailed(f"time ran out: no reply within {limit_s:g} s", "time")
 
     def _death(self) -> TaskFailed:
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=1)
         code = self.process.returncode
         how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
-        return TaskFailed(f"the worker process died ({how})")
+        return TaskFailed(f"the worker process died ({how})", "died")
 
 
 class Memo(Generic[T]):

@@ -1,4 +1,4 @@
-"""docs/PAPERS.md leads where it says: every symbol exists, and every equation of the architecture is there."""
+"""docs/PAPERS.md leads where it says: every symbol exists, every equation of the architecture is there."""
 
 from __future__ import annotations
 

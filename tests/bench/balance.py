@@ -1,4 +1,4 @@
-"""Balancing without an auxiliary loss: an expert with a head start loses it only where the bias is stepped."""
+"""Balancing without an auxiliary loss: an expert with a head start loses it where the bias is stepped."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ TABLE = [
     ("<think>\\boxed{9}", None, "9"),  # cut off
     ("<think><answer>9</answer>", None, "9"),
     ("<think>a</think><answer></answer>", None, None),
-    ("<think>a</think><answer>1</answer><answer>2</answer>", None, None),
+    ("<think>a</think><answer>1</answer><answer>2</answer>", None, "1, 2"),
     ("\\boxed{1} then \\boxed{2}", "2", "2"),
     ("\\boxed{\\boxed{2}}", "2", "2"),
     ("\\boxed{1} and \\boxed{2", "1", "1"),

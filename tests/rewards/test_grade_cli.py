@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from pipeline import grade
 from pipeline.grade import grade_file, main
 
 LINES = [
@@ -31,7 +32,7 @@ LINES = [
 ]
 WANT = (  # noqa: SIM905
     "correct error incorrect error error error error correct error error error error incorrect "
-    "correct incorrect correct error error incorrect"
+    "correct incorrect correct error error correct"
 ).split()
 
 
@@ -46,6 +47,25 @@ def test_every_line_is_answered_in_order(tmp_path, capsys):
     assert rows[1]["line"] == 2 and "line 2" in rows[1]["detail"]
     counts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert counts == {verdict: WANT.count(verdict) for verdict in ("correct", "incorrect", "error")}
+
+
+def test_a_line_too_long_to_be_one_is_answered_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, "LONGEST_LINE", 1000)
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    good = b'{"answer": "7", "completion": "7"}'
+    source.write_bytes(b"\n".join([good, b'{"answer": "' + b"7" * 3500 + b'"}', good, b"x" * 1000, good]))
+    assert grade_file(source, out) == {"correct": 3, "incorrect": 0, "error": 2}
+    rows = [json.loads(line) for line in out.open()]
+    assert [row["verdict"] for row in rows] == ["correct", "error", "correct", "error", "correct"]
+    assert "longer than 1000 bytes" in rows[1]["detail"] and rows[1]["line"] == 2
+
+
+def test_it_says_what_holds_the_programs(tmp_path, capsys):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"tests": ["assert x == 1"], "completion": "x = 1"}\n')
+    assert main([str(source), str(tmp_path / "out.jsonl")]) == 0
+    said = capsys.readouterr()
+    assert "rlimits" in said.err and "rlimits" not in said.out
 
 
 def test_strict_mode_and_forced_kind(tmp_path):

@@ -14,6 +14,7 @@ from rewards.math_answer import grade_math, quick_grade
 from rewards.workers import WorkerPool
 
 EQUAL = [
+    ("3", "three"),
     (r"\$32,\!348", r"$\$32,\!348$"),
     (r"\begin{pmatrix} -2 \\ -7 \end{pmatrix}", r"\begin{pmatrix}-2\\-7\end{pmatrix}"),
     (r"[2,\infty)", r"[2,\infty)"),
@@ -77,6 +78,7 @@ EQUAL = [
     ("1:2", "1/2"),
 ]
 DIFFERENT = [
+    ("3", "four"),
     (r"(2,\infty)", r"[2,\infty)"),
     ("1", "100"),
     ("C", "B"),
@@ -93,7 +95,6 @@ DIFFERENT = [
     (r"2\pi", "6.28"),
     ("1,2", "1, 2 and 3"),
     ("(1,234)", "1234"),
-    ("3", "three"),
     ("10", "banana"),
     ("2", r"2\text{ and }3"),
 ]
@@ -120,7 +121,6 @@ def test_different(pool, gold, answer):
     [
         (r"\frac{", "5", "does not parse"),
         ("", "5", "empty"),
-        ("2", "9^{9^{9^{9^9}}}", "time ran out|memory|died|does not"),
     ],
 )
 def test_verifier_failure_is_no_verdict(pool, gold, answer, why):

@@ -114,5 +114,5 @@ def test_nothing_is_left_when_the_parent_ends(end):
         [sys.executable, "-c", script], env=env, check=False, stdout=subprocess.PIPE, timeout=20
     )
     pids = [int(pid) for pid in done.stdout.split()]
-    assert len(pids) == 2
+    assert len(pids) == 3  # the worker, the program and its judge
     assert all(gone(pid) for pid in pids)

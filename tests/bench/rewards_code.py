@@ -1,0 +1,79 @@
+"""Grading programs: HumanEval's reference solutions (read from R1_DATA), each with its tests, on two workers.
+
+No claim against a rival here but a floor: 60 programs a second. The profile says where a program's time goes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UserError
+from rewards.code import run_tests, sandbox_in_force
+from rewards.workers import WorkerPool
+from tests.bench.measure import interleave
+
+SUMMARY = "HumanEval programs a second on two workers, each in a sandbox of its own: at least 60"
+AT_LEAST, ROUNDS = 60.0, 5
+
+
+def _programs() -> list[tuple[str, list[str]]]:
+    folder = Path(os.environ.get("R1_DATA") or Path(__file__).parents[3] / "shared" / "data")
+    path = folder / "humaneval.jsonl"
+    if not path.exists():
+        raise UserError(f"{path} is missing: set R1_DATA to the folder that holds {path.name}.")
+    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
+    return [
+        (row["prompt"] + row["canonical_solution"], [row["test"] + f"\ncheck({row['entry_point']})"])
+        for row in rows
+    ]
+
+
+def run() -> dict[str, Any]:
+    """Time whole passes over the 164 programs; nothing is remembered from one to the next."""
+    programs = _programs()
+    passes = 0
+    with WorkerPool(2) as pool, ThreadPoolExecutor(2) as threads:
+
+        def once() -> None:
+            nonlocal passes
+            passes += 1
+            salt = f"\n# pass {passes}\n"  # a program of its own, so that no verdict is remembered
+            done = threads.map(
+                lambda job: run_tests(job[0] + salt, job[1], pool=pool, timeout_s=10), programs
+            )
+            assert all(outcome.value == 1 for outcome in done)
+
+        timing = interleave({"humaneval": once}, rounds=ROUNDS)["humaneval"]
+        in_force = sandbox_in_force(pool)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "claims": [
+            {
+                "claim": "programs a second",
+                "value": len(programs) / timing.median,
+                "at_least": AT_LEAST,
+                "unit": "/s",
+            }
+        ],
+        "programs": len(programs),
+        "in_force": in_force,
+        "pass": timing.report(),
+        "cpu_s_a_program": (used.ru_utime + used.ru_stime) / (len(programs) * passes),
+        "user_s_a_program": used.ru_utime / (len(programs) * passes),
+        "system_s_a_program": used.ru_stime / (len(programs) * passes),
+        "worker_spawn_s": _spawn(),
+    }
+
+
+def _spawn() -> float:
+    """Seconds to start one worker, which happens once: why programs are forked and not started."""
+    begin = time.perf_counter()
+    with WorkerPool(1) as pool:
+        run_tests("x = 1", ["assert x == 1, 2"], pool=pool)
+    return time.perf_counter() - begin
