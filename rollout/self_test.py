@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LENGTHS = (24, 7, 1, 15)
 NEW_TOKENS = 12
 BOUND_FP32 = 1e-3
-"""Largest difference of a log-probability. Sound engines differ by less than 1e-5, the known faults by over 1."""
+"""Largest difference of a log-probability. Sound engines differ by about 1e-5, the known faults by over 1."""
 BOUND_BF16 = 0.3
 """Mean difference: single tokens differ by more than 1 where rounding changes a token's experts."""
 
@@ -42,7 +42,7 @@ class Comparison:
     p99: float
     worst: float
     regret: float
-    """Most by which a drawn token fell short of our model's best, nats; 0 when all greedy tokens are equal."""
+    """Most by which a drawn token fell short of our model's best, nats; 0 when greedy tokens are equal."""
 
 
 def probes(vocab_size: int, max_positions: int) -> list[Prompt]:
@@ -111,8 +111,8 @@ def self_test(engine: RolloutEngine, path: Path, reference: Policy | None, dtype
         exact = dtype == torch.float32
         if (found.worst > BOUND_FP32 or found.regret > BOUND_FP32) if exact else found.mean > BOUND_BF16:
             raise StaleWeights(
-                f"{type(engine).__name__} on {path} is not our model, {when}: over {found.tokens} greedy tokens "
-                f"log-probabilities differ by {found.mean:.3g} nats on average, {found.worst:.3g} at most; "
-                "it would train on what another model says. Use --engine native or dense, and report this "
-                "with the versions of vllm and torch."
+                f"{type(engine).__name__} on {path} is not our model, {when}: over {found.tokens} greedy "
+                f"tokens log-probabilities differ by {found.mean:.3g} nats on average, {found.worst:.3g} at "
+                "most; it would train on what another model says. Use --engine native or dense, and report "
+                "this with the versions of vllm and torch."
             )

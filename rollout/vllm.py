@@ -321,7 +321,7 @@ class WorkerWeights:
 
 
 def watch_packing() -> None:
-    """CPU: note each matrix's fingerprint as it is packed for the GEMM library, which then keeps it to itself."""
+    """CPU: note each matrix's fingerprint as it is packed for the GEMM library, which then hides it."""
     from vllm.model_executor.layers import utils
 
     def watched(pack: Callable[..., None], layer: nn.Module, remove_weight: bool) -> None:

@@ -34,7 +34,7 @@ def llm_options(
         "max_model_len": context,
         "max_num_seqs": settings.max_batch,
         "tensor_parallel_size": settings.tensor_parallel,
-        "logprobs_mode": "processed_logprobs",  # of the sampling distribution: after temperature, top-k, top-p
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p: of what is drawn from
         "worker_extension_cls": "rollout.vllm.WorkerWeights",
         "generation_config": "vllm",  # sampling is what the caller says, not what the checkpoint likes
         "hf_overrides": missing_keys(config),
