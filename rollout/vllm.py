@@ -185,7 +185,10 @@ class VllmEngine:
                     f"these weights do not fit the engine opened on {self.path}: {name} is "
                     f"{found.get(name, 'missing')}, the engine's {self._shapes.get(name, 'not there')}."
                 )
-        sent = list(in_dtype(public_weights(source), self.dtype))
+        self.load_tensors(list(in_dtype(public_weights(source), self.dtype)), version)
+
+    def load_tensors(self, sent: list[tuple[str, Tensor]], version: int) -> None:
+        """`load_weights` from tensors by public name, in the engine's type and known to fit."""
         want = fingerprint(tensor for _, tensor in sent)
         if self.in_process:
             live = self._call("r1_receive", sent)
