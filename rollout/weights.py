@@ -25,6 +25,7 @@ Policy = Transformer | DensePolicy
 WORD = 1 << 64
 CHUNK = 1 << 20
 """Elements hashed at once; the int64 copies of more would fall out of the cache."""
+LATENT_PARTS = ("W_UK_T", "W_UV")
 ALWAYS_FLOAT32 = "e_score_correction_bias"
 """The one tensor that stays fp32 in a bf16 engine: it decides between near-ties."""
 
@@ -68,19 +69,26 @@ def _hash(x: Tensor) -> Tensor:
 def live_fingerprint(network: nn.Module) -> int:
     """Fingerprint of a vLLM model: its tensors' sum, of packed matrices as they were when they were packed.
 
+    Latent attention decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill: the
+    parts' sum must be the whole's, and where it is not the result is no policy's.
+
     Args:
         network: modules whose matrix a GEMM library keeps to itself carry its fingerprint as `r1_packed`.
     """
-    total, seen = 0, set()
-    for module in network.modules():
+    total, whole, parts, seen = 0, 0, 0, set()
+    for path, module in network.named_modules():
         packed: int | None = getattr(module, "r1_packed", None)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            is_packed = packed is not None and name == "weight"
-            total += (packed or 0) if is_packed else fingerprint([parameter])
-    return total % WORD
+            found = packed if packed is not None and name == "weight" else fingerprint([parameter])
+            if name in LATENT_PARTS:
+                parts += found
+                continue
+            total += found
+            whole += found if path.endswith("kv_b_proj") else 0
+    return (total + 3 * (parts - whole if parts else 0)) % WORD
 
 
 def shapes(source: Any) -> dict[str, tuple[int, ...]]:

