@@ -31,7 +31,7 @@ from rollout.engine import EngineDied, StaleWeights
 from rollout.self_test import self_test
 from rollout.settings import DtypeName, VllmSettings
 from rollout.types import Prompt, Rollout, SamplingParams
-from rollout.vllm_options import checkpoint_shapes, llm_options, prepare_environment
+from rollout.vllm_options import checkpoint_shapes, eos_of, llm_options, prepare_environment
 from rollout.weights import (
     WORD,
     Policy,
@@ -77,7 +77,7 @@ class VllmEngine:
         self.vocab_size = int(self.config["vocab_size"])
         most = int(self.config["max_position_embeddings"])
         self.max_positions = min(self.settings.context or most, most)
-        self.eos_token_id = self._eos() if eos_token_id is None else eos_token_id
+        self.eos_token_id = eos_of(self.path, self.config) if eos_token_id is None else eos_token_id
         self.on_cpu = not torch.cuda.is_available()
         self.in_process = self.on_cpu and self.settings.tensor_parallel == 1
         self._sender: Any = None
@@ -89,13 +89,6 @@ class VllmEngine:
             except BaseException:
                 self.close()
                 raise
-
-    def _eos(self) -> int | list[int] | None:
-        """The eos of generation_config.json, which may list several, else of config.json."""
-        file = self.path / "generation_config.json"
-        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        eos: int | list[int] | None = own.get("eos_token_id", self.config.get("eos_token_id"))
-        return eos
 
     def _start(self, dtype: DtypeName) -> Any:
         """A `vllm.LLM`. What its start changes in this process, seeds and thread count, is put back."""

@@ -7,6 +7,7 @@ VLLM_MLA_DISABLE=1                 CPU: its latent-attention kernel knows one sh
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,14 @@ def prepare_environment(config: dict[str, Any], on_cpu: bool, in_process: bool) 
     os.environ["VLLM_MLA_DISABLE"] = "0" if latent == MLA_KERNEL else "1"
 
 
+def eos_of(path: Path, config: dict[str, Any]) -> int | list[int] | None:
+    """The eos of generation_config.json, which may list several, else of config.json."""
+    file = path / "generation_config.json"
+    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    eos: int | list[int] | None = own.get("eos_token_id", config.get("eos_token_id"))
+    return eos
+
+
 def missing_keys(config: dict[str, Any]) -> dict[str, Any]:
     """Keys that vLLM wants in a deepseek_v3 config.json and transformers does not write."""
     if config.get("model_type") != "deepseek_v3":
@@ -84,3 +93,22 @@ def checkpoint_shapes(path: Path, found: dict[str, tuple[int, ...]]) -> dict[str
             names = [name for name in tensors.keys() if name in found]  # noqa: SIM118 - not a dict
             out |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     return out
+
+
+def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[str]:
+    """Flags of vLLM's own server, and the environment, so that it serves what the engine would draw."""
+    import torch
+
+    on_cpu = not torch.cuda.is_available()
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    prepare_environment(config, on_cpu, in_process=False)
+    context = settings.context or int(config["max_position_embeddings"])
+    flags = ["--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", str(settings.max_batch)]
+    flags += ["--tensor-parallel-size", str(settings.tensor_parallel)]
+    if overrides := missing_keys(config):
+        flags += ["--hf-overrides", json.dumps(overrides)]
+    if not on_cpu:
+        return [*flags, "--gpu-memory-utilization", str(settings.gpu_memory)]
+    options = llm_options(path, config, dtype, settings, context, on_cpu)
+    flags += ["--enforce-eager", "--kv-cache-memory-bytes", str(options["kv_cache_memory_bytes"])]
+    return [*flags, "--compilation-config", json.dumps(options["compilation_config"])]

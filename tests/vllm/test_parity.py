@@ -58,7 +58,7 @@ def test_greedy_tokens_and_logprobs_are_ours(pair):
         assert rollout.token_ids == want[key].token_ids
         assert rollout.finish_reason == "length" and rollout.policy_version == theirs.version
     gaps = [abs(a - b) for key in got for a, b in zip(got[key].logprobs, want[key].logprobs, strict=True)]
-    # On SmolLM2 vLLM's own rounding is up to 2.7e-5 from fp64 (transformers': 1e-5), so no 1e-5 between the two.
+    # On SmolLM2 vLLM's own rounding is up to 2.7e-5 from fp64 (transformers': 1e-5).
     assert max(gaps) < BOUND[name], f"largest of {len(gaps)}: {max(gaps)}"
     assert sum(gaps) / len(gaps) < 1e-5
 
