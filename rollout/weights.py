@@ -69,7 +69,7 @@ def _hash(x: Tensor) -> Tensor:
 def live_fingerprint(network: nn.Module) -> int:
     """Fingerprint of a vLLM model: its tensors' sum, packed matrices as they were before.
 
-    Latent attention decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill: the
+    Latent attention decodes with two parts cut from `kv_b_proj`, which itself serves the prefill: the
     parts' sum must be the whole's, and where it is not the result is no policy's.
 
     Args:
