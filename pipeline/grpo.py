@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import OptimConfig, StageConfig
+from pipeline.errors import UserError
 from pipeline.run import RunDir
 from rewards.reward import RewardWeights
+from rollout.engine import EngineDied, StaleWeights
 from rollout.settings import RolloutSettings
 
 if TYPE_CHECKING:
@@ -119,6 +121,8 @@ def run(config: Config, run_dir: RunDir) -> None:
     trainer = Trainer(config, run_dir)
     try:
         loop(config, run_dir, trainer)
+    except (EngineDied, StaleWeights) as error:
+        raise UserError(f"{error} To go on from the last checkpoint: {run_dir.command} --resume") from error
     finally:
         trainer.close()
     policy, tokenizer = trainer.policy, trainer.tokenizer

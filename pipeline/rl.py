@@ -21,7 +21,7 @@ from pipeline.run import RunDir
 from rewards.length import soft_overlong
 from rewards.reward import Scorer
 from rollout.collect import Collector, Plan, Round, draw
-from rollout.engine import RolloutEngine, StaleWeights
+from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.load import engine_for
 from rollout.tokenizer import completion_text, make_prompt
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
@@ -37,7 +37,7 @@ class Trainer:
         self.policy, self.tokenizer = load_policy(start)
         try:
             self.engine: RolloutEngine = engine_for(self.policy, self.tokenizer, config.rollout, start)
-        except (ModuleNotFoundError, ValueError, StaleWeights) as error:
+        except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
             raise UserError(str(error)) from error
         self.scorer = Scorer(config.rewards)
         self.synced = 0  # updates that the engine's weights have had

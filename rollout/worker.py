@@ -15,7 +15,7 @@ from torch import Tensor
 from rollout.engine import StaleWeights
 from rollout.settings import RolloutSettings
 from rollout.types import FinishReason, Prompt, SamplingParams
-from rollout.weights import fingerprint, public_weights
+from rollout.weights import Policy, fingerprint, public_weights
 
 Drawn = tuple[int, int, tuple[int, ...], tuple[float, ...], FinishReason, int]
 """A rollout without its prompt: place in the part, sample, tokens, log-probabilities, end, version."""
@@ -33,6 +33,7 @@ class Worker:
 
         torch.set_num_threads(max(1, int(settings.worker_cpus)))
         self.engine: Any
+        self.policy: Policy | None = None  # of the in-process engines, which draw from it in place
         if settings.engine == "vllm":
             from rollout.vllm import VllmEngine
 
@@ -42,19 +43,18 @@ class Worker:
             return
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
         device = "cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu"
-        self.policy: Any
         if model_type(path) in NATIVE_TYPES:
             import model
             from rollout.native import NativeEngine
 
-            self.policy = model.load(path, dtype=dtype, device=device)
-            self.engine = NativeEngine(self.policy, eos_token_id=eos_token_id)
+            self.policy = net = model.load(path, dtype=dtype, device=device)
+            self.engine = NativeEngine(net, eos_token_id=eos_token_id)
         else:
             from model.dense import load_dense
             from rollout.dense import DenseEngine
 
-            self.policy = load_dense(path, dtype, device)
-            self.engine = DenseEngine(self.policy.network, eos_token_id=eos_token_id)
+            self.policy = dense = load_dense(path, dtype, device)
+            self.engine = DenseEngine(dense.network, eos_token_id=eos_token_id)
 
     def who(self) -> tuple[int, str]:
         """Process id and machine; answers when the engine is open."""
@@ -62,7 +62,7 @@ class Worker:
 
     def load(self, weights: dict[str, Tensor], version: int, want: int) -> None:
         """Take these weights, and prove that they are live."""
-        if hasattr(self.engine, "load_tensors"):
+        if self.policy is None:
             self.engine.load_tensors(list(weights.items()), version)
             live = self.engine.live_weights()
         else:

@@ -48,10 +48,10 @@ def zero(policy, runs, name, *extra):
     return [json.loads(line) for line in (runs / name / "zero/metrics.jsonl").read_text().splitlines()]
 
 
-def test_rl_through_two_workers_is_the_run_in_process(policy, tmp_path):
-    """The same but for rounding: workers hold the trainer's weights after each update."""
+def test_rl_through_a_worker_is_the_run_in_process(policy, tmp_path):
+    """The same but for rounding: the worker holds the trainer's weights after each update."""
     for one, two in zip(
-        zero(policy, tmp_path, "one"), zero(policy, tmp_path, "pool", "--rollout.workers", 2), strict=True
+        zero(policy, tmp_path, "one"), zero(policy, tmp_path, "pool", "--rollout.workers", 1), strict=True
     ):
         assert two["rollout/version"] == two["step"] - 1 and two["policy/mismatch_kl"] < 1e-10
         for key in ("reward/mean", "rollout/tokens_mean", "optim/grad_norm"):
@@ -152,3 +152,17 @@ def test_a_lost_or_doubled_rollout_is_an_error(fault):
 
     with pytest.raises(RuntimeError, match="lost 1 of 4" if fault == "lost" else "doubled 1"):
         draw(Faulty(), prompts(0, 2), SAMPLING)
+
+
+def test_an_engine_that_dies_ends_the_run_with_how_to_go_on(policy, tmp_path, monkeypatch, capsys):
+    from rollout.engine import EngineDied
+    from rollout.native import NativeEngine
+
+    def dies(self, prompts, sampling):
+        raise EngineDied("the engine stopped.")
+
+    monkeypatch.setattr(NativeEngine, "generate", dies)
+    argv = ["zero", "--config", "configs/micro/zero.toml", "--runs", tmp_path, "--init-from", policy]
+    assert main(list(map(str, argv))) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: the engine stopped. To go on") and said.endswith("--resume")

@@ -1,4 +1,4 @@
-"""How far vLLM's bf16 is from the trainer's: `.venv-vllm/bin/python -m tests.vllm.mismatch` writes the figures.
+"""vLLM's bf16 beside the trainer's: `.venv-vllm/bin/python -m tests.vllm.mismatch` writes the figures.
 
 Completions are drawn at temperature 1 and scored, teacher-forced, by our model in bf16 and in fp32. An
 expert is flipped where the states that reach a gate in vLLM choose it and those in our model do not.
