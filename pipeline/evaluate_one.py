@@ -18,8 +18,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -35,6 +35,8 @@ from rewards.code import extract_code
 from rewards.extract import final_answer
 from rewards.math_answer import normalise
 from rewards.reward import RewardWeights, Scorer
+from rollout.engine import EngineDied, StaleWeights
+from rollout.settings import EngineName, VllmSettings
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ ROOM = 16
 """Tokens that a prompt must leave free in the model's context."""
 GRADED_AT_ONCE = 256
 TOO_LONG = "prompt longer than the context"
+Generate = Callable[[list[Prompt], SamplingParams], Iterable[Rollout]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +63,8 @@ class Config:
     a FILE.jsonl."""
     out: Path
     """Folder for generations.jsonl and scores.json; it must not exist, or hold these same scores."""
-    engine: Literal["auto", "native", "dense", "vllm"] = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others."""
+    engine: EngineName = "auto"
+    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
     samples: int = 1
     """Completions per problem, k. The paper: 4 to 64."""
     data: Path | None = None
@@ -87,6 +90,8 @@ class Config:
     """Of the weights and the arithmetic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is one."""
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+    """vLLM's own settings."""
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
@@ -146,7 +151,11 @@ def complete(config: Config, found: list[Problem]) -> tuple[list[dict[str, Any]]
         fits = [i for i, p in enumerate(prompts) if context is None or len(p.token_ids) <= context - ROOM]
         label = f"{config.model.parent.name} {config.benchmark}"
         drawn = draw(engine.generate, [prompts[i] for i in fits], config, context, label)
-    except (ValueError, FloatingPointError) as error:  # an unsuitable template, logits that are not finite
+    except (
+        ValueError,
+        FloatingPointError,
+        EngineDied,
+    ) as error:  # an unsuitable template, logits that are not finite
         raise UserError(f"{config.model}: {error}") from error
     finally:
         engine.close()
@@ -158,8 +167,6 @@ def complete(config: Config, found: list[Problem]) -> tuple[list[dict[str, Any]]
 
 def open_model(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
     """The engine and the tokenizer, set up as `config` says."""
-    if config.engine == "vllm":
-        raise UserError("vLLM workers are not in this version yet; use --engine native or --engine dense")
     import torch
 
     from rollout.load import open_engine
@@ -168,8 +175,9 @@ def open_model(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        engine, tokenizer = open_engine(config.model, config.engine, config.dtype, device)
-    except (FileNotFoundError, ValueError) as error:
+        vllm = config.vllm if not config.max_batch else replace(config.vllm, max_batch=config.max_batch)
+        engine, tokenizer = open_engine(config.model, config.engine, config.dtype, device, vllm)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
         raise UserError(f"{config.model}: {error}") from error
     if tokenizer is None:
         raise UserError(f"{config.model} has no tokenizer.json; copy its base model's there")
@@ -223,12 +231,6 @@ def progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-class Generate(Protocol):
-    """`RolloutEngine.generate`."""
-
-    def __call__(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterable[Rollout]: ...
 
 
 def draw(

@@ -6,12 +6,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.config import parse, refuse_unknown
 from pipeline.errors import UserError
+from rollout.engine import EngineDied, StaleWeights
+from rollout.settings import EngineName, VllmSettings
 from rollout.types import Problem, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -30,8 +32,8 @@ class Config:
     """JSON lines: {"prompt": text}, taken as it is, or {"token_ids": [..]}."""
     out: Path
     """Where the rollouts go, in order: index, sample, token_ids, logprobs, text, finish_reason."""
-    engine: Literal["auto", "native", "dense", "vllm"] = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others."""
+    engine: EngineName = "auto"
+    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
     samples: int = 1
     """Rollouts per prompt."""
     max_tokens: int = 256
@@ -50,6 +52,8 @@ class Config:
     """Of the weights and the arithmetic."""
     threads: int = 0
     """CPU threads for torch; 0 = torch's own choice."""
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+    """vLLM's own settings."""
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.threads < 0:
@@ -147,8 +151,6 @@ def line(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> str:
 
 def run(config: Config) -> dict[str, object]:
     """Generate, write, and say what it took. `seconds` is generation alone."""
-    if config.engine == "vllm":
-        raise UserError("vLLM workers are not in this version yet; use --engine native or --engine dense")
     for _ in read_lines(config.prompts):  # before a model is loaded for minutes
         pass
     part = prepare(config.out)
@@ -160,8 +162,8 @@ def run(config: Config) -> dict[str, object]:
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        engine, tokenizer = open_engine(config.model, config.engine, config.dtype)
-    except (FileNotFoundError, ValueError) as error:
+        engine, tokenizer = open_engine(config.model, config.engine, config.dtype, vllm=config.vllm)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
         raise UserError(f"{PROG}: {error}") from error
     prompts = read_prompts(config.prompts, tokenizer)
     start = time.perf_counter()
@@ -171,7 +173,7 @@ def run(config: Config) -> dict[str, object]:
         raise UserError(f"{config.prompts}: {error}") from error
     try:
         rollouts = sorted(drawn, key=lambda r: (r.index, r.sample))
-    except FloatingPointError as error:
+    except (FloatingPointError, EngineDied) as error:
         raise UserError(f"{config.model}: {error}") from error
     seconds = time.perf_counter() - start
     engine.close()

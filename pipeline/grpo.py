@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline.config import OptimConfig, StageConfig
+from pipeline.errors import UserError
 from pipeline.run import RunDir
 from rewards.reward import RewardWeights
+from rollout.engine import EngineDied, StaleWeights
+from rollout.settings import RolloutSettings
 
 if TYPE_CHECKING:
     from pipeline.rl import Trainer
@@ -49,6 +52,14 @@ class Config(StageConfig):
     """Longest completion, tokens. A longer one is cut and graded as it stands (R1-Zero: 32,768)."""
     temperature: float = 1.0
     """Of sampling (R1-Zero: 1; R1's second RL stage: 0.7)."""
+    dynamic_sampling: bool = False
+    """Draw on until the step has its number of groups whose rewards differ (DAPO, Sec. 3.2)."""
+    most_draws: int = 4
+    """Dynamic sampling: requests of a step, after which it is filled up with groups without spread."""
+    overlap: bool = False
+    """Draw a step's rollouts while the step before is trained on: they are one step off-policy."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """The engine that draws, in the trainer's process or in workers."""
     rewards: RewardWeights = field(default_factory=lambda: RewardWeights(accuracy=1.0, format=1.0))
     """Weights of the reward's parts; they are summed (R1-Zero: accuracy and format, equal)."""
     overlong_buffer: int = 0
@@ -96,6 +107,8 @@ class Config(StageConfig):
                 f"minibatches={self.minibatches} does not divide prompts_per_step={self.prompts_per_step}; "
                 f"the nearest that does is {nearest}."
             )
+        if self.most_draws < 1:
+            raise ValueError(f"most_draws={self.most_draws} must be at least 1.")
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} must be at least 2: a group is its own baseline.")
 
@@ -108,6 +121,8 @@ def run(config: Config, run_dir: RunDir) -> None:
     trainer = Trainer(config, run_dir)
     try:
         loop(config, run_dir, trainer)
+    except (EngineDied, StaleWeights) as error:
+        raise UserError(f"{error} To go on from the last checkpoint: {run_dir.command} --resume") from error
     finally:
         trainer.close()
     policy, tokenizer = trainer.policy, trainer.tokenizer

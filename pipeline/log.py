@@ -32,7 +32,10 @@ GLOSSARY: dict[str, str] = {
     "reward/groups_with_spread": "share of prompt groups whose rewards differ, the ones that teach",
     "rollout/tokens_mean": "mean completion length, tokens",
     "rollout/truncated": "share of completions cut at max_tokens",
-    "rollout/tokens_per_s": "completion tokens drawn a second",
+    "time/tokens_per_s": "completion tokens drawn a second",
+    "rollout/groups_drawn": "groups drawn for the step, those without spread that were left out included",
+    "rollout/staleness": "updates between the policy that drew the step's rollouts and the trained one",
+    "rollout/version": "optimizer updates that the engine's own weights had had when it drew",
     "router/max_violation": "largest expert load over the mean load, less 1, worst layer (0 = even)",
     "heldout/pass@1": "greedy accuracy on a slice of the held-out problems",
     "heldout/tokens_mean": "mean length of those greedy completions, tokens",
@@ -44,6 +47,8 @@ GLOSSARY: dict[str, str] = {
     "time/rollout_s": "seconds of this step spent drawing completions",
     "time/reward_s": "seconds of this step spent grading",
     "time/train_s": "seconds of this step spent on forward, backward and update",
+    "time/sync_s": "seconds of this step spent handing weights to the engine",
+    "time/wait_s": "seconds of this step spent waiting for rollouts that are drawn beside training",
     "time/elapsed_s": "seconds since the stage began, earlier sessions included",
 }
 

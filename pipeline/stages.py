@@ -66,4 +66,6 @@ COMMANDS = (
     Command("grade", "pipeline.grade", "grade saved completions: IN.jsonl -> OUT.jsonl"),
     Command("generate", "pipeline.generate", "draw completions from any checkpoint"),
     Command("evaluate", "pipeline.evaluate_one", "score one checkpoint on one benchmark"),
+    Command("chat", "pipeline.chat", "talk to a model in the terminal"),
+    Command("serve", "pipeline.serve", "an OpenAI-compatible endpoint for a model"),
 )

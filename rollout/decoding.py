@@ -132,7 +132,8 @@ def draw(
         uniforms = torch.zeros(1, 1, device=device).expand(steps, r)  # not read
     else:
         named = zip(wave.slots, wave.samples, strict=True)
-        streams = [uniform_stream(sampling.seed, wave.prompts[slot], s, steps) for slot, s in named]
+        first = sampling.first_index
+        streams = [uniform_stream(sampling.seed, first + wave.prompts[slot], s, steps) for slot, s in named]
         uniforms = torch.from_numpy(np.stack(streams, axis=1)).to(device)
     tokens = torch.zeros(steps, r, dtype=torch.long, device=device)
     logprobs = torch.zeros(steps, r, device=device)

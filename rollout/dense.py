@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from model.dense import DensePolicy
 from rollout.decoding import check_prompts, generate, stop_ids
 from rollout.types import Prompt, Rollout, SamplingParams
 
@@ -115,9 +116,10 @@ class DenseEngine:
             version=self.version,
         )
 
-    def load_weights(self, source: PreTrainedModel, version: int) -> None:
+    def load_weights(self, source: PreTrainedModel | DensePolicy, version: int) -> None:
         """Draw from `source` from now on: a module, in place; nothing is copied."""
-        self.model, self.version = source, version
+        self.model = source.network if isinstance(source, DensePolicy) else source
+        self.version = version
 
     def close(self) -> None:
         """Nothing to free: caches live as long as their wave."""

@@ -8,6 +8,14 @@ from typing import Any, Protocol
 from rollout.types import Prompt, Rollout, SamplingParams
 
 
+class EngineDied(RuntimeError):
+    """The engine stopped in the middle of a request and cannot go on."""
+
+
+class StaleWeights(RuntimeError):
+    """The engine does not compute with the weights that it should: what it draws is not on policy."""
+
+
 class RolloutEngine(Protocol):
     """Draws completions. Same prompts, seed and weights: the same greedy tokens from every engine in fp32."""
 

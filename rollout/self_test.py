@@ -1,0 +1,118 @@
+"""Does an engine compute what our own model does? Asked once, before anything is drawn from it.
+
+A greedy continuation of a few made-up prompts is scored, teacher-forced, by our model: each token must be its
+choice too and have the log-probability that the engine reported. Then the same weights are loaded again and
+all is repeated: an engine that starts well and breaks at its first update is no better.
+
+Axes    s tokens of a prompt and its completion; v vocabulary
+Units   log-probabilities in nats
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from rollout.engine import RolloutEngine, StaleWeights
+from rollout.load import NATIVE_TYPES, model_type
+from rollout.types import Problem, Prompt, Rollout, SamplingParams
+from rollout.weights import Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LENGTHS = (24, 7, 1, 15)
+NEW_TOKENS = 12
+BOUND_FP32 = 1e-3
+"""Largest difference of a log-probability. Sound engines differ by about 1e-5, the known faults by over 1."""
+BOUND_BF16 = 0.3
+"""Mean difference: single tokens differ by more than 1 where rounding changes a token's experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An engine's rollouts beside teacher forcing by our model."""
+
+    tokens: int
+    mean: float
+    """Of |log-probability of the engine - of our model|."""
+    p99: float
+    worst: float
+    regret: float
+    """Most by which a drawn token fell short of our model's best, nats; 0 when greedy tokens are equal."""
+
+
+def probes(vocab_size: int, max_positions: int) -> list[Prompt]:
+    """Made-up prompts of several lengths, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    problem = Problem(id="self-test", kind="general", question="")
+    lengths = [min(n, max_positions - NEW_TOKENS) for n in LENGTHS]
+    ids = [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths if n > 0]
+    return [Prompt(problem, "raw", tuple(row)) for row in ids]
+
+
+@torch.no_grad()
+def compare(rollouts: Sequence[Rollout], reference: Policy, temperature: float = 0.0) -> Comparison:
+    """Score `rollouts` by `reference`. With a temperature the regret means nothing."""
+    device = next(reference.parameters()).device
+    gaps, regrets = [], []
+    training = reference.training
+    reference.eval()
+    try:
+        for rollout in rollouts:
+            ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]], device=device)
+            logits = reference.logits(ids)[0, len(rollout.prompt.token_ids) - 1 : -1].float().cpu()  # s v
+            drawn = torch.tensor(rollout.token_ids).unsqueeze(1)
+            want = (logits / (temperature or 1)).log_softmax(-1).gather(1, drawn).squeeze(1)
+            gaps.append((want - torch.tensor(rollout.logprobs)).abs())
+            regrets.append((logits.amax(-1) - logits.gather(1, drawn).squeeze(1)).max())
+    finally:
+        reference.train(training)
+    gap = torch.cat(gaps)
+    quantile = float(gap.sort().values[min(len(gap) - 1, int(0.99 * len(gap)))])
+    return Comparison(
+        len(gap), float(gap.mean()), quantile, float(gap.max()), float(torch.stack(regrets).max())
+    )
+
+
+def load_reference(path: Path, dtype: torch.dtype) -> Policy:
+    """Our own model of a checkpoint."""
+    if model_type(path) in NATIVE_TYPES:
+        import model
+
+        return model.load(path, dtype=dtype)
+    from model.dense import load_dense
+
+    return load_dense(path, dtype)
+
+
+def self_test(engine: RolloutEngine, path: Path, reference: Policy | None, dtype: torch.dtype) -> None:
+    """Refuse an engine that does not compute what our model of checkpoint `path` does.
+
+    Args:
+        engine: freshly opened on `path`.
+        reference: the trainer's model, which must hold the checkpoint's weights still; None = load it.
+        dtype: the engine's.
+
+    Raises:
+        StaleWeights: with the size of the difference, and when it appeared.
+    """
+    reference = load_reference(path, dtype) if reference is None else reference
+    config = reference.config
+    prompts = probes(config.vocab_size, config.max_position_embeddings)
+    greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    for when in ("as loaded", "after an update with the same weights"):
+        if when != "as loaded":
+            engine.load_weights(reference, version=0)
+        found = compare(list(engine.generate(prompts, greedy)), reference)
+        exact = dtype == torch.float32
+        if (found.worst > BOUND_FP32 or found.regret > BOUND_FP32) if exact else found.mean > BOUND_BF16:
+            raise StaleWeights(
+                f"{type(engine).__name__} on {path} is not our model, {when}: over {found.tokens} greedy "
+                f"tokens log-probabilities differ by {found.mean:.3g} nats on average, {found.worst:.3g} at "
+                "most; it would train on what another model says. Use --engine native or dense, and report "
+                "this with the versions of vllm and torch."
+            )

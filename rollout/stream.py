@@ -1,0 +1,104 @@
+"""Completions piece by piece, as people read them: any engine, a few tokens at a time, as text.
+
+An engine gives whole rollouts. Drawing a few tokens, then as many again with those in the prompt, draws from
+the same distribution (each piece has uniforms of its own) and costs a short prefill a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from rollout.engine import RolloutEngine
+from rollout.types import Problem, Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+PIECE = 8
+"""Tokens drawn at once: fewer appear sooner, more cost less."""
+Part = Literal["thinking", "answer"]
+OPEN, CLOSE = "<think>", "</think>"
+UNFINISHED = "\ufffd"
+"""What a decoder puts for bytes that are not yet a character."""
+
+
+def pieces(
+    engine: RolloutEngine, token_ids: Sequence[int], sampling: SamplingParams, room: int
+) -> Iterator[tuple[list[int], str]]:
+    """New tokens as they are drawn, each time with "" or, at the end, the finish reason.
+
+    Args:
+        token_ids: the prompt.
+        sampling: of one sample.
+        room: tokens that the context has left after the prompt.
+    """
+    problem, so_far = Problem(id="stream", kind="general", question=""), list(token_ids)
+    left, number = min(sampling.max_tokens, room), 0
+    while True:
+        part = replace(sampling, n=1, max_tokens=min(PIECE, left), first_index=number)
+        (rollout,) = engine.generate([Prompt(problem, "raw", tuple(so_far))], part)
+        so_far, left, number = so_far + list(rollout.token_ids), left - len(rollout.token_ids), number + 1
+        over = "stop" if rollout.finish_reason == "stop" else "length" if left <= 0 else ""
+        yield list(rollout.token_ids), over
+        if over:
+            return
+
+
+class Decoder:
+    """Tokens in, text out as soon as it is sure: no half characters, and nothing after a stop string."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.ids: list[int] = []
+        self.given = 0
+        self.stopped = False
+
+    def add(self, ids: Sequence[int], over: bool = False) -> str:
+        """The text that these tokens bring; with `over` all that was held back."""
+        self.ids += [i for i in ids if i != self.tokenizer.eos_token_id]
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if found:
+            text, self.stopped = text[: min(found)], True
+        elif not over:
+            text = text.rstrip(UNFINISHED)
+            held = max((overlap(text, stop) for stop in self.stops), default=0)
+            text = text[: len(text) - held]
+        new, self.given = text[self.given :], max(self.given, len(text))
+        return new
+
+
+def overlap(text: str, tag: str) -> int:
+    """Characters at the end of `text` that may be the beginning of `tag`."""
+    return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if text.endswith(tag[:n])), 0)
+
+
+class ThinkingSplit:
+    """Cuts text that comes in pieces into thinking and answer; the think tags belong to neither."""
+
+    def __init__(self, thinking: bool) -> None:
+        """`thinking`: the prompt has opened the tag already."""
+        self.part: Part = "thinking" if thinking else "answer"
+        self.rest = ""
+        self.changed = thinking
+
+    def add(self, text: str, over: bool = False) -> Iterator[tuple[Part, str]]:
+        """What is sure to be the one or the other."""
+        self.rest += text
+        while True:
+            tag = CLOSE if self.part == "thinking" else OPEN
+            at = self.rest.find(tag)
+            # A second thought is part of the answer's text.
+            if at < 0 or (tag == OPEN and (self.changed or self.rest[:at].strip())):
+                held = 0 if over else overlap(self.rest, tag)
+                ready, self.rest = self.rest[: len(self.rest) - held], self.rest[len(self.rest) - held :]
+                if ready:
+                    yield self.part, ready
+                return
+            if at:
+                yield self.part, self.rest[:at]
+            self.rest = self.rest[at + len(tag) :]
+            self.part, self.changed = ("answer" if self.part == "thinking" else "thinking"), True

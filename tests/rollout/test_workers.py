@@ -1,0 +1,196 @@
+"""The pool against one engine: the same rollouts, each once, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import os
+import signal
+from collections import deque
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCAB, prompt
+
+import model as native
+from rollout import workers
+from rollout.engine import EngineDied, StaleWeights
+from rollout.native import NativeEngine
+from rollout.settings import RolloutSettings
+from rollout.types import SamplingParams
+from rollout.worker import Worker
+from rollout.workers import Member, Part, RolloutPool
+
+SAMPLED = SamplingParams(max_tokens=40, n=4, seed=11)
+SETTINGS = RolloutSettings(workers=2, timeout_s=60)
+
+
+@pytest.fixture(scope="module")
+def net(deepseek_dir):
+    return native.load(deepseek_dir).eval()
+
+
+@pytest.fixture(scope="module")
+def other(net):
+    """Another policy of the same shape."""
+    changed = copy.deepcopy(net)
+    with torch.no_grad():
+        changed.lm_head.weight.neg_()
+    return changed
+
+
+@pytest.fixture(scope="module")
+def pool(deepseek_dir):
+    opened = RolloutPool(deepseek_dir, SETTINGS)
+    yield opened
+    opened.close()
+    opened.close()
+
+
+@pytest.fixture(autouse=True)
+def counts_from_zero(request):
+    if "pool" in request.fixturenames:
+        request.getfixturevalue("pool").counts = workers.Counts()
+
+
+def by_name(rollouts):
+    named = {(r.index, r.sample): r for r in rollouts}
+    assert len(named) == len(rollouts)
+    return named
+
+
+def check_same(got, want):
+    """The same rollouts, each once; log-probabilities but for the rounding of other batches."""
+    got, want = by_name(got), by_name(want)
+    assert got.keys() == want.keys()
+    for name, rollout in got.items():
+        assert (rollout.token_ids, rollout.finish_reason) == (want[name].token_ids, want[name].finish_reason)
+        assert rollout.logprobs == pytest.approx(want[name].logprobs, abs=1e-5)
+
+
+def test_a_pool_draws_what_one_engine_draws(pool, net, prompts):
+    got = list(pool.generate(prompts, SAMPLED))
+    check_same(got, list(NativeEngine(net).generate(prompts, SAMPLED)))
+    assert all(r.prompt is prompts[r.index] and r.policy_version == 0 for r in got)
+    assert len(pool.counts.by_worker) == 2 and sum(pool.counts.by_worker.values()) == len(got) == 32
+    assert pool.counts.replaced == pool.counts.again == pool.counts.repeated == 0
+    part = replace(SAMPLED, first_index=4)
+    check_same(list(pool.generate(prompts[4:6], part)), list(NativeEngine(net).generate(prompts[4:6], part)))
+    assert list(pool.generate([], SAMPLED)) == []
+
+
+def test_every_worker_draws_from_the_newest_weights(pool, net, other, prompts):
+    for version, policy in ((1, other), (2, net), (3, other)):
+        pool.load_weights(policy, version)
+        got = list(pool.generate(prompts, SAMPLED))
+        check_same(got, list(NativeEngine(policy).generate(prompts, SAMPLED)))
+        assert {r.policy_version for r in got} == {version} and len(pool.counts.by_worker) == 2
+    pool.load_weights(net, 4)
+
+
+def test_a_worker_killed_in_the_middle_loses_nothing(pool, net, prompts):
+    """Stopped first, so that it surely owes rollouts when it is killed; the newcomer gets the weights too."""
+    pool.load_weights(net, 5)
+    victim = pool.members[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    stream = pool.generate(prompts, SAMPLED)
+    got = [next(stream)]
+    assert victim.part is not None
+    os.kill(victim.pid, signal.SIGKILL)
+    got += list(stream)
+    check_same(got, list(NativeEngine(net).generate(prompts, SAMPLED)))
+    assert pool.counts.replaced == 1 and pool.counts.again >= SAMPLED.n and pool.counts.repeated == 0
+    assert victim.pid not in pool.counts.by_worker and victim.pid not in {m.pid for m in pool.members}
+    assert {r.policy_version for r in got} == {5} and len(pool.members) == 2
+
+
+def test_a_worker_that_hangs_is_replaced(pool, net, prompts, monkeypatch):
+    monkeypatch.setattr(pool, "settings", replace(SETTINGS, timeout_s=3))
+    victim = pool.members[1]
+    os.kill(victim.pid, signal.SIGSTOP)
+    check_same(list(pool.generate(prompts, SAMPLED)), list(NativeEngine(net).generate(prompts, SAMPLED)))
+    assert pool.counts.replaced == 1 and pool.counts.again >= SAMPLED.n
+    with pytest.raises(ProcessLookupError):
+        os.kill(victim.pid, 0)
+
+
+def test_prompts_that_kill_every_worker_end_the_request(pool, prompts, monkeypatch):
+    monkeypatch.setattr(workers, "MOST_FAILURES", 1)
+    victim = pool.members[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    stream = pool.generate(prompts, SAMPLED)
+    next(stream)
+    os.kill(victim.pid, signal.SIGKILL)
+    with pytest.raises(EngineDied, match=r"1 workers were lost over prompts 0 to 0 .*Lower rollout.workers"):
+        list(stream)
+    monkeypatch.undo()
+    assert len(list(pool.generate(prompts, SAMPLED))) == 32  # the next request finds a whole pool
+
+
+def test_nan_and_wrong_weights_are_errors_and_the_pool_goes_on(pool, net, prompts):
+    broken = copy.deepcopy(net)
+    with torch.no_grad():
+        broken.lm_head.weight[50] = float("nan")
+    pool.load_weights(broken, 6)
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        list(pool.generate(prompts, SAMPLED))
+    wrong = copy.deepcopy(net)
+    wrong.norm.weight = torch.nn.Parameter(torch.ones(7))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight is \(7,\).*\(32,\)"):
+        pool.load_weights(wrong, 7)
+    pool.load_weights(net, 8)
+    check_same(list(pool.generate(prompts, SAMPLED)), list(NativeEngine(net).generate(prompts, SAMPLED)))
+    assert pool.counts.replaced == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [((), "prompt 1 has no tokens"), (range(3, 67), "prompt 1 has 64 tokens"), ((3, VOCAB), "token id 97")],
+)
+def test_bad_prompts_are_refused_before_anything_is_drawn(pool, bad, message):
+    with pytest.raises(ValueError, match=message):
+        pool.generate([prompt(3), prompt(*bad)], SAMPLED)
+
+
+@pytest.mark.parametrize("bound", [0, 1])
+def test_staleness_is_bounded(pool, net, prompts, monkeypatch, bound):
+    """New weights in the middle of a request: what comes after is at most `bound` versions old."""
+    monkeypatch.setattr(pool, "max_staleness", bound)
+    first = pool.version + 1
+    pool.load_weights(net, first)
+    stream = pool.generate(prompts, SAMPLED)
+    early = [next(stream)]
+    pool.load_weights(net, first + 2)  # two updates on: what is under way is too old either way
+    late = list(stream)
+    assert early[0].policy_version == first and min(r.policy_version for r in late) == first + 2
+    assert len(by_name(early + late)) == 32 and pool.counts.stale > 0
+
+
+def test_rollouts_that_come_back_twice_are_passed_on_once(pool, prompts):
+    member, drawn = Member(None), (0, 0, (5,), (-1.0,), "stop", pool.version)
+    member.part = Part(2, [prompts[2]], {(2, 0)})
+    assert len(list(pool._accept(member, [drawn, drawn], prompts, deque()))) == 1
+    assert pool.counts.repeated == 1 and not member.part.missing
+
+
+def test_a_worker_refuses_weights_that_are_not_what_was_sent(deepseek_dir, net):
+    worker = Worker(str(deepseek_dir), SETTINGS, None)
+    sent = dict(workers.public_weights(net))
+    want = workers.fingerprint(sent.values())
+    worker.load(sent, 1, want)
+    sent["model.norm.weight"] = sent["model.norm.weight"] + 1e-3
+    with pytest.raises(StaleWeights, match="fingerprint"):
+        worker.load(sent, 2, want)
+
+
+def test_without_ray_it_says_what_to_install(deepseek_dir, monkeypatch):
+    def refuse(name, *args, **kwargs):
+        if name == "ray":
+            raise ModuleNotFoundError(name)
+        return found(name, *args, **kwargs)
+
+    found = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[cluster\]'"):
+        RolloutPool(deepseek_dir, SETTINGS)

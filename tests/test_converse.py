@@ -1,0 +1,183 @@
+"""`chat` and `serve`: pieces make the whole, thinking comes apart, wrong requests get a clear 400."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from dataclasses import replace
+
+import pytest
+
+from model.config import TINY
+from model.transformer import Transformer
+from pipeline import serve
+from pipeline.chat import Config as ChatConfig
+from pipeline.chat import run as run_chat
+from pipeline.converse import Conversation
+from pipeline.errors import UserError
+from pipeline.policy import save_policy
+from rollout.stream import Decoder, ThinkingSplit, pieces
+from rollout.tokenizer import train_tokenizer
+from rollout.types import Problem, Prompt, SamplingParams
+
+CORPUS = ["User: 3+4-5=?\nAssistant: <think> 3+4=7\n7-5=2 </think> <answer> 2 </answer> 你好"] * 20
+GREEDY = SamplingParams(max_tokens=30, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy")
+    small = replace(TINY, vocab_size=300, hidden_size=32, num_hidden_layers=2, initializer_range=0.2,
+                    max_position_embeddings=128)  # fmt: skip
+    save_policy(Transformer(small, seed=0), train_tokenizer(CORPUS, 300), path, "r1", "random")
+    return path
+
+
+@pytest.fixture(scope="module")
+def talk(folder):
+    opened = Conversation(serve.Config(model=folder, threads=1))
+    yield opened
+    opened.engine.close()
+
+
+@pytest.fixture(scope="module")
+def post(folder, talk):
+    """POST a body: status and JSON, or the events of a stream."""
+    config = serve.Config(model=folder, port=0, name="m")
+    server = serve.make_server(config, talk)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(path, body, raw=False):
+        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
+        if body is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, body if raw else json.dumps(body))
+        response = connection.getresponse()
+        text = response.read().decode()
+        if response.headers["Content-Type"] == "text/event-stream":
+            return response.status, [line[6:] for line in text.split("\n\n") if line]
+        return response.status, json.loads(text)
+
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+def test_pieces_are_the_whole_completion(talk):
+    ids = tuple(talk.tokenizer.encode("User: 3+4=?"))
+    (whole,) = talk.engine.generate([Prompt(Problem("p", "general", ""), "raw", ids)], GREEDY)
+    got = list(pieces(talk.engine, ids, GREEDY, room=100))
+    assert [t for part, _ in got for t in part] == list(whole.token_ids)
+    assert [over for _, over in got[:-1]] == [""] * (len(got) - 1) and got[-1][1] == whole.finish_reason
+    assert len([t for part, _ in pieces(talk.engine, ids, GREEDY, room=11) for t in part]) <= 11
+    sampled = replace(GREEDY, temperature=1.0, seed=1)
+    drawn = [[t for part, _ in pieces(talk.engine, ids, s, 100) for t in part]
+             for s in (sampled, sampled, replace(sampled, seed=2))]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+@pytest.mark.parametrize(
+    ("opened", "text", "want"),
+    [
+        (True, "a < b</think>\n2 <answer>", ("a < b", "\n2 <answer>")),
+        (False, "<think>\nhm</think>two <think> more", ("\nhm", "two <think> more")),
+        (False, "plain </thin", ("", "plain </thin")),
+        (True, "never closed </thi", ("never closed </thi", "")),
+    ],
+)
+def test_thinking_and_answer_come_apart(opened, text, want, size):
+    split, got = ThinkingSplit(opened), {"thinking": "", "answer": ""}
+    parts = [text[i : i + size] for i in range(0, len(text), size)]
+    for i, part in enumerate(parts):
+        for kind, new in split.add(part, over=i == len(parts) - 1):
+            assert new
+            got[kind] += new
+    assert (got["thinking"], got["answer"]) == want
+
+
+def test_text_comes_in_whole_characters_and_ends_at_a_stop_string(talk):
+    ids = talk.tokenizer.encode("a 龘 b##c")
+    decoder = Decoder(talk.tokenizer)
+    got = [decoder.add([i], over=i == ids[-1]) for i in ids]
+    assert "".join(got) == "a 龘 b##c" and not any("\ufffd" in text for text in got)
+    decoder = Decoder(talk.tokenizer, ["##"])
+    assert "".join(decoder.add([i]) for i in ids) == "a 龘 b" and decoder.stopped
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_stream_is_the_whole_in_pieces(post, path):
+    chat = path == "/v1/chat/completions"
+    body = {"model": "m", "temperature": 0, "max_tokens": 20}
+    body |= {"messages": [{"role": "user", "content": "3+4=?"}]} if chat else {"prompt": "User: 3+4=?"}
+    status, whole = post(path, body)
+    choice = whole["choices"][0]
+    assert status == 200 and whole["model"] == "m" and choice["finish_reason"] in ("stop", "length")
+    assert whole["usage"]["completion_tokens"] <= 20
+    assert whole["usage"]["total_tokens"] == sum(list(whole["usage"].values())[:2])
+    status, events = post(path, body | {"stream": True})
+    assert status == 200 and events[-1] == "[DONE]" and len(events) > 3
+    made = serve.whole([json.loads(event) for event in events[:-1]], chat)["choices"][0]
+    assert made == choice
+    if chat:  # the prompt opened the think tag, and a random model does not close it
+        assert choice["message"]["reasoning_content"]
+
+
+def test_requests_at_once_do_not_disturb_each_other(post):
+    body = {"prompt": "User: 3+4=?", "temperature": 1, "max_tokens": 30}
+    want = [post("/v1/completions", body | {"seed": s})[1]["choices"] for s in range(3)]
+    got = [None] * 3
+
+    def ask(s):
+        got[s] = post("/v1/completions", body | {"seed": s})[1]["choices"]
+
+    threads = [threading.Thread(target=ask, args=(s,)) for s in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == want
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/v1/completions", {"prompt": ""}, "not empty"),
+        ("/v1/completions", {"prompt": [300]}, "outside the model's vocabulary"),
+        ("/v1/completions", {"prompt": "x" * 500}, "context holds 128"),
+        ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, "many"),
+        ("/v1/completions", {"prompt": "a", "n": 2}, "n must be 1"),
+        ("/v1/chat/completions", {"messages": []}, "messages must be"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages must be"),
+        ("/v1/chat/completions", [], "not a JSON object"),
+    ],
+)
+def test_a_wrong_request_is_a_clear_400(post, path, body, says):
+    status, answer = post(path, body)
+    assert status == 400 and says in answer["error"]["message"]
+
+
+def test_other_paths_and_no_json(post):
+    assert post("/v1/models", None)[1]["data"][0]["id"] == "m" and post("/health", None)[0] == 200
+    assert post("/v1/nothing", {})[0] == 404 and post("/v1/nothing", None)[0] == 404
+    assert post("/v1/completions", "{", raw=True)[0] == 400
+
+
+def test_chat_answers_each_line_and_begins_anew(folder, monkeypatch, capsys):
+    import io
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("3+4=?\n/new\n3+4=?\n"))
+    run_chat(ChatConfig(model=folder, temperature=0.0, max_tokens=12, threads=1))
+    out = capsys.readouterr().out
+    half = out[: len(out) // 2]
+    assert half and out == half * 2 and "\033" not in out  # greedy, same question, no history: same answer
+
+
+def test_a_model_that_is_not_there_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint directory"):
+        run_chat(ChatConfig(model=tmp_path / "none"))
+    with pytest.raises(UserError, match="no model at"):
+        serve.main(["--model", str(tmp_path / "none")])

@@ -1,0 +1,26 @@
+"""Tests of the real vLLM engine, by `make test-vllm` in an environment of its own; elsewhere skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+MISSING = "vLLM is not installed in this environment: run `make test-vllm`, which has its own"
+
+
+def pytest_collection_modifyitems(items):
+    if importlib.util.find_spec("vllm") is None:
+        for item in items:
+            if "vllm" in item.path.parts:
+                item.add_marker(pytest.mark.skip(reason=MISSING))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
