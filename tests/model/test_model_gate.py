@@ -1,6 +1,9 @@
 """The gate, the bias that balances it, and the loss that does, each against the equations in loops."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,3 +118,34 @@ def test_the_bias_stays_fp32_when_the_network_is_cast():
     cache = net.new_cache(1, 8)
     net.prefill(torch.zeros(1, 4, dtype=torch.long), torch.tensor([4]), cache)
     assert net.decode(torch.tensor([1]), cache).dtype == torch.bfloat16
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from dataclasses import replace
+from model.moe import Gate
+from model.config import TINY
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+gate = Gate(TINY)
+gate.count(torch.tensor([[0, 1], [0, 2], [0, 3]]) if rank == 0 else torch.tensor([[4, 5], [6, 7], [5, 1]]))
+gate.update_bias(0.1)
+print(gate.e_score_correction_bias.tolist(), int(gate.load.sum()))
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_step_the_bias_by_the_load_of_all(tmp_path):
+    root = Path(__file__).parents[2]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meet")],
+            cwd=root, stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0].split("]") for process in ranks]
+    biases = [[float(x) for x in words[0].strip("[").split(",")] for words in said]
+    # Loads of both: 3 2 1 1 1 2 1 1, mean 1.5.
+    assert biases[0] == biases[1] == pytest.approx([-0.1, -0.1, 0.1, 0.1, 0.1, -0.1, 0.1, 0.1])
+    assert all(int(words[1]) == 0 for words in said)  # counted anew

@@ -169,3 +169,22 @@ def test_schedules():
     assert learning_rate(OptimConfig(lr=2.0), 57, 100) == 2.0
     linear = OptimConfig(lr=1.0, schedule="linear", min_lr_ratio=0.0)
     assert [learning_rate(linear, i, 5) for i in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_mtp_weight_falls_at_its_share_of_the_updates():
+    net = Transformer(MICRO, seed=0).train()
+    late = Learner(
+        net, OptimConfig(lr=1e-9), 4, micro_rows=64, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5
+    )
+    batch = supervised(64, sequences())
+    for update in range(4):
+        m = late.supervised_update(batch)
+        assert m["loss/total"] - m["loss/lm"] == pytest.approx(
+            (0.3, 0.3, 0.1, 0.1)[update] * m["loss/mtp"], rel=1e-4
+        )
+
+
+def test_recompute_reaches_the_model():
+    net = Transformer(MICRO, seed=0)
+    Learner(net, OptimConfig(lr=1e-3, recompute=True), 1, micro_rows=1)
+    assert net.recompute
