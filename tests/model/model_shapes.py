@@ -42,6 +42,7 @@ SHAPES = {
     "q_lora": replace(BASE, q_lora_rank=16, n_shared_experts=2, norm_topk_prob=False, rms_norm_eps=1e-5),
     "groups": replace(BASE, q_lora_rank=16, n_group=4, topk_group=2, num_nextn_predict_layers=2),
     "yarn_tied": replace(BASE, rope_scaling=YARN, tie_word_embeddings=True, rope_theta=1000.0),
+    "no_mtp_all_moe": replace(BASE, num_nextn_predict_layers=0, first_k_dense_replace=0, v_head_dim=24),
     "halves": replace(
         BASE, rope_interleave=False, v_head_dim=20, n_group=2, topk_group=1, routed_scaling_factor=1.0
     ),
