@@ -84,7 +84,9 @@ def test_numbers_are_right_and_symmetric(first, second):
 @SLOW
 @given(first=terms, second=terms)
 def test_expressions_are_symmetric(pool, first, second):
-    forward, back = (grade_math(a, b, pool=pool, timeout_s=1).value for a, b in ((first, second), (second, first)))
+    forward, back = (
+        grade_math(a, b, pool=pool, timeout_s=1).value for a, b in ((first, second), (second, first))
+    )  # noqa: E501
     if None not in (forward, back):
         assert forward == back
 
