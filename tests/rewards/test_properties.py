@@ -86,7 +86,7 @@ def test_numbers_are_right_and_symmetric(first, second):
 def test_expressions_are_symmetric(pool, first, second):
     forward, back = (
         grade_math(a, b, pool=pool, timeout_s=1).value for a, b in ((first, second), (second, first))
-    )  # noqa: E501
+    )
     if None not in (forward, back):
         assert forward == back
 
