@@ -18,7 +18,7 @@ from rewards.workers import WorkerPool
 
 FAST = settings(max_examples=200, deadline=None, derandomize=True)
 SLOW = settings(
-    max_examples=40,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -84,7 +84,9 @@ def test_numbers_are_right_and_symmetric(first, second):
 @SLOW
 @given(first=terms, second=terms)
 def test_expressions_are_symmetric(pool, first, second):
-    forward, back = (grade_math(a, b, pool=pool).value for a, b in ((first, second), (second, first)))
+    forward, back = (
+        grade_math(a, b, pool=pool, timeout_s=1).value for a, b in ((first, second), (second, first))
+    )
     if None not in (forward, back):
         assert forward == back
 
