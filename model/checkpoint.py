@@ -101,8 +101,8 @@ def save(net: Transformer, path: str | Path, fp8: bool = False) -> None:
 
 
 def _shards(parts: dict[str, Tensor]) -> list[list[str]]:
-    """Names of the tensors of each file, in order: one file for a small network, else at least six."""
-    most = min(LARGEST_SHARD, max(SMALLEST_SHARD, sum(part.nbytes for part in parts.values()) // 6))
+    """Names of the tensors of each file, in order: one file for a small network, else at least twelve."""
+    most = min(LARGEST_SHARD, max(SMALLEST_SHARD, sum(part.nbytes for part in parts.values()) // 12))
     shards: list[list[str]] = [[]]
     size = 0
     for name, part in parts.items():

@@ -102,9 +102,9 @@ def test_large_networks_are_written_in_shards(tmp_path, monkeypatch):
     net = make(BASE)
     model.save(net, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
-    assert len(files) >= 6 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) >= 12 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     whole = sum(file.stat().st_size for file in files)
-    assert max(file.stat().st_size for file in files) < whole / 5
+    assert max(file.stat().st_size for file in files) < whole / 8
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
     back = model.load(tmp_path)
