@@ -12,6 +12,7 @@ answers with the fingerprint of what it holds. Rollouts that are too many versio
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import time
@@ -114,7 +115,8 @@ class RolloutPool:
                 "rollout.workers needs Ray, which is not installed: pip install '.[cluster]', "
                 "or set rollout.workers = 0"
             ) from error
-        self.ray, self.path, self.settings = ray, Path(path), settings
+        self.ray: Any = ray
+        self.path, self.settings = Path(path), settings
         self.eos_token_id, self.max_staleness = eos_token_id, max_staleness
         self.context, self.vocab_size = context_and_vocabulary(self.path, settings.vllm.context)
         self.version, self.counts, self.closed = 0, Counts(), False
@@ -316,7 +318,7 @@ def start_ray(settings: RolloutSettings) -> None:
             raise EngineDied(f"no Ray cluster at {settings.address}: {last_line(error)}") from error
         return
     cores = max(os.cpu_count() or 1, int(settings.workers * settings.worker_cpus + 0.999))
-    ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level="ERROR", **common)
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR, **common)
 
 
 def last_line(error: BaseException) -> str:
