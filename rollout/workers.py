@@ -115,7 +115,8 @@ class RolloutPool:
                 "rollout.workers needs Ray, which is not installed: pip install '.[cluster]', "
                 "or set rollout.workers = 0"
             ) from error
-        self.ray, self.path, self.settings = ray, Path(path), settings
+        self.ray: Any = ray
+        self.path, self.settings = Path(path), settings
         self.eos_token_id, self.max_staleness = eos_token_id, max_staleness
         self.context, self.vocab_size = context_and_vocabulary(self.path, settings.vllm.context)
         self.version, self.counts, self.closed = 0, Counts(), False

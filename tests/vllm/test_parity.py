@@ -74,5 +74,5 @@ def test_logprobs_are_of_the_sampling_distribution(pair, top_k, top_p):
         want = kept.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids).unsqueeze(1)).squeeze(1)
         assert want.isfinite().all(), "a token outside the truncated set"
         # Rounding moves the nucleus's edge by a token, whose mass is then shared out among the others.
-        bound = BOUND[name] if top_p == 1 else 1e-2
+        bound = {"smollm2": 2e-4}.get(name, 1e-5) if top_p == 1 else 1e-2
         assert (want - torch.tensor(rollout.logprobs)).abs().max() < bound
