@@ -234,7 +234,7 @@ class RolloutPool:
         for stream in ready:
             member = busy[id(stream)]
             try:
-                yield member, self.ray.get(next(stream))  # type: ignore[arg-type]
+                yield member, self.ray.get(next(stream))
             except StopIteration:
                 yield member, None
             except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError) as error:
