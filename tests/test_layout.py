@@ -191,7 +191,7 @@ def test_readme_names_stages_targets_and_presets():
         assert f"configs/{preset}" in text or f"PRESET={preset}" in text, (
             f"README does not name preset {preset}"
         )
-    known = {*TABLE, "r1", "setup", "check", "test", "test-vllm", "help", "STAGE"}
+    known = {*TABLE, "r1", "setup", "check", "test", "test-vllm", "bench", "gpu-check", "help", "STAGE"}
     for target in re.findall(r"^(?:\$ )?make ([a-z0-9-]+)\b", text, re.M):
         assert target in known, f"README shows `make {target}`, which the Makefile does not have"
 
