@@ -197,11 +197,7 @@ class Learner:
                 )
         self.adamw.zero_grad(set_to_none=True)
         if isinstance(self.policy, Transformer):
-            load = self.policy.router_load().float()
-            violation = (
-                (load.amax(-1) / load.mean(-1).clamp(min=1) - 1).max() if load.numel() else torch.zeros(())
-            )
-            metrics["router/max_violation"] = float(violation)
+            metrics |= load_metrics(self.policy.router_load().float())
             self.policy.update_router_bias(self.optim.router_bias_gamma)
         self.updates += 1
         return metrics | {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped": self.skipped}
@@ -225,6 +221,18 @@ class Learner:
             self.masters.load_state_dict(state["masters"])
         self.adamw.load_state_dict(state["adamw"])
         self.updates, self.skipped, self.skipped_in_a_row = state["counts"]
+
+
+def load_metrics(load: Tensor) -> dict[str, float]:
+    """Max violation (arXiv:2408.15664, Eq. 4) of each layer and of the worst; `load` (layers, experts)."""
+    if not load.numel():
+        return {"router/max_violation": 0.0}
+    violation = (load.amax(-1) / load.mean(-1).clamp(min=1) - 1).tolist()
+    return {
+        "router/max_violation": max(violation),
+        **{f"router/max_violation/{layer}": value for layer, value in enumerate(violation)},
+        "router/idle": float((load == 0).float().mean()),
+    }
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -36,7 +36,8 @@ GLOSSARY: dict[str, str] = {
     "rollout/groups_drawn": "groups drawn for the step, those without spread that were left out included",
     "rollout/staleness": "updates between the policy that drew the step's rollouts and the trained one",
     "rollout/version": "optimizer updates that the engine's own weights had had when it drew",
-    "router/max_violation": "largest expert load over the mean load, less 1, worst layer (0 = even)",
+    "router/max_violation": "largest expert load over the mean, less 1, worst layer (0 = even); /N: layer N",
+    "router/idle": "share of experts, over all layers, that got no token in the update",
     "heldout/pass@1": "greedy accuracy on a slice of the held-out problems",
     "heldout/tokens_mean": "mean length of those greedy completions, tokens",
     "heldout/format": "share of those greedy completions in format",
@@ -67,6 +68,12 @@ SHORT = {
     "data/kept": "kept",
 }
 """What the console line shows, and under which word."""
+
+
+def explained(key: str) -> str:
+    """The key's entry in `GLOSSARY`: `router/max_violation/3`, of one layer, stands under its own stem."""
+    stem, _, last = key.rpartition("/")
+    return stem if last.isdigit() else key
 
 
 def duration(seconds: float) -> str:
@@ -106,7 +113,7 @@ class MetricsLog:
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Write step `step` of `total` and print its line. Every key must stand in `GLOSSARY`."""
-        if unknown := set(metrics) - set(GLOSSARY):
+        if unknown := set(map(explained, metrics)) - set(GLOSSARY):
             raise KeyError(f"metrics without an entry in pipeline.log.GLOSSARY: {sorted(unknown)}")
         row = {"step": step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}}
         row["time/elapsed_s"] = round(self.elapsed_s, 3)

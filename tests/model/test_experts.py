@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from model_shapes import BASE
 
 from model.layers import RMSNorm
-from model.moe import Experts, Plan, WeightedSwiGLU
+from model.moe import Experts, GroupedLinear, Plan, WeightedSwiGLU, grouped_mm
 
 T, K = 40, 3
 
@@ -87,3 +87,14 @@ def test_rms_norm_is_that_of_torch_in_every_dtype():
         for mine, theirs in zip(*pairs, strict=True):
             assert mine.dtype == dtype
             torch.testing.assert_close(mine, theirs, atol=4 * tolerance, rtol=4 * tolerance)
+
+
+def test_the_grouped_kernel_of_gpus_computes_the_same():
+    torch.manual_seed(0)
+    x, weight = torch.randn(24, 16, requires_grad=True), torch.randn(4, 8, 16, requires_grad=True)
+    counts, upstream = [8, 0, 11, 5], torch.randn(24, 8)
+    results = []
+    for y in (grouped_mm(x, weight, counts), GroupedLinear.apply(x, weight, counts)):
+        results.append((y, *torch.autograd.grad(y, (x, weight), upstream)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
