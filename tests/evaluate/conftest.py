@@ -79,7 +79,7 @@ def scripted(tokenizer, monkeypatch):
     def install(says):
         engines = []
 
-        def open_engine(path, engine="auto", dtype="float32", device="cpu"):
+        def open_engine(path, engine="auto", dtype="float32", device="cpu", vllm=None):
             engines.append(Scripted(tokenizer, says))
             return engines[-1], tokenizer
 
