@@ -163,7 +163,6 @@ def test_user_errors_are_one_line(config, tmp_path, capsys, scripted):
     flags = ["--benchmark", config["benchmark"], "--out", str(config["out"])]
     for argv, words in [
         (["--model", str(tmp_path / "none"), *flags], "no model at"),
-        (["--model", str(config["model"]), *flags, "--engine", "vllm"], "vLLM"),
         (["--model", str(config["model"]), *flags, "--template", "poem"], "unknown template 'poem'"),
         (["--model", str(config["model"]), *flags, "--limit", "0"], "limit=0"),
         (["--model", str(config["model"]), *flags, "--samplez", "0"], "did you mean --samples"),
