@@ -225,13 +225,15 @@ class Learner:
 
 def load_metrics(load: Tensor) -> dict[str, float]:
     """Max violation (arXiv:2408.15664, Eq. 4) of each layer and of the worst; `load` (layers, experts)."""
-    if not load.numel():
+    trained = load.sum(-1) > 0  # RL leaves the MTP modules out
+    if not trained.any():
         return {"router/max_violation": 0.0}
-    violation = (load.amax(-1) / load.mean(-1).clamp(min=1) - 1).tolist()
+    layers = trained.nonzero().squeeze(1).tolist()
+    violation = (load[layers].amax(-1) / load[layers].mean(-1) - 1).tolist()
     return {
         "router/max_violation": max(violation),
-        **{f"router/max_violation/{layer}": value for layer, value in enumerate(violation)},
-        "router/idle": float((load == 0).float().mean()),
+        **{f"router/max_violation/{n}": value for n, value in zip(layers, violation, strict=True)},
+        "router/idle": float((load[layers] == 0).float().mean()),
     }
 
 

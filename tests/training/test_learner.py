@@ -8,7 +8,7 @@ import torch
 from model.config import TINY
 from model.transformer import Transformer
 from pipeline.config import OptimConfig
-from pipeline.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, score
+from pipeline.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, load_metrics, score
 from pipeline.pack import Example, mean_weights, pack, rollout_weights
 
 MICRO = dataclasses.replace(
@@ -188,3 +188,14 @@ def test_recompute_reaches_the_model():
     net = Transformer(MICRO, seed=0)
     Learner(net, OptimConfig(lr=1e-3, recompute=True), 1, micro_rows=1)
     assert net.recompute
+
+
+def test_load_metrics_tell_of_each_layer_that_was_trained():
+    metrics = load_metrics(torch.tensor([[4.0, 4, 4, 4], [0, 0, 8, 8], [0, 0, 0, 0]]))
+    assert metrics == {
+        "router/max_violation": 1.0,
+        "router/max_violation/0": 0.0,
+        "router/max_violation/1": 1.0,
+        "router/idle": 0.25,
+    }
+    assert load_metrics(torch.zeros(0, 4)) == {"router/max_violation": 0.0}
