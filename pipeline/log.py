@@ -27,6 +27,7 @@ GLOSSARY: dict[str, str] = {
     "reward/accuracy": "share of rollouts whose answer is right",
     "reward/format": "share of rollouts in the think/answer format",
     "reward/language": "mean share of words in the target language",
+    "reward/repetition": "less the mean share of 8-grams that a completion repeats, -1 to 0",
     "reward/overlong": "mean soft punishment of completions near max_tokens (DAPO Eq. 13), 0 to -1",
     "reward/errors": "rollouts whose verifier failed; they are dropped from the loss",
     "reward/groups_with_spread": "share of prompt groups whose rewards differ, the ones that teach",

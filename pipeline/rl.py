@@ -272,7 +272,7 @@ def rollout_metrics(
         "rollout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
         "rollout/truncated": mean([float(g.rollout.finish_reason == "length") for g in graded]),
     }
-    for name in ("format", "language", "overlong"):
+    for name in ("format", "language", "repetition", "overlong"):
         if values := [g.parts[name] for g in valid if name in g.parts]:
             out[f"reward/{name}"] = mean(values)
     return out

@@ -20,6 +20,7 @@ from rewards.format import in_format
 from rewards.language import language_consistency
 from rewards.math_answer import grade_math, normalise, quick_grade
 from rewards.outcome import Outcome, Reward
+from rewards.repetition import repetition
 from rewards.workers import WorkerPool
 from rollout.types import Graded, Problem, Rollout, Verdict
 
@@ -92,6 +93,15 @@ class Language:
         return Outcome(language_consistency(completion, problem.language, code=problem.kind == "code"))
 
 
+class Repetition:
+    """Less the share of n-grams that were said before, -1 .. 0."""
+
+    name = "repetition"
+
+    def __call__(self, problem: Problem, completion: str) -> Outcome:
+        return Outcome(0.0 - repetition(completion))  # no -0.0 in the logs
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardWeights:
     """Weight of each part in the reward. Every part is computed and logged whatever its weight."""
@@ -102,6 +112,8 @@ class RewardWeights:
     """Of the think/answer format, 0 or 1. R1-Zero: 1.0 (arXiv:2501.12948, Sec. 2.2.2)."""
     language: float = 0.0
     """Of the share of words in the target language, 0 .. 1. R1's first RL stage: 1.0 (Sec. 2.3.2)."""
+    repetition: float = 0.0
+    """Of what is said again, -1 .. 0: less the share of 8-grams that occurred before. Not in R1."""
 
 
 class Scorer:
@@ -125,7 +137,7 @@ class Scorer:
         self._pool = WorkerPool(workers)
         self._threads: ThreadPoolExecutor | None = None
         self.accuracy = Accuracy(mode, partial_credit, self._pool)
-        self._style: tuple[Reward, ...] = (Format(), Language())
+        self._style: tuple[Reward, ...] = (Format(), Language(), Repetition())
 
     def grade(self, rollout: Rollout, text: str) -> Graded:
         """Grade one rollout whose completion, prefill included and stop token left out, reads `text`."""
@@ -174,6 +186,7 @@ class Scorer:
             "accuracy": self.weights.accuracy,
             "format": self.weights.format,
             "language": self.weights.language,
+            "repetition": self.weights.repetition,
         }
         total = sum(weights[name] * value for name, value in parts.items())
         return Graded(rollout, text, parts, total, verdict_of(accuracy), accuracy.detail)

@@ -23,7 +23,9 @@ def test_sum_and_parts():
     with Scorer(RewardWeights(accuracy=1.0, format=0.5, language=3.0)) as scorer:
         graded = scorer.grade(rollout(MATH), r1("7"))
         assert graded.verdict == "correct"
-        assert graded.parts == pytest.approx({"accuracy": 1.0, "format": 1.0, "language": 2 / 3})
+        assert graded.parts == pytest.approx(
+            {"accuracy": 1.0, "format": 1.0, "language": 2 / 3, "repetition": 0.0}
+        )
         assert graded.reward == pytest.approx(1 + 0.5 + 2)
         wrong = scorer.grade(rollout(MATH), r1("8"))
         assert wrong.verdict == "incorrect" and wrong.reward == pytest.approx(2.5)
