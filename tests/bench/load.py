@@ -54,11 +54,11 @@ path.joinpath("model.safetensors.index.json").write_text(json.dumps({{"weight_ma
 print(json.dumps({{"bytes": total, "parameters": total // 2}}))
 """
 PASS = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 import model
+from tests.bench.measure import peak_bytes as peak
 torch.set_num_threads(1)
-peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before, begin = peak(), time.perf_counter()
 net = model.load(sys.argv[1], dtype=torch.bfloat16)
 loaded, middle = peak(), time.perf_counter()

@@ -71,3 +71,11 @@ def record(name: str, result: Mapping[str, Any], prefix: str = "bench") -> Path:
     body = {"benchmark": name, "date": datetime.now(UTC).date().isoformat(), **where, **result}
     write_atomic(path, json.dumps(body, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had at once. (ru_maxrss would begin with that of its parent.)"""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError("no VmHWM in /proc/self/status: this benchmark needs Linux")

@@ -10,22 +10,23 @@ from typing import Any
 SUMMARY = "peak memory of log-probabilities at vocabulary 129,280, forward and backward"
 TOKENS, WIDTH, VOCABULARY = 2048, 64, 129_280
 PASS = f"""
-import resource, sys, torch
+import sys, torch
 from torch import nn
 from pipeline.losses import token_logprobs
+from tests.bench.measure import peak_bytes
 torch.set_num_threads(1)
 torch.manual_seed(0)
 head = nn.Linear({WIDTH}, {VOCABULARY}, bias=False)
 hidden = torch.randn({TOKENS}, {WIDTH}, requires_grad=True)
 targets = torch.randint({VOCABULARY}, ({TOKENS},))
 head(hidden[:8]).sum().backward()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 if sys.argv[1] == "chunks":
     logprobs, _ = token_logprobs(hidden, head, targets, entropy=False)
 else:
     logprobs = head(hidden).float().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
 logprobs.mean().backward()
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), float(logprobs.mean()))
+print(peak_bytes() - before, float(logprobs.mean()))
 """
 
 
