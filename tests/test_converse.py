@@ -9,29 +9,22 @@ from dataclasses import replace
 
 import pytest
 
-from model.config import TINY
-from model.transformer import Transformer
 from pipeline import serve
 from pipeline.chat import Config as ChatConfig
 from pipeline.chat import run as run_chat
 from pipeline.converse import Conversation
 from pipeline.errors import UserError
-from pipeline.policy import save_policy
 from rollout.stream import Decoder, ThinkingSplit, pieces
-from rollout.tokenizer import train_tokenizer
 from rollout.types import Problem, Prompt, SamplingParams
+from tests.small import random_policy
 
-CORPUS = ["User: 3+4-5=?\nAssistant: <think> 3+4=7\n7-5=2 </think> <answer> 2 </answer> 你好"] * 20
 GREEDY = SamplingParams(max_tokens=30, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("policy")
-    small = replace(TINY, vocab_size=300, hidden_size=32, num_hidden_layers=2, initializer_range=0.2,
-                    max_position_embeddings=128)  # fmt: skip
-    save_policy(Transformer(small, seed=0), train_tokenizer(CORPUS, 300), path, "r1", "random")
-    return path
+    return random_policy(path, tokenizer, "r1", initializer_range=0.2, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +138,7 @@ def test_requests_at_once_do_not_disturb_each_other(post):
     ("path", "body", "says"),
     [
         ("/v1/completions", {"prompt": ""}, "not empty"),
-        ("/v1/completions", {"prompt": [300]}, "outside the model's vocabulary"),
+        ("/v1/completions", {"prompt": [10**6]}, "outside the model's vocabulary"),
         ("/v1/completions", {"prompt": "x" * 500}, "context holds 128"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, "many"),

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB, prompt
 
 import model as native
 from rollout import workers
@@ -21,6 +20,7 @@ from rollout.settings import RolloutSettings
 from rollout.types import SamplingParams
 from rollout.worker import Worker
 from rollout.workers import Member, Part, RolloutPool
+from tests.small import VOCAB, prompt
 
 SAMPLED = SamplingParams(max_tokens=40, n=4, seed=11)
 SETTINGS = RolloutSettings(workers=2, timeout_s=60)
