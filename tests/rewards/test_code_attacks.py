@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from rewards.code import run_tests, sandbox_in_force
 from rewards.workers import WorkerPool
 from rollout.types import StdioTest
+from tests.rewards.in_time import outcomes_in_time
 
 ROOT = Path(__file__).resolve().parents[2]
 # Each way in which a test can look at an answer; every one must need the right value.
@@ -105,10 +105,8 @@ def test_no_program_gives_itself_a_pass(pool, name):
 @pytest.mark.parametrize("name", HARMFUL)
 def test_no_program_harms_the_host(pool, name):
     (pid,) = pool.pids()
-    start = time.monotonic()
-    outcome = run_tests(HARMFUL[name], TESTS, timeout_s=1, pool=pool)
-    assert time.monotonic() - start < 1 + 1 + 3  # the limit, a second, and what a busy machine adds
-    assert outcome.value == 0 and outcome.detail, outcome
+    for outcome in outcomes_in_time(lambda: run_tests(HARMFUL[name], TESTS, timeout_s=1, pool=pool), 1):
+        assert outcome.value == 0 and outcome.detail, outcome
     assert pool.pids() == [pid]  # the worker itself was not harmed
     assert not Path("/tmp/r1-written").exists()
 
