@@ -38,6 +38,15 @@ def model_type(path: Path | str) -> str:
         raise ValueError(f"{file} is not a model config with a model_type: {error!r}") from error
 
 
+def context_of(path: Path | str) -> int | None:
+    """A checkpoint's longest sequence, tokens, where its config.json tells."""
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
 def open_engine(
     path: Path | str,
     engine: EngineName = "auto",

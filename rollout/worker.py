@@ -99,7 +99,15 @@ class Worker:
 
 
 def context_and_vocabulary(path: Path, context: int) -> tuple[int, int]:
-    """The longest sequence, at most `context` unless that is 0, and the number of token ids."""
+    """The longest sequence, at most `context` unless that is 0, and the number of token ids.
+
+    Raises:
+        ValueError: config.json tells of neither.
+    """
+    from rollout.load import context_of
+
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    most = int(config["max_position_embeddings"])
+    most = context_of(path) or context
+    if not most or "vocab_size" not in config:
+        raise ValueError(f"{path}/config.json lacks max_position_embeddings or vocab_size; add them there.")
     return min(context or most, most), int(config["vocab_size"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from pipeline.converse import Conversation
 from pipeline.errors import UserError
 from rollout.stream import Decoder, ThinkingSplit, pieces
 from rollout.types import Problem, Prompt, SamplingParams
+from rollout.worker import context_and_vocabulary
 from tests.small import random_policy
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0.0)
@@ -143,6 +145,8 @@ def test_requests_at_once_do_not_disturb_each_other(post):
         ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, "many"),
         ("/v1/completions", {"prompt": "a", "n": 2}, "n must be 1"),
+        ("/v1/completions", {"prompt": "a", "stop": 3}, "stop must be"),
+        ("/v1/completions", {"prompt": "a", "stop": ["b", None]}, "stop must be"),
         ("/v1/chat/completions", {"messages": []}, "messages must be"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages must be"),
         ("/v1/chat/completions", [], "not a JSON object"),
@@ -174,3 +178,28 @@ def test_a_model_that_is_not_there_is_a_user_error(tmp_path):
         run_chat(ChatConfig(model=tmp_path / "none"))
     with pytest.raises(UserError, match="no model at"):
         serve.main(["--model", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("without", "says"),
+    [
+        ("tokenizer.json", "has no tokenizer.json"),
+        ("max_position_embeddings", "lacks max_position_embeddings"),
+    ],
+)
+def test_what_a_model_lacks_is_a_user_error(folder, tmp_path, without, says):
+    path = shutil.copytree(folder, tmp_path / "lacking")
+    if (path / without).is_file():
+        (path / without).unlink()
+    else:
+        config = json.loads((path / "config.json").read_text())
+        del config[without]
+        (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says):
+        Conversation(ChatConfig(model=path))
+
+
+def test_the_context_has_several_names(tmp_path):
+    (tmp_path / "config.json").write_text('{"n_positions": 32, "vocab_size": 5}')  # GPT-2
+    assert context_and_vocabulary(tmp_path, 0) == (32, 5)
+    assert context_and_vocabulary(tmp_path, 20) == (20, 5)
