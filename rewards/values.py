@@ -12,7 +12,6 @@ import datetime
 import decimal
 import fractions
 import importlib
-import json
 import sys
 import types
 from collections.abc import Callable
@@ -179,8 +178,3 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "td": lambda days, seconds, micro: datetime.timedelta(days, seconds, micro),
     "e": lambda: ...,
 }
-
-
-def dumps(message: Any) -> bytes:
-    """A message as bytes."""
-    return json.dumps(message, separators=(",", ":"), check_circular=False).encode()
