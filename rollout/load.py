@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout.engine import RolloutEngine
-from rollout.settings import DtypeName, EngineName, RolloutSettings, VllmSettings
+from rollout.settings import DtypeName, EngineName, RolloutSettings, VllmSettings, torch_dtype
 from rollout.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -47,6 +47,19 @@ def context_of(path: Path | str) -> int | None:
     return None
 
 
+def context_and_vocabulary(path: Path, context: int) -> tuple[int, int]:
+    """The longest sequence, at most `context` unless that is 0, and the number of token ids.
+
+    Raises:
+        ValueError: config.json tells of neither.
+    """
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    most = context_of(path) or context
+    if not most or "vocab_size" not in config:
+        raise ValueError(f"{path}/config.json lacks max_position_embeddings or vocab_size; add them there.")
+    return min(context or most, most), int(config["vocab_size"])
+
+
 def open_engine(
     path: Path | str,
     engine: EngineName = "auto",
@@ -81,14 +94,11 @@ def open_engine(
         return VllmEngine(path, dtype=dtype, settings=vllm), tokenizer
 
     # Each engine imports its own stack, so that the native one does not wait for transformers' models.
-    import torch
-
-    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if engine == "native":
         import model
         from rollout.native import NativeEngine
 
-        return NativeEngine(model.load(path, dtype=torch_dtype, device=device)), tokenizer
+        return NativeEngine(model.load(path, dtype=torch_dtype(dtype), device=device)), tokenizer
 
     from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.utils import logging
@@ -97,7 +107,7 @@ def open_engine(
 
     logging.disable_progress_bar()  # it would tear the caller's own lines apart
     dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch_dtype, device_map={"": device}
+        path, dtype=torch_dtype(dtype), device_map={"": device}
     )
     return DenseEngine(dense), tokenizer
 

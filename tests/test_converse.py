@@ -15,9 +15,9 @@ from pipeline.chat import Config as ChatConfig
 from pipeline.chat import run as run_chat
 from pipeline.converse import Conversation
 from pipeline.errors import UserError
+from rollout.load import context_and_vocabulary
 from rollout.stream import Decoder, ThinkingSplit, pieces
 from rollout.types import Problem, Prompt, SamplingParams
-from rollout.worker import context_and_vocabulary
 from tests.small import random_policy
 
 GREEDY = SamplingParams(max_tokens=30, temperature=0.0)
