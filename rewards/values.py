@@ -26,7 +26,6 @@ SAFE_BUILTINS = frozenset(
     "int float str bool list tuple dict set frozenset complex bytes len sum min max abs sorted reversed "  # noqa: SIM905
     "range enumerate zip map filter any all round pow divmod ord chr repr object".split()
 )
-LONGEST_CONTAINER = 2_000_000
 
 Reference = Callable[[Any], list[Any]]
 Dereference = Callable[[str, Any], Any]
