@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import shutil
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
-from pipeline import serve
+from pipeline import converse, serve
 from pipeline.chat import Config as ChatConfig
 from pipeline.chat import run as run_chat
 from pipeline.converse import Conversation
@@ -136,6 +138,37 @@ def test_requests_at_once_do_not_disturb_each_other(post):
     assert got == want
 
 
+def test_the_engine_is_never_asked_twice_at_once(talk, monkeypatch):
+    """Its streams would share one model's modules, and vLLM's engine is not made for it."""
+    at_work, most = [0], [0]
+
+    def slow(engine, ids, sampling, room):
+        for _ in range(5):
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+            time.sleep(0.005)
+            at_work[0] -= 1
+            yield [5], ""
+        yield [6], "length"
+
+    monkeypatch.setattr(converse, "pieces", slow)
+    ask = lambda: list(talk.speak([3], False, GREEDY, converse.Said(1)))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+def test_a_stop_string_ends_the_text_before_it(post):
+    body = {"prompt": "User: 3+4=?", "temperature": 0, "max_tokens": 30}
+    text = post("/v1/completions", body)[1]["choices"][0]["text"]
+    stop = text[len(text) // 2 :][:3]
+    choice = post("/v1/completions", body | {"stop": ["never said", stop]})[1]["choices"][0]
+    assert stop and choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "says"),
     [
@@ -164,13 +197,39 @@ def test_other_paths_and_no_json(post):
 
 
 def test_chat_answers_each_line_and_begins_anew(folder, monkeypatch, capsys):
-    import io
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("3+4=?\n/new\n3+4=?\n"))
-    run_chat(ChatConfig(model=folder, temperature=0.0, max_tokens=12, threads=1))
+    chat(folder, monkeypatch, "3+4=?\n/new\n3+4=?\n", temperature=0.0)
     out = capsys.readouterr().out
     half = out[: len(out) // 2]
     assert half and out == half * 2 and "\033" not in out  # greedy, same question, no history: same answer
+
+
+def chat(folder, monkeypatch, said, **settings):
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    run_chat(ChatConfig(model=folder, max_tokens=12, threads=1, **settings))
+
+
+def test_chat_remembers_the_conversation_until_it_begins_anew(folder, monkeypatch, capsys):
+    seen = []
+    prompt = Conversation.prompt
+    monkeypatch.setattr(
+        Conversation, "prompt", lambda self, messages: seen.append(list(messages)) or prompt(self, messages)
+    )
+    chat(folder, monkeypatch, "one\ntwo\n/new\nthree\n", temperature=0.0)
+    assert [[m["role"] for m in messages] for messages in seen] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["user"],
+    ]
+    assert [messages[-1]["content"] for messages in seen] == ["one", "two", "three"]
+
+
+def test_each_turn_has_numbers_of_its_own_and_each_run_the_same(folder, monkeypatch, capsys):
+    outputs = []
+    for _ in range(2):
+        chat(folder, monkeypatch, "3+4=?\n/new\n3+4=?\n", temperature=1.0, top_p=1.0, seed=5)
+        outputs.append(capsys.readouterr().out)
+    first, second = outputs
+    assert first == second and first[: len(first) // 2] != first[len(first) // 2 :]
 
 
 def test_a_model_that_is_not_there_is_a_user_error(tmp_path):
