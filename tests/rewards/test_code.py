@@ -87,6 +87,12 @@ def test_endless_loops_end(pool):
     assert run_tests(RIGHT, TESTS, pool=pool).value == 1
 
 
+def test_a_verdict_is_remembered_for_its_own_limit_alone(pool):
+    slow = "import time\ntime.sleep(0.6)\n" + RIGHT
+    assert "time ran out" in run_tests(slow, TESTS, timeout_s=0.3, pool=pool).detail
+    assert run_tests(slow, TESTS, timeout_s=10, pool=pool).value == 1
+
+
 def test_files_stay_in_a_folder_that_is_deleted(pool, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("keep")

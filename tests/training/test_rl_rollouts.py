@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from safetensors.torch import load_file
@@ -127,6 +128,14 @@ def test_dynamic_sampling_ends_where_nothing_has_spread():
     flat = lambda rollouts: [Graded(r, "", {}, 1.0) for r in rollouts]  # noqa: E731
     done = Collector(Counting(), prompts, flat, Plan(3, 2, dynamic=True, most_draws=2)).collect(0, SAMPLING)
     assert ids(done) == [0, 1, 2] and done.drawn == 6
+
+
+def test_a_verifier_that_failed_is_no_spread():
+    prompt = prompts(0, 1)[0]
+    graded = [Graded(Rollout(prompt, 0, s, (s,), (-1.0,), "stop"), "", {}, 1.0, "correct") for s in range(2)]
+    failed = Graded(Rollout(prompt, 0, 2, (2,), (-1.0,), "stop"), "", {}, 0.0, "error")
+    assert not has_spread([*graded, failed]) and not has_spread([failed, failed])
+    assert has_spread([*graded, replace(failed, verdict="incorrect")])
 
 
 def test_a_round_survives_a_checkpoint():
