@@ -79,7 +79,8 @@ def open_engine(
         import model
         from rollout.native import NativeEngine
 
-        return NativeEngine(model.load(path, dtype=torch_dtype, device=device)), tokenizer
+        net = model.load(path, dtype=torch_dtype, device=device)
+        return NativeEngine(net, tokenizer=tokenizer), tokenizer
 
     from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.utils import logging
@@ -90,7 +91,7 @@ def open_engine(
     dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch_dtype, device_map={"": device}
     )
-    return DenseEngine(dense), tokenizer
+    return DenseEngine(dense, tokenizer=tokenizer), tokenizer
 
 
 def engine_for(
@@ -140,8 +141,7 @@ def engine_for(
     if isinstance(policy, Transformer):
         from rollout.native import NativeEngine
 
-        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        return NativeEngine(policy, pad_token_id=pad, eos_token_id=eos)
+        return NativeEngine(policy, eos_token_id=tokenizer.eos_token_id, tokenizer=tokenizer)
     from rollout.dense import DenseEngine
 
-    return DenseEngine(policy.network, eos_token_id=tokenizer.eos_token_id)
+    return DenseEngine(policy.network, eos_token_id=tokenizer.eos_token_id, tokenizer=tokenizer)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rollout.decoding import check_prompts, stop_ids
+from rollout.stopping import check_prompts, stop_ids
 from rollout.engine import EngineDied, StaleWeights
 from rollout.self_test import self_test
 from rollout.settings import DtypeName, VllmSettings

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from rollout.decoding import check_prompts
+from rollout.stopping import check_prompts
 from rollout.engine import EngineDied
 from rollout.settings import RolloutSettings
 from rollout.types import Prompt, Rollout, SamplingParams
