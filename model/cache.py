@@ -6,8 +6,8 @@ Sec. 2.1.2 and 2.1.3), kv_lora_rank + qk_rope_head_dim numbers. They lie in page
 given back when they end, and rows that begin alike share the pages of their beginning. On request the cache
 also keeps which experts each token went to, for replay in training.
 
-Attention reads a few rows at a time, their pages copied side by side. On a CPU that copy stays in the cache of
-the processor and costs nothing, while rows of other lengths no longer pay for the longest one.
+Attention reads a few rows at a time, their pages copied side by side. On a CPU that copy stays in the
+processor's cache and costs nothing, while rows of other lengths no longer pay for the longest one.
 
 Axes    l layers, T tokens of all pages, w = kv_lora_rank + qk_rope_head_dim, k experts per token;
         b rows of a step, s new tokens of each, n tokens of the longest row of a group
@@ -26,7 +26,7 @@ from .config import ModelConfig
 PAGE = 16
 """Tokens of a page."""
 CPU_ROWS = 16
-"""Rows that attention reads together on a CPU: few enough that their latents stay in the processor's cache."""
+"""Rows that attention reads together on a CPU: few enough for their latents to stay in its cache."""
 Rows = NDArray[np.int64]
 
 
@@ -110,8 +110,9 @@ class LatentCache:
 
     def layer(self, index: int, dense: int = 0) -> LayerCache:
         """Layer `index` of a model whose first `dense` layers route nothing."""
-        routed = self.routes is not None and 0 <= index - dense < len(self.routes)
-        return LayerCache(self.latent[index], self.routes[index - dense] if routed else None)
+        at = index - dense
+        routes = self.routes[at] if self.routes is not None and 0 <= at < len(self.routes) else None
+        return LayerCache(self.latent[index], routes)
 
     def reserve(self, rows: Rows, new: int) -> bool:
         """Make room for `new` more tokens in each of `rows`; False, and nothing changed, if pages are short.
@@ -192,7 +193,9 @@ class LatentCache:
             pages = -(-int(at[first:last, -1].max() + 1) // PAGE)
             most = max(most, (last - first) * pages)
             mask = self._mask(at[first:last], pages * PAGE)
-            groups.append(Group(first, last, self._tensor(self.table[rows[first:last], :pages].ravel()), mask))
+            groups.append(
+                Group(first, last, self._tensor(self.table[rows[first:last], :pages].ravel()), mask)
+            )
         scratch = self.latent.new_empty(most * PAGE, self.latent.shape[2])
         return DecodeStep(self._tensor(at), self._tensor(slots), groups, scratch)
 

@@ -1,12 +1,13 @@
 """In-process engine for the native model: RL's hot loop.
 
-It draws from the trainer's own weights in place, so an update costs nothing and the engine is never stale. Rows
-of any age decode together (continuous batching, `rollout.schedule`) over pages of latents (`model.cache`).
+It draws from the trainer's own weights in place, so an update costs nothing and the engine is never stale.
+Rows of any age decode together (continuous batching, `rollout.schedule`) over pages of latents
+(`model.cache`).
 
-Speculation: the model's MTP module guesses the token after the next, and the trunk reads both at once. A guess
-is kept where it is the very token that would have been drawn there: each token is drawn from the trunk's
-distribution with the uniform that belongs to its place, guess or no guess. So speculation changes the cost and
-not one token, where rejection sampling (arXiv:2302.01318) would keep the distribution only.
+Speculation: the model's MTP module guesses the token after the next, and the trunk reads both at once. A
+guess is kept where it is the very token that would have been drawn there: each token is drawn from the
+trunk's distribution with the uniform that belongs to its place, guess or no guess. So speculation changes
+the cost and not one token, where rejection sampling (arXiv:2302.01318) would keep the distribution only.
 
 Axes    b rows of a step, s new tokens of each (2 with a guess, else 1), d width, v vocabulary
 """
@@ -233,12 +234,12 @@ class _Run:
                 self._draw(logits[right, 1], [drafts[i] for i in right])
             cache.lengths[live] -= 1 - kept
         # What follows each place; after a wrong guess nothing does, and its place is written anew.
-        following = [(draft.tokens[-1 - n :] + [0])[:width] for draft, n in zip(drafts, kept, strict=True)]
+        following = [[*draft.tokens[-1 - n :], 0][:width] for draft, n in zip(drafts, kept, strict=True)]
         guessed = self.net.draft(states, self._tensor(following), cache, step)
         self._guess(guessed[torch.arange(len(drafts)), torch.from_numpy(kept)], drafts)
 
     def _guess_first(self, states: Tensor, drafts: list[Draft]) -> None:
-        """Guess on from prompts just read, `states` (b d): the module's last place had to wait for a token."""
+        """Guess on from prompts just read, `states` (b d): the last place had to wait for its token."""
         if self.speculate:
             rows = np.array([draft.row for draft in drafts], dtype=np.int64)
             step = self.cache.step(rows, self.cache.lengths[rows] - 1, 1)
@@ -246,7 +247,7 @@ class _Run:
             self._guess(self.net.draft(states[:, None], following, self.cache, step)[:, 0], drafts)
 
     def _guess(self, states: Tensor, drafts: list[Draft]) -> None:
-        """The module's word on the token after each row's last, drawn as that token will be: `states` (b d)."""
+        """The module's word, from its `states` (b d), on the next token of each row: drawn as that will be."""
         guesses, _ = sample(self.net.lm_head(states), self._uniforms(drafts), self.sampling)
         for draft, guess in zip(drafts, guesses.tolist(), strict=True):
             draft.guess = guess

@@ -88,6 +88,6 @@ def refuse_nonfinite(logits: Tensor, where: Callable[[int], tuple[int, int, int]
         row = int((~sound).nonzero()[0])
         step, prompt, number = where(row)
         raise FloatingPointError(
-            f"logits are NaN or infinite at decode step {step}, row {row} (prompt {prompt}, sample {number}); "
-            "the weights have diverged: lower the learning rate or go back to an earlier checkpoint."
+            f"logits are NaN or infinite at decode step {step}, row {row} (prompt {prompt}, sample {number});"
+            " the weights have diverged: lower the learning rate or go back to an earlier checkpoint."
         )

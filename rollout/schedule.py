@@ -1,9 +1,9 @@
 """Who is drawn next, and with whose memory: continuous batching over the pages of a latent cache.
 
 A prompt's samples share one prefill: the prompt is read into a row of the cache, samples begin as copies of
-that row, the last of them takes the row itself. A row that ends makes room for the next sample at once. Where
-pages run out, the row that began last gives its own back and waits; later its prompt and what it has drawn are
-read again, and it goes on as if nothing had been (vLLM's recomputation, arXiv:2309.06180, Sec. 4.5).
+that row, the last of them takes the row itself. A row that ends makes room for the next sample at once.
+Where pages run out, the row that began last gives its own back and waits; later its prompt and what it has
+drawn are read again, and it goes on as if nothing had been (recomputation, arXiv:2309.06180, Sec. 4.5).
 
 Host side only: this file touches no weights.
 """
@@ -127,10 +127,11 @@ class Schedule:
             if group.row >= 0:  # read before; only the first one waiting can be
                 return []
             samples = min(seats, len(group.samples))
-            need = pages_of(len(group.prompt.token_ids)) + samples  # each copies the last page
-            if not self._fits(pages + need, len(found)):
-                if found or self.running or not self._fits(pages + need - samples, 0):
-                    break
+            alone = pages_of(len(group.prompt.token_ids))
+            need = alone + samples  # each copies the last page
+            idle = not found and not self.running
+            if not self._fits(pages + need, len(found)) and not (idle and self._fits(alone, 0)):
+                break
             seats, tokens, pages = seats - samples, tokens + len(group.prompt.token_ids), pages + need
             group.row = self.rows.pop()
             found.append(group)

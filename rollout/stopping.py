@@ -1,8 +1,8 @@
 """When a completion ends, and how a prompt must look to begin one: the same for all engines.
 
-A completion ends with, and includes, its first stop token, or the token that completes a stop string; neither
-before `min_tokens`, up to which stop tokens cannot be drawn. Else it ends at `max_tokens` or where the model's
-positions do.
+A completion ends with, and includes, its first stop token, or the token that completes a stop string;
+neither before `min_tokens`, up to which stop tokens cannot be drawn. Else it ends at `max_tokens` or where
+the model's positions do.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ class Stopper:
         found = [string for string in self.strings if string in text]
         if not found:
             return False
-        # Not one that was whole before: it came before min_tokens, where it did not count.
+        # One that was whole before min_tokens does not count, and may still be in sight.
         before = self._text(tokens[-self.window : -1])
-        return any(string not in before for string in found)
+        return any(text.count(string) > before.count(string) for string in found)
 
     def _text(self, tokens: Sequence[int]) -> str:
         assert self.tokenizer is not None

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from rollout.stopping import check_prompts
 from rollout.engine import EngineDied
 from rollout.settings import RolloutSettings
+from rollout.stopping import check_prompts
 from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.vllm_options import checkpoint_shapes
 from rollout.weights import Policy, fingerprint, in_dtype, public_weights, shapes
