@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config import parse, refuse_unknown
 from pipeline.errors import UserError
 from rollout.engine import EngineDied, StaleWeights
-from rollout.settings import EngineName, VllmSettings
+from rollout.settings import EngineName, LocalSettings, VllmSettings
 from rollout.types import Problem, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -52,6 +52,12 @@ class Config:
     """Of the weights and the arithmetic."""
     threads: int = 0
     """CPU threads for torch; 0 = torch's own choice."""
+    min_tokens: int = 0
+    """Nothing ends a completion before so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, each kept at its end."""
+    local: LocalSettings = field(default_factory=LocalSettings)
+    """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
 
@@ -70,6 +76,8 @@ class Config:
             n=self.samples,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
         )
 
 
@@ -162,7 +170,9 @@ def run(config: Config) -> dict[str, object]:
     if config.threads:
         torch.set_num_threads(config.threads)
     try:
-        engine, tokenizer = open_engine(config.model, config.engine, config.dtype, vllm=config.vllm)
+        engine, tokenizer = open_engine(
+            config.model, config.engine, config.dtype, vllm=config.vllm, local=config.local
+        )
     except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
         raise UserError(f"{PROG}: {error}") from error
     prompts = read_prompts(config.prompts, tokenizer)
@@ -181,13 +191,14 @@ def run(config: Config) -> dict[str, object]:
         lines.writelines(line(rollout, tokenizer) for rollout in rollouts)
     os.replace(part, config.out)
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    more = {name.removeprefix("rollout/"): round(value, 4) for name, value in engine.drain().items()}
     return {
         "rollouts": len(rollouts),
         "tokens": tokens,
         "seconds": round(seconds, 6),
         "tokens_per_s": round(tokens / seconds, 3),
         "engine": type(engine).__name__.removesuffix("Engine").lower(),
-    }
+    } | more
 
 
 def main(argv: list[str]) -> int:

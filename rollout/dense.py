@@ -134,5 +134,9 @@ class DenseEngine:
         self.model = source.network if isinstance(source, DensePolicy) else source
         self.version = version
 
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
+
     def close(self) -> None:
         """Nothing to free: caches live as long as their wave."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Stats:
-    """What an engine has done since it was opened."""
+    """What an engine has done since it was opened, or drained."""
 
     prefilled: int = 0
     """Tokens read: prompts once a group, and what rows that gave way had to read again."""
@@ -139,6 +139,12 @@ class NativeEngine:
     def load_weights(self, source: Transformer, version: int) -> None:
         """Draw from `source` from now on: a module, in place; nothing is copied."""
         self.net, self.version = source, version
+
+    def drain(self) -> dict[str, float]:
+        """Speculation's hits, and rows that gave way for want of memory, where there were any."""
+        stats, self.stats = self.stats, Stats()
+        out = {"rollout/acceptance": stats.acceptance()} if stats.guesses else {}
+        return out | ({"rollout/preemptions": float(stats.preemptions)} if stats.preemptions else {})
 
     def close(self) -> None:
         """Nothing to free: a cache lives as long as its request."""
@@ -247,7 +253,7 @@ class _Run:
             self._guess(self.net.draft(states[:, None], following, self.cache, step)[:, 0], drafts)
 
     def _guess(self, states: Tensor, drafts: list[Draft]) -> None:
-        """The module's word, from its `states` (b d), on the next token of each row: drawn as that will be."""
+        """The module's word, from its `states` (b d), on each row's next token: drawn as that will be."""
         guesses, _ = sample(self.net.lm_head(states), self._uniforms(drafts), self.sampling)
         for draft, guess in zip(drafts, guesses.tolist(), strict=True):
             draft.guess = guess

@@ -247,6 +247,10 @@ class VllmEngine:
         """Fingerprint of the weights that vLLM computes with now, read anew."""
         return self._call("r1_fingerprint")
 
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
+
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
         llm, self.llm = getattr(self, "llm", None), None

@@ -291,6 +291,10 @@ class RolloutPool:
         self.latest = (self.ray.put(sent), fingerprint(sent.values()))
         self.version = version
 
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
+
     def close(self) -> None:
         """Stop the workers, and Ray where this pool started it."""
         if self.closed:
