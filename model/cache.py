@@ -170,6 +170,12 @@ class LatentCache:
         self.free.extend(pages[self.shares[pages] == 0].tolist())
         self.lengths[row] = self.held[row] = 0
 
+    def clear(self) -> None:
+        """Empty all rows."""
+        for counts in (self.lengths, self.held, self.table, self.shares):
+            counts.fill(0)
+        self.free = list(range(len(self.shares) - 1, 0, -1))
+
     def append(self, rows: Rows, new: int) -> DecodeStep:
         """Lengthen `rows` by `new` tokens each, and say where they go. Rows of like length belong together.
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from model.cache import LatentCache, bytes_per_page
 from model.transformer import Transformer
+from rollout.graphs import DecodeGraphs
 from rollout.sampling import refuse_nonfinite, sample
 from rollout.schedule import Draft, Schedule, most_tokens, pages_of
 from rollout.stopping import Stopper, check_prompts
@@ -66,6 +67,7 @@ class NativeEngine:
         prefill_tokens: int = 4096,
         speculate: bool = False,
         record_routes: bool = False,
+        cuda_graphs: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
@@ -77,6 +79,8 @@ class NativeEngine:
             prefill_tokens: prompt tokens that are read at once.
             speculate: guess a token ahead with the first MTP module.
             record_routes: keep every token's experts, for replay in training.
+            cuda_graphs: on a GPU, launch a decode step's kernels as one graph. Cache and graphs are then kept
+                from request to request.
             eos_token_id: ends a completion; `None` = the model config's.
             tokenizer: reads stop strings; not needed without them.
 
@@ -93,6 +97,8 @@ class NativeEngine:
         self.speculate, self.record_routes = speculate, record_routes
         self.eos_token_id = net.config.eos_token_id if eos_token_id is None else eos_token_id
         self.stats = Stats()
+        self.graphs: DecodeGraphs | None = None
+        self.cuda_graphs = cuda_graphs
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield each rollout when it ends.
@@ -147,7 +153,22 @@ class NativeEngine:
         return out | ({"rollout/preemptions": float(stats.preemptions)} if stats.preemptions else {})
 
     def close(self) -> None:
-        """Nothing to free: a cache lives as long as its request."""
+        """Free what graphs hold; else a cache lives as long as its request."""
+        self.graphs = None
+
+    def open_cache(self, rows: int, max_tokens: int, pages: int) -> LatentCache:
+        """An empty cache; on a GPU with graphs the last request's, where it fits."""
+        if self.graphs is not None and self.graphs.net is self.net:
+            kept = self.graphs.cache
+            if (len(kept.lengths), kept.max_tokens, len(kept.shares)) == (rows, max_tokens, pages + 1):
+                kept.clear()
+                return kept
+        cache = self.net.new_cache(
+            rows, max_tokens, pages=pages, record_routes=self.record_routes, drafts=self.speculate
+        )
+        on_gpu = cache.latent.device.type == "cuda"
+        self.graphs = DecodeGraphs(self.net, cache) if on_gpu and self.cuda_graphs else None
+        return cache
 
 
 class _Run:
@@ -168,9 +189,8 @@ class _Run:
         most = engine.net.config.max_position_embeddings
         rows = min(engine.max_batch, len(prompts) * sampling.n)
         longest = max(len(p.token_ids) + most_tokens(p, sampling, most) for p in prompts)
-        self.cache: LatentCache = self.net.new_cache(
-            rows + 1, longest, pages=pages, record_routes=self.record_routes, drafts=self.speculate
-        )
+        self.cache = engine.open_cache(rows + 1, longest, pages)
+        self.graphs = engine.graphs
         self.schedule = Schedule(
             self.cache, prompts, sampling, most, rows, engine.prefill_tokens, own=int(self.speculate)
         )
@@ -223,7 +243,8 @@ class _Run:
         drafts, live = schedule.running, schedule.live()
         step = cache.append(live, width)
         tokens = self._tensor([[draft.tokens[-1], draft.guess][:width] for draft in drafts])  # b s
-        states = self.net.decode(tokens, cache, step)  # b s d
+        # b s d
+        states = self.graphs.decode(tokens, step) if self.graphs else self.net.decode(tokens, cache, step)
         logits = self.net.lm_head(states)  # b s v
         self._draw(logits[:, 0], drafts)
         self.stats.steps += 1

@@ -9,8 +9,10 @@ from conftest import POSITIONS, VOCAB, prompt
 
 import model
 from model import ModelConfig, Transformer
+from model import cache as cache_module
 from model.cache import PAGE, LatentCache
 from rollout import native
+from rollout.graphs import DecodeGraphs
 from rollout.native import NativeEngine
 from rollout.types import SamplingParams
 
@@ -236,3 +238,36 @@ def allowed(logits, params):
     out = torch.zeros_like(probs)
     out[kept] = probs[kept] / probs[kept].sum()
     return out
+
+
+def test_padded_steps_of_graphs_change_nothing(net, prompts, plain, monkeypatch):
+    """What a GPU replays from graphs, its kernels run one by one on the same padded inputs."""
+    monkeypatch.setattr(cache_module, "CPU_ROWS", 10**6)  # as on a GPU: one group of all rows
+    engine = NativeEngine(net, max_batch=11, speculate=True)
+    opened = []
+
+    def open_cache(rows, max_tokens, pages):
+        cache = net.new_cache(rows, max_tokens, pages=pages, drafts=True)
+        engine.graphs = DecodeGraphs(net, cache, capture=False)
+        opened.append(engine.graphs)
+        return cache
+
+    monkeypatch.setattr(engine, "open_cache", open_cache)
+    assert tokens(engine.generate(prompts, SAMPLED)) == tokens(plain.values())
+    assert {1, 8, 16} <= {rows for rows, _, _ in opened[0].graphs} <= {1, 2, 4, 8, 16}
+    assert len(opened[0].graphs) < engine.stats.steps / 2
+
+
+def test_a_kept_cache_begins_empty(net, prompts, plain):
+    """With graphs the next request gets the same cache."""
+    engine = NativeEngine(net, max_batch=6)
+    rows, pages = 7, 30
+    engine.graphs = DecodeGraphs(net, net.new_cache(rows, POSITIONS, pages=pages), capture=False)
+    kept = engine.graphs.cache
+    stale = net.prefill([[5, 6, 7]], kept)
+    assert kept.lengths[0] == 3
+    cache = engine.open_cache(rows, POSITIONS, pages)
+    assert cache is kept and not cache.lengths.any() and len(cache.free) == pages
+    assert torch.equal(net.prefill([[5, 6, 7]], cache), stale)
+    assert engine.open_cache(rows, POSITIONS, pages + 1) is not kept and engine.graphs is None
+    engine.close()
