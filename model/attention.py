@@ -16,15 +16,15 @@ in training and prefill. The absorbed form moves W_UK to the query and W_UV to t
 
 so decoding reads the latents alone: all heads become queries of one head whose key and value are the cache.
 
-Axes    b rows, s tokens, d width, h heads, n unrotated and r rotated query dimensions, v value dimensions,
-        c kv_lora_rank, w = c + r, T cache capacity
+Axes    b rows, s tokens, N = b s, d width, h heads, n unrotated and r rotated query dimensions (in a group of
+        rows: its columns), v value dimensions, c kv_lora_rank, w = c + r, T tokens of the cache
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import DecodeStep
+from .cache import PAGE, DecodeStep, Group
 from .causal import CausalAttention
 from .config import ModelConfig
 from .layers import RMSNorm
@@ -33,6 +33,9 @@ from .rope import Rope, softmax_scale
 
 # The released code builds the norms of the two latents with this whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
+HEADS_AS_ROWS = 8
+"""Up to so many new tokens a row, heads count as further queries of one head: one product reads the cache for
+all of them. With more, the mask that this needs is too large."""
 
 
 class Attention(nn.Module):
@@ -75,14 +78,13 @@ class Attention(nn.Module):
 
         Args:
             layout: rotations of the tokens' positions, and who sees whom.
-            cache: `b T w`, this layer's, whose first s columns are filled. None = keep nothing.
+            cache: `T w`, this layer's, to be written where `layout.slots` says. None = keep nothing.
         """
         rotations = layout.rotations
         q, q_rot = self._query(x)  # b s h n, b s h r
         c, k_rot = self._latent(x, rotations)  # b s c, b s r
-        if cache is not None:
-            cache[:, : x.shape[1], : self.rank] = c
-            cache[:, : x.shape[1], self.rank :] = k_rot
+        if cache is not None and layout.slots is not None:
+            cache.index_copy_(0, layout.slots, torch.cat([c, k_rot], dim=-1).flatten(0, 1))
         q_rot = self.rope.rotate(q_rot, rotations.unsqueeze(-2))
         k, v = self.kv_b_proj(c).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
         q = torch.cat([q, q_rot], dim=-1)  # b s h n+r
@@ -95,21 +97,41 @@ class Attention(nn.Module):
             o = attend(q, k, v, layout.mask, self.scale).transpose(1, 2)  # b s h v
         return self.o_proj(o.flatten(-2))
 
-    def decode(self, x: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
-        """Absorbed form for one new token a row, `x` (b d), which is appended to `cache` (b T w)."""
-        q, q_rot = self._query(x)  # b h n, b h r
-        c, k_rot = self._latent(x, step.rotations[:, 0])  # b c, b r
-        cache.view(-1, cache.shape[-1]).index_copy_(0, step.slots, torch.cat([c, k_rot], dim=-1))
+    def decode(self, x: Tensor, rotations: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
+        """Absorbed form for new tokens `x` (b s d) at `rotations` (b s r/2), appended to `cache` (T w)."""
+        b, s = x.shape[:2]
+        q, q_rot = self._query(x.flatten(0, 1))  # N h n, N h r
+        c, k_rot = self._latent(x, rotations)  # b s c, b s r
+        cache.index_copy_(0, step.slots.flatten(), torch.cat([c, k_rot], dim=-1).flatten(0, 1))
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
             [self.nope, self.value], dim=1
         )
-        q = torch.bmm(q.transpose(0, 1), w_uk).transpose(0, 1)  # h b n, h n c -> b h c
-        q = torch.cat([q, self.rope.rotate(q_rot, step.rotations)], dim=-1)  # b h w
-        kv = cache[:, None, : step.columns]  # b 1 n w
+        q = torch.bmm(q.transpose(0, 1), w_uk).transpose(0, 1)  # h N n, h n c -> N h c
+        q_rot = self.rope.rotate(q_rot, rotations.flatten(0, 1).unsqueeze(-2))
+        q = torch.cat([q, q_rot], dim=-1).unflatten(0, (b, s))  # b s h w
+        pages = cache.unflatten(0, (-1, PAGE))
+        parts = [self._read(q[g.begin : g.end], pages, g, step.scratch) for g in step.groups]
+        o = parts[0] if len(parts) == 1 else torch.cat(parts)  # b s h w
         # Keys and values are the same memory; the r columns of rotary key that come out are dropped.
-        o = F.scaled_dot_product_attention(q[:, None], kv, kv, attn_mask=step.mask, scale=self.scale)
-        o = torch.bmm(o[:, 0, :, : self.rank].transpose(0, 1), w_uv.transpose(1, 2))  # h b c, h c v -> h b v
-        return self.o_proj(o.transpose(0, 1).flatten(-2))
+        o = o.flatten(0, 1)[..., : self.rank].transpose(0, 1)  # h N c
+        o = torch.bmm(o, w_uv.transpose(1, 2))  # h N c, h c v -> h N v
+        return self.o_proj(o.transpose(0, 1).flatten(-2).unflatten(0, (b, s)))
+
+    def _read(self, q: Tensor, pages: Tensor, group: Group, scratch: Tensor) -> Tensor:
+        """Queries `q` (g s h w) over the latents of their rows: (g s h w)."""
+        g, s, h, w = q.shape
+        n = group.mask.shape[-1]
+        copied = scratch[: g * n].view(-1, PAGE, w)
+        kv = torch.index_select(pages, 0, group.pages, out=copied).view(g, 1, n, w)
+        if s > HEADS_AS_ROWS:
+            kv = kv.expand(g, h, n, w)
+            o = F.scaled_dot_product_attention(
+                q.transpose(1, 2), kv, kv, attn_mask=group.mask, scale=self.scale
+            )
+            return o.transpose(1, 2)
+        mask = group.mask if s == 1 else group.mask.repeat_interleave(h, dim=2)  # g 1 s h, n
+        o = F.scaled_dot_product_attention(q.view(g, 1, s * h, w), kv, kv, attn_mask=mask, scale=self.scale)
+        return o.view(g, s, h, w)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

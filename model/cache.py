@@ -1,95 +1,243 @@
-"""What decoding remembers: one latent per token and layer, for all heads together.
+"""What decoding remembers: one latent per token and layer, for all heads together, in pages.
 
 Per token MLA keeps the normed key-value latent and the rotated shared key (DeepSeek-V2, arXiv:2405.04434,
-Sec. 2.1.2 and 2.1.3), kv_lora_rank + qk_rope_head_dim numbers, and each row's length. Memory is taken once;
-rows are copied or dropped with `select`, so one prompt can become a group of rollouts and finished rollouts
-make room. On request it also keeps which experts each token went to, for replay in training.
+Sec. 2.1.2 and 2.1.3), kv_lora_rank + qk_rope_head_dim numbers. They lie in pages of `PAGE` tokens, and a row
+(one sequence) is a list of pages (PagedAttention, arXiv:2309.06180, Sec. 4): memory is taken as rows grow and
+given back when they end, and rows that begin alike share the pages of their beginning. On request the cache
+also keeps which experts each token went to, for replay in training.
 
-Axes    l layers, b rows, T capacity in tokens, w = kv_lora_rank + qk_rope_head_dim, k experts per token
+Attention reads a few rows at a time, their pages copied side by side. On a CPU that copy stays in the
+processor's cache and costs nothing, while rows of other lengths no longer pay for the longest one.
+
+Axes    l layers, T tokens of all pages, w = kv_lora_rank + qk_rope_head_dim, k experts per token;
+        b rows of a step, s new tokens of each, n tokens of the longest row of a group
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .config import ModelConfig
+
+PAGE = 16
+"""Tokens of a page."""
+CPU_ROWS = 16
+"""Rows that attention reads together on a CPU: few enough for their latents to stay in its cache."""
+Rows = NDArray[np.int64]
 
 
 class LayerCache(NamedTuple):
     """One layer's part, views into the whole."""
 
-    latent: Tensor  # b T w
-    routes: Tensor | None  # b T k; None for a dense layer, or where nobody asked
+    latent: Tensor  # T w
+    routes: Tensor | None  # T k; None for a dense layer, or where nobody asked
+
+
+class Group(NamedTuple):
+    """Rows `begin` to `end` of a step, which attention reads together."""
+
+    begin: int
+    end: int
+    pages: Tensor  # (end - begin) n/PAGE, page numbers, row after row
+    mask: Tensor  # end-begin 1 s n, 0 where a new token sees a column, else -inf
+
+
+class DecodeStep(NamedTuple):
+    """Where the new tokens of a step go, and what they see. All layers share it."""
+
+    positions: Tensor  # b s
+    slots: Tensor  # b s, flat: place among the T tokens
+    groups: list[Group]
+    scratch: Tensor  # room for the latents of the largest group
 
 
 class LatentCache:
-    """`latent` (l b T w), `lengths` (b) the tokens each row holds, `routes` (moe layers, b T k) or None."""
+    """`latent` (l T w), `routes` (moe layers, T k) or None; and, on the host, which row has which pages.
 
-    def __init__(self, latent: Tensor, routes: Tensor | None, lengths: Tensor, longest: int) -> None:
-        self.latent, self.routes, self.lengths = latent, routes, lengths
-        self.longest = longest  # max of lengths, kept on the host: asking a GPU for it would stall every step
-        dense = len(latent) - len(routes) if routes is not None else len(latent)
-        self.layers = [
-            LayerCache(latent[i], routes[i - dense] if routes is not None and i >= dense else None)
-            for i in range(len(latent))
-        ]
+    Page 0 is nobody's: columns beyond a row's end point there.
+    """
+
+    def __init__(self, latent: Tensor, routes: Tensor | None, rows: int, max_tokens: int) -> None:
+        """`rows` of up to `max_tokens` tokens each; all rows are empty."""
+        self.latent, self.routes, self.max_tokens = latent, routes, max_tokens
+        pages = latent.shape[1] // PAGE
+        self.lengths: Rows = np.zeros(rows, dtype=np.int64)  # tokens of each row
+        self.held: Rows = np.zeros(rows, dtype=np.int64)  # pages of each row
+        self.table: Rows = np.zeros((rows, -(-max_tokens // PAGE)), dtype=np.int64)
+        self.shares: Rows = np.zeros(pages, dtype=np.int64)  # rows that hold each page
+        self.free = list(range(pages - 1, 0, -1))
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, batch: int, max_tokens: int, like: Tensor, record_routes: bool
+        cls,
+        config: ModelConfig,
+        rows: int,
+        max_tokens: int,
+        like: Tensor,
+        *,
+        pages: int | None = None,
+        record_routes: bool = False,
+        drafts: bool = False,
     ) -> "LatentCache":
-        """Room for `max_tokens` tokens in each of `batch` rows; dtype and device as `like`."""
+        """Room for `rows` of up to `max_tokens` tokens; dtype and device as `like`.
+
+        Args:
+            pages: of all rows together. None = enough for every row to be full.
+            record_routes: keep the experts of every token of the trunk.
+            drafts: keep the latents of the first MTP module too.
+
+        Raises:
+            ValueError: rows longer than the model's positions.
+        """
         if max_tokens > config.max_position_embeddings:
             raise ValueError(
                 f"A cache of {max_tokens} tokens is more than max_position_embeddings="
                 f"{config.max_position_embeddings}."
             )
+        tokens = PAGE * (1 + (rows * -(-max_tokens // PAGE) if pages is None else pages))
         # Zeros, not garbage: a masked column still enters the products, and 0 * nan is nan.
-        latent = like.new_zeros(config.num_hidden_layers, batch, max_tokens, config.latent_dim)
+        latent = _zeros((config.num_hidden_layers + drafts, tokens, config.latent_dim), like)
         routes = None
         if record_routes:
             layers = config.num_hidden_layers - config.first_k_dense_replace
-            shape = (layers, batch, max_tokens, config.num_experts_per_tok)
+            shape = (layers, tokens, config.num_experts_per_tok)
             routes = torch.full(shape, -1, dtype=torch.int16, device=like.device)
-        return cls(latent, routes, torch.zeros(batch, dtype=torch.long, device=like.device), 0)
+        return cls(latent, routes, rows, max_tokens)
 
-    @property
-    def max_tokens(self) -> int:
-        """Capacity of a row."""
-        return self.latent.shape[2]
+    def layer(self, index: int, dense: int = 0) -> LayerCache:
+        """Layer `index` of a model whose first `dense` layers route nothing."""
+        at = index - dense
+        routes = self.routes[at] if self.routes is not None and 0 <= at < len(self.routes) else None
+        return LayerCache(self.latent[index], routes)
 
-    def select(self, rows: Tensor) -> "LatentCache":
-        """A new cache of the given rows (n), in that order; a row may be taken any number of times."""
-        lengths = self.lengths[rows]
-        longest = int(lengths.max()) if len(rows) else 0
-        latent = self.latent.new_zeros(self.latent.shape[0], len(rows), *self.latent.shape[2:])
-        for new, old in zip(latent, self.latent, strict=True):
-            new[:, :longest] = old[:, :longest].index_select(0, rows)
-        routes = self.routes if self.routes is None else self.routes[:, rows]
-        return LatentCache(latent, routes, lengths, longest)
+    def reserve(self, rows: Rows, new: int) -> bool:
+        """Make room for `new` more tokens in each of `rows`; False, and nothing changed, if pages are short.
 
-    def routed_experts(self) -> Tensor:
-        """Expert ids of all tokens (b, longest, moe layers, k), as `Transformer.hidden` replays them."""
+        Raises:
+            ValueError: a row would be longer than `max_tokens`.
+        """
+        return self._reserve(rows, self.lengths[rows] + new)
+
+    def _reserve(self, rows: Rows, lengths: Rows) -> bool:
+        if len(rows) and lengths.max() > self.max_tokens:
+            raise ValueError(
+                f"The cache is full: a row would hold {lengths.max()} of {self.max_tokens} tokens."
+            )
+        needed = -(-lengths // PAGE) - self.held[rows]
+        if needed.clip(0).sum() > len(self.free):
+            return False
+        for at in np.flatnonzero(needed > 0):
+            row = rows[at]
+            for _ in range(needed[at]):
+                page = self.free.pop()
+                self.shares[page] = 1
+                self.table[row, self.held[row]] = page
+                self.held[row] += 1
+        return True
+
+    def fork(self, row: int, copies: Rows, own: int = 0) -> bool:
+        """Make the empty rows `copies` continue `row`; False, and nothing changed, if pages are short.
+
+        Whole pages are shared, the last one is copied: a row writes to its own pages alone. The last `own`
+        tokens (at most a page of them) are copied in any case, for who will write them anew.
+        """
+        length = int(self.lengths[row])
+        whole = max(length - own, 0) // PAGE
+        rest = length - whole * PAGE
+        if rest and len(copies) > len(self.free):
+            return False
+        shared = self.table[row, :whole]
+        self.table[copies, :whole] = shared
+        self.shares[shared] += len(copies)
+        self.held[copies], self.lengths[copies] = whole, self.lengths[row]
+        if rest:
+            self._reserve(copies, self.lengths[copies])
+            source = self.table[row, whole] * PAGE
+            for copy in self.table[copies, whole] * PAGE:
+                self.latent[:, copy : copy + rest] = self.latent[:, source : source + rest]
+                if self.routes is not None:
+                    self.routes[:, copy : copy + rest] = self.routes[:, source : source + rest]
+        return True
+
+    def release(self, row: int) -> None:
+        """Empty a row; pages that no other row holds are free again."""
+        pages = self.table[row, : self.held[row]]
+        self.shares[pages] -= 1
+        self.free.extend(pages[self.shares[pages] == 0].tolist())
+        self.lengths[row] = self.held[row] = 0
+
+    def clear(self) -> None:
+        """Empty all rows."""
+        for counts in (self.lengths, self.held, self.table, self.shares):
+            counts.fill(0)
+        self.free = list(range(len(self.shares) - 1, 0, -1))
+
+    def append(self, rows: Rows, new: int) -> DecodeStep:
+        """Lengthen `rows` by `new` tokens each, and say where they go. Rows of like length belong together.
+
+        Raises:
+            ValueError: no room for them.
+        """
+        begin = self.lengths[rows]
+        if not self.reserve(rows, new):
+            raise ValueError(f"The cache is full: no page is free for {new} tokens in {len(rows)} rows.")
+        self.lengths[rows] += new
+        return self.step(rows, begin, new)
+
+    def step(self, rows: Rows, begin: Rows, new: int) -> DecodeStep:
+        """The step that writes `new` tokens from place `begin` on in each of `rows`, which have the room."""
+        at = begin[:, None] + np.arange(new)  # b s
+        slots = self.table[rows[:, None], at // PAGE] * PAGE + at % PAGE
+        size = CPU_ROWS if self.latent.device.type == "cpu" else max(1, len(rows))
+        groups, most = [], 0
+        for first in range(0, len(rows), size):
+            last = min(first + size, len(rows))
+            pages = -(-int(at[first:last, -1].max() + 1) // PAGE)
+            most = max(most, (last - first) * pages)
+            mask = self._mask(at[first:last], pages * PAGE)
+            groups.append(
+                Group(first, last, self._tensor(self.table[rows[first:last], :pages].ravel()), mask)
+            )
+        scratch = self.latent.new_empty(most * PAGE, self.latent.shape[2])
+        return DecodeStep(self._tensor(at), self._tensor(slots), groups, scratch)
+
+    def _mask(self, at: Rows, columns: int) -> Tensor:
+        hidden = torch.from_numpy(np.arange(columns) > at[:, None, :, None])  # rows 1 s n
+        mask = torch.zeros(hidden.shape, dtype=self.latent.dtype).masked_fill_(hidden, float("-inf"))
+        return mask.to(self.latent.device, non_blocking=True)
+
+    def _tensor(self, values: Rows) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.latent.device, non_blocking=True)
+
+    def slots(self, rows: Rows) -> Tensor:
+        """Places of all tokens of `rows`, row after row."""
+        found = []
+        for row in rows:
+            at = np.arange(self.lengths[row])
+            found.append(self.table[row, at // PAGE] * PAGE + at % PAGE)
+        return self._tensor(np.concatenate(found))
+
+    def routed_experts(self, row: int) -> Tensor:
+        """Expert ids of a row's tokens (length, moe layers, k), as `Transformer.hidden` replays them."""
         if self.routes is None:
             raise ValueError("This cache records no routes: make it with new_cache(.., record_routes=True).")
-        return self.routes[:, :, : self.longest].permute(1, 2, 0, 3)
+        return self.routes[:, self.slots(np.array([row]))].transpose(0, 1)
 
 
-class DecodeStep(NamedTuple):
-    """What all layers of one decoding step share. One new token a row, at the row's own length."""
+def bytes_per_page(config: ModelConfig, itemsize: int, drafts: bool = False, routes: bool = False) -> int:
+    """Memory of a page over all layers; 70,272 bytes a token for DeepSeek-V3's latents in bf16."""
+    latents = (config.num_hidden_layers + drafts) * config.latent_dim * itemsize
+    experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.num_experts_per_tok * 2
+    return PAGE * (latents + experts * routes)
 
-    rotations: Tensor  # b 1 r/2, complex
-    slots: Tensor  # b, where the new token goes in a layer's cache seen as (b T) w
-    mask: Tensor  # b 1 1 n, 0 where a column is the row's own, else -inf
-    columns: int  # n, cache columns in use by the longest row, the new token included
 
-    @classmethod
-    def after(cls, cache: LatentCache, rotations: Tensor) -> "DecodeStep":
-        """The step that follows `cache`, with the `rotations` (b r/2) of its lengths."""
-        n, lengths = cache.longest + 1, cache.lengths
-        beyond = torch.arange(n, device=lengths.device) > lengths[:, None]  # b n
-        mask = torch.zeros(beyond.shape, dtype=cache.latent.dtype, device=lengths.device)
-        mask.masked_fill_(beyond, float("-inf"))
-        slots = torch.arange(len(lengths), device=lengths.device) * cache.max_tokens + lengths
-        return cls(rotations[:, None], slots, mask[:, None, None], n)
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """As `like.new_zeros`; on a CPU memory that nobody writes to is not taken."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size = int(np.prod(shape)) * like.element_size()
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(like.dtype).view(*shape)

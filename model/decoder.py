@@ -5,7 +5,7 @@
 The feed-forward is dense in the first layers and a mixture of experts in the rest (DeepSeek-V3,
 arXiv:2412.19437, Sec. 4.2).
 
-Axes    b rows, s tokens, d width, T cache capacity, k experts per token
+Axes    b rows, s tokens, d width, r rotated dimensions, k experts per token
 """
 
 from torch import Tensor, nn
@@ -33,24 +33,24 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, layout: Layout, replay: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """`x` (b s d), with `replay` (b s k) of recorded experts; fills the first s columns of `cache`."""
+        """`x` (b s d), with `replay` (b s k) of recorded experts; kept in `cache` at `layout.slots`."""
         latent = None if cache is None else cache.latent
         x = x + self.self_attn(self.input_layernorm(x), layout, latent)
         u = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(u)
         y, ids = self.mlp(u, layout, replay)
-        if cache is not None and cache.routes is not None:
-            cache.routes[:, : x.shape[1]] = ids.view(*x.shape[:2], -1)
+        if cache is not None and cache.routes is not None and layout.slots is not None:
+            cache.routes[layout.slots] = ids.to(cache.routes.dtype)
         return x + y
 
-    def decode(self, x: Tensor, step: DecodeStep, cache: LayerCache) -> Tensor:
-        """One new token a row, `x` (b d), appended to `cache`."""
-        x = x + self.self_attn.decode(self.input_layernorm(x), step, cache.latent)
+    def decode(self, x: Tensor, rotations: Tensor, step: DecodeStep, cache: LayerCache) -> Tensor:
+        """New tokens `x` (b s d) at `rotations` (b s r/2), appended to `cache`."""
+        x = x + self.self_attn.decode(self.input_layernorm(x), rotations, step, cache.latent)
         u = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(u)
         y, ids = self.mlp(u)
         if cache.routes is not None:
-            cache.routes.view(-1, ids.shape[1])[step.slots] = ids.to(cache.routes.dtype)
+            cache.routes[step.slots.flatten()] = ids.to(cache.routes.dtype)
         return x + y

@@ -21,6 +21,7 @@ class Layout(NamedTuple):
     sequences: int = 0  # how many there are, where they are numbered
     counted: bool = False  # add to the load that `update_router_bias` evens out
     balance: bool = False  # add to the balance loss
+    slots: Tensor | None = None  # b s, flat: where the tokens go in a cache
 
     @classmethod
     def of(

@@ -16,6 +16,7 @@ Axes    b rows, s tokens, d width
 import torch
 from torch import Tensor, nn
 
+from .cache import DecodeStep, LayerCache
 from .config import ModelConfig
 from .decoder import DecoderLayer
 from .layers import RMSNorm
@@ -34,7 +35,18 @@ class MTPModule(DecoderLayer):
         self.eh_proj = nn.Linear(2 * d, d, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(d, eps)})
 
-    def predict(self, state: Tensor, embedding: Tensor, layout: Layout) -> Tensor:
+    def predict(
+        self, state: Tensor, embedding: Tensor, layout: Layout, cache: LayerCache | None = None
+    ) -> Tensor:
         """Normed state (b s d) for the head, from the previous `state` and the `embedding` of token i + k."""
-        x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(state)], dim=-1))
-        return self.shared_head["norm"](self(x, layout))
+        return self.shared_head["norm"](self(self._join(state, embedding), layout, cache=cache))
+
+    def draft(
+        self, state: Tensor, embedding: Tensor, rotations: Tensor, step: DecodeStep, cache: LayerCache
+    ) -> Tensor:
+        """As `predict`, for new tokens (b s d) over what `cache` remembers."""
+        x = self.decode(self._join(state, embedding), rotations, step, cache)
+        return self.shared_head["norm"](x)
+
+    def _join(self, state: Tensor, embedding: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(state)], dim=-1))

@@ -1,11 +1,12 @@
 """DeepSeek-V3 from token ids to next-token states, for training, and with a cache for decoding.
 
-Four ways through the same layers:
+Five ways through the same layers:
 
     hidden            packed rows, expanded attention        training, scoring
     hidden_and_mtp    the same, with the MTP modules         pretraining
     prefill           prompts, fills a cache                 the first token of a rollout
-    decode            one token a row, absorbed attention    every further one
+    decode            new tokens, absorbed attention         every further one
+    draft             the same, for the first MTP module     a guess at the one after
 
 All return states, not logits: over a large vocabulary the caller decides which positions need them.
 
@@ -17,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cache import DecodeStep, LatentCache
+from .cache import DecodeStep, LatentCache, LayerCache, Rows
 from .config import ModelConfig
 from .decoder import DecoderLayer
 from .layers import RMSNorm
@@ -29,6 +31,9 @@ from .layout import Layout
 from .moe import MoE
 from .mtp import MTPModule
 from .rope import Rope
+
+PREFILL_CHUNK = 2048
+"""Tokens of a prompt that are read at once."""
 
 
 class Transformer(nn.Module):
@@ -138,44 +143,112 @@ class Transformer(nn.Module):
         balance = learning and self.balance_alpha > 0
         return Layout.of(rotations, token_ids, sequence_ids, learning, balance)
 
-    def new_cache(self, batch: int, max_tokens: int, record_routes: bool = False) -> LatentCache:
-        """An empty cache for `batch` rows of up to `max_tokens`; `record_routes` keeps expert choices too."""
-        return LatentCache.empty(self.config, batch, max_tokens, self.norm.weight, record_routes)
+    def new_cache(
+        self,
+        rows: int,
+        max_tokens: int,
+        *,
+        pages: int | None = None,
+        record_routes: bool = False,
+        drafts: bool = False,
+    ) -> LatentCache:
+        """An empty cache for `rows` of up to `max_tokens`, see `LatentCache.empty`."""
+        return LatentCache.empty(
+            self.config,
+            rows,
+            max_tokens,
+            self.norm.weight,
+            pages=pages,
+            record_routes=record_routes,
+            drafts=drafts,
+        )
 
     @torch.no_grad()
-    def prefill(self, token_ids: Tensor, lengths: Tensor, cache: LatentCache) -> Tensor:
-        """Read prompts into `cache`; final-normed state (b d) of each prompt's last token.
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        cache: LatentCache,
+        rows: Rows | None = None,
+        chunk: int = PREFILL_CHUNK,
+    ) -> Tensor:
+        """Read prompts into empty rows of `cache`; final-normed state (b d) of each prompt's last token.
+
+        Prompts are laid end to end, so short ones do not pay for long ones. Longer ones than `chunk` are read
+        piece by piece: memory does not grow with them.
 
         Args:
-            token_ids: `b p`, padded on the right with any token.
-            lengths: `b`, tokens that count, 1 to p.
-            cache: of b rows; what it held is overwritten.
+            prompts: `b` lists of token ids.
+            rows: `b`, of the cache. None = its first b.
         """
-        if token_ids.shape[1] > cache.max_tokens:
-            raise ValueError(
-                f"Prompts of {token_ids.shape[1]} tokens do not fit a cache of {cache.max_tokens}."
-            )
-        # Padding sits after the tokens that count, so the causal mask already hides it from them; the
-        # columns it leaves in the cache lie beyond `lengths` until decoding overwrites them.
-        layout = Layout.of(self.rope.first(token_ids.shape[1], token_ids.device), token_ids)
-        x = self.embed_tokens(token_ids)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        rows = np.arange(len(prompts)) if rows is None else rows
+        first = [prompt[:chunk] for prompt in prompts]
+        lengths = np.array([len(prompt) for prompt in first])
+        for row, length in zip(rows, lengths, strict=True):
+            if not cache.reserve(np.array([row]), int(length)):
+                raise ValueError(f"The cache is full: no page is free for a prompt of {length} tokens.")
+        cache.lengths[rows] = lengths
+        device = self.norm.weight.device
+        tokens = torch.tensor([i for prompt in first for i in prompt], device=device)[None]  # 1 N
+        at = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)[None]
+        sequence = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)).to(device)[None]
+        layout = Layout.of(self.rope(at), tokens, sequence)._replace(slots=cache.slots(rows))
+        x = self.embed_tokens(tokens)
+        for layer, layer_cache in zip(self.layers, self._caches(cache), strict=False):
             x = layer(x, layout, cache=layer_cache)
-        cache.lengths, cache.longest = lengths.clone(), int(lengths.max())
-        return self.norm(x[torch.arange(len(x), device=x.device), lengths - 1])
+        x = self.norm(x)
+        if self._drafts(cache):
+            following = [i for prompt in prompts for i in _following(prompt, 0, chunk)]
+            embedded = self.embed_tokens(torch.tensor(following, device=device)[None])
+            self.mtp[0].predict(x, embedded, layout, cache.layer(len(self.layers)))
+        states = x[0, torch.from_numpy(lengths.cumsum() - 1).to(device)]  # b d
+        for i, prompt in enumerate(prompts):
+            for begin in range(chunk, len(prompt), chunk):
+                states[i] = self._read_on(prompt, begin, chunk, cache, rows[i : i + 1])
+        return states
+
+    def _read_on(
+        self, prompt: Sequence[int], begin: int, chunk: int, cache: LatentCache, row: Rows
+    ) -> Tensor:
+        """The next `chunk` tokens of a prompt whose first `begin` the cache holds: state (d) of the last."""
+        device = self.norm.weight.device
+        tokens = torch.tensor([prompt[begin : begin + chunk]], device=device)
+        step = cache.append(row, tokens.shape[1])
+        x = self.decode(tokens, cache, step)
+        if self._drafts(cache):
+            following = _following(prompt, begin, chunk)
+            self.draft(x, torch.tensor([following], device=device), cache, step)
+        return x[0, -1]
 
     @torch.no_grad()
-    def decode(self, token_ids: Tensor, cache: LatentCache) -> Tensor:
-        """Append one token to every row of `cache`; its final-normed state (b d), for `token_ids` (b)."""
-        if cache.longest >= cache.max_tokens:
-            raise ValueError(f"The cache is full: a row holds {cache.longest} of {cache.max_tokens} tokens.")
-        step = DecodeStep.after(cache, self.rope(cache.lengths))
+    def decode(self, token_ids: Tensor, cache: LatentCache, step: DecodeStep | None = None) -> Tensor:
+        """Append tokens to rows of `cache`; their final-normed states (b s d), for `token_ids` (b s).
+
+        `step` is what `cache.append` gave for those rows. None = all rows of the cache.
+        """
+        if step is None:
+            step = cache.append(np.arange(len(cache.lengths)), token_ids.shape[1])
+        rotations = self.rope(step.positions)
         x = self.embed_tokens(token_ids)
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer.decode(x, step, layer_cache)
-        cache.lengths = cache.lengths + 1
-        cache.longest += 1
+        for layer, layer_cache in zip(self.layers, self._caches(cache), strict=False):
+            x = layer.decode(x, rotations, step, layer_cache)
         return self.norm(x)
+
+    @torch.no_grad()
+    def draft(self, states: Tensor, token_ids: Tensor, cache: LatentCache, step: DecodeStep) -> Tensor:
+        """States (b s d) of the first MTP module, from which the head guesses one token further.
+
+        Args:
+            states: `b s d`, final-normed, of the trunk at the places of `step`.
+            token_ids: `b s`, the tokens that follow those places.
+        """
+        rotations, embedded = self.rope(step.positions), self.embed_tokens(token_ids)
+        return self.mtp[0].draft(states, embedded, rotations, step, cache.layer(len(self.layers)))
+
+    def _drafts(self, cache: LatentCache) -> bool:
+        return len(cache.latent) > len(self.layers)
+
+    def _caches(self, cache: LatentCache) -> list[LayerCache]:
+        return [cache.layer(i, self.config.first_k_dense_replace) for i in range(len(self.layers))]
 
     def num_parameters(self, *, active: bool = False) -> int:
         """Weights, MTP modules included. `active`: those of the trunk that one token meets."""
@@ -208,6 +281,12 @@ class Transformer(nn.Module):
         for moe in self.moe_layers():
             moe.balance_loss = None
         return self.balance_alpha * sum(losses, start=self.norm.weight.new_zeros((), dtype=torch.float))
+
+
+def _following(prompt: Sequence[int], begin: int, chunk: int) -> list[int]:
+    """The tokens after those at `begin` to `begin` + `chunk`. The last of a prompt has none yet: 0, until
+    `Transformer.draft` writes its place anew."""
+    return [*prompt[begin + 1 : begin + chunk + 1], 0][: len(prompt[begin : begin + chunk])]
 
 
 def _recomputing(layer: DecoderLayer) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

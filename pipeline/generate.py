@@ -44,6 +44,10 @@ class Config(ModelSettings):
     """Same seed, prompts and weights give the same rollouts."""
     ignore_eos: bool = False
     """Never stop before max_tokens (for benchmarks)."""
+    min_tokens: int = 0
+    """Nothing ends a completion before so many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, each kept at its end."""
 
     def __post_init__(self) -> None:
         ModelSettings.__post_init__(self)
@@ -61,6 +65,8 @@ class Config(ModelSettings):
             n=self.samples,
             seed=self.seed,
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
         )
 
 
@@ -162,13 +168,14 @@ def run(config: Config) -> dict[str, object]:
         lines.writelines(line(rollout, tokenizer) for rollout in rollouts)
     os.replace(part, config.out)
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
+    more = {name.removeprefix("rollout/"): round(value, 4) for name, value in engine.drain().items()}
     return {
         "rollouts": len(rollouts),
         "tokens": tokens,
         "seconds": round(seconds, 6),
         "tokens_per_s": round(tokens / seconds, 3),
         "engine": type(engine).__name__.removesuffix("Engine").lower(),
-    }
+    } | more
 
 
 def main(argv: list[str]) -> int:

@@ -34,6 +34,8 @@ GLOSSARY: dict[str, str] = {
     "rollout/tokens_mean": "mean completion length, tokens",
     "rollout/truncated": "share of completions cut at max_tokens",
     "time/tokens_per_s": "completion tokens drawn a second",
+    "rollout/acceptance": "share of tokens guessed by the MTP module that were right (speculation)",
+    "rollout/preemptions": "completions that gave their memory back for a while, for want of cache",
     "rollout/groups_drawn": "groups drawn for the step, those without spread that were left out included",
     "rollout/staleness": "updates between the policy that drew the step's rollouts and the trained one",
     "rollout/version": "optimizer updates that the engine's own weights had had when it drew",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline.errors import UserError
 from rollout.engine import StaleWeights
-from rollout.settings import DtypeName, EngineName, VllmSettings
+from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +31,8 @@ class ModelSettings:
     """auto = cuda where there is one. vLLM takes what its build is for."""
     threads: int = 0
     """CPU threads for torch; 0 = torch's own choice."""
+    local: LocalSettings = field(default_factory=LocalSettings)
+    """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
 
@@ -55,7 +57,7 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenize
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return open_engine(config.model, config.engine, config.dtype, device, config.vllm)
+        return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
     except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
         raise UserError(f"{config.model}: {error}") from error
 

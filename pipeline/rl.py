@@ -91,6 +91,7 @@ class Trainer:
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
             self.reference = frozen(self.policy)
         metrics |= rollout_metrics(graded, advantages, config.group_size)
+        metrics |= done.engine
         metrics["time/tokens_per_s"] = done.tokens / done.draw_s
         metrics["time/rollout_s"], metrics["time/reward_s"] = done.draw_s, done.grade_s
         metrics["time/train_s"] = time.monotonic() - trained

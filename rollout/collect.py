@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rollout.engine import RolloutEngine
@@ -48,6 +48,8 @@ class Round:
     grade_s: float = 0.0
     tokens: int = 0
     """Completion tokens that were drawn, those left out included."""
+    engine: dict[str, float] = field(default_factory=dict)
+    """What the engine had to say, by metric name."""
 
     def versions(self) -> tuple[int, int]:
         """Oldest and newest policy among its rollouts."""
@@ -99,6 +101,7 @@ class Collector:
         plan, kept, spare = self.plan, list[list[Graded]](), list[list[Graded]]()
         drawn = tokens = 0
         draw_s = grade_s = 0.0
+        self.engine.drain()  # of what others drew
         for request in range(plan.most_draws if plan.dynamic else 1):
             need = plan.groups - len(kept)
             began = time.monotonic()
@@ -115,9 +118,9 @@ class Collector:
             if len(kept) == plan.groups:
                 break
         kept += spare[: plan.groups - len(kept)]
-        return Round(
-            tuple(g for group in kept for g in group), cursor + drawn, drawn, draw_s, grade_s, tokens
-        )
+        graded_groups = tuple(g for group in kept for g in group)
+        said = self.engine.drain()
+        return Round(graded_groups, cursor + drawn, drawn, draw_s, grade_s, tokens, said)
 
     def begin(self, cursor: int, sampling: SamplingParams) -> None:
         """Start a round in the background; `take` gives it. The engine is its own until then."""

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.dense import DensePolicy
-from rollout.decoding import check_prompts, generate, stop_ids
+from rollout.decoding import generate
+from rollout.stopping import Stopper, check_prompts
 from rollout.types import Prompt, Rollout, SamplingParams
 
 
@@ -70,6 +71,15 @@ class DenseDecoder:
         return logits[:, -1]
 
 
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Memory of a token's keys and values over all layers."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
+
+
 class DenseEngine:
     """`RolloutEngine` for a transformers causal language model."""
 
@@ -78,18 +88,20 @@ class DenseEngine:
         model: PreTrainedModel,
         *,
         max_batch: int = 256,
-        max_cache_tokens: int = 1 << 17,
+        cache_bytes: int = 4 << 30,
         eos_token_id: int | Sequence[int] | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
         """
         Args:
             model: drawn from in place.
             max_batch: rows that decode together.
-            max_cache_tokens: KV-cache tokens over all rows; bounds memory.
+            cache_bytes: most memory for keys and values, as far as a single row does not need more.
             eos_token_id: ends a completion; `None` = the model's generation config's, which may list several.
+            tokenizer: reads stop strings; not needed without them.
         """
         self.model, self.version = model, 0
-        self.max_batch, self.max_cache_tokens = max_batch, max_cache_tokens
+        self.max_batch, self.cache_bytes, self.tokenizer = max_batch, cache_bytes, tokenizer
         config, generation = model.config.get_text_config(), model.generation_config
         self.vocab_size, self.max_positions = config.vocab_size, config.max_position_embeddings
         known = (eos_token_id, generation.eos_token_id if generation else None, config.eos_token_id)
@@ -99,7 +111,8 @@ class DenseEngine:
         """Yield rollouts wave by wave, longest prompts first.
 
         Raises:
-            ValueError: at once, when a prompt is empty, too long, or of another vocabulary.
+            ValueError: at once, when a prompt is empty, too long, or of another vocabulary, or when stop
+                strings meet a model without tokenizer.
             FloatingPointError: when the model's logits are not finite.
         """
         check_prompts(prompts, self.max_positions, self.vocab_size)
@@ -108,10 +121,10 @@ class DenseEngine:
             lambda: DenseDecoder(self.model),
             list(prompts),
             sampling,
-            stops=stop_ids(self.eos_token_id, sampling),
+            stopper=Stopper(sampling, self.eos_token_id, self.tokenizer),
             max_positions=self.max_positions,
             max_batch=self.max_batch,
-            max_cache_tokens=self.max_cache_tokens,
+            max_cache_tokens=self.cache_bytes // bytes_per_token(self.model),
             device=self.model.device,
             version=self.version,
         )
@@ -120,6 +133,10 @@ class DenseEngine:
         """Draw from `source` from now on: a module, in place; nothing is copied."""
         self.model = source.network if isinstance(source, DensePolicy) else source
         self.version = version
+
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
 
     def close(self) -> None:
         """Nothing to free: caches live as long as their wave."""

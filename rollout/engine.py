@@ -27,6 +27,10 @@ class RolloutEngine(Protocol):
         """Draw from `source` (an engine says what it takes) from now on; rollouts carry `version`."""
         ...
 
+    def drain(self) -> dict[str, float]:
+        """What there is to say about the draws since the last call, by metric name; often nothing."""
+        ...
+
     def close(self) -> None:
         """Free what the engine holds. Calling it twice is fine."""
         ...

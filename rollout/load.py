@@ -7,14 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout.engine import RolloutEngine
-from rollout.settings import DtypeName, EngineName, RolloutSettings, VllmSettings, torch_dtype
+from rollout.settings import (
+    DtypeName,
+    EngineName,
+    LocalSettings,
+    RolloutSettings,
+    VllmSettings,
+    torch_dtype,
+)
 from rollout.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from model.dense import DensePolicy
     from model.transformer import Transformer
+    from rollout.dense import DenseEngine
+    from rollout.native import NativeEngine
 
 NATIVE_TYPES = ("deepseek_v3",)
 
@@ -66,6 +77,7 @@ def open_engine(
     dtype: DtypeName = "float32",
     device: str = "cpu",
     vllm: VllmSettings | None = None,
+    local: LocalSettings | None = None,
 ) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
     """An engine with the checkpoint's weights, and the checkpoint's tokenizer if it has one.
 
@@ -73,10 +85,12 @@ def open_engine(
         engine: `auto` takes native for the architectures that `model/` implements, else dense.
         device: of the in-process engines; vLLM takes the device that its build is for.
         vllm: settings of that engine.
+        local: settings of the in-process engines.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: the native engine was asked for and the architecture is not `model/`'s.
+        ValueError: the native engine was asked for and the architecture is not `model/`'s, or speculation
+            and the model has no MTP module.
         ModuleNotFoundError: vLLM was asked for and is not installed here.
         StaleWeights: vLLM does not compute what our own model does.
     """
@@ -94,22 +108,68 @@ def open_engine(
         return VllmEngine(path, dtype=dtype, settings=vllm), tokenizer
 
     # Each engine imports its own stack, so that the native one does not wait for transformers' models.
+    local = local or LocalSettings()
     if engine == "native":
         import model
-        from rollout.native import NativeEngine
 
-        return NativeEngine(model.load(path, dtype=torch_dtype(dtype), device=device)), tokenizer
+        net = model.load(path, dtype=torch_dtype(dtype), device=device)
+        return native_engine(net, local, tokenizer), tokenizer
 
-    from transformers import AutoModelForCausalLM, PreTrainedModel
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
-
-    from rollout.dense import DenseEngine
 
     logging.disable_progress_bar()  # it would tear the caller's own lines apart
     dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch_dtype(dtype), device_map={"": device}
     )
-    return DenseEngine(dense), tokenizer
+    return dense_engine(dense, local, tokenizer), tokenizer
+
+
+def native_engine(
+    net: Transformer,
+    settings: LocalSettings,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> NativeEngine:
+    """The engine for a native model, as the settings want it.
+
+    Raises:
+        ValueError: speculation with a model that has no MTP module.
+    """
+    from rollout.native import NativeEngine
+
+    return NativeEngine(
+        net,
+        max_batch=settings.max_batch or 512,
+        cache_bytes=int(settings.cache_gib * 2**30),
+        speculate=settings.speculate,
+        eos_token_id=eos_token_id,
+        tokenizer=tokenizer,
+    )
+
+
+def dense_engine(
+    model: PreTrainedModel,
+    settings: LocalSettings,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> DenseEngine:
+    """The engine for a transformers model, as the settings want it.
+
+    Raises:
+        ValueError: speculation was asked for.
+    """
+    from rollout.dense import DenseEngine
+
+    if settings.speculate:
+        raise ValueError("speculate is for native models with an MTP module; this is a dense model.")
+    return DenseEngine(
+        model,
+        max_batch=settings.max_batch or 256,
+        cache_bytes=int(settings.cache_gib * 2**30),
+        eos_token_id=eos_token_id,
+        tokenizer=tokenizer,
+    )
 
 
 def engine_for(
@@ -157,10 +217,5 @@ def engine_for(
             eos_token_id=tokenizer.eos_token_id,
         )
     if isinstance(policy, Transformer):
-        from rollout.native import NativeEngine
-
-        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        return NativeEngine(policy, pad_token_id=pad, eos_token_id=eos)
-    from rollout.dense import DenseEngine
-
-    return DenseEngine(policy.network, eos_token_id=tokenizer.eos_token_id)
+        return native_engine(policy, settings.local, tokenizer, tokenizer.eos_token_id)
+    return dense_engine(policy.network, settings.local, tokenizer, tokenizer.eos_token_id)

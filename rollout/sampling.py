@@ -11,6 +11,8 @@ Units   log-probabilities in nats, under the distribution that was sampled from:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -74,3 +76,18 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Te
     token = torch.searchsorted(mass, uniforms.unsqueeze(1) * total, right=True)
     logprob = scaled.gather(1, token) - total.log()
     return token.squeeze(1), logprob.squeeze(1)
+
+
+def refuse_nonfinite(logits: Tensor, where: Callable[[int], tuple[int, int, int]]) -> None:
+    """Raise `FloatingPointError` for the first row of `logits` (b v) that has a NaN or an infinity.
+
+    `where` gives a row's decode step, prompt and sample.
+    """
+    sound = logits.sum(-1).isfinite()  # one pass; finite logits are far too small for their sum to overflow
+    if not sound.all():
+        row = int((~sound).nonzero()[0])
+        step, prompt, number = where(row)
+        raise FloatingPointError(
+            f"logits are NaN or infinite at decode step {step}, row {row} (prompt {prompt}, sample {number});"
+            " the weights have diverged: lower the learning rate or go back to an earlier checkpoint."
+        )

@@ -1,4 +1,4 @@
-"""Settings of the engines that are not in-process torch: vLLM, and the pool of workers. Imports no torch."""
+"""Settings of the engines: in-process ones, vLLM, and the pool of workers. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,26 @@ def torch_dtype(name: DtypeName) -> torch.dtype:
     import torch
 
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalSettings:
+    """The engines that draw in torch: native and dense."""
+
+    max_batch: int = 0
+    """Completions that are drawn side by side; 0 = 512 for native models, 256 for dense ones."""
+    cache_gib: float = 4.0
+    """Most memory for what decoding remembers, GiB. It is taken as completions grow; what it has no room for
+    waits."""
+    speculate: bool = False
+    """Native models with an MTP module: guess a token ahead with it. Changes the speed and not one token. For
+    few completions at a time: with many, the guesses cost more than they save."""
+
+    def __post_init__(self) -> None:
+        if self.max_batch < 0 or self.cache_gib <= 0:
+            raise ValueError(
+                f"max_batch={self.max_batch} must be at least 0, cache_gib={self.cache_gib} above 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +86,8 @@ class RolloutSettings:
     """GPUs that a worker is given."""
     timeout_s: float = 600.0
     """A worker that gives no sign of life for so long is replaced, and its rollouts are made again."""
+    local: LocalSettings = field(default_factory=LocalSettings)
+    """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
 

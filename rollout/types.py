@@ -65,6 +65,10 @@ class SamplingParams:
     """With the prompt's index and the sample's number this fixes a rollout, whatever it is batched with."""
     stop_token_ids: tuple[int, ...] = ()
     """Sampling ends with, and includes, any of these."""
+    stop: tuple[str, ...] = ()
+    """Sampling ends with the token that completes any of these in the text; it is included whole."""
+    min_tokens: int = 0
+    """Nothing ends a completion before so many tokens: until then stop tokens cannot be drawn."""
     ignore_eos: bool = False
     """Never stop before `max_tokens` (for benchmarks)."""
     first_index: int = 0
@@ -74,6 +78,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.n < 1:
             raise ValueError(f"max_tokens={self.max_tokens} and n={self.n} must be at least 1.")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be in 0 .. max_tokens={self.max_tokens}.")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop={self.stop!r} must be a sequence of strings, none of them empty.")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
                 f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
@@ -97,7 +105,8 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int = 0
     routed_experts: Any | None = None
-    """c x layers x k expert ids, where the engine records them."""
+    """p + c - 1 x moe layers x k expert ids of prompt and completion, where the engine records them. The last
+    token has none: nothing was computed from it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
 import random
 import uuid
@@ -26,13 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rollout.decoding import check_prompts, stop_ids
 from rollout.engine import EngineDied, StaleWeights
 from rollout.load import context_and_vocabulary
 from rollout.self_test import self_test
 from rollout.settings import DtypeName, VllmSettings, torch_dtype
+from rollout.stopping import Stopper, check_prompts, stop_ids
+from rollout.tokenizer import has_tokenizer, load_tokenizer
 from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.vllm_options import checkpoint_shapes, eos_of, llm_options, prepare_environment
+from rollout.vllm_outputs import Ends, rollout
 from rollout.weights import (
     WORD,
     Policy,
@@ -130,11 +131,16 @@ class VllmEngine:
         if self.dead:
             raise EngineDied(f"this vLLM engine has stopped ({self.dead}); open a new one.")
         check_prompts(prompts, self.max_positions, self.vocab_size)
-        return self._generate(list(prompts), sampling)
+        tokenizer = load_tokenizer(self.path) if sampling.stop and has_tokenizer(self.path) else None
+        stopper = Stopper(sampling, self.eos_token_id, tokenizer)
+        return self._generate(list(prompts), sampling, stopper)
 
-    def _generate(self, prompts: list[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
+    def _generate(
+        self, prompts: list[Prompt], sampling: SamplingParams, stopper: Stopper
+    ) -> Iterator[Rollout]:
         engine, version = self.llm.llm_engine, self.version
         stops, call = stop_ids(self.eos_token_id, sampling), uuid.uuid4().hex[:8]
+        ends = Ends(stopper)
         waiting: dict[str, tuple[int, int]] = {}
         try:
             for index, sample in itertools.product(range(len(prompts)), range(sampling.n)):
@@ -146,9 +152,15 @@ class VllmEngine:
                 if not engine.has_unfinished_requests():
                     raise RuntimeError("requests were lost")
                 for output in engine.step():
-                    if output.finished and output.request_id in waiting:
-                        index, sample = waiting.pop(output.request_id)
-                        yield rollout(prompts[index], index, sample, output.outputs[0], version)
+                    name, drawn = output.request_id, output.outputs[0]
+                    if name not in waiting:
+                        continue
+                    end = ends.find(name, drawn.token_ids)
+                    if end is not None and not output.finished:
+                        engine.abort_request([name])
+                    if output.finished or end is not None:
+                        index, sample = waiting.pop(name)
+                        yield rollout(prompts[index], index, sample, drawn, version, end)
         except (GeneratorExit, FloatingPointError):
             if waiting:
                 engine.abort_request(list(waiting))
@@ -230,6 +242,10 @@ class VllmEngine:
         """Fingerprint of the weights that vLLM computes with now, read anew."""
         return self._call("r1_fingerprint")
 
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
+
     def close(self) -> None:
         """Stop vLLM and give its memory back."""
         llm, self.llm = getattr(self, "llm", None), None
@@ -257,31 +273,12 @@ def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequ
         top_k=sampling.top_k,
         seed=int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1,
         stop_token_ids=list(stops),
+        min_tokens=sampling.min_tokens,
         ignore_eos=True,  # the eos, where it counts, is among `stops`
         logprobs=0,  # of the drawn token alone
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def rollout(prompt: Prompt, index: int, sample: int, output: Any, version: int) -> Rollout:
-    """vLLM's record of a completion as ours."""
-    logprobs = tuple(map(float, output.logprobs.logprobs))
-    if not all(map(math.isfinite, logprobs)):
-        step = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))
-        raise FloatingPointError(
-            f"logits are NaN or infinite at decode step {step} (prompt {index}, sample {sample}); "
-            "the weights have diverged: lower the learning rate or go back to an earlier checkpoint."
-        )
-    return Rollout(
-        prompt=prompt,
-        index=index,
-        sample=sample,
-        token_ids=tuple(output.token_ids),
-        logprobs=logprobs,
-        finish_reason="stop" if output.finish_reason == "stop" else "length",
-        policy_version=version,
+        output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
     )
 
 

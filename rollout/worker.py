@@ -27,7 +27,8 @@ class Worker:
     def __init__(
         self, path: str, settings: RolloutSettings, eos_token_id: int | Sequence[int] | None
     ) -> None:
-        from rollout.load import NATIVE_TYPES, model_type
+        from rollout.load import NATIVE_TYPES, dense_engine, model_type, native_engine
+        from rollout.tokenizer import has_tokenizer, load_tokenizer
 
         torch.set_num_threads(max(1, int(settings.worker_cpus)))
         self.engine: Any
@@ -40,19 +41,18 @@ class Worker:
             )
             return
         dtype = torch_dtype(settings.dtype)
+        tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
         device = "cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu"
         if model_type(path) in NATIVE_TYPES:
             import model
-            from rollout.native import NativeEngine
 
             self.policy = net = model.load(path, dtype=dtype, device=device)
-            self.engine = NativeEngine(net, eos_token_id=eos_token_id)
+            self.engine = native_engine(net, settings.local, tokenizer, eos_token_id)
         else:
             from model.dense import load_dense
-            from rollout.dense import DenseEngine
 
             self.policy = dense = load_dense(path, dtype, device)
-            self.engine = DenseEngine(dense.network, eos_token_id=eos_token_id)
+            self.engine = dense_engine(dense.network, settings.local, tokenizer, eos_token_id)
 
     def who(self) -> tuple[int, str]:
         """Process id and machine; answers when the engine is open."""

@@ -22,10 +22,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rollout.decoding import check_prompts
 from rollout.engine import EngineDied
 from rollout.load import context_and_vocabulary
 from rollout.settings import RolloutSettings, torch_dtype
+from rollout.stopping import check_prompts
 from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.vllm_options import checkpoint_shapes
 from rollout.weights import Policy, check_shapes, fingerprint, in_dtype, public_weights, shapes
@@ -286,6 +286,10 @@ class RolloutPool:
         sent = {name: tensor.cpu() for name, tensor in weights}
         self.latest = (self.ray.put(sent), fingerprint(sent.values()))
         self.version = version
+
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
 
     def close(self) -> None:
         """Stop the workers, and Ray where this pool started it."""

@@ -8,7 +8,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.opened import ModelSettings, open_model, trained_template
 from rollout.engine import StaleWeights
-from rollout.settings import VllmSettings
+from rollout.settings import LocalSettings, VllmSettings
 
 
 @pytest.fixture
@@ -31,12 +31,12 @@ def asked(monkeypatch):
 )
 def test_everything_reaches_the_engine(asked, monkeypatch, tmp_path, device, gpu, want):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    vllm = VllmSettings(max_batch=3)
+    vllm, local = VllmSettings(max_batch=3), LocalSettings(max_batch=4)
     settings = ModelSettings(
-        model=tmp_path, engine="vllm", dtype="bfloat16", device=device, threads=2, vllm=vllm
+        model=tmp_path, engine="vllm", dtype="bfloat16", device=device, threads=2, vllm=vllm, local=local
     )
     assert open_model(settings) == ("engine", None)
-    assert asked == [(tmp_path, "vllm", "bfloat16", want, vllm, 2)]
+    assert asked == [(tmp_path, "vllm", "bfloat16", want, vllm, local, 2)]
 
 
 def test_zero_threads_are_torchs_own_choice(asked, tmp_path):

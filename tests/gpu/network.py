@@ -64,15 +64,15 @@ def _decode(net: Transformer, row: Tensor) -> float:
     net.eval()
     full, prompt = net.hidden(row), 8
     cache = net.new_cache(len(row), row.shape[1])
-    state = net.prefill(row[:, :prompt], torch.full((len(row),), prompt, device=row.device), cache)
+    state = net.prefill(row[:, :prompt].tolist(), cache)
     worst = relative(state, full[:, prompt - 1])
     for at in range(prompt, row.shape[1]):
-        worst = max(worst, relative(net.decode(row[:, at], cache), full[:, at]))
+        worst = max(worst, relative(net.decode(row[:, at : at + 1], cache)[:, 0], full[:, at]))
     return worst
 
 
 def _routes(net: Transformer, row: Tensor) -> Tensor:
     """The experts that `net` chooses for `row` (b s): (b s moe_layers k)."""
     cache = net.new_cache(len(row), row.shape[1], record_routes=True)
-    net.prefill(row, torch.full((len(row),), row.shape[1], device=row.device), cache)
-    return cache.routed_experts()
+    net.prefill(row.tolist(), cache)
+    return torch.stack([cache.routed_experts(i) for i in range(len(row))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,22 +96,30 @@ def decoding(device: torch.device, config: ModelConfig, batch: int, context: int
     net = Transformer(config, seed=0).to(device).to(torch.bfloat16).eval()
     cache = net.new_cache(batch, context + 64)
     row = torch.randint(config.vocab_size, (batch, context), device=device)
-    net.prefill(row, torch.full((batch,), context, device=device), cache)
-    time = seconds(lambda: net.lm_head(net.decode(row[:, 0], cache)), device, rounds=20, warmup=5)
+    net.prefill(row.tolist(), cache)
+    time = seconds(lambda: net.lm_head(net.decode(row[:, :1], cache)), device, rounds=20, warmup=5)
     return [measured(f"decoding, batch {batch}, context {context}", batch / time, "tokens/s")]
 
 
 def generating(
     device: torch.device, config: ModelConfig, batch: int, tokens: int = 128
 ) -> list[dict[str, Any]]:
-    """Tokens a second of the native engine as a whole: prefill, decoding, sampling."""
+    """Tokens a second of the native engine as a whole, with CUDA graphs and without: prefill to sampling."""
     net = Transformer(config, seed=0).to(device).to(torch.bfloat16).eval()
     generator, problem = torch.Generator().manual_seed(0), Problem(id="0", kind="general", question="")
     ids = torch.randint(config.vocab_size, (batch, 64), generator=generator).tolist()
     prompts = [Prompt(problem, "none", tuple(row)) for row in ids]
     sampling = SamplingParams(max_tokens=tokens, temperature=1.0, ignore_eos=True)
-    engine = NativeEngine(net)
-    time = seconds(lambda: list(engine.generate(prompts, sampling)), device, rounds=3, warmup=1)
-    return [
-        measured(f"native engine, {batch} prompts of 64, {tokens} new", batch * tokens / time, "tokens/s")
-    ]
+    claims = []
+    for graphs in (True, False):
+        engine = NativeEngine(net, cuda_graphs=graphs)
+        time = seconds(partial(draw, engine, prompts, sampling), device, rounds=3, warmup=1)
+        name = f"native engine, {batch} prompts of 64, {tokens} new, {'with' if graphs else 'no'} CUDA graphs"
+        claims.append(measured(name, batch * tokens / time, "tokens/s"))
+        engine.close()
+    return claims
+
+
+def draw(engine: NativeEngine, prompts: list[Prompt], sampling: SamplingParams) -> int:
+    """Rollouts, drawn to the end."""
+    return sum(1 for _ in engine.generate(prompts, sampling))

@@ -222,12 +222,11 @@ def test_a_converted_network_stays_near_trains_and_decodes():
     net.eval()
     got = net.logits(tokens)
     assert 0.005 < relative(got, want.double()) < 0.3  # gates flip where experts are near ties
-    lengths = torch.tensor([24, 24])
     with torch.no_grad():
         cache = net.new_cache(2, 32)
-        state = net.prefill(tokens, lengths, cache)
+        state = net.prefill(tokens.tolist(), cache)
         assert torch.allclose(net.lm_head(state), got[:, -1], atol=1e-4)
-        net.decode(tokens[:, 0], cache)
+        net.decode(tokens[:, :1], cache)
     got.log_softmax(-1)[..., 0].mean().backward()
     # An expert that no token chose has a gradient of zeros; nothing else may be left without.
     assert all(

@@ -72,7 +72,7 @@ def test_load_is_counted_in_training_only_and_padding_never():
         net.hidden(tokens)
     net.eval()
     net.hidden(tokens)
-    net.prefill(tokens, torch.tensor([10, 10]), net.new_cache(2, 10))
+    net.prefill(tokens.tolist(), net.new_cache(2, 10))
     assert torch.equal(net.router_load(), before)
     net.update_router_bias(0.0)
     assert net.router_load().sum() == 0
@@ -116,8 +116,8 @@ def test_the_bias_stays_fp32_when_the_network_is_cast():
     assert torch.equal(net.layers[1].mlp.gate.e_score_correction_bias, bias)
     assert net.logits(torch.zeros(1, 4, dtype=torch.long)).dtype == torch.bfloat16
     cache = net.new_cache(1, 8)
-    net.prefill(torch.zeros(1, 4, dtype=torch.long), torch.tensor([4]), cache)
-    assert net.decode(torch.tensor([1]), cache).dtype == torch.bfloat16
+    net.prefill([[0, 0, 0, 0]], cache)
+    assert net.decode(torch.tensor([[1]]), cache).dtype == torch.bfloat16
 
 
 RANK = """

@@ -61,8 +61,8 @@ def test_greedy_generation_equals_transformers(pair):
     peer.generation_config.eos_token_id = None
     theirs = peer.generate(prompts, max_new_tokens=40, do_sample=False)[:, prompts.shape[1] :]
     cache = net.new_cache(len(prompts), prompts.shape[1] + 40)
-    hidden = net.prefill(prompts, torch.full((len(prompts),), prompts.shape[1]), cache)
+    hidden = net.prefill(prompts.tolist(), cache)
     ours = [net.lm_head(hidden).argmax(-1)]
     while len(ours) < 40:
-        ours.append(net.lm_head(net.decode(ours[-1], cache)).argmax(-1))
+        ours.append(net.lm_head(net.decode(ours[-1][:, None], cache))[:, 0].argmax(-1))
     assert torch.equal(torch.stack(ours, 1), theirs)

@@ -90,8 +90,9 @@ def test_a_rollout_does_not_depend_on_its_company(pair, prompts, params, monkeyp
     params = replace(params, stop_token_ids=tuple(range(3, 12)))  # rows end at many different steps
     want = tokens(draw(kind(module), prompts, params))
     assert len({len(ids) for ids, _ in want.values()}) >= 4
-    for max_batch, max_cache_tokens in ((1, 10**6), (5, 10**6), (512, 200)):
-        engine = kind(module, max_batch=max_batch, max_cache_tokens=max_cache_tokens)
+    few_rows = 8 * 2**10 if kind is NativeEngine else 100 * 2**10
+    for max_batch, cache_bytes in ((1, 1 << 30), (5, 1 << 30), (512, few_rows)):
+        engine = kind(module, max_batch=max_batch, cache_bytes=cache_bytes)
         assert tokens(draw(engine, prompts, params)) == want
     for ratio in (0.0, 1.0):  # never compact, at every chance
         monkeypatch.setattr(decoding, "KEEP_RATIO", ratio)

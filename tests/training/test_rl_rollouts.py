@@ -85,6 +85,9 @@ class Counting:
             for s in range(sampling.n):
                 yield Rollout(prompts[i], i, s, (s,), (-1.0,), "stop", 3)
 
+    def drain(self):
+        return {}
+
     def load_weights(self, source, version):
         pass
 

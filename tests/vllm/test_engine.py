@@ -12,6 +12,7 @@ from networks import LENGTHS, MOE, network
 import model
 from rollout.engine import EngineDied, StaleWeights
 from rollout.self_test import compare
+from rollout.tokenizer import train_tokenizer
 from rollout.types import SamplingParams
 from rollout.weights import fingerprint, public_weights
 from tests.small import prompt, random_prompts
@@ -80,6 +81,38 @@ def test_stopping(engine):
         at = next((i for i, token in enumerate(ids) if token in stops), None)
         assert got[key] == ((ids, "length") if at is None else (ids[: at + 1], "stop"))
     assert {reason for _, reason in got.values()} == {"stop", "length"}
+
+
+def test_min_tokens(engine):
+    params = replace(SAMPLED, stop_token_ids=tuple(range(2, 300)), min_tokens=5)
+    got = tokens(list(engine.generate(PROMPTS, params)))
+    assert all(len(ids) > 5 and not set(ids[:5]) & set(range(2, 300)) for ids, _ in got.values())
+
+
+def test_a_stop_string_ends_a_rollout_that_is_whole_up_to_it(engine, folder):
+    """Refused without a tokenizer; with one, the rollout that never stops, cut where the string is whole."""
+    with pytest.raises(ValueError, match="need the model's tokenizer"):
+        engine.generate(PROMPTS, replace(SAMPLED, stop=("a",)))
+    tokenizer = train_tokenizer(["Hello world, what is it? 3+4=7, 12.5 (about): a*b = c/d."] * 20, 400)
+    tokenizer.save_pretrained(folder)
+    try:
+        endless = tokens(list(engine.generate(PROMPTS, replace(SAMPLED, ignore_eos=True))))
+        texts = [tokenizer.decode(ids) for ids, _ in endless.values()]
+        pairs = {t[i : i + 2] for t in texts[:8] for i in (3, 6, 9)}
+        stops = tuple(sorted(s for s in pairs if len(s) == 2 and s.isascii()))
+        got = tokens(list(engine.generate(PROMPTS, replace(SAMPLED, stop=stops, stop_token_ids=()))))
+        cut = 0
+        for key, (ids, _) in endless.items():
+            ids = ids[: ids.index(2) + 1] if 2 in ids else ids
+            whole = (n for n in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in stops))
+            end = next(whole, None)
+            cut += end is not None
+            assert got[key][0] == (ids if end is None else ids[:end])
+            assert (got[key][1] == "stop") == (end is not None or ids[-1] == 2)
+        assert cut >= 5
+    finally:
+        for file in folder.glob("*token*"):
+            file.unlink()
 
 
 def test_the_context_caps_completions(engine):

@@ -1,0 +1,112 @@
+"""When a completion ends, and how a prompt must look to begin one: the same for all engines.
+
+A completion ends with, and includes, its first stop token, or the token that completes a stop string;
+neither before `min_tokens`, up to which stop tokens cannot be drawn. Else it ends at `max_tokens` or where
+the model's positions do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rollout.types import Prompt, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BYTES_OF_A_CHARACTER = 4
+"""UTF-8's longest: a stop string of c characters is at most so many times c tokens."""
+
+
+def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int) -> None:
+    """Refuse what cannot be drawn before anything is.
+
+    Raises:
+        ValueError: naming the first prompt that is empty, too long, or has an id outside the vocabulary.
+    """
+    for index, prompt in enumerate(prompts):
+        ids = prompt.token_ids
+        if not ids:
+            raise ValueError(f"prompt {index} has no tokens; a completion needs at least one to start from.")
+        if len(ids) > max_positions - 1:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; the model's {max_positions} positions "
+                f"(max_position_embeddings) leave room for at most {max_positions - 1}."
+            )
+        if min(ids) < 0 or max(ids) >= vocab_size:
+            raise ValueError(
+                f"prompt {index} has token id {min(ids) if min(ids) < 0 else max(ids)}, outside the model's "
+                f"vocabulary of {vocab_size}; is it tokenized for another model?"
+            )
+
+
+def stop_ids(eos: int | Sequence[int] | None, sampling: SamplingParams) -> list[int]:
+    """The ids that end a completion: the request's, and the model's eos unless the request ignores it.
+
+    With `ignore_eos` nothing stops before `max_tokens`, whatever else is asked for.
+    """
+    if sampling.ignore_eos:
+        return []
+    own = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    return sorted({*sampling.stop_token_ids, *own})
+
+
+class Stopper:
+    """Tells from a completion's tokens so far whether the last one ends it."""
+
+    def __init__(
+        self,
+        sampling: SamplingParams,
+        eos: int | Sequence[int] | None,
+        tokenizer: PreTrainedTokenizerFast | None,
+    ) -> None:
+        """
+        Raises:
+            ValueError: stop strings, and no tokenizer to read them with.
+        """
+        self.ids = stop_ids(eos, sampling)
+        self.min_tokens = sampling.min_tokens
+        self.strings = () if sampling.ignore_eos else sampling.stop
+        if self.strings and tokenizer is None:
+            raise ValueError(
+                f"stop strings {list(self.strings)} need the model's tokenizer, and it has none; give "
+                "stop_token_ids instead."
+            )
+        self.tokenizer = tokenizer
+        longest = max(map(len, self.strings), default=0)
+        self.window = BYTES_OF_A_CHARACTER * longest + BYTES_OF_A_CHARACTER
+
+    def ban(self, logits: Tensor, rows: Tensor) -> Tensor:
+        """`logits` (b v) from which `rows` (n), short of `min_tokens`, draw no stop token."""
+        if not len(rows) or not self.ids:
+            return logits
+        ids = torch.tensor(self.ids, device=logits.device)
+        return logits.index_put((rows[:, None], ids), logits.new_tensor(-torch.inf))
+
+    def ends(self, tokens: Sequence[int]) -> bool:
+        """Whether a completion of `tokens` is over, `max_tokens` apart; it was not before the last one."""
+        if len(tokens) < self.min_tokens:
+            return False
+        if tokens[-1] in self.ids:
+            return True
+        if not self.strings:
+            return False
+        text = self._text(tokens[-self.window :])
+        found = [string for string in self.strings if string in text]
+        if not found:
+            return False
+        # One that was whole before min_tokens does not count, and may still be in sight.
+        before = self._text(tokens[-self.window : -1])
+        return any(text.count(string) > before.count(string) for string in found)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        assert self.tokenizer is not None
+        text = self.tokenizer.decode(
+            list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text

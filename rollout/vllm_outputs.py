@@ -1,0 +1,47 @@
+"""What vLLM gives, as ours."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from rollout.stopping import Stopper
+from rollout.types import Prompt, Rollout
+
+
+class Ends:
+    """Where stop strings end completions that grow: vLLM runs without a tokenizer and does not see them."""
+
+    def __init__(self, stopper: Stopper) -> None:
+        self.stopper = stopper
+        self.seen: dict[str, int] = {}  # tokens of each request that were looked at
+
+    def find(self, request: str, tokens: list[int]) -> int | None:
+        """The length at which the request ends, if it does within `tokens`."""
+        begin, self.seen[request] = self.seen.get(request, 0), len(tokens)
+        if not self.stopper.strings:
+            return None
+        lengths = range(begin + 1, len(tokens) + 1)
+        return next((n for n in lengths if self.stopper.ends(tokens[:n])), None)
+
+
+def rollout(
+    prompt: Prompt, index: int, sample: int, output: Any, version: int, end: int | None = None
+) -> Rollout:
+    """vLLM's record of a completion as ours, up to token `end` where a stop string ends it."""
+    logprobs = tuple(map(float, output.logprobs.logprobs))[:end]
+    if not all(map(math.isfinite, logprobs)):
+        step = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))
+        raise FloatingPointError(
+            f"logits are NaN or infinite at decode step {step} (prompt {index}, sample {sample}); "
+            "the weights have diverged: lower the learning rate or go back to an earlier checkpoint."
+        )
+    return Rollout(
+        prompt=prompt,
+        index=index,
+        sample=sample,
+        token_ids=tuple(output.token_ids)[:end],
+        logprobs=logprobs,
+        finish_reason="stop" if end is not None or output.finish_reason == "stop" else "length",
+        policy_version=version,
+    )
