@@ -182,7 +182,7 @@ help:
 	@echo 'make check                  lint, format, types'
 	@echo 'make test                   the tests'
 	@echo 'make test-vllm              the tests of the vLLM engine, in $(VLLM_VENV), which it sets up (3 GB)'
-	@echo 'make bench [ARGS="NAME ..."]  speed against named peers; writes docs/results/bench-NAME.json'
+	@echo 'make bench [ARGS="NAME ..."]  speed against named peers, and more; docs/results/bench-NAME.json'
 	@echo 'make gpu-check [ARGS="NAME"]  every GPU path against the CPU, then GPU speed; docs/results/gpu-*.json'
 	@echo
 	@echo 'With PRESET=NAME, a folder of configs/ ($(presets)), and ARGS="--name NAME --seed N --key value".'

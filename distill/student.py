@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
 from pipeline.config import OptimConfig, StageConfig
 from pipeline.corpus import Row, read_corpus
+from pipeline.data import data_folder
 from pipeline.errors import UserError
 from pipeline.log import say
 from rollout.tokenizer import encode_example, load_tokenizer, template_named
@@ -185,9 +185,9 @@ class Lesson:
 # ---- the corpus
 
 
-def solutions(config: Config, run_dir: RunDir, source: str) -> list[Row]:
+def solutions(config: Config, source: str) -> list[Row]:
     """GSM8K's or MATH's training solutions as traces in the form that the template asks for."""
-    folder = config.data or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
+    folder = data_folder(config.data)
     solved = read_solutions(source, folder)
     apart = apart_from(solved, config.heldout, folder)
     if len(apart) < len(solved):
@@ -201,7 +201,7 @@ def traces(config: Config, run_dir: RunDir) -> list[Row]:
     rows: list[Row] = []
     for source in config.corpus:
         if source in WORKED:
-            found = solutions(config, run_dir, source)
+            found = solutions(config, source)
         else:
             found = read_corpus(run_dir.file_input(source, "corpus.jsonl"))
         say(f"distill: {len(found)} traces from {source}")

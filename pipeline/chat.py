@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass
 
 from pipeline.config import parse, refuse_unknown
-from pipeline.converse import ModelConfig
 from pipeline.errors import UserError
+from pipeline.opened import ModelSettings
+from rollout.engine import EngineDied
 from rollout.types import SamplingParams
 
 PROG = "python -m pipeline chat"
@@ -15,7 +17,7 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(ModelConfig):
+class Config(ModelSettings):
     """Talk to a model. An empty line or Ctrl-D ends it, /new begins a new conversation."""
 
     max_tokens: int = 1_024
@@ -28,6 +30,7 @@ class Config(ModelConfig):
     """Of the sampling; each turn has its own."""
 
     def __post_init__(self) -> None:
+        ModelSettings.__post_init__(self)
         self.sampling(0)  # checks the ranges
 
     def sampling(self, turn: int) -> SamplingParams:
@@ -46,7 +49,7 @@ def run(config: Config) -> None:
     dim, plain = (DIM, PLAIN) if terminal else ("", "")
     messages: list[Message] = []
     try:
-        for turn in range(1 << 30):
+        for turn in itertools.count():
             line = read_line(terminal)
             if line == "":
                 return
@@ -67,7 +70,7 @@ def run(config: Config) -> None:
             sys.stdout.write(f"{plain}{cut}\n")
             sys.stdout.flush()
             messages.append({"role": "assistant", "content": answer.strip()})
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, EngineDied) as error:
         raise UserError(f"{config.model}: {error}") from error
     finally:
         talk.engine.close()

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from pipeline.errors import UserError
-from rollout.engine import StaleWeights
-from rollout.settings import DtypeName, EngineName, VllmSettings
+from pipeline.opened import ModelSettings, open_speaker, trained_template
 from rollout.stream import Decoder, Part, ThinkingSplit, pieces
 from rollout.types import SamplingParams
 
 Message = dict[str, str]
 """`role` and `content`, as in the OpenAI API."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
-    """Which model, and how it is opened."""
-
-    model: Path
-    """Checkpoint directory with its tokenizer, such as runs/tiny/grpo2/model."""
-    engine: EngineName = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
-    dtype: DtypeName = "float32"
-    """Of the weights and the arithmetic."""
-    threads: int = 0
-    """CPU threads for torch; 0 = torch's own choice."""
-    vllm: VllmSettings = field(default_factory=VllmSettings)
-    """vLLM's own settings."""
 
 
 @dataclass(slots=True)
@@ -46,29 +27,22 @@ class Said:
 class Conversation:
     """A model and its tokenizer. One request is drawn from at a time, turn by turn with others."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelSettings) -> None:
         """
         Raises:
             UserError: no such model, or one that cannot be talked to.
         """
-        import torch
+        from rollout.load import context_and_vocabulary
 
-        from rollout.load import open_engine
-        from rollout.worker import context_and_vocabulary
-
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        self.engine, self.tokenizer = open_speaker(config)
+        self.lock = threading.Lock()
         try:
-            engine, tokenizer = open_engine(config.model, config.engine, config.dtype, vllm=config.vllm)
-        except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
+            self.context, _ = context_and_vocabulary(config.model, config.vllm.context)
+        except ValueError as error:
+            self.engine.close()
             raise UserError(str(error)) from error
-        if tokenizer is None:
-            raise UserError(f"{config.model} has no tokenizer.json; copy its base model's there")
-        self.engine, self.tokenizer, self.lock = engine, tokenizer, threading.Lock()
-        self.context, _ = context_and_vocabulary(config.model, config.vllm.context)
-        about = config.model / "pipeline.json"
-        known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        self.template: str = known.get("template") or ("r1" if tokenizer.chat_template else "raw")
+        native = "r1" if self.tokenizer.chat_template else "raw"
+        self.template = trained_template(config.model) or native
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], bool]:
         """Token ids of a conversation, and whether they end inside an open think tag.

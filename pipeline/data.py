@@ -107,7 +107,7 @@ def problems(
             return generate(rest, count or GENERATED, split, seed)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
-    folder = data_dir or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
+    folder = data_folder(data_dir)
     if kind == "hub":
         found = from_hub(parse_hub(source), source)
     elif source in BENCHMARKS:
@@ -123,6 +123,11 @@ def problems(
 
 
 # ---- sources
+
+
+def data_folder(chosen: Path | None) -> Path | None:
+    """Where the benchmarks' files lie: the folder that was chosen, else $R1_DATA, else nowhere."""
+    return chosen or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
 
 
 def find_file(source: str, folder: Path | None) -> Path:

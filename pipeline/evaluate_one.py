@@ -19,9 +19,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,14 +29,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipeline.config import parse, refuse_unknown
 from pipeline.data import problems
 from pipeline.errors import UserError
+from pipeline.opened import ModelSettings, open_speaker, trained_template
 from pipeline.run import sha256, write_atomic
 from pipeline.scores import Sample, scores
 from rewards.code import extract_code
 from rewards.extract import final_answer
 from rewards.math_answer import normalise
 from rewards.reward import RewardWeights, Scorer
-from rollout.engine import EngineDied, StaleWeights
-from rollout.settings import EngineName, VllmSettings
+from rollout.engine import EngineDied
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -53,18 +53,14 @@ Generate = Callable[[list[Prompt], SamplingParams], Iterable[Rollout]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
+class Config(ModelSettings):
     """Score one checkpoint on one benchmark."""
 
-    model: Path
-    """Checkpoint directory, with its tokenizer."""
     benchmark: str
     """math500, aime24, aime25, gsm8k, humaneval, mbpp, ..., heldout, generator:TASK, hub:OWNER/NAME:SPLIT, or
     a FILE.jsonl."""
     out: Path
     """Folder for generations.jsonl and scores.json; it must not exist, or hold these same scores."""
-    engine: EngineName = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
     samples: int = 1
     """Completions per problem, k. The paper: 4 to 64."""
     data: Path | None = None
@@ -86,14 +82,9 @@ class Config:
     """Of a generator's problems."""
     max_batch: int = 0
     """Completions that are drawn side by side; 0 = the engine's own default."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the arithmetic."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one."""
-    vllm: VllmSettings = field(default_factory=VllmSettings)
-    """vLLM's own settings."""
 
     def __post_init__(self) -> None:
+        ModelSettings.__post_init__(self)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit} must be at least 1.")
         if self.max_batch < 0:
@@ -144,7 +135,9 @@ def evaluate(config: Config, model_hash: str | None = None) -> dict[str, Any]:
 
 def complete(config: Config, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Draw and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
-    engine, tokenizer = open_model(config)
+    from rollout.load import context_of
+
+    engine, tokenizer = opened(config)
     try:
         prompts = make_prompts(config, found, tokenizer)
         context = context_of(config.model)
@@ -165,22 +158,11 @@ def complete(config: Config, found: list[Problem]) -> tuple[list[dict[str, Any]]
     return sorted(rows, key=lambda row: (row["index"], row["sample"])), templates_used(prompts, tokenizer)
 
 
-def open_model(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
+def opened(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
     """The engine and the tokenizer, set up as `config` says."""
-    import torch
-
-    from rollout.load import open_engine
-
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        vllm = config.vllm if not config.max_batch else replace(config.vllm, max_batch=config.max_batch)
-        engine, tokenizer = open_engine(config.model, config.engine, config.dtype, device, vllm)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
-        raise UserError(f"{config.model}: {error}") from error
-    if tokenizer is None:
-        raise UserError(f"{config.model} has no tokenizer.json; copy its base model's there")
+    if config.max_batch:
+        config = replace(config, vllm=replace(config.vllm, max_batch=config.max_batch))
+    engine, tokenizer = open_speaker(config)
     if config.max_batch and isinstance(engine, Batched):
         engine.max_batch = config.max_batch
     return engine, tokenizer
@@ -194,10 +176,8 @@ def make_prompts(config: Config, found: list[Problem], tokenizer: PreTrainedToke
     from rollout.tokenizer import THINK, make_prompt, prefill
 
     name = config.template
-    trained = config.model / "pipeline.json"
-    if name == "auto" and trained.is_file():
-        about = json.loads(trained.read_text(encoding="utf-8"))
-        name = about.get("template") or about.get("r1_template") or "auto"
+    if name == "auto":
+        name = trained_template(config.model) or "auto"
     code = name
     if name == "auto":
         name = "boxed" if tokenizer.chat_template else "raw"
@@ -212,15 +192,6 @@ def templates_used(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerFast
     from rollout.tokenizer import template_hash
 
     return {name: template_hash(tokenizer, name) for name in sorted({p.template for p in prompts})}
-
-
-def context_of(model: Path) -> int | None:
-    """The model's longest sequence, tokens, where its config.json tells."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return None
 
 
 # ---- completions

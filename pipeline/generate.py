@@ -6,14 +6,14 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.config import parse, refuse_unknown
 from pipeline.errors import UserError
-from rollout.engine import EngineDied, StaleWeights
-from rollout.settings import EngineName, LocalSettings, VllmSettings
+from pipeline.opened import ModelSettings, open_model
+from rollout.engine import EngineDied
 from rollout.types import Problem, Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
@@ -23,17 +23,13 @@ PROG = "python -m pipeline generate"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config:
-    """Draw completions from a checkpoint."""
+class Config(ModelSettings):
+    """Draw completions from a checkpoint. A tokenizer is needed for text prompts only."""
 
-    model: Path
-    """Checkpoint directory: config.json and safetensors; a tokenizer is needed for text prompts only."""
     prompts: Path
     """JSON lines: {"prompt": text}, taken as it is, or {"token_ids": [..]}."""
     out: Path
     """Where the rollouts go, in order: index, sample, token_ids, logprobs, text, finish_reason."""
-    engine: EngineName = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
     samples: int = 1
     """Rollouts per prompt."""
     max_tokens: int = 256
@@ -48,22 +44,15 @@ class Config:
     """Same seed, prompts and weights give the same rollouts."""
     ignore_eos: bool = False
     """Never stop before max_tokens (for benchmarks)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the arithmetic."""
-    threads: int = 0
-    """CPU threads for torch; 0 = torch's own choice."""
     min_tokens: int = 0
     """Nothing ends a completion before so many tokens."""
     stop: tuple[str, ...] = ()
     """Strings that end a completion, each kept at its end."""
-    local: LocalSettings = field(default_factory=LocalSettings)
-    """Settings of the native and the dense engine."""
-    vllm: VllmSettings = field(default_factory=VllmSettings)
-    """vLLM's own settings."""
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.threads < 0:
-            raise ValueError(f"samples={self.samples} must be at least 1, threads={self.threads} at least 0.")
+        ModelSettings.__post_init__(self)
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples} must be at least 1.")
         self.sampling()  # checks the other ranges
 
     def sampling(self) -> SamplingParams:
@@ -162,19 +151,7 @@ def run(config: Config) -> dict[str, object]:
     for _ in read_lines(config.prompts):  # before a model is loaded for minutes
         pass
     part = prepare(config.out)
-
-    import torch
-
-    from rollout.load import open_engine
-
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    try:
-        engine, tokenizer = open_engine(
-            config.model, config.engine, config.dtype, vllm=config.vllm, local=config.local
-        )
-    except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
-        raise UserError(f"{PROG}: {error}") from error
+    engine, tokenizer = open_model(config)
     prompts = read_prompts(config.prompts, tokenizer)
     start = time.perf_counter()
     try:

@@ -29,9 +29,7 @@ class Masters:
             raise UserError(f"{device} has no FP8 arithmetic; set optim.precision to bfloat16")
         self.working = [p for p in net.parameters() if p.requires_grad]
         self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.working]
-        for (
-            p
-        ) in net.parameters():  # parameters alone: rotary frequencies and gate biases are buffers, in fp32
+        for p in net.parameters():  # not buffers: rotary frequencies and gate biases stay in fp32
             p.data = p.data.to(torch.bfloat16)
         if precision == "fp8":
             fp8.convert(net)

@@ -20,8 +20,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import parse, refuse_unknown
-from pipeline.converse import ModelConfig
 from pipeline.errors import UserError
+from pipeline.opened import ModelSettings
+from rollout.engine import EngineDied
 from rollout.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ MOST_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Config(ModelConfig):
+class Config(ModelSettings):
     """Serve a model. --engine auto takes vLLM where it is installed."""
 
     host: str = "127.0.0.1"
@@ -44,6 +45,7 @@ class Config(ModelConfig):
     """The model's name in requests; empty = the directory's."""
 
     def __post_init__(self) -> None:
+        ModelSettings.__post_init__(self)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port={self.port} must be in 0 .. 65535.")
 
@@ -100,7 +102,9 @@ def answer(talk: Conversation, name: str, body: dict[str, Any], chat: bool) -> I
     sampling = sampling_of(body)
     ids, opened = prompt_of(talk, body, chat)
     stop = body.get("stop") or []
-    stops = [stop] if isinstance(stop, str) else list(stop)
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise Refused("stop must be a string or a list of strings, none of them empty")
     if len(ids) >= talk.context:
         raise Refused(f"the prompt has {len(ids)} tokens; the model's context holds {talk.context}")
     said = Said(len(ids))
@@ -183,7 +187,7 @@ def handler(talk: Conversation, name: str) -> type[BaseHTTPRequestHandler]:
             except (Refused, ValueError) as error:
                 self.refuse(400, str(error))
                 return
-            except FloatingPointError as error:
+            except (FloatingPointError, EngineDied) as error:
                 self.refuse(500, str(error))
                 return
             if not self.streaming:

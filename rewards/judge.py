@@ -20,13 +20,13 @@ import builtins
 import json
 import os
 import re
-import struct
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rewards.values import Malformed, decode, dumps, encode
+from rewards import wire
+from rewards.values import Malformed, decode, encode
 
 ENDED = "the program ended"
 LONGEST_MESSAGE = 64 << 20
@@ -43,13 +43,12 @@ class Pipe:
         self._fd, self._read, self._write = fd, os.read, os.write
 
     def send(self, message: Any) -> None:
-        data = dumps(message)
-        data = struct.pack(">I", len(data)) + data
+        data = wire.frame(message)
         while data:
             data = data[self._write(self._fd, data) :]
 
     def receive(self) -> Any:
-        (length,) = struct.unpack(">I", self._exactly(4))
+        length = wire.length_of(self._exactly(wire.HEAD_BYTES))
         if length > LONGEST_MESSAGE:
             raise ProgramGone("the program sent too much")
         try:

@@ -117,7 +117,7 @@ class RewardWeights:
 
 
 class Scorer:
-    """Grade rollouts with accuracy, format and language, and add the parts up.
+    """Grade rollouts with accuracy, format, language and repetition, and add the parts up.
 
     Args:
         weights: Weight of each part.
@@ -180,7 +180,7 @@ class Scorer:
         parts = {} if accuracy.value is None else {self.accuracy.name: accuracy.value}
         for reward in self._style:
             value = reward(problem, text).value
-            assert value is not None  # neither format nor language can fail
+            assert value is not None  # only accuracy has a verifier that can fail
             parts[reward.name] = value
         weights = {
             "accuracy": self.weights.accuracy,

@@ -14,12 +14,11 @@ import os
 import resource
 import select
 import signal
-import struct
 import time
 from contextlib import suppress
 from typing import Any, NoReturn
 
-from rewards import confine
+from rewards import confine, wire
 
 
 class Solver:
@@ -40,7 +39,7 @@ class Solver:
         stage, stage_cpu_s = "", 0.0
         deadline = time.monotonic() + timeout_s
         try:
-            _write(self._requests, {"gold": gold, "answer": answer, "cpu_s": timeout_s + 1})
+            wire.write(self._requests, {"gold": gold, "answer": answer, "cpu_s": timeout_s + 1})
             while True:
                 reply = self._read(deadline)
                 if "stage" not in reply:
@@ -80,7 +79,7 @@ class Solver:
         return usage.ru_utime + usage.ru_stime
 
     def _read(self, deadline: float) -> dict[str, Any]:
-        (length,) = struct.unpack(">I", self._exactly(4, deadline))
+        length = wire.length_of(self._exactly(wire.HEAD_BYTES, deadline))
         reply: dict[str, Any] = json.loads(self._exactly(length, deadline))
         return reply
 
@@ -102,13 +101,6 @@ class Solver:
         return data
 
 
-def _write(fd: int, message: dict[str, Any]) -> None:
-    data = json.dumps(message).encode()
-    data = struct.pack(">I", len(data)) + data
-    while data:
-        data = data[os.write(fd, data) :]
-
-
 def _serve(requests: int, replies: int) -> NoReturn:
     """In the fork: compare until the worker is gone."""
     from rewards import equivalence
@@ -117,17 +109,17 @@ def _serve(requests: int, replies: int) -> NoReturn:
         confine.die_with_parent()
         gc.freeze()
         with open(requests, "rb") as source:
-            while len(head := source.read(4)) == 4:
-                task = json.loads(source.read(struct.unpack(">I", head)[0]))
+            while len(head := source.read(wire.HEAD_BYTES)) == wire.HEAD_BYTES:
+                task = json.loads(source.read(wire.length_of(head)))
                 _limit_cpu(task["cpu_s"])
-                _write(replies, _answer(equivalence.equivalent, task, replies))
+                wire.write(replies, _answer(equivalence.equivalent, task, replies))
     finally:
         os._exit(0)
 
 
 def _answer(equivalent: Any, task: dict[str, Any], replies: int) -> dict[str, Any]:
     def stage(name: str) -> None:
-        _write(replies, {"stage": name, "cpu_s": time.process_time()})
+        wire.write(replies, {"stage": name, "cpu_s": time.process_time()})
 
     try:
         value, detail = equivalent(task["gold"], task["answer"], stage)

@@ -12,7 +12,6 @@ import datetime
 import decimal
 import fractions
 import importlib
-import json
 import sys
 import types
 from collections.abc import Callable
@@ -27,7 +26,6 @@ SAFE_BUILTINS = frozenset(
     "int float str bool list tuple dict set frozenset complex bytes len sum min max abs sorted reversed "  # noqa: SIM905
     "range enumerate zip map filter any all round pow divmod ord chr repr object".split()
 )
-LONGEST_CONTAINER = 2_000_000
 
 Reference = Callable[[Any], list[Any]]
 Dereference = Callable[[str, Any], Any]
@@ -179,8 +177,3 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "td": lambda days, seconds, micro: datetime.timedelta(days, seconds, micro),
     "e": lambda: ...,
 }
-
-
-def dumps(message: Any) -> bytes:
-    """A message as bytes."""
-    return json.dumps(message, separators=(",", ":"), check_circular=False).encode()

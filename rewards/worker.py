@@ -11,11 +11,11 @@ import json
 import os
 import resource
 import shutil
-import struct
 import sys
+from contextlib import suppress
 from typing import Any, BinaryIO
 
-from rewards import sandbox
+from rewards import sandbox, wire
 from rewards.solver import Solver
 
 
@@ -69,19 +69,9 @@ def main() -> int:
     sandbox.adopt_orphans(requests.fileno())
     solver = Solver(requests.fileno())
 
-    def send(reply: dict[str, Any]) -> None:
-        data = json.dumps(reply).encode()
-        data = struct.pack(">I", len(data)) + data
-        try:
-            while data:
-                data = data[os.write(replies, data) :]
-        except BrokenPipeError:
-            pass  # the parent is gone: the next read says so too
-
     while True:
         try:
-            (length,) = struct.unpack(">I", _read(requests, 4))
-            task = json.loads(_read(requests, length))
+            task = json.loads(_read(requests, wire.length_of(_read(requests, wire.HEAD_BYTES))))
         except EOFError:  # the parent is gone, and may not have had the time to tidy up
             shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
             return 0
@@ -93,7 +83,8 @@ def main() -> int:
             reply = {"error": "recursion too deep", "kind": "memory"}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
-        send(reply)
+        with suppress(BrokenPipeError):  # the parent is gone: the next read says so too
+            wire.write(replies, reply)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import os
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
+
+from rewards import wire
 
 START_LIMIT_S = 60.0  # an import of sympy on a busy machine; not part of a task's own limit
 DEFAULT_LIMIT_S = 5.0
@@ -174,9 +175,8 @@ class _Child:
 
     def exchange(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
-        data = json.dumps(task).encode()
-        self._write(struct.pack(">I", len(data)) + data, deadline, timeout_s)
-        (length,) = struct.unpack(">I", self._read(4, deadline, timeout_s))
+        self._write(wire.frame(task), deadline, timeout_s)
+        length = wire.length_of(self._read(wire.HEAD_BYTES, deadline, timeout_s))
         reply: dict[str, Any] = json.loads(self._read(length, deadline, timeout_s))
         return reply
 

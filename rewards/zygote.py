@@ -14,7 +14,6 @@ import resource
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-from rewards import audit, confine, serve
+from rewards import audit, confine, serve, wire
 from rewards.judge import words
 
 LINK_FD = 3
@@ -80,15 +79,14 @@ class Zygote:
 
 
 def _send(channel: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-    data = json.dumps(message).encode()
-    head = struct.pack(">I", len(data))
-    socket.send_fds(channel, [head], fds)
-    channel.sendall(data)
+    data = wire.frame(message)
+    sent = socket.send_fds(channel, [data], fds)
+    channel.sendall(data[sent:])
 
 
 def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    head, fds, _, _ = socket.recv_fds(channel, 4, 8)
-    (length,) = struct.unpack(">I", head + _exactly(channel, 4 - len(head)))
+    head, fds, _, _ = socket.recv_fds(channel, wire.HEAD_BYTES, 8)
+    length = wire.length_of(head + _exactly(channel, wire.HEAD_BYTES - len(head)))
     message: dict[str, Any] = json.loads(_exactly(channel, length))
     return message, fds
 

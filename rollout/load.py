@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rollout.engine import RolloutEngine
-from rollout.settings import DtypeName, EngineName, LocalSettings, RolloutSettings, VllmSettings
+from rollout.settings import (
+    DtypeName,
+    EngineName,
+    LocalSettings,
+    RolloutSettings,
+    VllmSettings,
+    torch_dtype,
+)
 from rollout.tokenizer import has_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -40,6 +47,28 @@ def model_type(path: Path | str) -> str:
         return str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a model config with a model_type: {error!r}") from error
+
+
+def context_of(path: Path | str) -> int | None:
+    """A checkpoint's longest sequence, tokens, where its config.json tells."""
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return None
+
+
+def context_and_vocabulary(path: Path, context: int) -> tuple[int, int]:
+    """The longest sequence, at most `context` unless that is 0, and the number of token ids.
+
+    Raises:
+        ValueError: config.json tells of neither.
+    """
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    most = context_of(path) or context
+    if not most or "vocab_size" not in config:
+        raise ValueError(f"{path}/config.json lacks max_position_embeddings or vocab_size; add them there.")
+    return min(context or most, most), int(config["vocab_size"])
 
 
 def open_engine(
@@ -79,15 +108,11 @@ def open_engine(
         return VllmEngine(path, dtype=dtype, settings=vllm), tokenizer
 
     # Each engine imports its own stack, so that the native one does not wait for transformers' models.
-    import torch
-
     local = local or LocalSettings()
-
-    torch_dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if engine == "native":
         import model
 
-        net = model.load(path, dtype=torch_dtype, device=device)
+        net = model.load(path, dtype=torch_dtype(dtype), device=device)
         return native_engine(net, local, tokenizer), tokenizer
 
     from transformers import AutoModelForCausalLM
@@ -95,7 +120,7 @@ def open_engine(
 
     logging.disable_progress_bar()  # it would tear the caller's own lines apart
     dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch_dtype, device_map={"": device}
+        path, dtype=torch_dtype(dtype), device_map={"": device}
     )
     return dense_engine(dense, local, tokenizer), tokenizer
 

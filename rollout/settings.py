@@ -1,12 +1,22 @@
-"""Settings of the engines: in-process ones, vLLM, and the pool of workers. No torch here."""
+"""Settings of the engines: in-process ones, vLLM, and the pool of workers. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 EngineName = Literal["auto", "native", "dense", "vllm"]
 DtypeName = Literal["float32", "bfloat16"]
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """torch's own name for it."""
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from rollout.engine import EngineDied, StaleWeights
+from rollout.load import context_and_vocabulary
 from rollout.self_test import self_test
-from rollout.settings import DtypeName, VllmSettings
+from rollout.settings import DtypeName, VllmSettings, torch_dtype
 from rollout.stopping import Stopper, check_prompts, stop_ids
 from rollout.tokenizer import has_tokenizer, load_tokenizer
 from rollout.types import Prompt, Rollout, SamplingParams
@@ -36,6 +37,7 @@ from rollout.vllm_outputs import Ends, rollout
 from rollout.weights import (
     WORD,
     Policy,
+    check_shapes,
     fingerprint,
     in_dtype,
     live_fingerprint,
@@ -72,12 +74,10 @@ class VllmEngine:
             StaleWeights: the self-test found that vLLM does not compute what our model does.
         """
         self.path, self.settings = Path(path), settings or VllmSettings()
-        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+        self.dtype = torch_dtype(dtype)
         self.version, self.weights, self.dead = 0, -1, ""
         self.config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        self.vocab_size = int(self.config["vocab_size"])
-        most = int(self.config["max_position_embeddings"])
-        self.max_positions = min(self.settings.context or most, most)
+        self.max_positions, self.vocab_size = context_and_vocabulary(self.path, self.settings.context)
         self.eos_token_id = eos_of(self.path, self.config) if eos_token_id is None else eos_token_id
         self.on_cpu = not torch.cuda.is_available()
         self.in_process = self.on_cpu and self.settings.tensor_parallel == 1
@@ -184,12 +184,7 @@ class VllmEngine:
         found = shapes(source)
         if not self._shapes:
             self._shapes = found if self.settings.self_test else checkpoint_shapes(self.path, found)
-        for name in sorted(found.keys() | self._shapes.keys()):
-            if found.get(name) != self._shapes.get(name):
-                raise ValueError(
-                    f"these weights do not fit the engine opened on {self.path}: {name} is "
-                    f"{found.get(name, 'missing')}, the engine's {self._shapes.get(name, 'not there')}."
-                )
+        check_shapes(found, self._shapes, self.path)
         self.load_tensors(list(in_dtype(public_weights(source), self.dtype)), version)
 
     def load_tensors(self, sent: list[tuple[str, Tensor]], version: int) -> None:

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from rollout.load import context_and_vocabulary
 from rollout.settings import DtypeName, VllmSettings
 
 MLA_KERNEL = (512, 64)
@@ -102,7 +103,7 @@ def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[s
     on_cpu = not torch.cuda.is_available()
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     prepare_environment(config, on_cpu, in_process=False)
-    context = settings.context or int(config["max_position_embeddings"])
+    context, _ = context_and_vocabulary(path, settings.context)
     flags = ["--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", str(settings.max_batch)]
     flags += ["--tensor-parallel-size", str(settings.tensor_parallel)]
     if overrides := missing_keys(config):

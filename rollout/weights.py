@@ -9,6 +9,7 @@ equal sums mean equal weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,3 +95,17 @@ def live_fingerprint(network: nn.Module) -> int:
 def shapes(source: Any) -> dict[str, tuple[int, ...]]:
     """Public name -> shape."""
     return {name: tuple(tensor.shape) for name, tensor in public_weights(source)}
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], known: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Refuse weights that are not of the model that an engine opened.
+
+    Raises:
+        ValueError: with the first name whose shape differs, or that only one of them has.
+    """
+    for name in sorted(found.keys() | known.keys()):
+        if found.get(name) != known.get(name):
+            raise ValueError(
+                f"these weights do not fit the engine opened on {path}: {name} is "
+                f"{found.get(name, 'missing')}, the engine's {known.get(name, 'not there')}."
+            )

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rollout.engine import StaleWeights
-from rollout.settings import RolloutSettings
+from rollout.settings import RolloutSettings, torch_dtype
 from rollout.types import FinishReason, Prompt, SamplingParams
 from rollout.weights import Policy, fingerprint, public_weights
 
@@ -42,7 +40,7 @@ class Worker:
                 path, dtype=settings.dtype, settings=settings.vllm, eos_token_id=eos_token_id
             )
             return
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.dtype]
+        dtype = torch_dtype(settings.dtype)
         tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
         device = "cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu"
         if model_type(path) in NATIVE_TYPES:
@@ -96,10 +94,3 @@ class Worker:
                 ended, since = [], time.monotonic()
         if ended:
             yield ended
-
-
-def context_and_vocabulary(path: Path, context: int) -> tuple[int, int]:
-    """The longest sequence, at most `context` unless that is 0, and the number of token ids."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    most = int(config["max_position_embeddings"])
-    return min(context or most, most), int(config["vocab_size"])

@@ -22,15 +22,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rollout.engine import EngineDied
-from rollout.settings import RolloutSettings
+from rollout.load import context_and_vocabulary
+from rollout.settings import RolloutSettings, torch_dtype
 from rollout.stopping import check_prompts
 from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.vllm_options import checkpoint_shapes
-from rollout.weights import Policy, fingerprint, in_dtype, public_weights, shapes
-from rollout.worker import Drawn, Worker, context_and_vocabulary
+from rollout.weights import Policy, check_shapes, fingerprint, in_dtype, public_weights, shapes
+from rollout.worker import Drawn, Worker
 
 PARTS_PER_WORKER = 4
 """Parts that a worker's fair share of a request is cut into: more, and the last one idles less; fewer, and
@@ -77,7 +76,7 @@ class Counts:
     replaced: int = 0
     """Workers that died or hung."""
     again: int = 0
-    """Rollouts that were asked for again, from a lost worker."""
+    """Rollouts that were asked for again."""
     repeated: int = 0
     """Rollouts that came back a second time and were dropped."""
     stale: int = 0
@@ -160,16 +159,18 @@ class RolloutPool:
         self.counts.replaced += 1
         part = member.part
         if part is not None:
-            part.failures += 1
-            self.counts.again += len(part.missing)
-            if part.failures >= MOST_FAILURES:
-                last = part.first + len(part.prompts) - 1
-                raise EngineDied(
-                    f"{MOST_FAILURES} workers were lost over prompts {part.first} to {last} ({why}); "
-                    "is memory short? Lower rollout.workers or max_tokens."
-                )
-            queue.appendleft(part)
+            lost = f"workers were lost ({why}); is memory short? Lower rollout.workers or max_tokens"
+            self._again(part, queue, lost)
         self.members[self.members.index(member)] = self._ready(self._actor())
+
+    def _again(self, part: Part, queue: deque[Part], why: str) -> None:
+        """Have what is missing of a part drawn again, unless that has failed too often."""
+        part.failures += 1
+        self.counts.again += len(part.missing)
+        if part.failures >= MOST_FAILURES:
+            last = part.first + len(part.prompts) - 1
+            raise EngineDied(f"prompts {part.first} to {last} failed {MOST_FAILURES} times: {why}.")
+        queue.appendleft(part)
 
     def _kill(self, member: Member) -> None:
         self.ray.kill(member.actor)
@@ -268,7 +269,7 @@ class RolloutPool:
         if drawn is None:
             member.part = member.stream = None
             if part.missing:
-                queue.appendleft(part)
+                self._again(part, queue, f"{len(part.missing)} rollouts were too old or never came back")
 
     # ---- weights
 
@@ -280,14 +281,9 @@ class RolloutPool:
         """
         found = shapes(source)
         self._shapes = self._shapes or checkpoint_shapes(self.path, found)
-        for name, shape in found.items():
-            if shape != self._shapes.get(name, shape):
-                raise ValueError(
-                    f"these weights do not fit the workers' model {self.path}: {name} is {shape}, "
-                    f"theirs {self._shapes[name]}."
-                )
-        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self.settings.dtype]
-        sent = {name: tensor.cpu() for name, tensor in in_dtype(public_weights(source), dtype)}
+        check_shapes(found, self._shapes, self.path)
+        weights = in_dtype(public_weights(source), torch_dtype(self.settings.dtype))
+        sent = {name: tensor.cpu() for name, tensor in weights}
         self.latest = (self.ray.put(sent), fingerprint(sent.values()))
         self.version = version
 

@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import shutil
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
-from model.config import TINY
-from model.transformer import Transformer
-from pipeline import serve
+from pipeline import converse, serve
 from pipeline.chat import Config as ChatConfig
 from pipeline.chat import run as run_chat
 from pipeline.converse import Conversation
 from pipeline.errors import UserError
-from pipeline.policy import save_policy
+from rollout.load import context_and_vocabulary
 from rollout.stream import Decoder, ThinkingSplit, pieces
-from rollout.tokenizer import train_tokenizer
 from rollout.types import Problem, Prompt, SamplingParams
+from tests.small import random_policy
 
-CORPUS = ["User: 3+4-5=?\nAssistant: <think> 3+4=7\n7-5=2 </think> <answer> 2 </answer> 你好"] * 20
 GREEDY = SamplingParams(max_tokens=30, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("policy")
-    small = replace(TINY, vocab_size=300, hidden_size=32, num_hidden_layers=2, initializer_range=0.2,
-                    max_position_embeddings=128)  # fmt: skip
-    save_policy(Transformer(small, seed=0), train_tokenizer(CORPUS, 300), path, "r1", "random")
-    return path
+    return random_policy(path, tokenizer, "r1", initializer_range=0.2, max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")
@@ -141,15 +138,48 @@ def test_requests_at_once_do_not_disturb_each_other(post):
     assert got == want
 
 
+def test_the_engine_is_never_asked_twice_at_once(talk, monkeypatch):
+    """Its streams would share one model's modules, and vLLM's engine is not made for it."""
+    at_work, most = [0], [0]
+
+    def slow(engine, ids, sampling, room):
+        for _ in range(5):
+            at_work[0] += 1
+            most[0] = max(most[0], at_work[0])
+            time.sleep(0.005)
+            at_work[0] -= 1
+            yield [5], ""
+        yield [6], "length"
+
+    monkeypatch.setattr(converse, "pieces", slow)
+    ask = lambda: list(talk.speak([3], False, GREEDY, converse.Said(1)))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+
+
+def test_a_stop_string_ends_the_text_before_it(post):
+    body = {"prompt": "User: 3+4=?", "temperature": 0, "max_tokens": 30}
+    text = post("/v1/completions", body)[1]["choices"][0]["text"]
+    stop = text[len(text) // 2 :][:3]
+    choice = post("/v1/completions", body | {"stop": ["never said", stop]})[1]["choices"][0]
+    assert stop and choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
+
+
 @pytest.mark.parametrize(
     ("path", "body", "says"),
     [
         ("/v1/completions", {"prompt": ""}, "not empty"),
-        ("/v1/completions", {"prompt": [300]}, "outside the model's vocabulary"),
+        ("/v1/completions", {"prompt": [10**6]}, "outside the model's vocabulary"),
         ("/v1/completions", {"prompt": "x" * 500}, "context holds 128"),
         ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
         ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, "many"),
         ("/v1/completions", {"prompt": "a", "n": 2}, "n must be 1"),
+        ("/v1/completions", {"prompt": "a", "stop": 3}, "stop must be"),
+        ("/v1/completions", {"prompt": "a", "stop": ["b", None]}, "stop must be"),
         ("/v1/chat/completions", {"messages": []}, "messages must be"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages must be"),
         ("/v1/chat/completions", [], "not a JSON object"),
@@ -167,13 +197,39 @@ def test_other_paths_and_no_json(post):
 
 
 def test_chat_answers_each_line_and_begins_anew(folder, monkeypatch, capsys):
-    import io
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("3+4=?\n/new\n3+4=?\n"))
-    run_chat(ChatConfig(model=folder, temperature=0.0, max_tokens=12, threads=1))
+    chat(folder, monkeypatch, "3+4=?\n/new\n3+4=?\n", temperature=0.0)
     out = capsys.readouterr().out
     half = out[: len(out) // 2]
     assert half and out == half * 2 and "\033" not in out  # greedy, same question, no history: same answer
+
+
+def chat(folder, monkeypatch, said, **settings):
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    run_chat(ChatConfig(model=folder, max_tokens=12, threads=1, **settings))
+
+
+def test_chat_remembers_the_conversation_until_it_begins_anew(folder, monkeypatch, capsys):
+    seen = []
+    prompt = Conversation.prompt
+    monkeypatch.setattr(
+        Conversation, "prompt", lambda self, messages: seen.append(list(messages)) or prompt(self, messages)
+    )
+    chat(folder, monkeypatch, "one\ntwo\n/new\nthree\n", temperature=0.0)
+    assert [[m["role"] for m in messages] for messages in seen] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["user"],
+    ]
+    assert [messages[-1]["content"] for messages in seen] == ["one", "two", "three"]
+
+
+def test_each_turn_has_numbers_of_its_own_and_each_run_the_same(folder, monkeypatch, capsys):
+    outputs = []
+    for _ in range(2):
+        chat(folder, monkeypatch, "3+4=?\n/new\n3+4=?\n", temperature=1.0, top_p=1.0, seed=5)
+        outputs.append(capsys.readouterr().out)
+    first, second = outputs
+    assert first == second and first[: len(first) // 2] != first[len(first) // 2 :]
 
 
 def test_a_model_that_is_not_there_is_a_user_error(tmp_path):
@@ -181,3 +237,28 @@ def test_a_model_that_is_not_there_is_a_user_error(tmp_path):
         run_chat(ChatConfig(model=tmp_path / "none"))
     with pytest.raises(UserError, match="no model at"):
         serve.main(["--model", str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("without", "says"),
+    [
+        ("tokenizer.json", "has no tokenizer.json"),
+        ("max_position_embeddings", "lacks max_position_embeddings"),
+    ],
+)
+def test_what_a_model_lacks_is_a_user_error(folder, tmp_path, without, says):
+    path = shutil.copytree(folder, tmp_path / "lacking")
+    if (path / without).is_file():
+        (path / without).unlink()
+    else:
+        config = json.loads((path / "config.json").read_text())
+        del config[without]
+        (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=says):
+        Conversation(ChatConfig(model=path))
+
+
+def test_the_context_has_several_names(tmp_path):
+    (tmp_path / "config.json").write_text('{"n_positions": 32, "vocab_size": 5}')  # GPT-2
+    assert context_and_vocabulary(tmp_path, 0) == (32, 5)
+    assert context_and_vocabulary(tmp_path, 20) == (20, 5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import types
 from pathlib import Path
@@ -13,8 +12,8 @@ import pytest
 from pipeline.data import BENCHMARKS, decontaminate, order, problems
 from pipeline.errors import UserError
 from rollout.types import Problem, StdioTest
+from tests.data import FOLDER as SHARED
 
-SHARED = Path(os.environ.get("R1_DATA") or Path(__file__).parents[2] / "shared" / "data")
 needs_data = pytest.mark.skipif(
     not (SHARED / "math500.jsonl").is_file(),
     reason="no benchmark files: set R1_DATA to a folder that has them",

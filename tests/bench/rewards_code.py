@@ -5,38 +5,23 @@ No claim against a rival here but a floor: 60 programs a second. The profile say
 
 from __future__ import annotations
 
-import json
-import os
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
 from rewards.code import run_tests, sandbox_in_force
 from rewards.workers import WorkerPool
 from tests.bench.measure import interleave
+from tests.data import checked_programs
 
 SUMMARY = "HumanEval programs a second on two workers, each in a sandbox of its own: at least 60"
 AT_LEAST, ROUNDS = 60.0, 5
 
 
-def _programs() -> list[tuple[str, list[str]]]:
-    folder = Path(os.environ.get("R1_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    path = folder / "humaneval.jsonl"
-    if not path.exists():
-        raise UserError(f"{path} is missing: set R1_DATA to the folder that holds {path.name}.")
-    rows = [json.loads(line) for line in path.open(encoding="utf-8")]
-    return [
-        (row["prompt"] + row["canonical_solution"], [row["test"] + f"\ncheck({row['entry_point']})"])
-        for row in rows
-    ]
-
-
 def run() -> dict[str, Any]:
     """Time whole passes over the 164 programs; nothing is remembered from one to the next."""
-    programs = _programs()
+    programs = checked_programs("humaneval")
     passes = 0
     with WorkerPool(2) as pool, ThreadPoolExecutor(2) as threads:
 

@@ -7,22 +7,19 @@ they differ, the classes of the policy layer (`rewards.compare`) are counted, wi
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import statistics
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from pipeline.errors import UserError
 from rewards.extract import final_answer
 from rewards.math_answer import grade_math, normalise, quick_grade
-from rewards.reward import Accuracy
+from rewards.outcome import Outcome
 from rewards.workers import WorkerPool
-from rollout.types import Problem
+from tests.bench._rewards import outcomes
+from tests.data import rows
 
 SUMMARY = "grading 5,000 completions: at least 10 times math-verify's throughput, the same verdicts"
 PAIRS, BLOCKS, AT_LEAST = 5000, 10, 10.0
@@ -39,18 +36,10 @@ _GSM8K = (
 )
 
 
-def _rows(name: str) -> list[str]:
-    folder = Path(os.environ.get("R1_DATA") or Path(__file__).parents[3] / "shared" / "data")
-    path = folder / f"{name}.jsonl"
-    if not path.exists():
-        raise UserError(f"{path} is missing: set R1_DATA to the folder that holds {path.name}.")
-    return [json.loads(line)["answer"] for line in path.open(encoding="utf-8")]
-
-
 def pairs() -> list[tuple[str, str]]:
     """(gold, completion): two of three from MATH, one from GSM8K; half of them with a wrong answer."""
     draw = random.Random(0)
-    maths, grade_school = _rows("math_train"), _rows("gsm8k_train")
+    maths, grade_school = ([row["answer"] for row in rows(name)] for name in ("math_train", "gsm8k_train"))
     made = []
     for i in range(PAIRS):
         golds, templates = (grade_school, _GSM8K + _TEMPLATES[:1]) if i % 3 == 0 else (maths, _TEMPLATES)
@@ -66,17 +55,6 @@ def _peer(block: list[tuple[str, str]]) -> list[bool]:
     from math_verify import parse, verify
 
     return [bool(verify(parse(f"${gold}$"), parse(completion))) for gold, completion in block]
-
-
-def _ours(block: list[tuple[str, str]], pool: WorkerPool, threads: ThreadPoolExecutor) -> list[str]:
-    accuracy = Accuracy("lenient", pool=pool)
-    verdicts = []
-    for gold, completion in block:
-        problem = Problem("", "math", "", answer=gold)
-        quick, _ = accuracy.quick(problem, completion)
-        verdicts.append(quick if quick is not None else threads.submit(accuracy, problem, completion))
-    outcomes = [verdict if not hasattr(verdict, "result") else verdict.result() for verdict in verdicts]
-    return ["error" if outcome.value is None else str(outcome.value == 1) for outcome in outcomes]
 
 
 def run() -> dict[str, Any]:
@@ -102,7 +80,7 @@ def run() -> dict[str, Any]:
             for name in ("ours", "peer") if number % 2 else ("peer", "ours"):
                 begin = time.perf_counter()
                 if name == "ours":
-                    mine += _ours(block, pool, threads)
+                    mine += [_word(outcome) for outcome in outcomes(block, pool, threads)]
                 else:
                     theirs += _peer(block)
                 seconds[name] = time.perf_counter() - begin
@@ -125,6 +103,10 @@ def run() -> dict[str, Any]:
         "differing_verdicts": dict(differing),
         "examples": examples,
     }  # fmt: skip
+
+
+def _word(outcome: Outcome) -> str:
+    return "error" if outcome.value is None else str(outcome.value == 1)
 
 
 def _differences(

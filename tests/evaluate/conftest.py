@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
-import torch
 
-import model
-from rollout.tokenizer import train_tokenizer
 from rollout.types import Rollout
-
-CORPUS = [
-    "User: What is 3+4-5?\nAssistant: <think>\n3+4=7\n7-5=2\n</think>\n<answer>\n2\n</answer>",
-    "The answer is \\boxed{12}. 计算：3+4=？ 你好，世界。",
-] * 20
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return train_tokenizer(CORPUS, vocab_size=400)
+from tests.small import random_policy
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tokenizer, tmp_path_factory):
     """A tiny native model of 96 positions that was trained, it says, with the template r1-zero-short."""
     path = tmp_path_factory.mktemp("made") / "model"
-    path.mkdir()
-    config = dataclasses.replace(
-        model.TINY,
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        max_position_embeddings=96,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model.save(model.Transformer(config, seed=0), path)
-    tokenizer.save_pretrained(path)
-    (path / "pipeline.json").write_text('{"template": "r1-zero-short"}\n')
-    return path
+    return random_policy(path, tokenizer, "r1-zero-short", max_position_embeddings=96)
 
 
 class Scripted:
@@ -79,7 +44,7 @@ def scripted(tokenizer, monkeypatch):
     def install(says):
         engines = []
 
-        def open_engine(path, engine="auto", dtype="float32", device="cpu", vllm=None):
+        def open_engine(path, engine="auto", dtype="float32", device="cpu", vllm=None, local=None):
             engines.append(Scripted(tokenizer, says))
             return engines[-1], tokenizer
 

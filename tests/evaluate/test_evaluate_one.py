@@ -104,7 +104,19 @@ def test_the_same_question_again_is_answered_from_the_folder(config, scripted):
 
 
 @pytest.mark.parametrize(
-    "change", [{"samples": 3}, {"temperature": 0.5}, {"limit": 2}, {"template": "raw"}, {"seed": 1}]
+    "change",
+    [
+        {"samples": 3},
+        {"temperature": 0.5},
+        {"top_p": 0.9},
+        {"max_tokens": 39},
+        {"limit": 2},
+        {"template": "raw"},
+        {"seed": 1},
+        {"dtype": "bfloat16"},
+        {"engine": "dense"},
+    ],
+    ids=lambda change: next(iter(change)),
 )
 def test_another_question_is_refused_where_scores_lie(config, scripted, change):
     scripted(says)

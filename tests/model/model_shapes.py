@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from model import ModelConfig, Transformer
+from tests.small import bias_gates
 
 YARN = {
     "type": "yarn",
@@ -59,6 +60,4 @@ def make(config: ModelConfig, seed: int = 0) -> Transformer:
                 parameter.mul_(6)
             else:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-        for moe in net.moe_layers():
-            moe.gate.e_score_correction_bias.normal_(0, 0.3, generator=generator)
-    return net
+    return bias_gates(net, 0.3, generator)

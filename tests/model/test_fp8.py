@@ -17,15 +17,12 @@ import model
 from model import fp8
 from model.kernels import blocks, gemm
 from model.moe import Experts
+from tests.gpu._compare import relative
 from tests.reference import fp8 as reference
 
 SHAPES = [(256, 256, 256), (100, 72, 200), (37, 130, 129), (300, 24, 576), (8, 512, 40)]  # t o i
 BOUND = 0.04
 """Largest relative error of a product; that of E4M3 itself is 3.7 %."""
-
-
-def relative(got, want):
-    return ((got.double() - want).norm() / want.norm()).item()
 
 
 def inputs(t, o, i):

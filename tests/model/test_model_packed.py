@@ -5,6 +5,7 @@ import torch
 from model_shapes import BASE, SHAPES, make
 
 from model.dense import DensePolicy
+from tests.small import VOCAB, llama
 
 
 def pack(sequences, width):
@@ -35,15 +36,9 @@ def test_packed_rows_equal_separate_rows(shape):
 
 
 def test_packed_rows_equal_separate_rows_in_a_dense_model():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    policy = DensePolicy(transformers.LlamaForCausalLM(config))
-    check_packed(policy, 97)
-    tokens = torch.randint(97, (2, 9))
+    policy = DensePolicy(llama())
+    check_packed(policy, VOCAB)
+    tokens = torch.randint(VOCAB, (2, 9))
     torch.testing.assert_close(policy.logits(tokens), policy.network(tokens).logits)
 
 

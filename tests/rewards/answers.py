@@ -16,6 +16,15 @@ def cases() -> list[Case]:
     return [(reason, gold, answer, want) for reason, rows in CLASSES.items() for gold, answer, want in rows]
 
 
+def alike(first: str, second: str) -> bool:
+    """Whether two answers have the same letters and digits, but for degrees and how fractions are set."""
+
+    def bare(text: str) -> str:
+        return "".join(filter(str.isalnum, text.replace("dfrac", "frac"))).replace("circ", "")
+
+    return bare(first) == bare(second)
+
+
 CLASSES: dict[str, list[tuple[str, str, bool]]] = {
     # LaTeX has many ways to write the same; exact-match graders fail on each.
     "notation": [

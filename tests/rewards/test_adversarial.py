@@ -11,6 +11,7 @@ from pipeline.grade import grade_file
 from rewards.extract import final_answer
 from rewards.math_answer import grade_math
 from rewards.workers import TaskFailed, WorkerPool
+from tests.rewards.in_time import outcomes_in_time
 
 LIMIT_S = 2.0
 COSTLY = {
@@ -71,12 +72,9 @@ def pool():
 )
 def test_answered_in_time_and_never_correct(pool, name, gold):
     answer = {**COSTLY, **ODD}[name]
-    start = time.monotonic()
-    outcome = grade_math(gold, answer, pool=pool, timeout_s=LIMIT_S)
-    # The limit, a second, and the slack of a machine that other tests load.
-    assert time.monotonic() - start < LIMIT_S + 1 + 2
-    assert outcome.value != 1, outcome.detail
-    assert outcome.detail
+    for outcome in outcomes_in_time(lambda: grade_math(gold, answer, pool=pool, timeout_s=LIMIT_S), LIMIT_S):
+        assert outcome.value != 1, outcome.detail
+        assert outcome.detail
 
 
 def test_the_pool_works_on_after_it(pool):

@@ -1,19 +1,18 @@
 """Programs: right, wrong, hostile; and the reference solutions of HumanEval and MBPP."""
 
-import json
 import os
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
+from pipeline.errors import UserError
 from rewards import code as code_module
 from rewards.code import run_tests
 from rewards.workers import WorkerPool
 from rollout.types import StdioTest
+from tests import data
 
-DATA = Path(os.environ.get("R1_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 TESTS = ("assert f(1) == 2", "assert f(2) == 3", "assert f(5) == 6", "assert f(-1) == 0")
 RIGHT = "def f(x):\n    return x + 1\n"
 
@@ -88,6 +87,12 @@ def test_endless_loops_end(pool):
     assert run_tests(RIGHT, TESTS, pool=pool).value == 1
 
 
+def test_a_verdict_is_remembered_for_its_own_limit_alone(pool):
+    slow = "import time\ntime.sleep(0.6)\n" + RIGHT
+    assert "time ran out" in run_tests(slow, TESTS, timeout_s=0.3, pool=pool).detail
+    assert run_tests(slow, TESTS, timeout_s=10, pool=pool).value == 1
+
+
 def test_files_stay_in_a_folder_that_is_deleted(pool, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("keep")
@@ -142,29 +147,22 @@ def test_verdicts_repeat_and_are_remembered(pool):
     assert time.perf_counter() - start < 0.1
 
 
-def rows(name: str) -> list[dict]:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is missing: set R1_DATA to the folder that holds {name}")
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
+def found(read, name: str) -> list:
+    try:
+        return read(name)
+    except UserError as missing:
+        pytest.skip(str(missing))
 
 
-def test_humaneval_references_pass(pool):
-    for row in rows("humaneval.jsonl")[::4][:40]:
-        tests = [row["test"] + f"\ncheck({row['entry_point']})"]
-        assert run_tests(row["prompt"] + row["canonical_solution"], tests, pool=pool).value == 1, row["id"]
-        stub = row["prompt"] + "    return None\n"
-        assert run_tests(stub, tests, pool=pool).value == 0, row["id"]
-
-
-def test_mbpp_references_pass(pool):
-    for row in [row for row in rows("mbpp.jsonl") if row["reference_passes"]][::24][:40]:
-        tests = [row["test_setup_code"], *row["test_list"]]
-        assert run_tests(row["solution"], tests, pool=pool).value == 1, row["id"]
+@pytest.mark.parametrize(("name", "every"), [("humaneval", 4), ("mbpp", 24)])
+def test_reference_programs_pass_and_broken_ones_do_not(pool, name, every):
+    for program, tests in found(data.checked_programs, name)[::every]:
+        assert run_tests(program, tests, pool=pool).value == 1, program
+        assert run_tests(data.broken(program), tests, pool=pool).value == 0, program
 
 
 def test_stdio_references_pass(pool):
-    for row in rows("code_stdio.jsonl"):
+    for row in found(data.rows, "code_stdio"):
         cases = [StdioTest(case["input"], case["output"]) for case in row["tests"][:4]]
         outcome = run_tests(row["solution"], cases, timeout_s=10, pool=pool)
         assert outcome.value == 1, (row["id"], outcome.detail)

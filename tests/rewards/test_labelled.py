@@ -1,18 +1,16 @@
 """Our own labelled set: answers and whole completions with the verdicts they deserve, each with its reason."""  # noqa: E501
 
-import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 
+from pipeline.errors import UserError
 from rewards.extract import final_answer
 from rewards.math_answer import grade_math
 from rewards.workers import WorkerPool
+from tests import data
 from tests.rewards import answers, completions
 
-DATA = Path(os.environ.get("R1_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
 FILES = "math500 aime24 aime25 amc23 olympiadbench minerva_math gsm8k_test math_test math_train".split()  # noqa: SIM905
 
 
@@ -58,10 +56,10 @@ def test_completions(reason, pool):
 
 
 def rows(name: str, most: int = 150) -> list[dict]:
-    path = DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is missing: set R1_DATA to the folder that holds {path.name}")
-    every = [json.loads(line) for line in path.open(encoding="utf-8")]
+    try:
+        every = data.rows(name)
+    except UserError as missing:
+        pytest.skip(str(missing))
     return random.Random(0).sample(every, most) if len(every) > most else every
 
 
@@ -93,11 +91,5 @@ def test_other_values_are_not_the_gold(name, pool):
     for row, other in zip(every, every[1:] + every[:1], strict=True):
         outcome = grade_math(row["answer"], other["answer"], pool=pool)
         assert outcome.value is not None
-        digits = [
-            "".join(filter(str.isalnum, item["answer"].replace("dfrac", "frac"))) for item in (row, other)
-        ]
         if outcome.value == 1:
-            assert digits[0].replace("circ", "") == digits[1].replace("circ", ""), (
-                row["answer"],
-                other["answer"],
-            )
+            assert answers.alike(row["answer"], other["answer"]), (row["answer"], other["answer"])

@@ -87,6 +87,7 @@ DIFFERENT = [
     ("42", "42 or 43"),
     ("42", "１２"),
     (r"\frac{1}{3}", "0.33"),
+    (r"\frac{1}{3}", "0.33333"),  # five digits; six are taken for a rounded third
     ("(1,-2)", "(-2,1)"),
     (r"\{1,2\}", "(1,2)"),
     (r"(-\infty,1)\cup(2,3]", r"(-\infty,1)\cup(2,3)"),

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import POSITIONS, VOCAB, prompt
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as native
@@ -12,6 +11,7 @@ from rollout import decoding
 from rollout.dense import DenseEngine
 from rollout.native import NativeEngine
 from rollout.types import SamplingParams
+from tests.small import POSITIONS, VOCAB, prompt
 
 SAMPLED = SamplingParams(max_tokens=20, n=3, seed=11)
 GREEDY = SamplingParams(max_tokens=20, temperature=0)

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB, prompt
 
 import model as native
 from rollout import workers
@@ -21,6 +20,7 @@ from rollout.settings import RolloutSettings
 from rollout.types import SamplingParams
 from rollout.worker import Worker
 from rollout.workers import Member, Part, RolloutPool
+from tests.small import VOCAB, prompt
 
 SAMPLED = SamplingParams(max_tokens=40, n=4, seed=11)
 SETTINGS = RolloutSettings(workers=2, timeout_s=60)
@@ -122,7 +122,9 @@ def test_prompts_that_kill_every_worker_end_the_request(pool, prompts, monkeypat
     stream = pool.generate(prompts, SAMPLED)
     next(stream)
     os.kill(victim.pid, signal.SIGKILL)
-    with pytest.raises(EngineDied, match=r"1 workers were lost over prompts 0 to 0 .*Lower rollout.workers"):
+    with pytest.raises(
+        EngineDied, match=r"prompts 0 to 0 failed 1 times: workers were lost .*Lower rollout.workers"
+    ):
         list(stream)
     monkeypatch.undo()
     assert len(list(pool.generate(prompts, SAMPLED))) == 32  # the next request finds a whole pool
@@ -139,6 +141,10 @@ def test_nan_and_wrong_weights_are_errors_and_the_pool_goes_on(pool, net, prompt
     wrong.norm.weight = torch.nn.Parameter(torch.ones(7))
     with pytest.raises(ValueError, match=r"model\.norm\.weight is \(7,\).*\(32,\)"):
         pool.load_weights(wrong, 7)
+    fewer = copy.deepcopy(net)
+    del fewer.layers[1]
+    with pytest.raises(ValueError, match=r"model\.layers\.1\..* is missing, the engine's"):
+        pool.load_weights(fewer, 7)
     pool.load_weights(net, 8)
     check_same(list(pool.generate(prompts, SAMPLED)), list(NativeEngine(net).generate(prompts, SAMPLED)))
     assert pool.counts.replaced == 0
@@ -172,6 +178,15 @@ def test_rollouts_that_come_back_twice_are_passed_on_once(pool, prompts):
     member.part = Part(2, [prompts[2]], {(2, 0)})
     assert len(list(pool._accept(member, [drawn, drawn], prompts, deque()))) == 1
     assert pool.counts.repeated == 1 and not member.part.missing
+
+
+def test_a_rollout_that_never_comes_back_ends_the_request(pool, prompts):
+    part, queue = Part(2, [prompts[2]], {(2, 0)}), deque()
+    for failures in range(1, workers.MOST_FAILURES):
+        list(pool._accept(Member(None, part=part), None, prompts, queue))
+        assert queue.pop() is part and part.failures == failures
+    with pytest.raises(EngineDied, match=r"prompts 2 to 2 failed 3 times: 1 rollouts .* never came back"):
+        list(pool._accept(Member(None, part=part), None, prompts, queue))
 
 
 def test_a_worker_refuses_weights_that_are_not_what_was_sent(deepseek_dir, net):

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from test_learner import MICRO, OBJECTIVE, rollouts, roundtrip, sequences, supervised
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import fp8
 from model.dense import DensePolicy
@@ -15,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.learner import MAX_SKIPPED, Learner
 from pipeline.losses import token_logprobs
 from pipeline.precision import HalfMomentAdamW
+from tests.small import llama
 
 HALF = ("bfloat16", "fp8")
 
@@ -192,12 +192,7 @@ def test_a_second_moment_that_bf16_cannot_hold_is_refused():
 
 @pytest.mark.parametrize("precision", HALF)
 def test_a_dense_policy_trains_in_every_precision(precision):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=True,
-    )  # fmt: skip
-    policy = DensePolicy(LlamaForCausalLM(config)).train()
+    policy = DensePolicy(llama(vocab_size=40, tie_word_embeddings=True, initializer_range=0.02)).train()
     it = Learner(policy, OptimConfig(lr=1e-2, precision=precision), 10, micro_rows=64)
     batch = batches(1)[0]
     losses = [it.supervised_update(batch)["loss/lm"] for _ in range(5)]

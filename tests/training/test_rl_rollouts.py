@@ -8,25 +8,17 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file
 
-from model.config import TINY
-from model.transformer import Transformer
 from pipeline.__main__ import main
-from pipeline.policy import save_policy
 from rollout.collect import Collector, Plan, Round, draw, has_spread
-from rollout.tokenizer import train_tokenizer
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
-
-CORPUS = ["User: 3+4-5=?\nAssistant: <think> 3+4=7\n7-5=2 </think> <answer> 2 </answer>"] * 20
+from tests.small import random_policy
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
+def policy(tokenizer, tmp_path_factory):
     """A random policy with its tokenizer, in the shape of a stage's model."""
-    small = replace(TINY, vocab_size=300, hidden_size=32, num_hidden_layers=2, initializer_range=0.1)
     folder = tmp_path_factory.mktemp("policy")
-    tokenizer = train_tokenizer(CORPUS, 300)
-    save_policy(Transformer(small, seed=0), tokenizer, folder, "r1-zero-short", "random")
-    return folder
+    return random_policy(folder, tokenizer, "r1-zero-short", initializer_range=0.1)
 
 
 def zero(policy, runs, name, *extra):
@@ -139,6 +131,14 @@ def test_dynamic_sampling_ends_where_nothing_has_spread():
     flat = lambda rollouts: [Graded(r, "", {}, 1.0) for r in rollouts]  # noqa: E731
     done = Collector(Counting(), prompts, flat, Plan(3, 2, dynamic=True, most_draws=2)).collect(0, SAMPLING)
     assert ids(done) == [0, 1, 2] and done.drawn == 6
+
+
+def test_a_verifier_that_failed_is_no_spread():
+    prompt = prompts(0, 1)[0]
+    graded = [Graded(Rollout(prompt, 0, s, (s,), (-1.0,), "stop"), "", {}, 1.0, "correct") for s in range(2)]
+    failed = Graded(Rollout(prompt, 0, 2, (2,), (-1.0,), "stop"), "", {}, 0.0, "error")
+    assert not has_spread([*graded, failed]) and not has_spread([failed, failed])
+    assert has_spread([*graded, replace(failed, verdict="incorrect")])
 
 
 def test_a_round_survives_a_checkpoint():

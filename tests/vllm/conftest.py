@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 MISSING = "vLLM is not installed in this environment: run `make test-vllm`, which has its own"
 
@@ -17,11 +15,3 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.path.is_relative_to(Path(__file__).parent):  # the hook is shown every test there is
                 item.add_marker(pytest.mark.skip(reason=MISSING))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -22,7 +22,8 @@ from rollout.self_test import compare
 from rollout.types import SamplingParams
 from rollout.vllm import VllmEngine
 from tests.bench.measure import record
-from tests.vllm.networks import LATENT, MOE, network, prompt, random_prompts
+from tests.small import prompt, random_prompts
+from tests.vllm.networks import LATENT, LENGTHS, MOE, network
 
 SAMPLING = SamplingParams(max_tokens=64, n=4, seed=0, ignore_eos=True)
 
@@ -64,7 +65,7 @@ def flipped(engine: VllmEngine, net: Transformer, sequences: list[tuple[int, ...
 def measure(name: str, path: Path) -> dict[str, Any]:
     """One model's figures."""
     engine = VllmEngine(path, dtype="bfloat16")
-    drawn = list(engine.generate(random_prompts(engine.vocab_size), SAMPLING))
+    drawn = list(engine.generate(random_prompts(engine.vocab_size, LENGTHS), SAMPLING))
     bf16, fp32 = (model.load(path, dtype=dtype).eval() for dtype in (torch.bfloat16, torch.float32))
     sequences = [(*r.prompt.token_ids, *r.token_ids) for r in drawn[:8]]
     out = {

@@ -9,7 +9,7 @@ import torch
 
 from model.config import TINY, ModelConfig
 from model.transformer import Transformer
-from rollout.types import Problem, Prompt
+from tests.small import bias_gates
 
 MOE = replace(TINY, initializer_range=0.08, max_position_embeddings=512, eos_token_id=2)
 """The tiny preset's shape, MTP module included; its latent is too small for the CPU's latent kernel."""
@@ -19,15 +19,13 @@ LATENT = replace(
 )  # fmt: skip
 """The one latent, 512 + 64, that vLLM's CPU kernel for latent attention knows."""
 
+LENGTHS = (3, 40, 1, 15, 7, 7, 2, 33)
+"""Of prompts, tokens."""
+
 
 def network(config: ModelConfig, seed: int) -> Transformer:
     """Random weights with biased gates, so that a lost bias would show."""
-    net = Transformer(config, seed).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for moe in net.moe_layers():
-            moe.gate.e_score_correction_bias.normal_(0, 0.2, generator=generator)
-    return net
+    return bias_gates(Transformer(config, seed).eval(), 0.2, torch.Generator().manual_seed(seed))
 
 
 def smollm2(folder: Path) -> Path:
@@ -36,12 +34,3 @@ def smollm2(folder: Path) -> Path:
 
     assert main(["smollm2", "--config", "configs/smollm2/smollm2.toml", "--runs", str(folder)]) == 0
     return folder / "smollm2/smollm2/model"
-
-
-def prompt(*token_ids: int) -> Prompt:
-    return Prompt(Problem(id="p", kind="general", question=""), "raw", token_ids)
-
-
-def random_prompts(vocab: int, lengths=(3, 40, 1, 15, 7, 7, 2, 33)) -> list[Prompt]:
-    generator = torch.Generator().manual_seed(1)
-    return [prompt(*torch.randint(3, vocab, (n,), generator=generator).tolist()) for n in lengths]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import MOE, network, prompt, random_prompts
+from networks import LENGTHS, MOE, network
 
 import model
 from rollout.engine import EngineDied, StaleWeights
@@ -15,10 +15,11 @@ from rollout.self_test import compare
 from rollout.tokenizer import train_tokenizer
 from rollout.types import SamplingParams
 from rollout.weights import fingerprint, public_weights
+from tests.small import prompt, random_prompts
 
 SAMPLED = SamplingParams(max_tokens=20, n=3, seed=11)
 GREEDY = replace(SAMPLED, temperature=0.0, n=1, ignore_eos=True)
-PROMPTS = random_prompts(MOE.vocab_size)
+PROMPTS = random_prompts(MOE.vocab_size, LENGTHS)
 
 
 @pytest.fixture(scope="module")

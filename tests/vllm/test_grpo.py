@@ -10,17 +10,15 @@ from networks import MOE, network
 
 from pipeline.__main__ import main
 from pipeline.policy import save_policy
-from rollout.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
-CORPUS = ["User: 3+4-5=?\nAssistant: <think> 3+4=7\n7-5=2 </think> <answer> 2 </answer>"] * 20
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
+def policy(tokenizer, tmp_path_factory):
     """A random policy with its tokenizer, in the shape of a stage's model."""
     folder = tmp_path_factory.mktemp("policy")
-    save_policy(network(MOE, seed=0), train_tokenizer(CORPUS, 300), folder, "r1-zero-short", "random")
+    save_policy(network(MOE, seed=0), tokenizer, folder, "r1-zero-short", "random")
     return folder
 
 

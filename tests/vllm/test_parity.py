@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import LATENT, MOE, network, random_prompts, smollm2
+from networks import LATENT, MOE, network, smollm2
 
 import model
 from rollout.sampling import truncate
 from rollout.types import SamplingParams
+from tests.small import random_prompts
 
 BOUND = {"moe": 1e-5, "latent": 1e-5, "smollm2": 5e-5}
 """Largest difference of a log-probability, nats."""

@@ -1,0 +1,27 @@
+"""A grader's promise to answer within a second of its limit, on a machine that others load too."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rewards import code, math_answer
+from rewards.outcome import Outcome
+
+GRACE_S = 1.0
+TRIES = 3
+"""A loaded machine may keep a process waiting for a second; a grader that is late is late every time."""
+
+
+def outcomes_in_time(grade: Callable[[], Outcome], limit_s: float) -> list[Outcome]:
+    """What `grade` says, nothing remembered, until it says so within `limit_s` and a second; three tries."""
+    outcomes, took = [], []
+    while len(outcomes) < TRIES:
+        for memo in (code._results, math_answer._results):
+            memo.clear()
+        start = time.monotonic()
+        outcomes.append(grade())
+        took.append(time.monotonic() - start)
+        if took[-1] < limit_s + GRACE_S:
+            return outcomes
+    raise AssertionError(f"with a limit of {limit_s} s it took {took} s")
