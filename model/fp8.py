@@ -143,6 +143,10 @@ class Fp8Experts(Experts):
         self.gate_up_proj, self.down_proj = of.gate_up_proj, of.down_proj
         self.kept_up, self.kept_down = _Kept(), _Kept()
 
+    def by_expert(self, u: Tensor, pairs: int) -> bool:
+        """Never: the products are grouped ones."""
+        return False
+
     def alignment(self, u: Tensor) -> int:
         """No filling rows: the products take any number."""
         return 1

@@ -19,12 +19,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .by_expert import ByExpert
 from .config import ModelConfig
 from .layers import MLP
 from .layout import Layout
 
 BF16_FILL_FROM = 512
 """Tokens of a batch from which bf16 rows of experts are filled up; smaller ones would be mostly filling."""
+
+BY_EXPERT_FROM = 32
+"""Token-expert pairs an expert, on average, from which experts on a CPU take turns."""
 
 
 class Gate(nn.Module):
@@ -251,11 +255,19 @@ class Experts(nn.Module):
     def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
         """sum_i g_i expert_i(u) for tokens `u` (t d), chosen experts `ids` (t k), gate values `g` (t k)."""
         plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
+        if self.by_expert(u, len(plan.token)):
+            g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
+            y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, plan.counts, plan.token)
+            return y
         h = self.grouped(Dispatch.apply(u, plan.token, plan.places), self.gate_up_proj, plan.counts)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
         g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
         y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.counts)  # m d
         return Combine.apply(y, plan.token, plan.places)
+
+    def by_expert(self, u: Tensor, pairs: int) -> bool:
+        """Whether experts take turns: on a CPU, where each has work enough to pay for its calls."""
+        return u.device.type == "cpu" and pairs >= BY_EXPERT_FROM * len(self.down_proj)
 
     def alignment(self, u: Tensor) -> int:
         """What the rows of an expert are filled up to.

@@ -60,7 +60,10 @@ def test_scores_and_generations_say_what_happened(config, scripted, tokenizer):
     ]
     a, b0, b1, c, long, code0, code1 = (rows[i] for i in (0, 2, 3, 4, 6, 8, 9))
     assert (a["verdict"], a["extracted"], a["finish_reason"]) == ("correct", "2", "stop")
-    assert a["parts"] == {"accuracy": 1.0, "format": 1.0, "language": 1.0, "repetition": 0.0} and a["tokens"] > 10
+    assert (
+        a["parts"] == {"accuracy": 1.0, "format": 1.0, "language": 1.0, "repetition": 0.0}
+        and a["tokens"] > 10
+    )
     assert (b0["verdict"], b0["extracted"], b1["verdict"], b1["extracted"]) == (
         "correct",
         "4",
