@@ -7,15 +7,16 @@ that a CPU trains. Here queries are taken a block at a time against the keys up 
 
     dV += P_b^T dO_b      dS_b = softmax'(dO_b V^T, P_b)      dQ_b = scale dS_b K      dK += scale dS_b^T Q_b
 
-Packed rows are taken apart into their sequences, and sequences of like length share a bucket, padded on the
-right: a causal query never sees padding behind it, so there is no mask but the diagonal block's.
+Packed rows are taken apart into their sequences, and short sequences of like length share a bucket, padded on
+the right: a causal query never sees padding behind it, so there is no mask but the diagonal block's. A bucket
+is small, so that what its products hand to each other stays in the core's cache.
 
 Axes    N tokens of all rows laid end to end, h heads, k key dimensions, v value dimensions;
         n sequences of a bucket, L its longest
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +25,46 @@ BLOCK = 64
 """Queries of a block. Smaller ones skip more of the upper triangle, larger ones make better GEMMs."""
 FULLNESS = 0.75
 """A sequence shares a bucket whose longest is at most 1 / FULLNESS times as long."""
+TOKENS = 512
+"""Most tokens of a bucket with more than one sequence, padding included."""
 KEEP = 1024
 """Up to this length the probabilities are kept for the backward; above, they are computed again."""
 
-Buckets = list[Tensor]
-"""Index tensors (n L): places in the N tokens, -1 where a shorter sequence has ended."""
+
+class Bucket(NamedTuple):
+    """Sequences that are computed together."""
+
+    places: Tensor  # n L, places in the N tokens, -1 where a shorter sequence has ended
+    run: slice | None  # those places, where they follow each other without padding
+
+    @classmethod
+    def of(cls, places: Tensor) -> "Bucket":
+        """With its run, if it is one."""
+        first, count = int(places[0, 0]), places.numel()
+        run = torch.equal(places.flatten(), torch.arange(first, first + count))
+        return cls(places, slice(first, first + count) if run else None)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The bucket's part of `x` (N h d): (n h, L, d). Padding takes the last token: any will do."""
+        rows = x.index_select(0, self.places.flatten() % len(x)) if self.run is None else x[self.run]
+        return rows.unflatten(0, self.places.shape).transpose(1, 2).flatten(0, 1)  # n L, h d -> n h, L d
+
+    def scatter(self, whole: Tensor, part: Tensor) -> None:
+        """Put `part` (n h, L, d) where its tokens are in `whole` (N + 1, h d); padding to the last row."""
+        rows = part.unflatten(0, (len(self.places), -1)).transpose(1, 2)  # n h, L d -> n L h d
+        if self.run is None:
+            whole.index_copy_(0, self.places.flatten() % len(whole), rows.flatten(0, 1).to(whole.dtype))
+        else:
+            whole[self.run].view(rows.shape).copy_(rows)
+
+
+Buckets = list[Bucket]
+
+
+def whole_rows(b: int, s: int) -> Buckets:
+    """Buckets of `b` rows that are one sequence of `s` tokens each."""
+    places = torch.arange(b * s).view(b, s)
+    return [Bucket.of(part) for part in places.split(max(1, TOKENS // s))]
 
 
 def buckets(sequence_ids: Tensor) -> Buckets:
@@ -44,10 +80,10 @@ def buckets(sequence_ids: Tensor) -> Buckets:
     found, start = [], 0
     while start < len(sequences):
         longest = len(sequences[start])
-        end = start + 1
-        while end < len(sequences) and len(sequences[end]) >= FULLNESS * longest:
+        end, last = start + 1, min(len(sequences), start + max(1, TOKENS // longest))
+        while end < last and len(sequences[end]) >= FULLNESS * longest:
             end += 1
-        found.append(torch.nn.utils.rnn.pad_sequence(sequences[start:end], True, -1))
+        found.append(Bucket.of(torch.nn.utils.rnn.pad_sequence(sequences[start:end], True, -1)))
         start = end
     return found
 
@@ -65,34 +101,36 @@ class CausalAttention(torch.autograd.Function):
         o = v.new_zeros(v.shape[0] + 1, *v.shape[1:])  # the last row takes what padding computes
         learning = any(ctx.needs_input_grad)
         kept: list[Tensor] = []
-        for places in plan:
-            qs, ks, vs = (_gather(x, places) for x in (q, k, v))
-            out = torch.empty_like(vs)
-            for begin, end in _blocks(places):
+        for bucket in plan:
+            qs, ks, vs = (bucket.gather(x) for x in (q, k, v))
+            out = vs.new_empty(vs.shape)
+            for begin, end in _blocks(bucket):
                 p = _probabilities(qs, ks, begin, end, scale)
                 out[:, begin:end] = torch.bmm(p, vs[:, :end])
-                if learning and places.shape[1] <= KEEP:
+                if learning and ks.shape[1] <= KEEP:
                     kept.append(p)
-            _scatter(o, out, places)
+            bucket.scatter(o, out)
         if learning:
-            ctx.save_for_backward(q, k, v, *plan, *kept)
-            ctx.scale, ctx.buckets = scale, len(plan)
+            ctx.save_for_backward(q, k, v, *kept)
+            ctx.scale, ctx.plan = scale, plan
         return o[:-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *rest = ctx.saved_tensors
-        plan, kept, scale = rest[: ctx.buckets], iter(rest[ctx.buckets :]), ctx.scale
+        kept, scale = iter(rest), ctx.scale
         dq, dk, dv = (x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))
-        for places in plan:
-            qs, ks, vs, do = (_gather(x, places) for x in (q, k, v, grad))
-            do.unflatten(0, (len(places), -1)).masked_fill_((places < 0)[:, None, :, None], 0)
+        for bucket in ctx.plan:
+            qs, ks, vs, do = (bucket.gather(x) for x in (q, k, v, grad))
+            if bucket.run is None:
+                padding = (bucket.places < 0)[:, None, :, None]
+                do.unflatten(0, (len(padding), -1)).masked_fill_(padding, 0)
             # Sums over blocks: in bf16 they would lose what a small block adds. (In place, baddbmm is no
             # batched GEMM but a loop of small ones.)
             wide = torch.promote_types(q.dtype, torch.float32)
-            dqs, dks, dvs = torch.empty_like(qs), *(torch.zeros_like(x, dtype=wide) for x in (ks, vs))
-            for begin, end in _blocks(places):
-                again = places.shape[1] > KEEP
+            dqs, dks, dvs = qs.new_empty(qs.shape), *(x.new_zeros(x.shape, dtype=wide) for x in (ks, vs))
+            for begin, end in _blocks(bucket):
+                again = ks.shape[1] > KEEP
                 p = _probabilities(qs, ks, begin, end, scale) if again else next(kept)
                 d = do[:, begin:end]
                 dvs[:, :end] += torch.bmm(p.transpose(1, 2), d)
@@ -101,12 +139,12 @@ class CausalAttention(torch.autograd.Function):
                 dqs[:, begin:end] = _bmm(ds, ks[:, :end], scale)
                 dks[:, :end] += _bmm(ds.transpose(1, 2), qs[:, begin:end], scale)
             for whole, part in ((dq, dqs), (dk, dks), (dv, dvs)):
-                _scatter(whole, part, places)
+                bucket.scatter(whole, part)
         return dq[:-1], dk[:-1], dv[:-1], None, None
 
 
-def _blocks(places: Tensor) -> list[tuple[int, int]]:
-    longest = places.shape[1]
+def _blocks(bucket: Bucket) -> list[tuple[int, int]]:
+    longest = bucket.places.shape[1]
     return [(begin, min(begin + BLOCK, longest)) for begin in range(0, longest, BLOCK)]
 
 
@@ -119,15 +157,3 @@ def _probabilities(q: Tensor, k: Tensor, begin: int, end: int, scale: float) -> 
     scores = _bmm(q[:, begin:end], k[:, :end].transpose(1, 2), scale)
     scores[:, :, begin:].masked_fill_(_above_diagonal(end - begin), float("-inf"))
     return scores.softmax(-1)
-
-
-def _gather(x: Tensor, places: Tensor) -> Tensor:
-    """Sequences of a bucket from `x` (N h d): (n h, L, d). Padding takes the last token: any will do."""
-    rows = x.index_select(0, places.flatten() % len(x))  # n L, h d
-    return rows.unflatten(0, places.shape).transpose(1, 2).flatten(0, 1)  # n L h d -> n h L d
-
-
-def _scatter(whole: Tensor, part: Tensor, places: Tensor) -> None:
-    """Put `part` (n h, L, d) where its tokens are in `whole` (N + 1, h d); padding goes to the last row."""
-    rows = part.unflatten(0, (len(places), -1)).transpose(1, 2).flatten(0, 1)  # n h L d -> n L, h d
-    whole.index_copy_(0, places.flatten() % len(whole), rows.to(whole.dtype))

@@ -147,6 +147,10 @@ class Fp8Experts(Experts):
         """Never: the products are grouped ones."""
         return False
 
+    def by_expert(self, u: Tensor, pairs: int) -> bool:
+        """Never, for the same reason."""
+        return False
+
     def alignment(self, u: Tensor) -> int:
         """No filling rows: the products take any number."""
         return 1

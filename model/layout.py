@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .causal import Buckets, buckets
+from .causal import Buckets, buckets, whole_rows
 
 
 class Layout(NamedTuple):
@@ -38,8 +38,7 @@ class Layout(NamedTuple):
             sequence, sequences = number_sequences(sequence_ids)
         plan, mask = None, None
         if like.device.type == "cpu":
-            whole = torch.arange(like.numel()).view_as(like)
-            plan = [whole] if sequence_ids is None else buckets(sequence_ids)
+            plan = whole_rows(*like.shape) if sequence_ids is None else buckets(sequence_ids)
         elif sequence_ids is not None:
             mask = packed_mask(sequence_ids)
         return cls(rotations, plan, mask, sequence, sequences, counted, balance)

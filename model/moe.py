@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .by_expert import ByExpert
 from .config import ModelConfig
 from .layers import MLP
 from .layout import Layout
@@ -29,6 +30,9 @@ BF16_FILL_FROM = 512
 ALL_AT_ONCE = {torch.float32: 3 << 20, torch.bfloat16: 24 << 20}
 """Products with experts that nobody chose, up to which computing them too costs less than leaving them out: a
 third of a millisecond. Sorting tokens by expert takes about as long for one token as for thirty."""
+
+BY_EXPERT_FROM = 32
+"""Token-expert pairs an expert, on average, from which experts on a CPU take turns."""
 
 
 class Gate(nn.Module):
@@ -257,6 +261,10 @@ class Experts(nn.Module):
         if self.few(u, ids):
             return self.all_at_once(u, ids, g)
         plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
+        if self.by_expert(u, len(plan.token)):
+            g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
+            y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, plan.counts, plan.token)
+            return y
         h = self.grouped(Dispatch.apply(u, plan.token, plan.places), self.gate_up_proj, plan.counts)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
         g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
@@ -278,6 +286,10 @@ class Experts(nn.Module):
         gates = torch.zeros(len(u), e, dtype=u.dtype).scatter_(1, ids, g.to(u.dtype))
         a = F.silu(gate).mul_(up).mul_(gates[..., None])  # t e i
         return torch.bmm(a.transpose(0, 1), self.down_proj.transpose(1, 2)).sum(0)  # e t d -> t d
+
+    def by_expert(self, u: Tensor, pairs: int) -> bool:
+        """Whether experts take turns: on a CPU, where each has work enough to pay for its calls."""
+        return u.device.type == "cpu" and pairs >= BY_EXPERT_FROM * len(self.down_proj)
 
     def alignment(self, u: Tensor) -> int:
         """What the rows of an expert are filled up to.

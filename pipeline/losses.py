@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 64 << 20
 """Most bytes of fp32 logits alive at once."""
+CPU_ROWS = 512
+"""Most rows of a chunk on a CPU: between its passes a chunk should stay in the cache."""
 
 
 def token_logprobs(
@@ -48,7 +50,9 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     """As `token_logprobs`, chunk by chunk in both directions; the logits' gradient takes their place.
 
-    A single chunk's log-probabilities are kept for the backward, several chunks' are computed again.
+        z = logits / temperature - max    log p = z_target - log sum exp z    d z = d (onehot - softmax)
+
+    What fits into CHUNK_BYTES is kept for the backward as exp z, more is computed again.
     """
 
     @staticmethod
@@ -56,21 +60,26 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
     ) -> tuple[Tensor, Tensor]:
         rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        keep = any(ctx.needs_input_grad) and len(hidden) <= rows
+        rows = min(rows, CPU_ROWS) if hidden.device.type == "cpu" else rows
         chosen = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropies = torch.zeros_like(chosen)
-        kept = None
+        kept = []
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            logprobs = _log_softmax(hidden[part], weight, temperature)
-            chosen[part] = logprobs.gather(1, targets[part, None]).squeeze(1)
+            z = _shifted_logits(hidden[part], weight, temperature)
+            at_target = z.gather(1, targets[part, None]).squeeze(1)
+            exp = z.exp() if entropy else z.exp_()
+            total = exp.sum(1)
+            chosen[part] = at_target - total.log()
             if entropy:
-                entropies[part] = -torch.linalg.vecdot(logprobs.exp(), logprobs)
-            kept = logprobs
+                entropies[part] = total.log() - torch.linalg.vecdot(exp, z) / total
+            if keep:
+                kept.append((exp, total))
         ctx.mark_non_differentiable(entropies)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(hidden, weight, targets)
-            ctx.rows, ctx.temperature = rows, temperature
-            ctx.kept = kept if len(hidden) <= rows else None
+            ctx.rows, ctx.temperature, ctx.kept = rows, temperature, kept
         return chosen, entropies
 
     @staticmethod
@@ -79,13 +88,17 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=d.dtype) if ctx.needs_input_grad[1] else None
-        kept, ctx.kept = ctx.kept, None  # overwritten below: a second backward computes it again
+        kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second backward computes it again
         for begin in range(0, len(hidden), ctx.rows):
             part = slice(begin, begin + ctx.rows)
-            logprobs = _log_softmax(hidden[part], weight, ctx.temperature) if kept is None else kept
-            # d logits = d (onehot - softmax) / temperature
-            scale = d[part, None] / ctx.temperature
-            gradient = logprobs.exp_().mul_(-scale).scatter_add_(1, targets[part, None], scale)
+            exp, total = next(kept, (None, None))
+            if exp is None:
+                exp = _shifted_logits(hidden[part], weight, ctx.temperature).exp_()
+                total = exp.sum(1)
+            scale = d[part] / ctx.temperature
+            gradient = exp.mul_((-scale / total)[:, None]).scatter_add_(
+                1, targets[part, None], scale[:, None]
+            )
             gradient = gradient.to(weight.dtype)
             torch.mm(gradient, weight, out=d_hidden[part])
             if d_weight is not None:
@@ -96,13 +109,13 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _shifted_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Logits (n v) in at least fp32, divided by the temperature, less their maximum."""
     logits = F.linear(hidden, weight)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
         logits /= temperature
-    return logits.log_softmax(-1)
+    return logits.sub_(logits.amax(1, keepdim=True))
 
 
 def policy_loss(
