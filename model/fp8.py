@@ -155,10 +155,10 @@ class Fp8Experts(Experts):
         """No filling rows: the products take any number."""
         return 1
 
-    def grouped(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """As `Experts.grouped`, in FP8."""
         kept = self.kept_up if weight is self.gate_up_proj else self.kept_down
-        y: Tensor = _Grouped.apply(x, weight, kept.of(weight), counts)
+        y: Tensor = _Grouped.apply(x, weight, kept.of(weight), rows.tolist())
         return y
 
 

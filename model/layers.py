@@ -19,10 +19,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        r = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+        y, r = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, r)
-        return (wide * r).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -40,6 +39,13 @@ class _RMSNorm(torch.autograd.Function):
         )
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y and r."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    r = (torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1] + eps).rsqrt()
+    return (wide * r).mul_(weight).to(x.dtype), r
+
+
 class RMSNorm(nn.Module):
     """Scale `x` (.. d) to unit mean square, then by a learnt weight per dimension."""
 
@@ -50,7 +56,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
-            return _RMSNorm.apply(x, self.weight, self.eps)
+            if not torch.is_grad_enabled():  # decoding a few tokens is mostly calls: this saves one
+                return _rms_norm(x, self.weight, self.eps)[0]
+            y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+            return y
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 

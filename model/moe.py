@@ -159,10 +159,9 @@ class GroupedLinear(torch.autograd.Function):
         return dx, dw, None
 
 
-def grouped_mm(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+def grouped_mm(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
     """As `GroupedLinear`, in one kernel of torch: for GPUs."""
-    ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0).to(torch.int32))
 
 
 class Dispatch(torch.autograd.Function):
@@ -226,25 +225,25 @@ class WeightedSwiGLU(torch.autograd.Function):
 class Plan(NamedTuple):
     """Where token-expert pairs go: sorted by expert, an expert's rows filled up to a multiple of `align`."""
 
-    counts: list[int]  # rows of each expert, filling included
+    rows: Tensor  # e, rows of each expert, filling included
     token: Tensor  # m, whose state a row holds; t = nobody's, a filling row
     pair: Tensor  # m, which of the t k pairs a row is; t k = none
     places: Tensor  # t k, the row of each pair
 
     @classmethod
     def of(cls, ids: Tensor, experts: int, align: int) -> "Plan":
-        """For the choice `ids` (t k) among `experts`."""
+        """For the choice `ids` (t k) among `experts`. With `align` 1 the host waits for nothing."""
         t, k = ids.shape
         flat = ids.flatten()
-        loads = torch.bincount(flat, minlength=experts)
+        loads = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
         rows = (loads + align - 1) // align * align
         order = flat.argsort(stable=True)  # pairs by expert
         filling = (rows - loads).cumsum(0) - (rows - loads)  # filling rows before each expert's
         at = torch.arange(t * k, device=ids.device) + filling[flat[order]]
-        counts = rows.tolist()
-        pair = torch.full((sum(counts),), t * k, device=ids.device).index_copy_(0, at, order)
+        m = t * k if align == 1 else int(rows.sum())
+        pair = torch.full((m,), t * k, device=ids.device).index_copy_(0, at, order)
         places = torch.empty_like(order).index_copy_(0, order, at)
-        return cls(counts, pair.div(k, rounding_mode="floor"), pair, places.view(t, k))
+        return cls(rows, pair.div(k, rounding_mode="floor"), pair, places.view(t, k))
 
 
 class Experts(nn.Module):
@@ -263,12 +262,13 @@ class Experts(nn.Module):
         plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
         if self.by_expert(u, len(plan.token)):
             g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
-            y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, plan.counts, plan.token)
+            counts = plan.rows.tolist()
+            y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, counts, plan.token)
             return y
-        h = self.grouped(Dispatch.apply(u, plan.token, plan.places), self.gate_up_proj, plan.counts)  # m 2i
+        h = self.grouped(Dispatch.apply(u, plan.token, plan.places), self.gate_up_proj, plan.rows)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
         g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
-        y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.counts)  # m d
+        y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.rows)  # m d
         return Combine.apply(y, plan.token, plan.places)
 
     def few(self, u: Tensor, ids: Tensor) -> bool:
@@ -299,11 +299,11 @@ class Experts(nn.Module):
         """
         return 64 if u.dtype == torch.bfloat16 and len(u) >= BF16_FILL_FROM else 1
 
-    def grouped(self, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        """Rows `x` (m i), `counts` of them an expert, each times its expert's weight (e o i)^T: (m o)."""
+    def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o)."""
         if x.is_cuda:
-            return grouped_mm(x, weight, counts)
-        y: Tensor = GroupedLinear.apply(x, weight, counts)
+            return grouped_mm(x, weight, rows)
+        y: Tensor = GroupedLinear.apply(x, weight, rows.tolist())
         return y
 
 

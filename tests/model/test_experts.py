@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from model_shapes import BASE
 
+from model import moe
 from model.layers import RMSNorm
 from model.moe import Experts, GroupedLinear, Plan, WeightedSwiGLU, grouped_mm
 
@@ -57,12 +58,12 @@ def test_large_bf16_batches_are_filled_up_and_others_are_not():
 def test_the_plan_sends_every_pair_to_a_row_of_its_expert(align):
     ids = torch.tensor([[0, 3], [3, 1], [3, 0]])
     plan = Plan.of(ids, 5, align)
-    assert all(count % align == 0 for count in plan.counts) and len(plan.counts) == 5
-    owner = torch.arange(5).repeat_interleave(torch.tensor(plan.counts))
+    assert len(plan.rows) == 5 and not (plan.rows % align).any()
+    owner = torch.arange(5).repeat_interleave(plan.rows)
     assert torch.equal(owner[plan.places], ids)
     assert torch.equal(plan.pair[plan.places], torch.arange(6).view(3, 2))
     assert torch.equal(plan.token[plan.places], torch.arange(3)[:, None].expand(3, 2))
-    assert (plan.token == 3).sum() == sum(plan.counts) - 6  # filling rows are nobody's
+    assert (plan.token == 3).sum() == plan.rows.sum() - 6  # filling rows are nobody's
 
 
 def test_weighted_swiglu_has_the_gradient_of_its_formula():
@@ -94,7 +95,31 @@ def test_the_grouped_kernel_of_gpus_computes_the_same():
     x, weight = torch.randn(24, 16, requires_grad=True), torch.randn(4, 8, 16, requires_grad=True)
     counts, upstream = [8, 0, 11, 5], torch.randn(24, 8)
     results = []
-    for y in (grouped_mm(x, weight, counts), GroupedLinear.apply(x, weight, counts)):
+    for y in (grouped_mm(x, weight, torch.tensor(counts)), GroupedLinear.apply(x, weight, counts)):
         results.append((y, *torch.autograd.grad(y, (x, weight), upstream)))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_through_all_experts_are_the_same_as_through_their_own(dtype, monkeypatch):
+    experts, u, ids, g = made()
+    experts, u = experts.to(dtype), u.to(dtype)
+    with torch.no_grad():
+        assert experts.few(u, ids)
+        few = experts(u, ids, g)
+        monkeypatch.setattr(moe, "ALL_AT_ONCE", {})
+        assert not experts.few(u, ids)
+        sorted_by_expert = experts(u, ids, g)
+    tolerance = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(few, sorted_by_expert, atol=tolerance, rtol=tolerance)
+
+
+def test_many_tokens_and_training_go_by_expert():
+    experts, u, ids, _ = made()
+    assert not experts.few(u, ids), "gradients are wanted"
+    e, d, i = experts.down_proj.shape
+    most = moe.ALL_AT_ONCE[torch.float32] // ((e - K) * d * i)
+    with torch.no_grad():
+        assert experts.few(torch.zeros(most, d), torch.zeros(most, K, dtype=torch.long))
+        assert not experts.few(torch.zeros(most + 1, d), torch.zeros(most + 1, K, dtype=torch.long))
