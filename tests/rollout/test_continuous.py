@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import POSITIONS, VOCAB, prompt
 
 import model
 from model import ModelConfig, Transformer
@@ -15,6 +14,7 @@ from rollout import native
 from rollout.graphs import DecodeGraphs
 from rollout.native import NativeEngine
 from rollout.types import SamplingParams
+from tests.small import POSITIONS, VOCAB, prompt
 
 SAMPLED = SamplingParams(max_tokens=40, n=5, seed=3, stop_token_ids=(3, 4))
 PAGE_BYTES = PAGE * 3 * 20 * 4  # three layers and an MTP module fewer or more, 16 + 4 numbers, fp32

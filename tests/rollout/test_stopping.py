@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB
 
 import model
 from rollout.dense import DenseEngine
 from rollout.native import NativeEngine
 from rollout.stopping import Stopper
 from rollout.types import SamplingParams
+from tests.small import VOCAB
 
 SAMPLED = SamplingParams(max_tokens=25, n=4, seed=2)
 
