@@ -162,11 +162,6 @@ class ModelConfig:
         """Numbers the cache holds per token and layer: the key-value latent and the rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    @property
-    def num_moe_layers(self) -> int:
-        """Layers with a gate, those of the MTP modules included."""
-        return self.num_hidden_layers - self.first_k_dense_replace + self.num_nextn_predict_layers
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Read a public `config.json`. Refuses unknown fields and values that mean another architecture."""
