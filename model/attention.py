@@ -29,6 +29,7 @@ from .causal import CausalAttention
 from .config import ModelConfig
 from .layers import RMSNorm
 from .layout import Layout
+from .linear import Linear
 from .rope import Rope, softmax_scale
 
 # The released code builds the norms of the two latents with this whatever the config's rms_norm_eps.
@@ -52,16 +53,16 @@ class Attention(nn.Module):
         )
         self.rank = config.kv_lora_rank
         if config.q_lora_rank is None:
-            self.q_proj = nn.Linear(d, h * config.qk_head_dim, bias=False)
+            self.q_proj = Linear(d, h * config.qk_head_dim)
         else:
-            self.q_a_proj = nn.Linear(d, config.q_lora_rank, bias=False)
+            self.q_a_proj = Linear(d, config.q_lora_rank)
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
-            self.q_b_proj = nn.Linear(config.q_lora_rank, h * config.qk_head_dim, bias=False)
+            self.q_b_proj = Linear(config.q_lora_rank, h * config.qk_head_dim)
         self.low_rank_query = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = nn.Linear(d, config.latent_dim, bias=False)
+        self.kv_a_proj_with_mqa = Linear(d, config.latent_dim)
         self.kv_a_layernorm = RMSNorm(self.rank, LATENT_NORM_EPS)
-        self.kv_b_proj = nn.Linear(self.rank, h * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(h * self.value, d, bias=False)
+        self.kv_b_proj = Linear(self.rank, h * (self.nope + self.value))
+        self.o_proj = Linear(h * self.value, d)
 
     def _query(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Queries of `x` (.. d): without position (.. h n), and still to be rotated (.. h r)."""

@@ -50,7 +50,7 @@ class Bucket(NamedTuple):
         return rows.unflatten(0, self.places.shape).transpose(1, 2).flatten(0, 1)  # n L, h d -> n h, L d
 
     def scatter(self, whole: Tensor, part: Tensor) -> None:
-        """Put `part` (n h, L, d) where its tokens are in `whole` (N + 1, h d); padding to the last row."""
+        """Put `part` (n h, L, d) where its tokens are in `whole` (N + 1, h d), padding in the last row."""
         rows = part.unflatten(0, (len(self.places), -1)).transpose(1, 2)  # n h, L d -> n L h d
         if self.run is None:
             whole.index_copy_(0, self.places.flatten() % len(whole), rows.flatten(0, 1).to(whole.dtype))

@@ -29,6 +29,7 @@ from .kernels.gemm import (
     weight_gradient,
     weight_gradient_grouped,
 )
+from .linear import Linear
 from .moe import Experts
 
 KEPT = {"lm_head", "eh_proj"}
@@ -189,7 +190,8 @@ def convert(net: nn.Module) -> int:
     swapped = 0
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and name not in KEPT:
+            known = type(child) in (nn.Linear, Linear)
+            if known and isinstance(child, nn.Linear) and name not in KEPT:
                 setattr(parent, name, Fp8Linear(child))
             elif type(child) is Experts:
                 setattr(parent, name, Fp8Experts(child))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Linear
+
 
 class _RMSNorm(torch.autograd.Function):
     """RMSNorm of `x` (.. d) for CPUs, in a third of the passes over memory that autograd's own takes.
@@ -68,9 +70,9 @@ class MLP(nn.Module):
 
     def __init__(self, d: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d, inner, bias=False)
-        self.up_proj = nn.Linear(d, inner, bias=False)
-        self.down_proj = nn.Linear(inner, d, bias=False)
+        self.gate_proj = Linear(d, inner)
+        self.up_proj = Linear(d, inner)
+        self.down_proj = Linear(inner, d)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

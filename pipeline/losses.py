@@ -16,9 +16,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from model import linear
 
 CHUNK_BYTES = 64 << 20
 """Most bytes of fp32 logits alive at once."""
@@ -50,7 +51,7 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     """As `token_logprobs`, chunk by chunk in both directions; the logits' gradient takes their place.
 
-        z = logits / temperature - max    log p = z_target - log sum exp z    d z = d (onehot - softmax)
+        z = logits / temperature - max     log p = z_target - log sum exp z     dz = d (onehot - softmax)
 
     What fits into CHUNK_BYTES is kept for the backward as exp z, more is computed again.
     """
@@ -88,6 +89,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=d.dtype) if ctx.needs_input_grad[1] else None
+        transposed = weight.T.contiguous() if linear.suits(hidden) else weight.T
         kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second backward computes it again
         for begin in range(0, len(hidden), ctx.rows):
             part = slice(begin, begin + ctx.rows)
@@ -100,7 +102,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 1, targets[part, None], scale[:, None]
             )
             gradient = gradient.to(weight.dtype)
-            torch.mm(gradient, weight, out=d_hidden[part])
+            d_hidden[part] = linear.multiply(gradient, transposed)
             if d_weight is not None:
                 if d_weight.dtype == gradient.dtype:
                     d_weight.addmm_(gradient.T, hidden[part])
@@ -111,7 +113,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _shifted_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """Logits (n v) in at least fp32, divided by the temperature, less their maximum."""
-    logits = F.linear(hidden, weight)
+    logits = linear.multiply(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature != 1:
         logits /= temperature

@@ -8,11 +8,13 @@ still: `ratio` is the median of those.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,57 @@ def interleave(
             if number >= 0:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: Timing(tuple(times)) for name, times in seconds.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What `apart` times: `make(*args)`, called in a process of its own, gives the call that is timed."""
+
+    make: Callable[..., Callable[[], object]]
+    args: tuple[Any, ...]
+
+
+def apart(candidates: Mapping[str, Candidate], rounds: int = 5, warmup: int = 1) -> dict[str, Timing]:
+    """As `interleave`, each candidate in a process of its own, as somebody who uses it alone would have it.
+
+    In one process they share a heap. What one leaves there decides whether another's large tensors come from
+    memory at hand or from fresh pages, and that alone changed transformers' decoding twofold (docs/LOG.md).
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name, candidate in candidates.items():
+            pipes[name], end = context.Pipe()
+            process = context.Process(target=_serve, args=(end, candidate), daemon=True)
+            process.start()
+            end.close()  # or a process that dies would leave us waiting
+            processes.append(process)
+            pipes[name].recv()  # made: one after the other
+
+        seconds: dict[str, list[float]] = {name: [] for name in candidates}
+        for number in range(-warmup, rounds):
+            names = list(candidates) if number % 2 == 0 else list(candidates)[::-1]
+            for name in names:
+                pipes[name].send("go")
+                took = float(pipes[name].recv())
+                if number >= 0:
+                    seconds[name].append(took)
+        return {name: Timing(tuple(times)) for name, times in seconds.items()}
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _serve(pipe: Connection, candidate: Candidate) -> None:
+    call = candidate.make(*candidate.args)
+    pipe.send("made")
+    while True:
+        pipe.recv()
+        begin = time.perf_counter()
+        call()
+        pipe.send(time.perf_counter() - begin)
 
 
 def record(name: str, result: Mapping[str, Any], prefix: str = "bench") -> Path:

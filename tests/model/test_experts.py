@@ -34,8 +34,10 @@ def one_by_one(experts, u, ids, g):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "by turns"])
 @pytest.mark.parametrize("align", [1, 64])
-def test_grouped_experts_equal_a_loop_over_tokens(align, monkeypatch):
+def test_experts_equal_a_loop_over_tokens(align, turns, monkeypatch):
+    monkeypatch.setattr(Experts, "by_expert", lambda self, u, pairs: turns)
     monkeypatch.setattr(Experts, "alignment", lambda self, u: align)
     experts, u, ids, g = made()
     ours, want = experts(u, ids, g), one_by_one(experts, u, ids, g)
@@ -45,6 +47,28 @@ def test_grouped_experts_equal_a_loop_over_tokens(align, monkeypatch):
     gradients = (torch.autograd.grad(y, leaves, upstream) for y in (ours, want))
     for mine, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_experts_take_turns_where_each_has_work():
+    experts, *_ = made()
+    assert experts.by_expert(torch.zeros(1), 32 * BASE.n_routed_experts)
+    assert not experts.by_expert(torch.zeros(1), 32 * BASE.n_routed_experts - 1)
+    assert not experts.by_expert(torch.zeros(1, device="meta"), 10**6)
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "by turns"])
+def test_bf16_experts_are_near_fp64(turns, monkeypatch):
+    monkeypatch.setattr(Experts, "by_expert", lambda self, u, pairs: turns)
+    experts, u, ids, g = made()
+    want = experts(u, ids, g)
+    wide = torch.autograd.grad(want.square().sum(), [u, g, *experts.parameters()])
+    u16, g16 = u.detach().bfloat16().requires_grad_(), g.detach().float().requires_grad_()
+    experts.bfloat16()
+    ours = experts(u16, ids, g16)
+    narrow = torch.autograd.grad(ours.double().square().sum(), [u16, g16, *experts.parameters()])
+    assert ours.dtype == torch.bfloat16 and (ours - want).norm() < 0.02 * want.norm()
+    for mine, theirs in zip(narrow, wide, strict=True):
+        assert (mine - theirs).norm() < 0.03 * theirs.norm()
 
 
 def test_large_bf16_batches_are_filled_up_and_others_are_not():

@@ -86,6 +86,27 @@ def test_chunked_logprobs_equal_the_whole_softmax_in_float64(monkeypatch, temper
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_chunks_that_are_kept_for_the_backward_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    head, targets = nn.Linear(8, 50, bias=False), torch.randint(50, (33,))
+    hidden, upstream = torch.randn(33, 8, requires_grad=True), torch.randn(33)
+
+    def gradients():
+        logprobs, entropy = token_logprobs(hidden, head, targets, 0.7)
+        # The second backward finds what was kept used up.
+        twice = [
+            torch.autograd.grad(logprobs, (hidden, head.weight), upstream, retain_graph=True) for _ in "ab"
+        ]
+        for first, second in zip(*twice, strict=True):
+            torch.testing.assert_close(first, second)
+        return [logprobs, entropy, *twice[0]]
+
+    whole = gradients()
+    monkeypatch.setattr(losses, "CPU_ROWS", 7)
+    for mine, theirs in zip(gradients(), whole, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
 def test_k3_is_unbiased():
     """Its mean over the policy is the KL divergence itself, summed exactly over a small vocabulary."""
     torch.manual_seed(0)
