@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.generate import Config
+from tests import small
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,27 @@ def test_text_in_text_out(tmp_path, llama_dir, tokenizer):
     assert code == 0 and rows[0]["token_ids"] == rows[1]["token_ids"]
     ids = [i for i in rows[0]["token_ids"] if i not in tokenizer.all_special_ids]
     assert rows[0]["text"] == tokenizer.decode(ids)
+
+
+def test_stop_strings_min_tokens_and_speculation(tmp_path, tokenizer, capfd):
+    folder = tmp_path / "moe"
+    small.random_policy(folder, tokenizer, "raw", initializer_range=0.1)
+    lines = [{"prompt": "3+4=?"}, {"prompt": "What is it?"}]
+    flags = ["--samples", "4", "--max-tokens", "24", "--seed", "1", "--ignore-eos"]
+    _, endless = generate(tmp_path, folder, lines, *flags)
+    stop = next(t for t in (row["text"][2:4] for row in endless) if len(t) == 2 and t.isascii())
+    code, rows = generate(tmp_path, folder, lines, *flags[:-1], "--stop", stop, "--local.speculate")
+    cut = [row["token_ids"] for row in rows if stop in tokenizer.decode(row["token_ids"])]
+    assert code == 0 and cut and not any(stop in tokenizer.decode(ids[:-1]) for ids in cut)
+    summary = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert list(summary)[-1] == "acceptance" and 0 <= summary["acceptance"] <= 1
+    for row, whole in zip(rows, endless, strict=True):
+        if tokenizer.eos_token_id not in whole["token_ids"]:
+            assert row["token_ids"] == whole["token_ids"][: len(row["token_ids"])]
+    code, rows = generate(tmp_path, folder, lines, *flags[:-1], "--stop", stop, "--min-tokens", "20")
+    assert code == 0 and all(len(row["token_ids"]) >= 20 for row in rows)
+    code, rows = generate(tmp_path, folder, lines, *flags, "--local.cache-gib", "1e-6")
+    assert code == 2 and "cache_bytes allows 1,073" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

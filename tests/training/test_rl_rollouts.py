@@ -70,6 +70,18 @@ def test_overlap_is_one_step_off_policy_and_resumes_to_the_same_bits(policy, tmp
     assert all(bool((first[name] == second[name]).all()) for name in first)
 
 
+def test_speculation_and_a_small_cache_are_the_same_run(policy, tmp_path):
+    """Nothing but time, and what the engine says of itself, differs."""
+    plain = zero(policy, tmp_path, "plain")
+    small = zero(policy, tmp_path, "small", "--rollout.local.speculate", "--rollout.local.cache-gib", 1e-4)
+    assert not any("rollout/acceptance" in row or "rollout/preemptions" in row for row in plain)
+    for one, two in zip(plain, small, strict=True):
+        assert 0 <= two["rollout/acceptance"] <= 1
+        for key in ("reward/mean", "rollout/tokens_mean", "optim/grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-3)
+    assert any(row.get("rollout/preemptions", 0) > 0 for row in small)
+
+
 # ---- collection, on an engine that is a list
 
 
