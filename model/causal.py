@@ -98,7 +98,7 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Buckets) -> Tensor:
-        o = v.new_zeros(v.shape[0] + 1, *v.shape[1:])  # the last row takes what padding computes
+        o = _with_a_row_for_padding(v, plan)
         learning = any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         for bucket in plan:
@@ -118,29 +118,41 @@ class CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *rest = ctx.saved_tensors
-        kept, scale = iter(rest), ctx.scale
-        dq, dk, dv = (x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in (q, k, v))
-        for bucket in ctx.plan:
+        kept, scale = list(rest), ctx.scale  # used from the end
+        dq, dk, dv = (_with_a_row_for_padding(x, ctx.plan) for x in (q, k, v))
+        for bucket in reversed(ctx.plan):
             qs, ks, vs, do = (bucket.gather(x) for x in (q, k, v, grad))
             if bucket.run is None:
                 padding = (bucket.places < 0)[:, None, :, None]
                 do.unflatten(0, (len(padding), -1)).masked_fill_(padding, 0)
-            # Sums over blocks: in bf16 they would lose what a small block adds. (In place, baddbmm is no
-            # batched GEMM but a loop of small ones.)
+            # Sums over blocks: in bf16 they would lose what a small block adds. The last block's keys are
+            # all keys, so the sums begin with it. (In place, baddbmm is no batched GEMM but small ones.)
             wide = torch.promote_types(q.dtype, torch.float32)
-            dqs, dks, dvs = qs.new_empty(qs.shape), *(x.new_zeros(x.shape, dtype=wide) for x in (ks, vs))
-            for begin, end in _blocks(bucket):
-                again = ks.shape[1] > KEEP
-                p = _probabilities(qs, ks, begin, end, scale) if again else next(kept)
+            dqs, dks, dvs = qs.new_empty(qs.shape), ks.new_empty(0), vs.new_empty(0)
+            again = ks.shape[1] > KEEP
+            for begin, end in reversed(_blocks(bucket)):
+                p = _probabilities(qs, ks, begin, end, scale) if again else kept.pop()
                 d = do[:, begin:end]
-                dvs[:, :end] += torch.bmm(p.transpose(1, 2), d)
+                dvs_part = torch.bmm(p.transpose(1, 2), d)
                 ds = torch.bmm(d, vs[:, :end].transpose(1, 2))
                 ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
                 dqs[:, begin:end] = _bmm(ds, ks[:, :end], scale)
-                dks[:, :end] += _bmm(ds.transpose(1, 2), qs[:, begin:end], scale)
+                dks_part = _bmm(ds.transpose(1, 2), qs[:, begin:end], scale)
+                if end == ks.shape[1]:
+                    dks, dvs = dks_part.to(wide), dvs_part.to(wide)
+                else:
+                    dks[:, :end] += dks_part
+                    dvs[:, :end] += dvs_part
             for whole, part in ((dq, dqs), (dk, dks), (dv, dvs)):
                 bucket.scatter(whole, part)
         return dq[:-1], dk[:-1], dv[:-1], None, None
+
+
+def _with_a_row_for_padding(x: Tensor, plan: Buckets) -> Tensor:
+    """Room for a result like `x` (N ..): (N + 1 ..), whose last row takes what padding computes."""
+    full = sum(bucket.places.numel() for bucket in plan if bucket.run is not None) == len(x)
+    shape = (len(x) + 1, *x.shape[1:])
+    return x.new_empty(shape) if full else x.new_zeros(shape)  # tokens of no sequence get zeros
 
 
 def _blocks(bucket: Bucket) -> list[tuple[int, int]]:

@@ -100,8 +100,9 @@ def apart(candidates: Mapping[str, Candidate], rounds: int = 5, warmup: int = 1)
                     seconds[name].append(took)
         return {name: Timing(tuple(times)) for name, times in seconds.items()}
     finally:
+        for pipe in pipes.values():
+            pipe.close()
         for process in processes:
-            process.kill()
             process.join()
 
 
@@ -109,7 +110,10 @@ def _serve(pipe: Connection, candidate: Candidate) -> None:
     call = candidate.make(*candidate.args)
     pipe.send("made")
     while True:
-        pipe.recv()
+        try:
+            pipe.recv()
+        except EOFError:  # the parent has closed its end: no more rounds
+            return
         begin = time.perf_counter()
         call()
         pipe.send(time.perf_counter() - begin)
