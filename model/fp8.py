@@ -144,9 +144,8 @@ class Fp8Experts(Experts):
         self.gate_up_proj, self.down_proj = of.gate_up_proj, of.down_proj
         self.kept_up, self.kept_down = _Kept(), _Kept()
 
-    def few(self, u: Tensor, ids: Tensor) -> bool:
-        """Never: the products are grouped ones."""
-        return False
+    def few(self, u: Tensor, ids: Tensor, g: Tensor) -> None:
+        """No quick way: the products are grouped ones."""
 
     def by_expert(self, u: Tensor, pairs: int) -> bool:
         """Never, for the same reason."""

@@ -21,15 +21,12 @@ from torch import Tensor, nn
 
 from .by_expert import ByExpert
 from .config import ModelConfig
+from .few_tokens import experts_of
 from .layers import MLP
 from .layout import Layout
 
 BF16_FILL_FROM = 512
 """Tokens of a batch from which bf16 rows of experts are filled up; smaller ones would be mostly filling."""
-
-ALL_AT_ONCE = {torch.float32: 3 << 20, torch.bfloat16: 24 << 20}
-"""Products with experts that nobody chose, up to which computing them too costs less than leaving them out: a
-third of a millisecond. Sorting tokens by expert takes about as long for one token as for thirty."""
 
 BY_EXPERT_FROM = 32
 """Token-expert pairs an expert, on average, from which experts on a CPU take turns."""
@@ -257,8 +254,8 @@ class Experts(nn.Module):
 
     def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
         """sum_i g_i expert_i(u) for tokens `u` (t d), chosen experts `ids` (t k), gate values `g` (t k)."""
-        if self.few(u, ids):
-            return self.all_at_once(u, ids, g)
+        if (quick := self.few(u, ids, g)) is not None:
+            return quick
         plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
         if self.by_expert(u, len(plan.token)):
             g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
@@ -271,21 +268,9 @@ class Experts(nn.Module):
         y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.rows)  # m d
         return Combine.apply(y, plan.token, plan.places)
 
-    def few(self, u: Tensor, ids: Tensor) -> bool:
-        """Whether tokens are so few that every expert may as well compute them all: decoding, on a CPU."""
-        if u.device.type != "cpu" or torch.is_grad_enabled():
-            return False
-        e, d, i = self.down_proj.shape
-        return len(u) * (e - ids.shape[1]) * d * i <= ALL_AT_ONCE.get(u.dtype, 0)
-
-    def all_at_once(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
-        """As `forward`, with a gate value of 0 for the experts that were not chosen."""
-        e = len(self.down_proj)
-        h = F.linear(u, self.gate_up_proj.flatten(0, 1)).unflatten(1, (e, -1))  # t e 2i
-        gate, up = h.chunk(2, dim=-1)
-        gates = torch.zeros(len(u), e, dtype=u.dtype).scatter_(1, ids, g.to(u.dtype))
-        a = F.silu(gate).mul_(up).mul_(gates[..., None])  # t e i
-        return torch.bmm(a.transpose(0, 1), self.down_proj.transpose(1, 2)).sum(0)  # e t d -> t d
+    def few(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor | None:
+        """The quick way of `forward` for decoding steps; None where there is none."""
+        return experts_of(u, ids, g, self.gate_up_proj, self.down_proj)
 
     def by_expert(self, u: Tensor, pairs: int) -> bool:
         """Whether experts take turns: on a CPU, where each has work enough to pay for its calls."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from model_shapes import BASE
 
-from model import moe
+from model import few_tokens, moe
 from model.layers import RMSNorm
 from model.moe import Experts, GroupedLinear, Plan, WeightedSwiGLU, grouped_mm
 
@@ -126,24 +126,32 @@ def test_the_grouped_kernel_of_gpus_computes_the_same():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_few_tokens_through_all_experts_are_the_same_as_through_their_own(dtype, monkeypatch):
+@pytest.mark.parametrize("way", [few_tokens.all_at_once, few_tokens.side_by_side])
+def test_few_tokens_are_the_same_as_sorted_by_expert(dtype, way, monkeypatch):
+    """One expert gets none here."""
     experts, u, ids, g = made()
     experts, u = experts.to(dtype), u.to(dtype)
     with torch.no_grad():
-        assert experts.few(u, ids)
-        few = experts(u, ids, g)
-        monkeypatch.setattr(moe, "ALL_AT_ONCE", {})
-        assert not experts.few(u, ids)
-        sorted_by_expert = experts(u, ids, g)
+        got = way(u, ids, g, experts.gate_up_proj, experts.down_proj)
+        monkeypatch.setattr(moe, "experts_of", lambda *_: None)
+        want = experts(u, ids, g)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(few, sorted_by_expert, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
-def test_many_tokens_and_training_go_by_expert():
-    experts, u, ids, _ = made()
-    assert not experts.few(u, ids), "gradients are wanted"
-    e, d, i = experts.down_proj.shape
-    most = moe.ALL_AT_ONCE[torch.float32] // ((e - K) * d * i)
+def test_which_way_tokens_go():
+    experts, u, ids, g = made(torch.float32)
+    weights = experts.gate_up_proj, experts.down_proj
+    assert few_tokens.experts_of(u, ids, g, *weights) is None, "gradients are wanted"
     with torch.no_grad():
-        assert experts.few(torch.zeros(most, d), torch.zeros(most, K, dtype=torch.long))
-        assert not experts.few(torch.zeros(most + 1, d), torch.zeros(most + 1, K, dtype=torch.long))
+        for limit, side, way in (
+            (1 << 30, 32, few_tokens.all_at_once),
+            (0, 32, few_tokens.side_by_side),
+            (0, int(ids.flatten().bincount().max()) - 1, None),
+        ):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(few_tokens, "ALL_AT_ONCE", {torch.float32: limit})
+                patch.setattr(few_tokens, "SIDE_BY_SIDE", side)
+                got = few_tokens.experts_of(u, ids, g, *weights)
+            want = None if way is None else way(u, ids, g, *weights)
+            assert (got is None) == (want is None) and (got is None or torch.equal(got, want))
