@@ -13,7 +13,7 @@ from tests.bench.measure import Candidate, apart
 
 SUMMARY = "decoding step, batch 32, at 128, 512 and 960 tokens of context"
 BATCH, STEPS, ROUNDS = 32, 16, 5
-"""Steps of a round: of four, the first, which finds the processor's cache full of the others' weights, was a third."""
+"""Steps of a round: several, for the first finds the processor's cache full of the others' weights."""
 BOUNDS = {128: 3.0, 512: 12.0, 960: 18.0}
 
 
