@@ -15,7 +15,7 @@ the verifier's failure.
 from __future__ import annotations
 
 from rewards.compare import Undecided, compare, quick_leaf
-from rewards.notation import compact, normalise
+from rewards.notation import compact, normalise, unjoined
 from rewards.outcome import Outcome
 from rewards.workers import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
 
@@ -54,10 +54,14 @@ def quick_grade(gold: str, answer: str) -> Outcome | None:
     if len(gold) > LONGEST_GOLD:
         return Outcome(None, f"the gold answer is longer than {LONGEST_GOLD} characters", answer)
     want, got = normalise(gold), normalise(answer)
-    if want == got or compact(want) == compact(got):
+    if want == got:
         return Outcome(1.0, "equal as written", answer)
     if not got:
         return Outcome(0.0, "empty answer", answer)
+    if (fault := unjoined(got)) and not unjoined(want):
+        return Outcome(0.0, f"no expression: {fault}", answer)
+    if compact(want) == compact(got):
+        return Outcome(1.0, "equal as written", answer)
     try:
         value, detail = compare(want, got, quick_leaf)
     except Undecided:

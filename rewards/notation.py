@@ -65,6 +65,29 @@ def normalise(text: str) -> str:
     return choice[1] if choice else text
 
 
+_JUNK = r"(?:[@?#`\"|&\u2026\u2192\ufffd\u2600-\u27bf\U0001f000-\U0001faff]|\\(?=\s*\d))"
+_JOINED_BY_JUNK = re.compile(rf"\d\s*{_JUNK}(?:\s|{_JUNK})*\d")
+_BESIDE = re.compile(r"\d[ ]+\d")
+_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?: \d{3})+(?!\d| \d)")
+_MIXED = re.compile(r"(?<![\d.])\d+ \d+ ?/ ?\d+")
+
+
+def unjoined(text: str) -> str:
+    """Why a normalised `text` is no expression: two numbers in it that nothing joins; "" if it may be one.
+
+    Parsers read `10@1` as 10, and `1 2` as 3: what follows the first number is lost, or taken for a mixed
+    number. A matrix has numbers side by side, digits may come in threes, and `2 1/2` is a number.
+    """
+    if "\\begin" in text:
+        return ""
+    if "\ufffd" in text:
+        return "a broken character"
+    if _JOINED_BY_JUNK.search(text):
+        return "two numbers joined by no operation"
+    rest = _MIXED.sub(" x ", _GROUPS.sub(" x ", text))
+    return "two numbers side by side" if _BESIDE.search(rest) else ""
+
+
 def compact(text: str) -> str:
     """Without spaces, for comparing as written."""
     return text.replace(" ", "").replace("{,}", ",")
