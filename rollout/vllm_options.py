@@ -15,6 +15,8 @@ from typing import Any
 from rollout.load import context_and_vocabulary
 from rollout.settings import DtypeName, VllmSettings
 
+BATCHED_TOKENS = 8192
+"""Prompt tokens that the CPU build reads at once."""
 MLA_KERNEL = (512, 64)
 """kv_lora_rank and qk_rope_head_dim of the CPU build's latent-attention kernel: DeepSeek-V3's own."""
 
@@ -49,6 +51,9 @@ def llm_options(
             "kv_cache_memory_bytes": int(settings.cache_gib * 2**30),
             # The CPU kernel of the rotary embedding is wrong for DeepSeek: torch's own is used.
             "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
+            # A prompt read in parts takes back its draws from the request's generator; CPUs cannot.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(context, BATCHED_TOKENS),
         }
     transfer = {"weight_transfer_config": {"backend": "ipc"}}
     return options | transfer | {"gpu_memory_utilization": settings.gpu_memory}
@@ -112,4 +117,6 @@ def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[s
         return [*flags, "--gpu-memory-utilization", str(settings.gpu_memory)]
     options = llm_options(path, config, dtype, settings, context, on_cpu)
     flags += ["--enforce-eager", "--kv-cache-memory-bytes", str(options["kv_cache_memory_bytes"])]
+    flags += ["--no-enable-chunked-prefill"]
+    flags += ["--max-num-batched-tokens", str(options["max_num_batched_tokens"])]
     return [*flags, "--compilation-config", json.dumps(options["compilation_config"])]

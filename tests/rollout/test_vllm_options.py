@@ -71,6 +71,8 @@ def test_the_engine_gets_what_its_device_needs():
         assert (chosen["max_model_len"], chosen["max_num_seqs"], chosen["dtype"]) == (48, 7, "bfloat16")
         assert chosen["logprobs_mode"] == "processed_logprobs" and chosen["tensor_parallel_size"] == 2
     assert on[True]["kv_cache_memory_bytes"] == 1 << 29 and on[True]["enforce_eager"]
+    assert on[True]["enable_chunked_prefill"] is False and on[True]["max_num_batched_tokens"] == 8192
+    assert "enable_chunked_prefill" not in on[False]
     assert "-rotary_embedding" in on[True]["compilation_config"]["custom_ops"]
     assert on[False]["gpu_memory_utilization"] == 0.3 and "kv_cache_memory_bytes" not in on[False]
 
@@ -90,7 +92,8 @@ def test_the_server_is_told_what_the_engine_is(environment, tmp_path, monkeypatc
     else:
         assert said["--kv-cache-memory-bytes"] == str(wanted["kv_cache_memory_bytes"])
         assert json.loads(said["--compilation-config"]) == wanted["compilation_config"]
-        assert "--enforce-eager" in flags
+        assert said["--max-num-batched-tokens"] == str(wanted["max_num_batched_tokens"])
+        assert "--enforce-eager" in flags and "--no-enable-chunked-prefill" in flags
 
 
 def test_shapes_are_read_from_the_file_as_far_as_an_update_names_them(deepseek_dir):

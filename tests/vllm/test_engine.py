@@ -83,6 +83,15 @@ def test_stopping(engine):
     assert {reason for _, reason in got.values()} == {"stop", "length"}
 
 
+def test_more_prompt_tokens_than_a_step_reads(engine):
+    """Prompts are never read in parts: their generators could not take back what they drew between them."""
+    many = random_prompts(MOE.vocab_size, lengths=[400] * 30)
+    params = replace(SAMPLED, n=1, max_tokens=4, ignore_eos=True)
+    got = tokens(list(engine.generate(many, params)))
+    alone = tokens(list(engine.generate(many[20:22], replace(params, first_index=20))))
+    assert alone == {(i - 20, s): value for (i, s), value in got.items() if i in (20, 21)}
+
+
 def test_min_tokens(engine):
     params = replace(SAMPLED, stop_token_ids=tuple(range(2, 300)), min_tokens=5)
     got = tokens(list(engine.generate(PROMPTS, params)))
