@@ -275,13 +275,15 @@ class _Run:
 
     def _guess(self, states: Tensor, drafts: list[Draft]) -> None:
         """The module's word, from its `states` (b d), on each row's next token: drawn as that will be."""
-        guesses, _ = sample(self.net.lm_head(states), self._uniforms(drafts), self.sampling)
+        logits = self.net.lm_head(states)
+        self._refuse_nonfinite(logits, drafts)
+        guesses, _ = sample(logits, self._uniforms(drafts), self.sampling)
         for draft, guess in zip(drafts, guesses.tolist(), strict=True):
             draft.guess = guess
 
     def _draw(self, logits: Tensor, drafts: list[Draft]) -> None:
         """The next token of every row, from `logits` (b v)."""
-        refuse_nonfinite(logits, lambda i: (len(drafts[i].tokens), drafts[i].index, drafts[i].sample))
+        self._refuse_nonfinite(logits, drafts)
         if self.stopper.min_tokens:
             early = [i for i, draft in enumerate(drafts) if len(draft.tokens) < self.stopper.min_tokens]
             logits = self.stopper.ban(logits, self._tensor(early))
@@ -292,6 +294,9 @@ class _Run:
             draft.stopped = self.stopper.ends(draft.tokens)
             draft.ended = draft.stopped or len(draft.tokens) == draft.limit
         self.stats.tokens += len(drafts)
+
+    def _refuse_nonfinite(self, logits: Tensor, drafts: list[Draft]) -> None:
+        refuse_nonfinite(logits, lambda i: (len(drafts[i].tokens), drafts[i].index, drafts[i].sample))
 
     def _uniforms(self, drafts: list[Draft]) -> Tensor:
         numbers = [

@@ -159,6 +159,19 @@ def test_speculation_reaches_the_last_position(net):
     assert tokens(NativeEngine(net, speculate=True).generate(full, params)) == want
 
 
+def test_a_broken_module_is_named_too(net):
+    weight = net.mtp[0].eh_proj.weight
+    saved = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.fill_(float("nan"))
+        with pytest.raises(FloatingPointError, match=r"decode step 1, row 0 \(prompt 0, sample 0\)"):
+            list(NativeEngine(net, speculate=True).generate([prompt(5, 6)], SAMPLED))
+    finally:
+        with torch.no_grad():
+            weight.copy_(saved)
+
+
 def test_speculation_without_a_module_is_refused(deepseek_dir):
     with pytest.raises(ValueError, match="num_nextn_predict_layers"):
         NativeEngine(model.load(deepseek_dir), speculate=True)
