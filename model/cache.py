@@ -6,8 +6,9 @@ Sec. 2.1.2 and 2.1.3), kv_lora_rank + qk_rope_head_dim numbers. They lie in page
 given back when they end, and rows that begin alike share the pages of their beginning. On request the cache
 also keeps which experts each token went to, for replay in training.
 
-Attention reads a few rows at a time, their pages copied side by side. On a CPU that copy stays in the
-processor's cache and costs nothing, while rows of other lengths no longer pay for the longest one.
+Attention reads a few rows at a time, their pages copied side by side. On a CPU the copy stays in the
+processor's cache and costs less than reading twice from memory; rows of other lengths pay little for the
+longest one.
 
 Axes    l layers, T tokens of all pages, w = kv_lora_rank + qk_rope_head_dim, k experts per token;
         b rows of a step, s new tokens of each, n tokens of the longest row of a group
@@ -25,8 +26,8 @@ from .config import ModelConfig
 
 PAGE = 16
 """Tokens of a page."""
-CPU_ROWS = 16
-"""Rows that attention reads together on a CPU: few enough for their latents to stay in its cache."""
+CPU_BYTES = 4 << 20
+"""Latents that attention reads together on a CPU: few enough to stay in a core's cache."""
 Rows = NDArray[np.int64]
 
 
@@ -192,10 +193,9 @@ class LatentCache:
         """The step that writes `new` tokens from place `begin` on in each of `rows`, which have the room."""
         at = begin[:, None] + np.arange(new)  # b s
         slots = self.table[rows[:, None], at // PAGE] * PAGE + at % PAGE
-        size = CPU_ROWS if self.latent.device.type == "cpu" else max(1, len(rows))
-        groups, most = [], 0
-        for first in range(0, len(rows), size):
-            last = min(first + size, len(rows))
+        groups, most, last = [], 0, 0
+        while last < len(rows):
+            first, last = last, min(last + self._together(int(at[last, -1]) + 1), len(rows))
             pages = -(-int(at[first:last, -1].max() + 1) // PAGE)
             most = max(most, (last - first) * pages)
             mask = self._mask(at[first:last], pages * PAGE)
@@ -204,6 +204,12 @@ class LatentCache:
             )
         scratch = self.latent.new_empty(most * PAGE, self.latent.shape[2])
         return DecodeStep(self._tensor(at), self._tensor(slots), groups, scratch)
+
+    def _together(self, tokens: int) -> int:
+        """Rows like one of `tokens` that attention reads together."""
+        if self.latent.device.type != "cpu":
+            return len(self.lengths)
+        return max(1, CPU_BYTES // (tokens * self.latent.shape[2] * self.latent.element_size()))
 
     def _mask(self, at: Rows, columns: int) -> Tensor:
         hidden = torch.from_numpy(np.arange(columns) > at[:, None, :, None])  # rows 1 s n

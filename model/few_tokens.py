@@ -42,10 +42,10 @@ def experts_of(u: Tensor, ids: Tensor, g: Tensor, gate_up: Tensor, down: Tensor)
 
 def all_at_once(u: Tensor, ids: Tensor, g: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """As `experts_of`."""
-    h = F.linear(u, gate_up.flatten(0, 1)).unflatten(1, (len(down), -1))  # t e 2i
+    h = torch.bmm(u.expand(len(down), -1, -1), gate_up.transpose(1, 2))  # e t 2i
     gates = torch.zeros(len(u), len(down), dtype=u.dtype).scatter_(1, ids, g.to(u.dtype))
-    a = _swiglu(h).mul_(gates[..., None])  # t e i
-    return torch.bmm(a.transpose(0, 1), down.transpose(1, 2)).sum(0)  # e t d -> t d
+    a = _swiglu(h).mul_(gates.T[..., None])  # e t i
+    return torch.bmm(a, down.transpose(1, 2)).sum(0)  # e t d -> t d
 
 
 def side_by_side(u: Tensor, ids: Tensor, g: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

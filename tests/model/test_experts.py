@@ -1,13 +1,16 @@
 """Routed experts: grouped, filled up and recombined, against a loop over tokens; RMSNorm against torch's."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from model_shapes import BASE
 
-from model import few_tokens, moe
+from model import Transformer, few_tokens, load, moe, save
 from model.layers import RMSNorm
 from model.moe import Experts, GroupedLinear, Plan, WeightedSwiGLU, grouped_mm
+from pipeline.precision import Masters
 
 T, K = 40, 3
 
@@ -155,3 +158,15 @@ def test_which_way_tokens_go():
                 got = few_tokens.experts_of(u, ids, g, *weights)
             want = None if way is None else way(u, ids, g, *weights)
             assert (got is None) == (want is None) and (got is None or torch.equal(got, want))
+
+
+def test_weights_of_experts_lie_outputs_side_by_side_wherever_they_come_from(tmp_path):
+    """Decoding relies on it for its speed."""
+    net = Transformer(BASE, seed=0)
+    save(net, tmp_path)
+    trained = Transformer(BASE, seed=0)
+    masters = Masters(trained, "bfloat16").masters
+    nets = (net, load(tmp_path), load(tmp_path, dtype=torch.bfloat16), copy.deepcopy(net), trained)
+    for parameters in (*(it.parameters() for it in nets), masters):
+        stacked = [p for p in parameters if p.dim() == 3]
+        assert stacked and all(p.transpose(1, 2).is_contiguous() for p in stacked)

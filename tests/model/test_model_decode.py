@@ -16,7 +16,7 @@ def close(got, want):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("new", [1, 2])
 def test_prefill_and_decode_equal_the_full_forward_at_every_position(shape, new, monkeypatch):
-    monkeypatch.setattr(cache_module, "CPU_ROWS", 3)  # two groups of rows
+    monkeypatch.setattr(cache_module, "CPU_BYTES", 20 << 10)  # several groups of rows, of several sizes
     net = make(SHAPES[shape])
     tokens = torch.randint(net.config.vocab_size, (4, 48), generator=torch.Generator().manual_seed(2))
     full = net.hidden(tokens).detach()

@@ -255,7 +255,7 @@ def allowed(logits, params):
 
 def test_padded_steps_of_graphs_change_nothing(net, prompts, plain, monkeypatch):
     """What a GPU replays from graphs, its kernels run one by one on the same padded inputs."""
-    monkeypatch.setattr(cache_module, "CPU_ROWS", 10**6)  # as on a GPU: one group of all rows
+    monkeypatch.setattr(cache_module, "CPU_BYTES", 1 << 40)  # as on a GPU: one group of all rows
     engine = NativeEngine(net, max_batch=11, speculate=True)
     opened = []
 

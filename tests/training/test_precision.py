@@ -125,7 +125,7 @@ def test_what_is_not_finite_inside_the_network_is_counted_and_not_trained_on(pre
     weight = it.policy.get_parameter(where)
     sound = weight.detach().clone()
     with torch.no_grad():
-        weight.view(-1)[::7] = bad
+        weight[..., ::7] = bad
     before = masters(it)
     metrics = it.supervised_update(good)
     assert metrics["optim/skipped"] == 1 and torch.equal(masters(it), before)
@@ -134,7 +134,7 @@ def test_what_is_not_finite_inside_the_network_is_counted_and_not_trained_on(pre
     assert it.supervised_update(good)["optim/skipped"] == 1  # no further one
     assert not torch.equal(masters(it), before) and masters(it).isfinite().all()
     with torch.no_grad():
-        weight.view(-1)[::7] = bad
+        weight[..., ::7] = bad
     with pytest.raises(FloatingPointError, match="not finite"):
         for _ in range(MAX_SKIPPED):
             it.supervised_update(good)
