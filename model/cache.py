@@ -26,7 +26,7 @@ from .config import ModelConfig
 
 PAGE = 16
 """Tokens of a page."""
-CPU_BYTES = 4 << 20
+CPU_BYTES = 3 << 19
 """Latents that attention reads together on a CPU: few enough to stay in a core's cache."""
 Rows = NDArray[np.int64]
 
