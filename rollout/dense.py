@@ -2,7 +2,8 @@
 
 Prompts are left-padded into waves of similar length and prefilled once for all their samples. Decode
 loop, sampling and stopping are the native engine's (`rollout.decoding`), so seeds, tokens and
-log-probabilities mean the same.
+log-probabilities mean the same. (transformers' own continuous batching takes 3 to 5 times as long on a CPU,
+docs/LOG.md.)
 """
 
 from __future__ import annotations
