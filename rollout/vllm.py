@@ -232,7 +232,7 @@ class VllmEngine:
             self._sender = WeightTransferTrainerFactory.trainer_init(
                 init, client=TransferClient(self.llm), source=source
             )
-        self._sender.source.sent = [(name, tensor.cuda()) for name, tensor in sent]
+        self._sender.source.sent = [(name, tensor.cuda().contiguous()) for name, tensor in sent]
         self._sender.client.version = str(version)
         self._sender.send_weights()
         self._sender.source.sent = []
