@@ -286,7 +286,8 @@ class Experts(nn.Module):
         On a CPU torch makes a new bf16 kernel for every size that it has not met, which takes several times
         as long as to run it: with 64 few sizes are left. fp32 kernels are ready for all.
         """
-        return 64 if u.dtype == torch.bfloat16 and len(u) >= BF16_FILL_FROM else 1
+        few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
+        return 64 if few_sizes and len(u) >= BF16_FILL_FROM else 1
 
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o)."""

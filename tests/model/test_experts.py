@@ -59,6 +59,15 @@ def test_experts_take_turns_where_each_has_work():
     assert not experts.by_expert(torch.zeros(1, device="meta"), 10**6)
 
 
+def test_rows_are_filled_up_on_a_cpu_in_bf16_alone():
+    """A GPU would wait for the host to count them."""
+    experts, *_ = made()
+    many = torch.zeros(moe.BF16_FILL_FROM, 1, dtype=torch.bfloat16)
+    assert experts.alignment(many) == 64
+    assert experts.alignment(many[1:]) == experts.alignment(many.float()) == 1
+    assert experts.alignment(many.to("meta")) == 1
+
+
 @pytest.mark.parametrize("turns", [False, True], ids=["all at once", "by turns"])
 def test_bf16_experts_are_near_fp64(turns, monkeypatch):
     monkeypatch.setattr(Experts, "by_expert", lambda self, u, pairs: turns)
