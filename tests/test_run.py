@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import run as run_module
 from pipeline.config import OptimConfig, StageConfig
 from pipeline.errors import UserError
 from pipeline.log import GLOSSARY, SHORT, duration, read_jsonl
-from pipeline.run import KEEP_CHECKPOINTS, RunDir, open_run, sha256
+from pipeline.run import KEEP_CHECKPOINTS, RunDir, environment, open_run, sha256
 from pipeline.stages import Stage
 
 TOY = Stage("toy", "toy_stage", "a toy")
@@ -349,3 +350,18 @@ def test_a_second_ctrl_c_stops_at_once(opened):
             os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("went on")
     assert not (run.path / "done.json").exists() and isinstance(run, RunDir)
+
+
+def test_code_that_differs_from_its_commit_is_marked_and_results_are_not_code(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "pipeline/run.py"))
+    results = tmp_path / "docs/results"
+    results.mkdir(parents=True)
+    (tmp_path / "code.py").write_text("1\n")
+    who = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    assert environment()["commit"] and not environment()["modified"]
+    (results / "bench-x.json").write_text("{}")
+    assert not environment()["modified"]
+    (tmp_path / "code.py").write_text("2\n")
+    assert environment()["modified"]
