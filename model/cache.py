@@ -7,8 +7,8 @@ given back when they end, and rows that begin alike share the pages of their beg
 also keeps which experts each token went to, for replay in training.
 
 Attention reads a few rows at a time, their pages copied side by side. On a CPU the copy stays in the
-processor's cache and costs less than reading twice from memory; rows of other lengths pay little for the
-longest one.
+processor's cache and costs less than reading scattered pages in place; rows of other lengths pay little for
+the longest one.
 
 Axes    l layers, T tokens of all pages, w = kv_lora_rank + qk_rope_head_dim, k experts per token;
         b rows of a step, s new tokens of each, n tokens of the longest row of a group
