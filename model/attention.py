@@ -64,10 +64,10 @@ class Attention(nn.Module):
         self.kv_b_proj = Linear(self.rank, h * (self.nope + self.value))
         self.o_proj = Linear(h * self.value, d)
 
-    def _query(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries of `x` (.. d): without position (.. h n), and still to be rotated (.. h r)."""
+    def _query(self, x: Tensor) -> Tensor:
+        """Queries of `x` (.. d): (.. h n+r), the last r still to be rotated."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.low_rank_query else self.q_proj(x)
-        return q.unflatten(-1, (self.heads, -1)).split([self.nope, self.rotary], dim=-1)
+        return q.unflatten(-1, (self.heads, -1))
 
     def _latent(self, x: Tensor, rotations: Tensor) -> tuple[Tensor, Tensor]:
         """Latent (.. c) and shared rotated key (.. r) of `x` (.. d), at `rotations` (.. r/2)."""
@@ -82,18 +82,21 @@ class Attention(nn.Module):
             cache: `T w`, this layer's, to be written where `layout.slots` says. None = keep nothing.
         """
         rotations = layout.rotations
-        q, q_rot = self._query(x)  # b s h n, b s h r
+        q = self._query(x)  # b s h n+r
         c, k_rot = self._latent(x, rotations)  # b s c, b s r
         if cache is not None and layout.slots is not None:
             cache.index_copy_(0, layout.slots, torch.cat([c, k_rot], dim=-1).flatten(0, 1))
-        q_rot = self.rope.rotate(q_rot, rotations.unsqueeze(-2))
-        k, v = self.kv_b_proj(c).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
-        q = torch.cat([q, q_rot], dim=-1)  # b s h n+r
-        k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1)  # b s h n+r
+        kv = self.kv_b_proj(c).unflatten(-1, (self.heads, -1))  # b s h n+v
         if layout.buckets is not None:
-            flat = (tensor.flatten(0, 1) for tensor in (q, k, v))  # b s h .. -> N h ..
-            o = CausalAttention.apply(*flat, self.scale, layout.buckets).view_as(v)  # b s h v
+            turns = rotations.expand(*x.shape[:2], -1)  # b s r/2
+            flat = (tensor.flatten(0, 1) for tensor in (q, kv, k_rot, turns))  # b s .. -> N ..
+            o = CausalAttention.apply(*flat, self.rope, self.scale, layout.buckets)  # N h v
+            o = o.unflatten(0, x.shape[:2])  # b s h v
         else:
+            q, q_rot = q.split([self.nope, self.rotary], dim=-1)
+            q = torch.cat([q, self.rope.rotate(q_rot, rotations.unsqueeze(-2))], dim=-1)  # b s h n+r
+            k, v = kv.split([self.nope, self.value], dim=-1)
+            k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1)  # b s h n+r
             q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # b h s ..
             o = attend(q, k, v, layout.mask, self.scale).transpose(1, 2)  # b s h v
         return self.o_proj(o.flatten(-2))
@@ -101,7 +104,7 @@ class Attention(nn.Module):
     def decode(self, x: Tensor, rotations: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
         """Absorbed form for new tokens `x` (b s d) at `rotations` (b s r/2), appended to `cache` (T w)."""
         b, s = x.shape[:2]
-        q, q_rot = self._query(x.flatten(0, 1))  # N h n, N h r
+        q, q_rot = self._query(x.flatten(0, 1)).split([self.nope, self.rotary], dim=-1)  # N h n, N h r
         c, k_rot = self._latent(x, rotations)  # b s c, b s r
         cache.index_copy_(0, step.slots.flatten(), torch.cat([c, k_rot], dim=-1).flatten(0, 1))
         w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(

@@ -34,7 +34,7 @@ class ByExpert(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, g: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], token: Tensor
     ) -> Tensor:
-        padded = F.pad(u, (0, 0, 0, 1))  # t + 1, for filling rows
+        padded = _with_nobody(u, token)
         # Sums over experts: in bf16 they would lose what a small term adds.
         out = torch.zeros_like(padded, dtype=torch.promote_types(u.dtype, torch.float32))
         h = u.new_empty(len(token), gate_up.shape[1])
@@ -45,12 +45,12 @@ class ByExpert(torch.autograd.Function):
             out.index_add_(0, tokens, y.to(out.dtype))
         ctx.save_for_backward(padded, g, gate_up, down, token, h)
         ctx.counts = counts
-        return out[:-1].to(u.dtype)
+        return out[: len(u)].to(u.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         padded, g, gate_up, down, token, h = ctx.saved_tensors
-        dout = F.pad(dout, (0, 0, 0, 1))
+        t, dout = len(dout), _with_nobody(dout, token)
         du = torch.zeros_like(padded, dtype=torch.promote_types(padded.dtype, torch.float32))
         dg, d_gate_up, d_down = (torch.empty_like(x) for x in (g, gate_up, down))
         for e, (tokens, h_e, g_e, dg_e) in enumerate(zip(*_split(ctx.counts, token, h, g, dg), strict=True)):
@@ -59,7 +59,12 @@ class ByExpert(torch.autograd.Function):
             torch.mm(dy.T, a, out=d_down[e])
             torch.mm(dh.T, padded.index_select(0, tokens), out=d_gate_up[e])
             du.index_add_(0, tokens, (dh @ gate_up[e]).to(du.dtype))
-        return du[:-1].to(padded.dtype), dg, d_gate_up, d_down, None, None
+        return du[:t].to(padded.dtype), dg, d_gate_up, d_down, None, None
+
+
+def _with_nobody(u: Tensor, token: Tensor) -> Tensor:
+    """`u` (t d), with a row of zeros where `token` has filling rows."""
+    return F.pad(u, (0, 0, 0, 1)) if token.max() == len(u) else u
 
 
 def _split(counts: list[int], *rows: Tensor) -> list[tuple[Tensor, ...]]:

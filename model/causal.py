@@ -11,8 +11,8 @@ Packed rows are taken apart into their sequences, and short sequences of like le
 the right: a causal query never sees padding behind it, so there is no mask but the diagonal block's. A bucket
 is small, so that what its products hand to each other stays in the core's cache.
 
-Axes    N tokens of all rows laid end to end, h heads, k key dimensions, v value dimensions;
-        n sequences of a bucket, L its longest
+Axes    N tokens of all rows laid end to end, h heads, n unrotated and r rotated query dimensions, v value
+        dimensions; of a bucket: n sequences, L its longest
 """
 
 from functools import lru_cache
@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .rope import Rope
+
 BLOCK = 64
 """Queries of a block. Smaller ones skip more of the upper triangle, larger ones make better GEMMs."""
 FULLNESS = 0.75
 """A sequence shares a bucket whose longest is at most 1 / FULLNESS times as long."""
 TOKENS = 512
 """Most tokens of a bucket with more than one sequence, padding included."""
+WHOLE = torch.contiguous_format
 KEEP = 1024
 """Up to this length the probabilities are kept for the backward; above, they are computed again."""
 
@@ -44,18 +47,17 @@ class Bucket(NamedTuple):
         run = torch.equal(places.flatten(), torch.arange(first, first + count))
         return cls(places, slice(first, first + count) if run else None)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The bucket's part of `x` (N h d): (n h, L, d). Padding takes the last token: any will do."""
-        rows = x.index_select(0, self.places.flatten() % len(x)) if self.run is None else x[self.run]
-        return rows.unflatten(0, self.places.shape).transpose(1, 2).flatten(0, 1)  # n L, h d -> n h, L d
+    def rows(self, x: Tensor) -> Tensor:
+        """The bucket's part of `x` (N ..): (n L ..). Padding takes the last token: any will do."""
+        part = x.index_select(0, self.places.flatten() % len(x)) if self.run is None else x[self.run]
+        return part.unflatten(0, self.places.shape)
 
-    def scatter(self, whole: Tensor, part: Tensor) -> None:
-        """Put `part` (n h, L, d) where its tokens are in `whole` (N + 1, h d), padding in the last row."""
-        rows = part.unflatten(0, (len(self.places), -1)).transpose(1, 2)  # n h, L d -> n L h d
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        """Put `part` (n L ..) where its tokens are in `whole` (N + 1 ..), padding in the last row."""
         if self.run is None:
-            whole.index_copy_(0, self.places.flatten() % len(whole), rows.flatten(0, 1).to(whole.dtype))
+            whole.index_copy_(0, self.places.flatten() % len(whole), part.flatten(0, 1).to(whole.dtype))
         else:
-            whole[self.run].view(rows.shape).copy_(rows)
+            whole[self.run].view(part.shape).copy_(part)
 
 
 Buckets = list[Bucket]
@@ -94,44 +96,83 @@ def _above_diagonal(n: int) -> Tensor:
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(scale q k^T) v in each sequence: q, k (N h k), v (N h v) -> (N h v), zeros for padding."""
+    """The core of expanded MLA: softmax(scale q k^T) v in each sequence.
+
+    Queries are rotated, and keys put together, a bucket at a time and so in the cache: done for all tokens at
+    once, each of these steps reads and writes main memory.
+
+    Args of `apply`:
+        q: `N h n+r`; its last r columns are not rotated yet.
+        kv: `N h n+v`, keys without position, then values.
+        k_rot: `N r`, the rotated key that all heads share.
+        rotations: `N r/2`, for the queries.
+        rope: what rotates.
+        scale: of the scores.
+        plan: the sequences.
+
+    Returns:
+        `N h v`; zeros for padding.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Buckets) -> Tensor:
-        o = _with_a_row_for_padding(v, plan)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        kv: Tensor,
+        k_rot: Tensor,
+        rotations: Tensor,
+        rope: Rope,
+        scale: float,
+        plan: Buckets,
+    ) -> Tensor:
+        nope = q.shape[-1] - k_rot.shape[-1]
+        k, v = kv[..., :nope], kv[..., nope:]
+        o = _with_a_row_for_padding(v, v.shape, plan)
         learning = any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         for bucket in plan:
-            qs, ks, vs = (bucket.gather(x) for x in (q, k, v))
+            qs, vs = (bucket.rows(x).transpose(1, 2).clone(memory_format=WHOLE) for x in (q, v))  # n h L ..
+            qs[..., nope:] = rope.rotate(qs[..., nope:], bucket.rows(rotations)[:, None])
+            ks = qs.new_empty(qs.shape)
+            ks[..., :nope] = bucket.rows(k).transpose(1, 2)
+            ks[..., nope:] = bucket.rows(k_rot)[:, None]
             out = vs.new_empty(vs.shape)
+            kept += (qs, ks, vs) if learning else ()
+            qs, ks, vs, os = (x.flatten(0, 1) for x in (qs, ks, vs, out))  # n h, L ..
             for begin, end in _blocks(bucket):
                 p = _probabilities(qs, ks, begin, end, scale)
-                out[:, begin:end] = torch.bmm(p, vs[:, :end])
+                os[:, begin:end] = torch.bmm(p, vs[:, :end])
                 if learning and ks.shape[1] <= KEEP:
                     kept.append(p)
-            bucket.scatter(o, out)
+            bucket.put(o, out.transpose(1, 2))
         if learning:
-            ctx.save_for_backward(q, k, v, *kept)
-            ctx.scale, ctx.plan = scale, plan
+            ctx.save_for_backward(rotations, *kept)
+            ctx.rope, ctx.scale, ctx.plan = rope, scale, plan
+            ctx.shapes = q.shape, kv.shape, k_rot.shape
         return o[:-1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *rest = ctx.saved_tensors
-        kept, scale = list(rest), ctx.scale  # used from the end
-        dq, dk, dv = (_with_a_row_for_padding(x, ctx.plan) for x in (q, k, v))
-        for bucket in reversed(ctx.plan):
-            qs, ks, vs, do = (bucket.gather(x) for x in (q, k, v, grad))
+        rotations, *rest = ctx.saved_tensors
+        kept, scale = iter(rest), ctx.scale
+        dq, dkv, dk_rot = (_with_a_row_for_padding(grad, shape, ctx.plan) for shape in ctx.shapes)
+        nope = dq.shape[-1] - dk_rot.shape[-1]
+        for bucket in ctx.plan:
+            shape = len(bucket.places), dq.shape[1]
+            qs, ks, vs = (next(kept).flatten(0, 1) for _ in range(3))
+            do = bucket.rows(grad).transpose(1, 2).flatten(0, 1)  # n h, L v
             if bucket.run is None:
                 padding = (bucket.places < 0)[:, None, :, None]
-                do.unflatten(0, (len(padding), -1)).masked_fill_(padding, 0)
+                do.unflatten(0, shape).masked_fill_(padding, 0)
             # Sums over blocks: in bf16 they would lose what a small block adds. The last block's keys are
             # all keys, so the sums begin with it. (In place, baddbmm is no batched GEMM but small ones.)
-            wide = torch.promote_types(q.dtype, torch.float32)
+            wide = torch.promote_types(grad.dtype, torch.float32)
             dqs, dks, dvs = qs.new_empty(qs.shape), ks.new_empty(0), vs.new_empty(0)
-            again = ks.shape[1] > KEEP
-            for begin, end in reversed(_blocks(bucket)):
-                p = _probabilities(qs, ks, begin, end, scale) if again else kept.pop()
+            blocks = _blocks(bucket)
+            ps = [None if ks.shape[1] > KEEP else next(kept) for _ in blocks]
+            for (begin, end), p in zip(reversed(blocks), reversed(ps), strict=True):
+                if p is None:
+                    p = _probabilities(qs, ks, begin, end, scale)
                 d = do[:, begin:end]
                 dvs_part = torch.bmm(p.transpose(1, 2), d)
                 ds = torch.bmm(d, vs[:, :end].transpose(1, 2))
@@ -143,16 +184,20 @@ class CausalAttention(torch.autograd.Function):
                 else:
                     dks[:, :end] += dks_part
                     dvs[:, :end] += dvs_part
-            for whole, part in ((dq, dqs), (dk, dks), (dv, dvs)):
-                bucket.scatter(whole, part)
-        return dq[:-1], dk[:-1], dv[:-1], None, None
+            dqs, dks, dvs = (x.unflatten(0, shape) for x in (dqs, dks, dvs))  # n h L ..
+            dqs[..., nope:] = ctx.rope.rotate_back(dqs[..., nope:], bucket.rows(rotations)[:, None])
+            bucket.put(dq, dqs.transpose(1, 2))
+            bucket.put(dkv[..., :nope], dks[..., :nope].transpose(1, 2))
+            bucket.put(dkv[..., nope:], dvs.transpose(1, 2))
+            bucket.put(dk_rot, dks[..., nope:].sum(1))
+        return dq[:-1], dkv[:-1], dk_rot[:-1], None, None, None, None
 
 
-def _with_a_row_for_padding(x: Tensor, plan: Buckets) -> Tensor:
-    """Room for a result like `x` (N ..): (N + 1 ..), whose last row takes what padding computes."""
-    full = sum(bucket.places.numel() for bucket in plan if bucket.run is not None) == len(x)
-    shape = (len(x) + 1, *x.shape[1:])
-    return x.new_empty(shape) if full else x.new_zeros(shape)  # tokens of no sequence get zeros
+def _with_a_row_for_padding(like: Tensor, shape: torch.Size, plan: Buckets) -> Tensor:
+    """Room for a result of `shape` (N ..): (N + 1 ..), whose last row takes what padding computes."""
+    full = sum(bucket.places.numel() for bucket in plan if bucket.run is not None) == shape[0]
+    room = (shape[0] + 1, *shape[1:])
+    return like.new_empty(room) if full else like.new_zeros(room)  # tokens of no sequence get zeros
 
 
 def _blocks(bucket: Bucket) -> list[tuple[int, int]]:

@@ -44,7 +44,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return multiply(dy, weight.T.contiguous()), dy.flatten(0, -2).T @ x.flatten(0, -2)
+        return multiply(dy, weight.T), dy.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 class Linear(nn.Linear):

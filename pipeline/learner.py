@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from model.dense import DensePolicy
 from model.transformer import Transformer
+from pipeline import heap
 from pipeline.config import OptimConfig
 from pipeline.losses import k3, policy_loss, token_logprobs
 from pipeline.pack import Batch
-from pipeline.precision import Masters, optimizer
+from pipeline.precision import Masters, Own, optimizer
 
 Policy = Transformer | DensePolicy
 MAX_SKIPPED = 5
@@ -79,11 +80,11 @@ class Learner:
         self.mtp_late_from = mtp_late_from
         if isinstance(policy, Transformer):
             policy.recompute = optim.recompute
-        # The parameters that the optimizer steps: the policy's own, or fp32 masters of them.
-        self.masters = None if optim.precision == "float32" else Masters(policy, optim.precision)
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        self.trained = trained if self.masters is None else self.masters.masters
-        self.adamw = optimizer(self.trained, optim)
+        if next(policy.parameters()).device.type == "cpu":
+            heap.keep_freed()
+        # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
+        self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
+        self.adamw = optimizer(self.weights.stepped, optim)
         self.updates = self.skipped = self.skipped_in_a_row = 0
 
     # ---- losses
@@ -177,14 +178,14 @@ class Learner:
         """
         metrics = {key: float(value) for key, value in sums.items()}
         limit = self.optim.clip or math.inf
-        norm = float(nn.utils.clip_grad_norm_(self.trained, limit))
+        self.weights.collect()
+        norm = float(nn.utils.clip_grad_norm_(self.weights.stepped, limit))
         rate = learning_rate(self.optim, self.updates, self.total_updates)
         if math.isfinite(norm) and all(map(math.isfinite, metrics.values())):
             for group in self.adamw.param_groups:
                 group["lr"] = rate
             self.adamw.step()
-            if self.masters is not None:
-                self.masters.publish()
+            self.weights.publish()
             self.skipped_in_a_row = 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -195,7 +196,7 @@ class Learner:
                     f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; "
                     f"lower optim.lr (now {self.optim.lr}) and resume from the last checkpoint"
                 )
-        self.adamw.zero_grad(set_to_none=True)
+        self.weights.clear()
         if isinstance(self.policy, Transformer):
             metrics |= load_metrics(self.policy.router_load().float())
             self.policy.update_router_bias(self.optim.router_bias_gamma)
@@ -206,19 +207,17 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on."""
-        masters = {} if self.masters is None else {"masters": self.masters.state_dict()}
         return {
             "policy": self.policy.state_dict(),
             "adamw": self.adamw.state_dict(),
             "counts": (self.updates, self.skipped, self.skipped_in_a_row),
-            **masters,
+            **self.weights.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s state, to the same bits."""
         self.policy.load_state_dict(state["policy"])
-        if self.masters is not None:
-            self.masters.load_state_dict(state["masters"])
+        self.weights.load_state_dict(state)
         self.adamw.load_state_dict(state["adamw"])
         self.updates, self.skipped, self.skipped_in_a_row = state["counts"]
 

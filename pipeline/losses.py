@@ -89,7 +89,6 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=d.dtype) if ctx.needs_input_grad[1] else None
-        transposed = weight.T.contiguous() if linear.suits(hidden) else weight.T
         kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second backward computes it again
         for begin in range(0, len(hidden), ctx.rows):
             part = slice(begin, begin + ctx.rows)
@@ -102,7 +101,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 1, targets[part, None], scale[:, None]
             )
             gradient = gradient.to(weight.dtype)
-            d_hidden[part] = linear.multiply(gradient, transposed)
+            d_hidden[part] = linear.multiply(gradient, weight.T)
             if d_weight is not None:
                 if d_weight.dtype == gradient.dtype:
                     d_weight.addmm_(gradient.T, hidden[part])

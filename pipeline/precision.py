@@ -1,7 +1,6 @@
 """What the network computes in, and what the optimizer keeps for it.
 
-`float32` trains the network's own parameters, and nothing of this file is used. Otherwise the parameters are
-bf16, the optimizer steps fp32 masters of them, and gradients add up in fp32 (DeepSeek-V3, arXiv:2412.19437,
+`float32` trains the network's `Own` parameters. Otherwise those are bf16, the optimizer steps fp32 masters of them, and gradients add up in fp32 (DeepSeek-V3, arXiv:2412.19437,
 Sec. 3.3.1 and 3.3.3); `fp8` also runs the linear layers' products in FP8 (`model.fp8`).
 """
 
@@ -17,10 +16,47 @@ from pipeline.config import OptimConfig
 from pipeline.errors import UserError
 
 
+class Own:
+    """A network's trained parameters themselves, as the optimizer is to see them.
+
+    That is with their axes in the order of memory: AdamW's fused step copies every tensor that is not
+    contiguous, there and back, and the experts' are not (`model.moe.Experts`).
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.working = [p for p in net.parameters() if p.requires_grad]
+        self.orders = [memory_order(p) for p in self.working]
+        self.stepped = [
+            p if p.is_contiguous() else nn.Parameter(p.detach().permute(order))
+            for p, order in zip(self.working, self.orders, strict=True)
+        ]
+
+    def collect(self) -> None:
+        """Show the optimizer the gradients."""
+        for p, stepped, order in zip(self.working, self.stepped, self.orders, strict=True):
+            stepped.grad = None if p.grad is None else p.grad.permute(order)
+
+    def publish(self) -> None:
+        """Show the network what the optimizer did: it sees."""
+
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for p, stepped in zip(self.working, self.stepped, strict=True):
+            p.grad = stepped.grad = None
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
+        """What the network's own state lacks: nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
+        """The network restores its own."""
+
+
 class Masters:
     """fp32 masters of a network's trained parameters, which become bf16 in place.
 
-    A backward moves its gradients here at once, so micro-batches add up in fp32.
+    A backward moves its gradients here at once, so micro-batches add up in fp32. Masters have their axes in
+    the order of the parameters' memory, see `Own`.
     """
 
     def __init__(self, net: nn.Module, precision: str) -> None:
@@ -28,35 +64,55 @@ class Masters:
         if precision == "fp8" and not fp8.supported(device):
             raise UserError(f"{device} has no FP8 arithmetic; set optim.precision to bfloat16")
         self.working = [p for p in net.parameters() if p.requires_grad]
-        self.masters = [nn.Parameter(p.detach().float().clone()) for p in self.working]
+        self.orders = [memory_order(p) for p in self.working]
+        self.stepped = [
+            nn.Parameter(p.detach().permute(order).float().clone())
+            for p, order in zip(self.working, self.orders, strict=True)
+        ]
         for p in net.parameters():  # not buffers: rotary frequencies and gate biases stay in fp32
             p.data = p.data.to(torch.bfloat16)
         if precision == "fp8":
             fp8.convert(net)
-        for p, master in zip(self.working, self.masters, strict=True):
-            p.register_post_accumulate_grad_hook(lambda p, master=master: self._collect(p, master))
+        for p, master, order in zip(self.working, self.stepped, self.orders, strict=True):
+            p.register_post_accumulate_grad_hook(
+                lambda p, master=master, order=order: self._move(p, master, order)
+            )
 
     @staticmethod
-    def _collect(p: Tensor, master: Tensor) -> None:
+    def _move(p: Tensor, master: Tensor, order: list[int]) -> None:
         assert p.grad is not None
-        master.grad = p.grad.float() if master.grad is None else master.grad.add_(p.grad)
+        grad = p.grad.permute(order)
+        master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
         p.grad = None
+
+    def collect(self) -> None:
+        """Show the optimizer the gradients: each backward has."""
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters to the network's parameters."""
-        for p, master in zip(self.working, self.masters, strict=True):
-            p.copy_(master)
+        for p, master, order in zip(self.working, self.stepped, self.orders, strict=True):
+            p.permute(order).copy_(master)
 
-    def state_dict(self) -> list[Tensor]:
+    def clear(self) -> None:
+        """Drop the gradients."""
+        for master in self.stepped:
+            master.grad = None
+
+    def state_dict(self) -> dict[str, list[Tensor]]:
         """The masters' values."""
-        return [master.detach() for master in self.masters]
+        return {"masters": [master.detach() for master in self.stepped]}
 
     @torch.no_grad()
-    def load_state_dict(self, state: list[Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Take over `state_dict`'s values; the network restores its own."""
-        for master, value in zip(self.masters, state, strict=True):
+        for master, value in zip(self.stepped, state["masters"], strict=True):
             master.copy_(value)
+
+
+def memory_order(p: Tensor) -> list[int]:
+    """The axes of `p`, those that are furthest apart in memory first."""
+    return sorted(range(p.ndim), key=p.stride().__getitem__, reverse=True)
 
 
 def optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:

@@ -1,14 +1,22 @@
 """Block-wise causal attention against plain softmax, forward and backward, for lengths around every limit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from model import causal
 from model.causal import BLOCK, FULLNESS, CausalAttention, buckets
+from model.config import TINY
+from model.rope import Rope
 
 
-def plain(q, k, v, scale, sequence_ids):
+def plain(q, kv, k_rot, turns, rope, scale, sequence_ids):
     """Softmax over the earlier tokens of the same sequence, all tokens at once; padding gives zeros."""
+    n = q.shape[-1] - k_rot.shape[-1]
+    q = torch.cat([q[..., :n], rope.rotate(q[..., n:], turns[:, None])], dim=-1)
+    k = torch.cat([kv[..., :n], k_rot[:, None].expand(-1, q.shape[1], -1)], dim=-1)
+    v = kv[..., n:]
     ids = sequence_ids.flatten()
     rows = torch.arange(len(sequence_ids)).repeat_interleave(sequence_ids.shape[1])
     seen = ((ids[:, None] == ids) & (rows[:, None] == rows)).tril()
@@ -36,19 +44,36 @@ CASES = {
 }
 
 
+def inputs(tokens, h, n, r, v, seed):
+    """Queries (N h n+r), keys and values (N h n+v), rotated keys (N r) and rotations (N r/2)."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = (tokens, h, n + r), (tokens, h, n + v), (tokens, r)
+    tensors = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+    angles = torch.randn(tokens, r // 2, generator=g)
+    return tensors, torch.polar(torch.full_like(angles, 1.5), angles)
+
+
+def rope(interleave=True):
+    """A rope of any size: only its order of dimensions counts."""
+    return Rope(replace(TINY, rope_interleave=interleave))
+
+
+@pytest.mark.parametrize("interleave", [True, False], ids=["pairs", "halves"])
+@pytest.mark.parametrize("h", [1, 2])
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
 @pytest.mark.parametrize("case", CASES)
-def test_attention_and_its_gradients_are_those_of_plain_softmax(case, again, monkeypatch):
+def test_attention_and_its_gradients_are_those_of_plain_softmax(case, again, h, interleave, monkeypatch):
     if again:
         monkeypatch.setattr(causal, "KEEP", 0)
-    ids, g = CASES[case], torch.Generator().manual_seed(0)
-    shapes = ((ids.numel(), 2, 6), (ids.numel(), 2, 6), (ids.numel(), 2, 5))
-    tensors = [
-        torch.randn(shape, generator=g, dtype=torch.float64).mul_(2).requires_grad_() for shape in shapes
-    ]
-    ours, want = CausalAttention.apply(*tensors, 0.7, buckets(ids)), plain(*tensors, 0.7, ids)
+    ids, turning = CASES[case], rope(interleave)
+    tensors, turns = inputs(ids.numel(), h, 4, 4, 5, seed=0)
+    tensors = [x.requires_grad_() for x in tensors]
+    before = [x.detach().clone() for x in tensors]
+    ours = CausalAttention.apply(*tensors, turns, turning, 0.7, buckets(ids))
+    want = plain(*tensors, turns, turning, 0.7, ids)
+    assert all(map(torch.equal, tensors, before))  # rotated in a copy
     torch.testing.assert_close(ours, want, atol=1e-12, rtol=1e-12)
-    upstream = torch.randn(want.shape, generator=g, dtype=torch.float64)
+    upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for mine, theirs in zip(
         torch.autograd.grad(ours, tensors, upstream),
         torch.autograd.grad(want, tensors, upstream),
@@ -68,11 +93,11 @@ def test_buckets_hold_every_token_once_and_like_lengths():
 
 
 def test_bf16_is_near_fp64():
-    ids, g = CASES["several blocks"], torch.Generator().manual_seed(1)
-    wide = [torch.randn(ids.numel(), 4, d, generator=g, dtype=torch.float64) for d in (48, 48, 32)]
+    ids, turning = CASES["several blocks"], rope()
+    wide, turns = inputs(ids.numel(), 4, 32, 16, 32, seed=1)
     narrow = [x.bfloat16().requires_grad_() for x in wide]
     wide = [x.detach().double().requires_grad_() for x in narrow]
-    ours, want = (CausalAttention.apply(*x, 48**-0.5, buckets(ids)) for x in (narrow, wide))
+    ours, want = (CausalAttention.apply(*x, turns, turning, 48**-0.5, buckets(ids)) for x in (narrow, wide))
     assert ours.dtype == torch.bfloat16
     assert (ours - want).norm() < 0.01 * want.norm()
     for x in (ours, want):

@@ -174,8 +174,7 @@ def test_weights_of_experts_lie_outputs_side_by_side_wherever_they_come_from(tmp
     net = Transformer(BASE, seed=0)
     save(net, tmp_path)
     trained = Transformer(BASE, seed=0)
-    masters = Masters(trained, "bfloat16").masters
-    nets = (net, load(tmp_path), load(tmp_path, dtype=torch.bfloat16), copy.deepcopy(net), trained)
-    for parameters in (*(it.parameters() for it in nets), masters):
-        stacked = [p for p in parameters if p.dim() == 3]
+    Masters(trained, "bfloat16")
+    for it in (net, load(tmp_path), load(tmp_path, dtype=torch.bfloat16), copy.deepcopy(net), trained):
+        stacked = [p for p in it.parameters() if p.dim() == 3]
         assert stacked and all(p.transpose(1, 2).is_contiguous() for p in stacked)

@@ -13,7 +13,7 @@ from pipeline.config import OptimConfig
 from pipeline.errors import UserError
 from pipeline.learner import MAX_SKIPPED, Learner
 from pipeline.losses import token_logprobs
-from pipeline.precision import HalfMomentAdamW
+from pipeline.precision import HalfMomentAdamW, memory_order
 from tests.small import llama
 
 HALF = ("bfloat16", "fp8")
@@ -26,7 +26,7 @@ def learner(precision, micro_rows=64, **optim):
 
 
 def masters(it):
-    return torch.cat([p.detach().flatten() for p in it.trained])
+    return torch.cat([p.detach().flatten() for p in it.weights.stepped])
 
 
 def batches(n=4):
@@ -50,7 +50,9 @@ def test_float32_has_the_bits_of_a_plain_loop_that_knows_no_precisions():
         adamw.step()
         adamw.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), it.policy.parameters(), strict=True))
-    assert all(p is q for p, q in zip(it.trained, it.policy.parameters(), strict=True))
+    for p, q in zip(it.weights.stepped, it.policy.parameters(), strict=True):
+        assert p.data_ptr() == q.data_ptr() and p.is_contiguous()  # no copy: AdamW makes none either
+        assert p.grad is None and q.grad is None
     assert not any(isinstance(m, fp8.Fp8Linear | fp8.Fp8Experts) for m in it.policy.modules())
     assert set(it.state_dict()) == {"policy", "adamw", "counts"}
 
@@ -65,8 +67,9 @@ def test_the_network_is_bf16_over_fp32_masters(precision):
         assert got["loss/lm"] == pytest.approx(want["loss/lm"], rel=0.01)
         assert got["loss/lm"] != want["loss/lm"]
     assert {p.dtype for p in it.policy.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in it.trained} == {torch.float32}
-    assert all(torch.equal(p, m.bfloat16()) for p, m in zip(it.policy.parameters(), it.trained, strict=True))
+    assert {p.dtype for p in it.weights.stepped} == {torch.float32}
+    for p, master in zip(it.policy.parameters(), it.weights.stepped, strict=True):
+        assert master.is_contiguous() and torch.equal(p.permute(memory_order(p)), master.bfloat16())
     biases = [b for name, b in it.policy.named_buffers() if name.endswith("e_score_correction_bias")]
     assert biases and all(b.dtype == torch.float32 for b in biases)
     converted = any(isinstance(m, fp8.Fp8Linear) for m in it.policy.modules())
