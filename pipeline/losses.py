@@ -25,6 +25,8 @@ CHUNK_BYTES = 64 << 20
 """Most bytes of fp32 logits alive at once."""
 CPU_ROWS = 512
 """Most rows of a chunk on a CPU: between its passes a chunk should stay in the cache."""
+SMALL = 1e-30
+"""A probability below this may have lost digits: fp32 has all of its own down to 1e-38."""
 
 
 def token_logprobs(
@@ -49,11 +51,12 @@ def token_logprobs(
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """As `token_logprobs`, chunk by chunk in both directions; the logits' gradient takes their place.
+    """As `token_logprobs`, chunk by chunk in both directions; the logits' gradient takes the softmax's place.
 
-        z = logits / temperature - max     log p = z_target - log sum exp z     dz = d (onehot - softmax)
+        z = logits / temperature       p = softmax z       log p_target       dz = d (onehot - p)
 
-    What fits into CHUNK_BYTES is kept for the backward as exp z, more is computed again.
+    The softmax is one pass over memory, where a maximum, a difference, an exponential and a sum are four. What
+    fits into CHUNK_BYTES is kept for the backward as p, more is computed again.
     """
 
     @staticmethod
@@ -68,15 +71,14 @@ class _TokenLogprobs(torch.autograd.Function):
         kept = []
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            z = _shifted_logits(hidden[part], weight, temperature)
+            z = _scaled_logits(hidden[part], weight, temperature)
+            p = z.softmax(1)
             at_target = z.gather(1, targets[part, None]).squeeze(1)
-            exp = z.exp() if entropy else z.exp_()
-            total = exp.sum(1)
-            chosen[part] = at_target - total.log()
-            if entropy:
-                entropies[part] = total.log() - torch.linalg.vecdot(exp, z) / total
+            chosen[part] = _log(p.gather(1, targets[part, None]).squeeze(1), at_target, z)
+            if entropy:  # -sum p log p = log sum exp z - sum p z
+                entropies[part] = at_target - chosen[part] - torch.linalg.vecdot(p, z)
             if keep:
-                kept.append((exp, total))
+                kept.append(p)
         ctx.mark_non_differentiable(entropies)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(hidden, weight, targets)
@@ -92,15 +94,11 @@ class _TokenLogprobs(torch.autograd.Function):
         kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second backward computes it again
         for begin in range(0, len(hidden), ctx.rows):
             part = slice(begin, begin + ctx.rows)
-            exp, total = next(kept, (None, None))
-            if exp is None:
-                exp = _shifted_logits(hidden[part], weight, ctx.temperature).exp_()
-                total = exp.sum(1)
-            scale = d[part] / ctx.temperature
-            gradient = exp.mul_((-scale / total)[:, None]).scatter_add_(
-                1, targets[part, None], scale[:, None]
-            )
-            gradient = gradient.to(weight.dtype)
+            p = next(kept, None)
+            if p is None:
+                p = _scaled_logits(hidden[part], weight, ctx.temperature).softmax(1)
+            scale = (d[part] / ctx.temperature)[:, None]
+            gradient = p.mul_(-scale).scatter_add_(1, targets[part, None], scale).to(weight.dtype)
             d_hidden[part] = linear.multiply(gradient, weight.T)
             if d_weight is not None:
                 if d_weight.dtype == gradient.dtype:
@@ -110,13 +108,23 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
 
 
-def _shifted_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits (n v) in at least fp32, divided by the temperature, less their maximum."""
+def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """Logits (n v) in at least fp32, divided by the temperature."""
     logits = linear.multiply(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature != 1:
-        logits /= temperature
-    return logits.sub_(logits.amax(1, keepdim=True))
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def _log(p: Tensor, at_target: Tensor, z: Tensor) -> Tensor:
+    """Logarithms of probabilities `p` (n), of logits `at_target` (n) among `z` (n v).
+
+    As precise as their fp32, but for those so small that the softmax has rounded them to 0 or nearly: these
+    are computed from the logits.
+    """
+    log_p, small = p.log(), p < SMALL
+    if small.any():
+        log_p[small] = at_target[small] - z[small].logsumexp(1)
+    return log_p
 
 
 def policy_loss(
