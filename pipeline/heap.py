@@ -1,8 +1,8 @@
 """Memory that a training step frees on a CPU stays with the process, as torch's CUDA allocator keeps a GPU's.
 
-glibc gives the end of its heap back to the system once 128 KiB of it are free, and takes large blocks from
-there one by one. The next step gets all of it again as fresh pages, 4 KiB at a time, each cleared first: ten
-thousand a step for 12M parameters, 5 to 15 % of its time (docs/LOG.md).
+glibc gives what is freed at the end of its heap, and any block above 32 MiB, back to the system. The next step
+gets it again as fresh pages, 4 KiB at a time, each cleared first: ten thousand and more a step of 12M parameters,
+3 to 12 % of its time (docs/LOG.md).
 """
 
 import ctypes

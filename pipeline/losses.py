@@ -55,8 +55,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
         z = logits / temperature       p = softmax z       log p_target       dz = d (onehot - p)
 
-    The softmax is one pass over memory, where a maximum, a difference, an exponential and a sum are four. What
-    fits into CHUNK_BYTES is kept for the backward as p, more is computed again.
+    The softmax is one pass over memory; a maximum, a difference, an exponential and a sum are four. What fits
+    into CHUNK_BYTES is kept for the backward as p, more is computed again.
     """
 
     @staticmethod

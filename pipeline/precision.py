@@ -1,7 +1,8 @@
 """What the network computes in, and what the optimizer keeps for it.
 
-`float32` trains the network's `Own` parameters. Otherwise those are bf16, the optimizer steps fp32 masters of them, and gradients add up in fp32 (DeepSeek-V3, arXiv:2412.19437,
-Sec. 3.3.1 and 3.3.3); `fp8` also runs the linear layers' products in FP8 (`model.fp8`).
+`float32` trains the network's `Own` parameters. Otherwise those are bf16, the optimizer steps fp32 `Masters`
+of them, and gradients add up in fp32 (DeepSeek-V3, arXiv:2412.19437, Sec. 3.3.1 and 3.3.3); `fp8` also runs
+the linear layers' products in FP8 (`model.fp8`).
 """
 
 from __future__ import annotations

@@ -86,6 +86,28 @@ def test_chunked_logprobs_equal_the_whole_softmax_in_float64(monkeypatch, temper
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
+def test_what_the_softmax_rounds_to_zero_has_its_log_probability_and_gradient():
+    """Targets from certain to e^-400 away: fp32 has no probability below e^-103."""
+    logits = torch.tensor([[0.0, -40.0, -80.0, -95.0, -150.0, -400.0]]).repeat(6, 1)
+    targets, head = torch.arange(6), nn.Linear(6, 6, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(6))
+    hidden = logits.clone().requires_grad_()
+    logprobs, entropy = token_logprobs(hidden, head, targets)
+    dense = logits.double().log_softmax(1)
+    torch.testing.assert_close(logprobs.double(), dense.diagonal(), atol=1e-30, rtol=1e-6)
+    torch.testing.assert_close(entropy.double(), -(dense.exp() * dense).sum(1), atol=1e-6, rtol=0)
+    (got,) = torch.autograd.grad(logprobs.sum(), hidden)
+    torch.testing.assert_close(got, (torch.eye(6) - dense.exp()).float(), atol=1e-6, rtol=0)
+
+
+def test_logits_that_are_not_finite_are_not_taken_for_small_ones():
+    head, hidden = nn.Linear(3, 3, bias=False), torch.randn(2, 3)
+    hidden[1, 0] = float("nan")
+    logprobs, _ = token_logprobs(hidden, head, torch.tensor([0, 1]))
+    assert logprobs[0].isfinite() and logprobs[1].isnan()
+
+
 def test_chunks_that_are_kept_for_the_backward_change_nothing(monkeypatch):
     torch.manual_seed(0)
     head, targets = nn.Linear(8, 50, bias=False), torch.randint(50, (33,))
