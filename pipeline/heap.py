@@ -1,7 +1,7 @@
 """Memory that a training step frees on a CPU stays with the process, as torch's CUDA allocator keeps a GPU's.
 
-glibc gives what is freed at the end of its heap, and any block above 32 MiB, back to the system. The next step
-gets it again as fresh pages, 4 KiB at a time, each cleared first: ten thousand and more in a step of 12M
+glibc gives what is freed at the end of its heap, and any block above 32 MiB, back to the system. The next
+step gets it again as fresh pages, 4 KiB at a time, each cleared first: ten thousand and more in a step of 12M
 parameters, 3 to 12 % of its time (docs/LOG.md).
 """
 
