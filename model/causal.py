@@ -29,7 +29,6 @@ FULLNESS = 0.75
 """A sequence shares a bucket whose longest is at most 1 / FULLNESS times as long."""
 TOKENS = 512
 """Most tokens of a bucket with more than one sequence, padding included."""
-WHOLE = torch.contiguous_format
 KEEP = 1024
 """Up to this length the probabilities are kept for the backward; above, they are computed again."""
 
@@ -132,7 +131,7 @@ class CausalAttention(torch.autograd.Function):
         learning = any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         for bucket in plan:
-            qs, vs = (bucket.rows(x).transpose(1, 2).clone(memory_format=WHOLE) for x in (q, v))  # n h L ..
+            qs, vs = (_heads_first(bucket.rows(x)) for x in (q, v))  # n L h .. -> n h L ..
             qs[..., nope:] = rope.rotate(qs[..., nope:], bucket.rows(rotations)[:, None])
             ks = qs.new_empty(qs.shape)
             ks[..., :nope] = bucket.rows(k).transpose(1, 2)
@@ -192,6 +191,11 @@ class CausalAttention(torch.autograd.Function):
             bucket.put(dkv[..., nope:], dvs.transpose(1, 2))
             bucket.put(dk_rot, dks[..., nope:].sum(1))
         return dq[:-1], dkv[:-1], dk_rot[:-1], None, None, None, None
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """A copy of `x` (n L h d), whatever its strides: (n h L d)."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _with_a_row_for_padding(like: Tensor, shape: torch.Size, plan: Buckets) -> Tensor:

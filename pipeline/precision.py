@@ -112,7 +112,9 @@ class Masters:
 
 
 def memory_order(p: Tensor) -> list[int]:
-    """The axes of `p`, those that are furthest apart in memory first."""
+    """The axes of `p`, those that are furthest apart in memory first; as they are if it is contiguous."""
+    if p.is_contiguous():  # the stride of an axis of size 1 can be anything
+        return list(range(p.ndim))
     return sorted(range(p.ndim), key=p.stride().__getitem__, reverse=True)
 
 

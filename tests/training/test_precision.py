@@ -76,6 +76,12 @@ def test_the_network_is_bf16_over_fp32_masters(precision):
     assert converted == (precision == "fp8")
 
 
+def test_memory_order():
+    x = torch.zeros(2, 3, 4)
+    assert memory_order(x) == [0, 1, 2] and memory_order(x.transpose(1, 2)) == [0, 2, 1]
+    assert memory_order(torch.zeros(1, 5).T) == [0, 1]  # contiguous, with strides 1 and 5
+
+
 def test_steps_too_small_for_bf16_add_up_in_the_masters():
     it = learner("bfloat16", lr=1e-6)
     before, rounded = masters(it), [p.detach().clone() for p in it.policy.parameters()]
