@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .linear import Linear
 
-ROWS = 512
-"""Rows of a part that stays in the cache between the passes over it."""
+PART = 1 << 18
+"""Numbers of a part that stays in the cache between the passes over it."""
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -35,7 +35,8 @@ class _RMSNorm(torch.autograd.Function):
         w, dx = weight.to(r.dtype), torch.empty_like(x)
         dw = torch.zeros_like(w)
         # A part at a time, or each of these lines would read and write main memory.
-        for x_, dy_, r_, dx_ in zip(*(tensor.split(ROWS) for tensor in (x, dy, r, dx)), strict=True):
+        rows = max(1, PART // w.shape[0])
+        for x_, dy_, r_, dx_ in zip(*(tensor.split(rows) for tensor in (x, dy, r, dx)), strict=True):
             x_, dy_ = x_.to(r.dtype), dy_.to(r.dtype)
             product = dy_ * x_
             mean = (product @ w)[:, None] / w.shape[0]  # t 1

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from model_shapes import BASE
 
-from model import Transformer, few_tokens, load, moe, save
+from model import Transformer, few_tokens, layers, load, moe, save
 from model.layers import RMSNorm
 from model.moe import Experts, GroupedLinear, Plan, WeightedSwiGLU, grouped_mm
 from pipeline.precision import Masters
@@ -110,7 +110,9 @@ def test_weighted_swiglu_has_the_gradient_of_its_formula():
     assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (h, g))
 
 
-def test_rms_norm_is_that_of_torch_in_every_dtype():
+@pytest.mark.parametrize("rows", [5, 1000], ids=["in parts", "whole"])
+def test_rms_norm_is_that_of_torch_in_every_dtype(rows, monkeypatch):
+    monkeypatch.setattr(layers, "PART", rows * 16)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
         torch.manual_seed(0)
         norm = RMSNorm(16, 1e-5)
