@@ -20,7 +20,7 @@ from pipeline import heap
 from pipeline.config import OptimConfig
 from pipeline.losses import k3, policy_loss, token_logprobs
 from pipeline.pack import Batch
-from pipeline.precision import Masters, Own, optimizer
+from pipeline.precision import Masters, Own, load_optimizer_state, optimizer, optimizer_state
 
 Policy = Transformer | DensePolicy
 MAX_SKIPPED = 5
@@ -209,7 +209,7 @@ class Learner:
         """All that the next update depends on."""
         return {
             "policy": self.policy.state_dict(),
-            "adamw": self.adamw.state_dict(),
+            "adamw": optimizer_state(self.adamw, self.weights),
             "counts": (self.updates, self.skipped, self.skipped_in_a_row),
             **self.weights.state_dict(),
         }
@@ -218,7 +218,7 @@ class Learner:
         """Go on from `state_dict`'s state, to the same bits."""
         self.policy.load_state_dict(state["policy"])
         self.weights.load_state_dict(state)
-        self.adamw.load_state_dict(state["adamw"])
+        load_optimizer_state(self.adamw, self.weights, state["adamw"])
         self.updates, self.skipped, self.skipped_in_a_row = state["counts"]
 
 

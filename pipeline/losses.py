@@ -22,11 +22,11 @@ from torch.autograd.function import once_differentiable
 from model import linear
 
 CHUNK_BYTES = 64 << 20
-"""Most bytes of fp32 logits alive at once."""
+"""Most bytes of fp32 logits alive at once; their softmax takes as many again."""
 CPU_ROWS = 512
 """Most rows of a chunk on a CPU: between its passes a chunk should stay in the cache."""
 SMALL = 1e-30
-"""A probability below this may have lost digits: fp32 has all of its own down to 1e-38."""
+"""Probabilities below this are not read off the softmax: fp32 loses digits from 1e-38 on, all at 1e-45."""
 
 
 def token_logprobs(

@@ -8,6 +8,7 @@ the linear layers' products in FP8 (`model.fp8`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,14 +102,15 @@ class Masters:
             master.grad = None
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """The masters' values."""
-        return {"masters": [master.detach() for master in self.stepped]}
+        """The masters' values, in the shapes of the network's parameters."""
+        pairs = zip(self.stepped, self.orders, strict=True)
+        return {"masters": [master.detach().permute(inverse(order)) for master, order in pairs]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Take over `state_dict`'s values; the network restores its own."""
-        for master, value in zip(self.stepped, state["masters"], strict=True):
-            master.copy_(value)
+        for master, value, order in zip(self.stepped, state["masters"], self.orders, strict=True):
+            master.copy_(value.permute(order))
 
 
 def memory_order(p: Tensor) -> list[int]:
@@ -116,6 +118,35 @@ def memory_order(p: Tensor) -> list[int]:
     if p.is_contiguous():  # the stride of an axis of size 1 can be anything
         return list(range(p.ndim))
     return sorted(range(p.ndim), key=p.stride().__getitem__, reverse=True)
+
+
+def inverse(order: list[int]) -> list[int]:
+    """The axes that undo `permute(order)`."""
+    return sorted(range(len(order)), key=order.__getitem__)
+
+
+def optimizer_state(adamw: torch.optim.Optimizer, weights: Own | Masters) -> dict[str, Any]:
+    """`adamw.state_dict()`, its moments in the shapes of the network's parameters."""
+    return _with_axes(adamw.state_dict(), [inverse(order) for order in _orders(adamw, weights)])
+
+
+def load_optimizer_state(adamw: torch.optim.Optimizer, weights: Own | Masters, state: dict[str, Any]) -> None:
+    """Take over what `optimizer_state` gave."""
+    adamw.load_state_dict(_with_axes(state, _orders(adamw, weights)))
+
+
+def _orders(adamw: torch.optim.Optimizer, weights: Own | Masters) -> list[list[int]]:
+    """The memory order of each parameter, as the optimizer numbers them."""
+    order = {id(p): order for p, order in zip(weights.stepped, weights.orders, strict=True)}
+    return [order[id(p)] for group in adamw.param_groups for p in group["params"]]
+
+
+def _with_axes(state: dict[str, Any], orders: list[list[int]]) -> dict[str, Any]:
+    moments = {
+        i: {key: x.permute(orders[i]).contiguous() if x.ndim else x for key, x in of.items()}
+        for i, of in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:

@@ -67,7 +67,7 @@ def test_attention_and_its_gradients_are_those_of_plain_softmax(case, again, h, 
         monkeypatch.setattr(causal, "KEEP", 0)
     ids, turning = CASES[case], rope(interleave)
     tensors, turns = inputs(ids.numel(), h, 4, 4, 5, seed=0)
-    tensors = [x.requires_grad_() for x in tensors]
+    tensors = [x.mul_(2).requires_grad_() for x in tensors]
     before = [x.detach().clone() for x in tensors]
     ours = CausalAttention.apply(*tensors, turns, turning, 0.7, buckets(ids))
     want = plain(*tensors, turns, turning, 0.7, ids)

@@ -76,6 +76,24 @@ def test_the_network_is_bf16_over_fp32_masters(precision):
     assert converted == (precision == "fp8")
 
 
+@pytest.mark.parametrize("optim", [{}, {"moments": "bfloat16"}], ids=["fp32 moments", "bf16 moments"])
+@pytest.mark.parametrize("precision", ["float32", *HALF])
+def test_a_saved_state_has_the_shapes_of_the_network_whatever_its_memory_order(precision, optim):
+    """So it does not depend on where weights lie: moments of another order would load without a word."""
+    it = learner(precision, **optim)
+    it.supervised_update(batches(1)[0])
+    state = it.state_dict()
+    shapes = [p.shape for p in it.policy.parameters()]
+    numbered = [s for s in shapes if len(s) >= 2] + [s for s in shapes if len(s) < 2]
+    assert any(p.shape != q.shape for p, q in zip(it.weights.stepped, it.policy.parameters(), strict=True))
+    for i, moments in state["adamw"]["state"].items():
+        assert moments["exp_avg"].shape == moments["exp_avg_sq"].shape == numbered[i]
+    if precision != "float32":
+        assert [x.shape for x in state["masters"]] == shapes
+        rounded = [x.bfloat16() for x in state["masters"]]
+        assert all(map(torch.equal, rounded, it.policy.parameters()))
+
+
 def test_memory_order():
     x = torch.zeros(2, 3, 4)
     assert memory_order(x) == [0, 1, 2] and memory_order(x.transpose(1, 2)) == [0, 2, 1]
