@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.cache import PAGE, DecodeStep, Group, LatentCache
+from model.fp8 import Fp8Experts
 from model.transformer import Transformer
 
 WARMUPS = 2
@@ -29,6 +30,20 @@ class Static:
     tokens: Tensor  # R s
     step: DecodeStep
     replay: Callable[[], Tensor]  # -> R s d
+
+
+def capturable(net: Transformer) -> bool:
+    """Whether a decode step of `net` stays on the GPU, as a captured graph must.
+
+    torch's grouped product is one kernel for bf16 on Hopper and Blackwell alone; elsewhere it copies the
+    experts' row counts to the host (GroupedBlas.cpp), and so does `model.fp8`.
+    """
+    weight = net.embed_tokens.weight
+    if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
+        return False
+    if any(isinstance(module, Fp8Experts) for module in net.modules()):
+        return False
+    return torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
 
 
 class DecodeGraphs:

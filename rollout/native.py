@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model.cache import LatentCache, bytes_per_page
 from model.transformer import Transformer
-from rollout.graphs import DecodeGraphs
+from rollout.graphs import DecodeGraphs, capturable
 from rollout.sampling import refuse_nonfinite, sample
 from rollout.schedule import Draft, Schedule, most_tokens, pages_of
 from rollout.stopping import Stopper, check_prompts
@@ -79,8 +79,8 @@ class NativeEngine:
             prefill_tokens: prompt tokens that are read at once.
             speculate: guess a token ahead with the first MTP module.
             record_routes: keep every token's experts, for replay in training.
-            cuda_graphs: on a GPU, launch a decode step's kernels as one graph. Cache and graphs are then kept
-                from request to request.
+            cuda_graphs: launch a decode step's kernels as one graph where `rollout.graphs.capturable` allows
+                it: bf16 on Hopper and Blackwell. Cache and graphs are then kept from request to request.
             eos_token_id: ends a completion; `None` = the model config's.
             tokenizer: reads stop strings; not needed without them.
 
@@ -166,8 +166,7 @@ class NativeEngine:
         cache = self.net.new_cache(
             rows, max_tokens, pages=pages, record_routes=self.record_routes, drafts=self.speculate
         )
-        on_gpu = cache.latent.device.type == "cuda"
-        self.graphs = DecodeGraphs(self.net, cache) if on_gpu and self.cuda_graphs else None
+        self.graphs = DecodeGraphs(self.net, cache) if self.cuda_graphs and capturable(self.net) else None
         return cache
 
 

@@ -12,7 +12,7 @@ import torch
 from tests.bench import measure
 from tests.bench.__main__ import holds
 from tests.gpu import __main__ as gpu_check
-from tests.gpu import _compare, engine, fp8_layers, network, speed
+from tests.gpu import _compare, attention, engine, fp8_layers, logprobs, network, speed
 
 CPU = torch.device("cpu")
 SMALL = replace(
@@ -37,7 +37,7 @@ def test_without_a_gpu_it_says_so_in_one_line_and_exits_with_2(monkeypatch, caps
 
 def test_every_check_has_a_summary_and_an_order():
     assert gpu_check.names() == list(gpu_check.ORDER)
-    assert all(module.SUMMARY for module in (engine, fp8_layers, network, speed))
+    assert all(module.SUMMARY for module in (attention, engine, fp8_layers, logprobs, network, speed))
 
 
 @pytest.mark.parametrize(
@@ -46,9 +46,18 @@ def test_every_check_has_a_summary_and_an_order():
         (network, {"config": SMALL}),
         (engine, {"config": SMALL, "new_tokens": 6}),
         (fp8_layers, {"config": replace(SMALL, hidden_size=136), "tokens": 300}),
+        (
+            attention,
+            {
+                "shapes": (attention.Shape(4, 2, 16, 16), attention.Shape(2, 2, 24, 16)),
+                "uneven": (1, 7, 24),
+                "rows": ((8,) * 4, (16,) * 2),
+            },
+        ),
+        (logprobs, {"tokens": 40, "hidden_size": 16, "vocab_size": 97, "chunks": (1 << 10, 1 << 20)}),
         (speed, {"config": SMALL, "rows": 2, "row_tokens": 16, "batch": 2, "context": 8}),
     ],
-    ids=["network", "engine", "fp8_layers", "speed"],
+    ids=["network", "engine", "fp8_layers", "attention", "logprobs", "speed"],
 )
 def test_a_check_holds_where_the_gpu_is_the_cpu(module, arguments):
     result = module.run(CPU, **arguments)

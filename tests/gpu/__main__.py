@@ -20,7 +20,7 @@ import torch
 from tests.bench.__main__ import holds, show
 from tests.bench.measure import record
 
-ORDER = ("fp8_kernels", "fp8_layers", "network", "engine", "speed")
+ORDER = ("fp8_kernels", "fp8_layers", "network", "engine", "attention", "logprobs", "speed")
 """Checks in the order in which they run: what others stand on comes first. Any other module comes after."""
 
 
