@@ -19,7 +19,7 @@ PYTHON = $(eval PYTHON := $$(shell for p in python3.12 python3.11 python3.13 pyt
     { echo $$$$p; break; }; done))$(or $(PYTHON),$(error no Python >= 3.11 with venv found \
     (Debian, Ubuntu: apt install python3-venv); or name one: make PYTHON=/path/to/python3.12))
 
-# ---- the stage graph: what each stage reads, as in pipeline/stages.py (a test compares them)
+# ---- the stage graph: what each stage reads, as in pipeline/table.py (a test compares them)
 
 STAGES := pretrain zero sft grpo reject sft2 grpo2 smollm2 distill eval report
 zero_after := pretrain
@@ -176,7 +176,7 @@ gpu-check: $(STAMP)
 help:
 	@echo 'make r1                     the whole chain, from nothing to a report'
 	@echo 'make STAGE                  one stage, and first whatever it needs:'
-	@$(PYTHON) -c 'from pipeline.stages import STAGES; \
+	@$(PYTHON) -c 'from pipeline.table import STAGES; \
 	    [print(f"     {s.name:22} {s.summary}") for s in STAGES]'
 	@echo 'make setup                  the environment $(VENV); every target does it by itself'
 	@echo 'make check                  lint, format, types'

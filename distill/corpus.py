@@ -1,6 +1,6 @@
 """What students learn: worked traces, and the same questions answered without reasoning.
 
-The rows are `pipeline.corpus`'s: `completion` is everything the student is to say, tags included. Traces
+The rows are `pipeline.data.corpus`'s: `completion` is everything the student is to say, tags included. Traces
 come from the `reject` stage (the teacher's kept samples) or, here, from the published solutions of GSM8K
 and MATH. `plain_rows` makes the control that shows what the traces teach.
 
@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.corpus import Row
-from pipeline.data import BENCHMARKS, decontaminate, problems, read_rows, to_problem
-from pipeline.data import Row as Raw
+from pipeline.data.corpus import Row
+from pipeline.data.problems import BENCHMARKS, decontaminate, problems, read_rows, to_problem
+from pipeline.data.problems import Row as Raw
 from pipeline.errors import UserError
-from rewards.extract import last_boxed, outside_think
+from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
 
 WORKED = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.train)

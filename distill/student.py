@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
-from pipeline.config import OptimConfig, StageConfig
-from pipeline.corpus import Row, read_corpus
-from pipeline.data import data_folder
+from pipeline.arguments import OptimConfig, StageConfig
+from pipeline.data.corpus import Row, read_corpus
+from pipeline.data.problems import data_folder
 from pipeline.errors import UserError
-from pipeline.log import say
-from rollout.tokenizer import encode_example, load_tokenizer, template_named
+from pipeline.run.metrics import say
+from rollout.text.tokenizer import encode_example, load_tokenizer, template_named
 
 if TYPE_CHECKING:
     from distill.trainer import Job
-    from pipeline.run import RunDir
+    from pipeline.run.directory import RunDir
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +60,11 @@ class Base:
     """Pretraining of a fresh student, so that it can read before it is taught, as R1's students could."""
 
     steps: int = 0
-    """Updates on generated documents (`pipeline.traces.corpus`); 0 = fresh weights are taught at once."""
+    """Updates on generated documents (`pipeline.data.traces`); 0 = fresh weights are taught at once."""
     tokens_per_step: int = 1024
     """Tokens of an update."""
     task: str = "all"
-    """Mixture or family of `pipeline.generators` that the documents are about; train split only."""
+    """Mixture or family of `pipeline.data.generators` that the documents are about; train split only."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-3, warmup_steps=30, schedule="cosine")
     )
@@ -234,7 +234,7 @@ def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: C
 
 def documents(config: Config, tokenizer: Any) -> Course:
     """Pretraining documents for every update of the base, each token scored."""
-    from pipeline.traces import corpus
+    from pipeline.data.traces import corpus
 
     wanted = config.base.steps * config.base.tokens_per_step
     examples: list[Example] = []
@@ -328,7 +328,7 @@ def model_card(config: Config, course: Course, parameters: int, tokens: int, ste
 def run(config: Config, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
     from distill.trainer import quiet, train
-    from pipeline.policy import set_up
+    from pipeline.train.policy import set_up
 
     set_up(config.seed, config.threads)
     quiet()

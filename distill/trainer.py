@@ -30,9 +30,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from distill.batches import IGNORE, Example, collate
-from pipeline.config import OptimConfig
+from pipeline.arguments import OptimConfig
 from pipeline.errors import UserError
-from pipeline.run import RunDir, sha256
+from pipeline.run.directory import RunDir, sha256
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,10 @@
 `load` and `save` move weights between a `Transformer` and a directory that transformers and vLLM read.
 """
 
-from .cache import LatentCache
-from .checkpoint import CheckpointError, load, save
-from .config import DEEPSEEK_V3, MOONLIGHT_16B, TINY, ModelConfig
-from .transformer import Transformer
+from model.cache import LatentCache
+from model.checkpoint import CheckpointError, load, save
+from model.config import DEEPSEEK_V3, MOONLIGHT_16B, TINY, ModelConfig
+from model.transformer import Transformer
 
 __all__ = [
     "DEEPSEEK_V3",

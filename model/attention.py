@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cache import PAGE, DecodeStep, Group
-from .causal import CausalAttention
-from .config import ModelConfig
-from .layers import RMSNorm
-from .layout import Layout
-from .linear import Linear
-from .rope import Rope, softmax_scale
+from model.cache import PAGE, DecodeStep, Group
+from model.config import ModelConfig
+from model.kernels.cpu.attention import CausalAttention
+from model.kernels.cpu.linear import Linear
+from model.layers import RMSNorm
+from model.layout import Layout
+from model.rope import Rope, softmax_scale
 
 # The released code builds the norms of the two latents with this whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .config import ModelConfig
+from model.config import ModelConfig
 
 PAGE = 16
 """Tokens of a page."""

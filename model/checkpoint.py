@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .config import ModelConfig
-from .fp8 import FP8_CONFIG, to_fp8
-from .kernels.blocks import BLOCK, Quantized, dequantize
-from .transformer import Transformer
+from model.config import ModelConfig
+from model.kernels.fp8.blocks import BLOCK, Quantized, dequantize
+from model.scale.fp8 import FP8_CONFIG, to_fp8
+from model.transformer import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALLEST_SHARD, LARGEST_SHARD = 64 << 20, 5_000_000_000

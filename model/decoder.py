@@ -10,13 +10,13 @@ Axes    b rows, s tokens, d width, r rotated dimensions, k experts per token
 
 from torch import Tensor, nn
 
-from .attention import Attention
-from .cache import DecodeStep, LayerCache
-from .config import ModelConfig
-from .layers import MLP, RMSNorm
-from .layout import Layout
-from .moe import MoE
-from .rope import Rope
+from model.attention import Attention
+from model.cache import DecodeStep, LayerCache
+from model.config import ModelConfig
+from model.layers import MLP, RMSNorm
+from model.layout import Layout
+from model.moe import MoE
+from model.rope import Rope
 
 
 class DecoderLayer(nn.Module):

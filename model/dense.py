@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .layout import packed_mask
+from model.layout import packed_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

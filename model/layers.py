@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Linear
+from model.kernels.cpu.linear import Linear
 
 PART = 1 << 18
 """Numbers of a part that stays in the cache between the passes over it."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .causal import Buckets, buckets, whole_rows
+from model.kernels.cpu.attention import Buckets, buckets, whole_rows
 
 
 class Layout(NamedTuple):

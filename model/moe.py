@@ -19,11 +19,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .by_expert import ByExpert
-from .config import ModelConfig
-from .few_tokens import experts_of
-from .layers import MLP
-from .layout import Layout
+from model.config import ModelConfig
+from model.kernels.cpu.experts import ByExpert
+from model.kernels.cpu.few_tokens import experts_of
+from model.layers import MLP
+from model.layout import Layout
 
 BF16_FILL_FROM = 512
 """Tokens of a batch from which bf16 rows of experts are filled up; smaller ones would be mostly filling."""

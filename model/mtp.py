@@ -16,12 +16,12 @@ Axes    b rows, s tokens, d width
 import torch
 from torch import Tensor, nn
 
-from .cache import DecodeStep, LayerCache
-from .config import ModelConfig
-from .decoder import DecoderLayer
-from .layers import RMSNorm
-from .layout import Layout
-from .rope import Rope
+from model.cache import DecodeStep, LayerCache
+from model.config import ModelConfig
+from model.decoder import DecoderLayer
+from model.layers import RMSNorm
+from model.layout import Layout
+from model.rope import Rope
 
 
 class MTPModule(DecoderLayer):

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
+from model.config import ModelConfig
 
 
 class Rope:

@@ -23,14 +23,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cache import DecodeStep, LatentCache, LayerCache, Rows
-from .config import ModelConfig
-from .decoder import DecoderLayer
-from .layers import RMSNorm
-from .layout import Layout
-from .moe import MoE
-from .mtp import MTPModule
-from .rope import Rope
+from model.cache import DecodeStep, LatentCache, LayerCache, Rows
+from model.config import ModelConfig
+from model.decoder import DecoderLayer
+from model.layers import RMSNorm
+from model.layout import Layout
+from model.moe import MoE
+from model.mtp import MTPModule
+from model.rope import Rope
 
 PREFILL_CHUNK = 2048
 """Tokens of a prompt that are read at once."""

@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from pipeline.errors import UserError
-from pipeline.stages import COMMANDS, STAGES, Stage
+from pipeline.table import COMMANDS, STAGES, Stage
 
 
 def usage() -> str:
@@ -33,7 +33,7 @@ def command_line(*argv: str) -> str:
 
 def run_stage(stage: Stage, argv: list[str]) -> int:
     """Resolve the config, open the run directory, run the stage."""
-    from pipeline import config as configs
+    from pipeline import arguments as configs
 
     file = None
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -48,7 +48,7 @@ def run_stage(stage: Stage, argv: list[str]) -> int:
         )
     config = configs.load(stage, file, argv)
 
-    from pipeline.run import open_run  # after --help: it reads versions and hashes
+    from pipeline.run.directory import open_run  # after --help: it reads versions and hashes
 
     again = [arg for arg in argv if arg not in ("--resume", "--no-resume")]
     with open_run(

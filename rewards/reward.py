@@ -14,14 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from rewards.code import extract_code, run_tests
-from rewards.extract import Mode, final_answer
 from rewards.format import in_format
 from rewards.language import language_consistency
-from rewards.math_answer import grade_math, normalise, quick_grade
+from rewards.maths.extract import Mode, final_answer
+from rewards.maths.grade import grade_math, normalise, quick_grade
 from rewards.outcome import Outcome, Reward
+from rewards.pool import WorkerPool
+from rewards.programs.grade import extract_code, run_tests
 from rewards.repetition import repetition
-from rewards.workers import WorkerPool
 from rollout.types import Graded, Problem, Rollout, Verdict
 
 __all__ = ["Accuracy", "Format", "Language", "Outcome", "Reward", "RewardWeights", "Scorer", "verdict_of"]
@@ -38,7 +38,7 @@ class Accuracy:
     """Is the final answer right? Value 1 or 0, or for code with `partial_credit` the share of tests passed.
 
     Args:
-        mode: How the answer is looked for, see `rewards.extract`.
+        mode: How the answer is looked for, see `rewards.maths.extract`.
         partial_credit: Code only.
         pool: Where programs and slow mathematics run; default the process's shared pool.
     """

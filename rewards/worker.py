@@ -1,7 +1,7 @@
-"""The child process of `rewards.workers`: `python -m rewards.worker MEMORY_BYTES`.
+"""The child process of `rewards.pool`: `python -m rewards.worker MEMORY_BYTES`.
 
-Answers requests one at a time until its input closes. Mathematics runs in a fork (`rewards.solver`) and a
-program under test in another (`rewards.sandbox`), so that neither can harm the next task.
+Answers requests one at a time until its input closes. Mathematics runs in a fork (`maths.solver`) and a
+program under test in another (`programs.run`), so that neither can harm the next task.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import sys
 from contextlib import suppress
 from typing import Any, BinaryIO
 
-from rewards import sandbox, wire
-from rewards.solver import Solver
+from rewards import wire
+from rewards.maths.solver import Solver
+from rewards.programs import run as sandbox
 
 
 def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def _load(op: str) -> dict[str, Any]:
         import logging
 
         logging.disable(logging.WARNING)  # math-verify warns that its own timeouts are off; ours are on
-        from rewards import equivalence
+        from rewards.maths import engine as equivalence
 
         equivalence.equivalent("\\frac{1}{2}", "0.5 x")  # builds its regexes and parser tables
         in_force = ""

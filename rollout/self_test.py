@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rollout.engine import RolloutEngine, StaleWeights
-from rollout.load import NATIVE_TYPES, model_type
+from rollout.open import NATIVE_TYPES, model_type
 from rollout.types import Problem, Prompt, Rollout, SamplingParams
 from rollout.weights import Policy
 

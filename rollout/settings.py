@@ -94,6 +94,6 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         if self.workers < 0 or self.timeout_s <= 0 or self.worker_cpus <= 0 or self.worker_gpus < 0:
             raise ValueError(
-                f"rollout.workers={self.workers} and worker_gpus={self.worker_gpus} must be at least 0, "
+                f"rollout.pool.engine={self.workers} and worker_gpus={self.worker_gpus} must be at least 0, "
                 f"timeout_s={self.timeout_s} and worker_cpus={self.worker_cpus} above 0."
             )

@@ -47,7 +47,7 @@ class Prompt:
 
     problem: Problem
     template: str
-    """Name in `rollout.tokenizer.TEMPLATES`; it also tells which text was prefilled into the completion."""
+    """Name of its template; it also tells which text was prefilled into the completion."""
     token_ids: tuple[int, ...]
 
 

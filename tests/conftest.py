@@ -28,7 +28,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Learned from a few lines."""
-    from rollout.tokenizer import train_tokenizer
+    from rollout.text.tokenizer import train_tokenizer
     from tests.small import CORPUS
 
     return train_tokenizer(CORPUS, vocab_size=400)

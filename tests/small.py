@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from model.config import TINY, ModelConfig
 from model.transformer import Transformer
-from pipeline.policy import save_policy
+from pipeline.train.policy import save_policy
 from rollout.types import Problem, Prompt
 
 CORPUS = [

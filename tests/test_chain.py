@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.__main__ import main
-from pipeline.corpus import read_corpus, split_blocks
-from pipeline.log import GLOSSARY, explained
+from pipeline.data.corpus import read_corpus, split_blocks
+from pipeline.run.metrics import GLOSSARY, explained
 
 ROOT = Path(__file__).parent.parent
 CHAIN = ("pretrain", "zero", "sft", "grpo", "reject", "sft2", "grpo2", "distill", "eval", "report")
@@ -99,7 +99,7 @@ def test_finished_models_load_in_transformers(runs):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import model
-    from rollout.tokenizer import load_tokenizer
+    from rollout.text.tokenizer import load_tokenizer
 
     path = runs / "micro/grpo2/model"
     tokenizer = AutoTokenizer.from_pretrained(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stages import STAGES
+from pipeline.table import STAGES
 
 ROOT = Path(__file__).parent.parent
 TABLE = {stage.name: stage for stage in STAGES}
@@ -45,7 +45,7 @@ def make(tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "pipeline").mkdir()
-    shutil.copy(ROOT / "pipeline/stages.py", tmp_path / "pipeline")
+    shutil.copy(ROOT / "pipeline/table.py", tmp_path / "pipeline")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)

@@ -1,10 +1,7 @@
-"""Arithmetic below the layers: the FP8 block format, and the GEMMs that read it.
+"""Arithmetic below the layers: what is fast and not in the paper.
 
-    blocks      the format in plain torch: what every kernel here is checked against, and the CPU's path
-    gemm        one entry a product, dense and grouped; picks the path by device
-    quantize    Triton: to FP8 in tiles of 1 x 128 or blocks of 128 x 128
-    grouped     Triton: dense and grouped products, forward and for weight gradients
-    vendor      torch's `scaled_mm` on Hopper, and DeepGEMM where it is installed
+    cpu     attention in blocks, experts one at a time, linear layers for training in fp32
+    fp8     the blockwise FP8 format, and the GEMMs that read it
 
-Only `quantize` and `grouped` import Triton, and only `gemm` imports them, on a GPU.
+The layers of `model/` hold the paper's equations and call these; each is checked against plain code.
 """

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from rewards.outcome import Outcome
+from rewards.pool import WorkerPool
 from rewards.reward import Accuracy
-from rewards.workers import WorkerPool
 from rollout.types import Problem
 
 

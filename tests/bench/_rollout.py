@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rollout.native import NativeEngine
+from rollout.native.engine import NativeEngine
 from rollout.types import Problem, Prompt, SamplingParams
 from tests.bench._peer import CONFIG, ours, theirs
 from tests.bench.measure import peak_bytes

@@ -9,7 +9,7 @@ import torch
 
 from model import Transformer
 from model.config import TINY
-from pipeline.losses import token_logprobs
+from pipeline.train.losses import token_logprobs
 from tests.bench.measure import RESULTS
 
 SUMMARY = "router balancing by bias alone, from a skewed start, 300 steps"

@@ -16,10 +16,10 @@ import torch
 
 from model.config import TINY
 from model.transformer import Transformer
-from pipeline.learner import Learner
-from pipeline.pretrain import Config, batches
-from pipeline.traces import corpus
-from rollout.tokenizer import train_tokenizer
+from pipeline.data.traces import corpus
+from pipeline.stages.pretrain import Config, batches
+from pipeline.train.learner import Learner
+from rollout.text.tokenizer import train_tokenizer
 
 SUMMARY = "a pretraining in fp32, bf16 and FP8, five seeds: mean loss of the last 50 updates"
 SEEDS, STEPS, LAST = range(5), 300, 50

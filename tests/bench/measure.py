@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline.run import environment, write_atomic
+from pipeline.run.directory import environment, write_atomic
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rewards.code import run_tests, sandbox_in_force
-from rewards.math_answer import grade_math
-from rewards.spans import boxes
-from rewards.workers import WorkerPool
+from rewards.maths.grade import grade_math
+from rewards.maths.spans import boxes
+from rewards.pool import WorkerPool
+from rewards.programs.grade import run_tests, sandbox_in_force
 from tests import data
 from tests.bench._rewards import outcomes
 from tests.rewards import answers, completions

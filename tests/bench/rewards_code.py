@@ -10,8 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rewards.code import run_tests, sandbox_in_force
-from rewards.workers import WorkerPool
+from rewards.pool import WorkerPool
+from rewards.programs.grade import run_tests, sandbox_in_force
 from tests.bench.measure import interleave
 from tests.data import checked_programs
 

@@ -2,7 +2,7 @@
 
 The 5,000 pairs are golds of GSM8K and MATH (read from R1_DATA) in completions as models write them, half of
 them right; block by block both grade the same pairs, in alternating order. Verdicts are compared too: where
-they differ, the classes of the policy layer (`rewards.compare`) are counted, and examples printed.
+they differ, the classes of the policy layer (`rewards.maths.compare`) are counted, and examples printed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from rewards.extract import final_answer
-from rewards.math_answer import grade_math, normalise, quick_grade
+from rewards.maths.extract import final_answer
+from rewards.maths.grade import grade_math, normalise, quick_grade
 from rewards.outcome import Outcome
-from rewards.workers import WorkerPool
+from rewards.pool import WorkerPool
 from tests.bench._rewards import outcomes
 from tests.data import rows
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rollout.native import NativeEngine
+from rollout.native.engine import NativeEngine
 from tests.bench import _rollout
 from tests.bench._peer import CONFIG, ours, theirs
 from tests.bench._rollout import NEW, PROMPTS, SAMPLES, draw_ours, draw_theirs, ragged_prompts

@@ -13,8 +13,8 @@ import torch
 
 import model
 from pipeline.__main__ import main
-from rollout.native import NativeEngine
-from rollout.tokenizer import load_tokenizer, make_prompt
+from rollout.native.engine import NativeEngine
+from rollout.text.tokenizer import load_tokenizer, make_prompt
 from rollout.types import Problem, Prompt, SamplingParams
 from tests.bench.measure import interleave
 

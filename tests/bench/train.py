@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from pipeline.config import OptimConfig
-from pipeline.learner import Learner
-from pipeline.pack import Example, mean_weights, pack
+from pipeline.arguments import OptimConfig
+from pipeline.train.learner import Learner
+from pipeline.train.pack import Example, mean_weights, pack
 from tests.bench._peer import ATTENTION, CONFIG, ours, theirs
 from tests.bench.measure import Candidate, Timing, apart
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from distill.student import Config, Shape, run
-from pipeline.config import OptimConfig
-from pipeline.run import RunDir, open_run
-from pipeline.stages import STAGES
-from rollout.tokenizer import train_tokenizer
+from pipeline.arguments import OptimConfig
+from pipeline.run.directory import RunDir, open_run
+from pipeline.table import STAGES
+from rollout.text.tokenizer import train_tokenizer
 
 STAGE = next(stage for stage in STAGES if stage.name == "distill")
 

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.batches import plan
 from distill.student import Config, Shape, first_weights, lora_config
-from pipeline.config import OptimConfig
+from pipeline.arguments import OptimConfig
 from pipeline.errors import UserError
-from pipeline.run import RunDir
-from rollout.tokenizer import encode_example
+from pipeline.run.directory import RunDir
+from rollout.text.tokenizer import encode_example
 
 Distill = Callable[..., Path]
 

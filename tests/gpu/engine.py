@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model import ModelConfig, Transformer
-from rollout.native import NativeEngine
+from rollout.native.engine import NativeEngine
 from rollout.types import Problem, Prompt, Rollout, SamplingParams
 from tests.gpu._compare import SMALL, at_most, measured, true
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.kernels import blocks, gemm
-from model.kernels.blocks import Quantized, dequantize, transpose
+from model.kernels.fp8 import blocks, gemm
+from model.kernels.fp8.blocks import Quantized, dequantize, transpose
 from tests.gpu._compare import at_most, relative, true
 
 SUMMARY = "FP8 quantization, and dense and grouped products of each kind, against the CPU"
@@ -26,7 +26,11 @@ def run(
     width: tuple[int, int] = (520, 776),
 ) -> dict[str, Any]:
     """Claims over all shapes: the worst error of each path."""
-    from model.kernels import cuda, grouped, vendor  # Triton
+    from model.kernels.fp8 import (
+        cuda,
+        grouped,
+        vendor,  # Triton
+    )
 
     worst: dict[str, float] = {}
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import ModelConfig, fp8
+from model import ModelConfig
 from model.moe import Experts
+from model.scale import fp8
 from tests.gpu._compare import SMALL, at_most, relative, true
 
 SUMMARY = "FP8 linear layer and experts, three products each, against the CPU and float64"

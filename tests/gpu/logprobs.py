@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from pipeline import losses
+from pipeline.train import losses
 from tests.gpu._compare import measured, seconds
 
 SUMMARY = "log-probabilities at a vocabulary of 152k: time and memory by the size of a chunk"

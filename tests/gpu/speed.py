@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from model import ModelConfig, Transformer
-from model.kernels import gemm
-from model.kernels.blocks import BLOCK
-from pipeline.config import OptimConfig
-from pipeline.learner import Learner
-from pipeline.pack import Batch
-from rollout.native import NativeEngine
+from model.kernels.fp8 import gemm
+from model.kernels.fp8.blocks import BLOCK
+from pipeline.arguments import OptimConfig
+from pipeline.train.learner import Learner
+from pipeline.train.pack import Batch
+from rollout.native.engine import NativeEngine
 from rollout.types import Problem, Prompt, SamplingParams
 from tests.gpu._compare import MEDIUM, measured, seconds
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model import causal
-from model.causal import BLOCK, FULLNESS, CausalAttention, buckets
 from model.config import TINY
+from model.kernels.cpu import attention as causal
+from model.kernels.cpu.attention import BLOCK, FULLNESS, CausalAttention, buckets
 from model.rope import Rope
 
 

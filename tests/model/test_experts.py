@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from model_shapes import BASE
 
-from model import Transformer, few_tokens, layers, load, moe, save
+from model import Transformer, layers, load, moe, save
+from model.kernels.cpu import few_tokens
 from model.layers import RMSNorm
 from model.moe import Experts, GroupedLinear, Plan, WeightedSwiGLU, grouped_mm
-from pipeline.precision import Masters
+from pipeline.train.precision import Masters
 
 T, K = 40, 3
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import model
-from model import fp8
-from model.kernels import blocks, gemm
+from model.kernels.fp8 import blocks, gemm
 from model.moe import Experts
+from model.scale import fp8
 from tests.gpu._compare import relative
 from tests.reference import fp8 as reference
 

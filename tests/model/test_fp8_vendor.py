@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import ScalingType
 
-from model.kernels import blocks, gemm, vendor
-from model.kernels.blocks import Quantized, dequantize, transpose
+from model.kernels.fp8 import blocks, gemm, vendor
+from model.kernels.fp8.blocks import Quantized, dequantize, transpose
 
 TILES, BLOCKS = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
 

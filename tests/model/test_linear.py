@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import linear
-from model.linear import ROWS, Linear
+from model.kernels.cpu import linear
+from model.kernels.cpu.linear import ROWS, Linear
 
 
 @pytest.mark.parametrize("rows", [ROWS - 1, ROWS])

@@ -7,9 +7,9 @@ A program takes milliseconds here, so the shapes are the smallest with every kin
 import pytest
 import torch
 
-from model.kernels import blocks, cuda, gemm
-from model.kernels.blocks import Quantized, dequantize, transpose
-from model.kernels.quantize import square_blocks, tiles
+from model.kernels.fp8 import blocks, cuda, gemm
+from model.kernels.fp8.blocks import Quantized, dequantize, transpose
+from model.kernels.fp8.quantize import square_blocks, tiles
 from tests.bench.__main__ import holds
 from tests.gpu import fp8_kernels
 

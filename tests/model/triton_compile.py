@@ -10,7 +10,7 @@ import re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from model.kernels import grouped, quantize
+from model.kernels.fp8 import grouped, quantize
 
 FP8, FP32, BF16, INT = "*fp8e4nv", "*fp32", "*bf16", "*i32"
 FORMAT = {"FLOOR": 1e-12, "MOST": 448.0, "BLOCK": 128}

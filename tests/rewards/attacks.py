@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from rewards.workers import WorkerPool
+from rewards.pool import WorkerPool
 
 # Each way in which a test can look at an answer; every one must need the right value.
 TESTS = (

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from rewards import code, math_answer
+from rewards.maths import grade as math_answer
 from rewards.outcome import Outcome
+from rewards.programs import grade as code
 
 GRACE_S = 1.0
 TRIES = 3

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from pipeline.grade import grade_file
-from rewards.extract import final_answer
-from rewards.math_answer import grade_math
-from rewards.workers import TaskFailed, WorkerPool
+from pipeline.tools.grade import grade_file
+from rewards.maths.extract import final_answer
+from rewards.maths.grade import grade_math
+from rewards.pool import TaskFailed, WorkerPool
 from tests.rewards.in_time import outcomes_in_time
 
 LIMIT_S = 2.0

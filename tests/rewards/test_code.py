@@ -7,9 +7,9 @@ import time
 import pytest
 
 from pipeline.errors import UserError
-from rewards import code as code_module
-from rewards.code import run_tests
-from rewards.workers import WorkerPool
+from rewards.pool import WorkerPool
+from rewards.programs import grade as code_module
+from rewards.programs.grade import run_tests
 from rollout.types import StdioTest
 from tests import data
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from rewards.code import run_tests, sandbox_in_force
-from rewards.workers import WorkerPool
+from rewards.pool import WorkerPool
+from rewards.programs.grade import run_tests, sandbox_in_force
 from rollout.types import StdioTest
 from tests.rewards.attacks import FORGERIES, HARMFUL, TESTS, folders, left_behind, outlasting
 from tests.rewards.in_time import outcomes_in_time

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from rewards.code import extract_code
-from rewards.extract import final_answer
+from rewards.maths.extract import final_answer
+from rewards.programs.grade import extract_code
 
 R1 = "<think>\nso {}\n</think>\n<answer>{}</answer>"
 

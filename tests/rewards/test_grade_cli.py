@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from pipeline import grade
-from pipeline.grade import grade_file, main
+from pipeline.tools import grade
+from pipeline.tools.grade import grade_file, main
 
 LINES = [
     b'{"id": 1, "answer": "7", "completion": "<think>a</think><answer>7</answer>"}',
@@ -87,5 +87,5 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 
 
 def test_grading_needs_no_torch():
-    script = "import sys, pipeline.grade; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
+    script = "import sys, pipeline.tools.grade; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0

@@ -5,9 +5,9 @@ import random
 import pytest
 
 from pipeline.errors import UserError
-from rewards.extract import final_answer
-from rewards.math_answer import grade_math
-from rewards.workers import WorkerPool
+from rewards.maths.extract import final_answer
+from rewards.maths.grade import grade_math
+from rewards.pool import WorkerPool
 from tests import data
 from tests.rewards import answers, completions
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from rewards.math_answer import grade_math, quick_grade
-from rewards.workers import WorkerPool
+from rewards.maths.grade import grade_math, quick_grade
+from rewards.pool import WorkerPool
 
 EQUAL = [
     ("3", "three"),

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.grade import grade_file
-from rewards.extract import final_answer
-from rewards.math_answer import grade_math, quick_grade
-from rewards.notation import normalise
-from rewards.numbers import plain_number
-from rewards.workers import WorkerPool
+from pipeline.tools.grade import grade_file
+from rewards.maths.extract import final_answer
+from rewards.maths.grade import grade_math, quick_grade
+from rewards.maths.notation import normalise
+from rewards.maths.numbers import plain_number
+from rewards.pool import WorkerPool
 
 FAST = settings(max_examples=200, deadline=None, derandomize=True)
 SLOW = settings(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rewards.workers import TaskFailed, WorkerPool
+from rewards.pool import TaskFailed, WorkerPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +101,7 @@ def test_nothing_is_left_when_the_parent_ends(end):
     """Even a parent that is killed in the middle of a task, and the program under test too."""
     script = (
         "import os, sys, threading, time\n"
-        "from rewards.workers import shared_pool\n"
+        "from rewards.pool import shared_pool\n"
         "task = {'op': 'asserts', 'code': 'while True: pass', 'tests': ['pass'], 'limits': {'timeout_s': 30},"
         " 'stop_early': True}\n"
         "threading.Thread(target=lambda: shared_pool().call(task, 40), daemon=True).start()\n"

@@ -10,9 +10,9 @@ import model
 from model import ModelConfig, Transformer
 from model import cache as cache_module
 from model.cache import PAGE, LatentCache
-from rollout import native
-from rollout.graphs import DecodeGraphs
-from rollout.native import NativeEngine
+from rollout.native import engine as native
+from rollout.native.engine import NativeEngine
+from rollout.native.graphs import DecodeGraphs
 from rollout.types import SamplingParams
 from tests.small import POSITIONS, VOCAB, prompt
 

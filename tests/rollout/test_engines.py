@@ -7,9 +7,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as native
-from rollout import decoding
-from rollout.dense import DenseEngine
-from rollout.native import NativeEngine
+from rollout.dense import decoding
+from rollout.dense.engine import DenseEngine
+from rollout.native.engine import NativeEngine
 from rollout.types import SamplingParams
 from tests.small import POSITIONS, VOCAB, prompt
 

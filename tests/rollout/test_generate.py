@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.generate import Config
+from pipeline.tools.generate import Config
 from tests import small
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import model as native
-from rollout import workers
 from rollout.engine import EngineDied, StaleWeights
-from rollout.native import NativeEngine
+from rollout.native.engine import NativeEngine
+from rollout.pool import engine as workers
+from rollout.pool.engine import Member, Part, RolloutPool
+from rollout.pool.worker import Worker
 from rollout.settings import RolloutSettings
 from rollout.types import SamplingParams
-from rollout.worker import Worker
-from rollout.workers import Member, Part, RolloutPool
 from tests.small import VOCAB, prompt
 
 SAMPLED = SamplingParams(max_tokens=40, n=4, seed=11)
@@ -123,7 +123,7 @@ def test_prompts_that_kill_every_worker_end_the_request(pool, prompts, monkeypat
     next(stream)
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(
-        EngineDied, match=r"prompts 0 to 0 failed 1 times: workers were lost .*Lower rollout.workers"
+        EngineDied, match=r"prompts 0 to 0 failed 1 times: workers were lost .*Lower rollout.pool.engine"
     ):
         list(stream)
     monkeypatch.undo()

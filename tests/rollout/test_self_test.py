@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import model as native
-from rollout.dense import DenseEngine
+from rollout.dense.engine import DenseEngine
 from rollout.engine import StaleWeights
-from rollout.native import NativeEngine
+from rollout.native.engine import NativeEngine
 from rollout.self_test import compare, load_reference, probes, self_test
 from rollout.types import SamplingParams
 

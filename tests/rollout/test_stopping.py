@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import model
-from rollout.dense import DenseEngine
-from rollout.native import NativeEngine
+from rollout.dense.engine import DenseEngine
+from rollout.native.engine import NativeEngine
 from rollout.stopping import Stopper
 from rollout.types import SamplingParams
 from tests.small import VOCAB

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 
-from rollout.tokenizer import (
+from rollout.text.tokenizer import (
     ASSISTANT,
     BOS,
     EOS,

@@ -4,7 +4,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from rollout.tokenizer import (
+from rollout.text.tokenizer import (
     ASSISTANT,
     BOS,
     EOS,

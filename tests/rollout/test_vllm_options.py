@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rollout import vllm_options as options
 from rollout.settings import VllmSettings
+from rollout.vllm import options
 
 DEEPSEEK = {"model_type": "deepseek_v3", "max_position_embeddings": 64, "vocab_size": 97}
 

@@ -20,7 +20,7 @@ import model
 from model.transformer import Transformer
 from rollout.self_test import compare
 from rollout.types import SamplingParams
-from rollout.vllm import VllmEngine
+from rollout.vllm.engine import VllmEngine
 from tests.bench.measure import record
 from tests.small import prompt, random_prompts
 from tests.vllm.networks import LATENT, LENGTHS, MOE, network

@@ -12,7 +12,7 @@ from networks import LENGTHS, MOE, network
 import model
 from rollout.engine import EngineDied, StaleWeights
 from rollout.self_test import compare
-from rollout.tokenizer import train_tokenizer
+from rollout.text.tokenizer import train_tokenizer
 from rollout.types import SamplingParams
 from rollout.weights import fingerprint, public_weights
 from tests.small import prompt, random_prompts
@@ -36,7 +36,7 @@ def folder(policies, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder, policies):
-    from rollout.vllm import VllmEngine
+    from rollout.vllm.engine import VllmEngine
 
     opened = VllmEngine(folder, reference=policies[0])
     yield opened
@@ -213,7 +213,7 @@ def test_a_request_that_is_dropped_leaves_nothing_behind(engine, policies):
 
 def test_the_trainers_process_is_left_as_it_was(folder, policies):
     """Seeds and threads: vLLM sets both when it starts."""
-    from rollout.vllm import VllmEngine
+    from rollout.vllm.engine import VllmEngine
 
     torch.manual_seed(5)
     want = torch.rand(3)
@@ -230,7 +230,7 @@ def test_the_trainers_process_is_left_as_it_was(folder, policies):
 
 
 def test_a_crash_in_the_middle_is_one_clear_error(folder, policies):
-    from rollout.vllm import VllmEngine
+    from rollout.vllm.engine import VllmEngine
 
     opened = VllmEngine(folder, reference=policies[0])
     core = opened.llm.llm_engine.engine_core.engine_core
@@ -255,7 +255,7 @@ def test_a_crash_in_the_middle_is_one_clear_error(folder, policies):
 @pytest.mark.parametrize("fault", ["rope", "experts"])
 def test_the_self_test_refuses_vllms_silent_faults(folder, fault, monkeypatch):
     """Without each workaround: either vLLM is refused, or it no longer needs the workaround."""
-    import rollout.vllm as ours
+    import rollout.vllm.engine as ours
 
     if fault == "rope":
         whole = ours.llm_options

@@ -9,7 +9,7 @@ import pytest
 from networks import MOE, network
 
 from pipeline.__main__ import main
-from pipeline.policy import save_policy
+from pipeline.train.policy import save_policy
 
 ROOT = Path(__file__).parents[2]
 

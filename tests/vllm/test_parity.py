@@ -21,8 +21,8 @@ GREEDY = SamplingParams(max_tokens=48, temperature=0.0, ignore_eos=True)
 @pytest.fixture(scope="module", params=["moe", "latent", "smollm2"])
 def pair(request, tmp_path_factory):
     """A checkpoint opened by vLLM and by our own engine, and its network with packed logits."""
-    from rollout.load import open_engine
-    from rollout.vllm import VllmEngine
+    from rollout.open import open_engine
+    from rollout.vllm.engine import VllmEngine
 
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "smollm2":

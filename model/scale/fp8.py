@@ -1,0 +1,200 @@
+"""FP8 training: linear layers and experts whose three products run in FP8.
+
+DeepSeek-V3, arXiv:2412.19437, Sec. 3.3. Fprop, Dgrad and Wgrad of the attention's and feed-forwards' linear
+layers are in FP8; embedding, output head, gate, norms and attention itself are not (Sec. 3.3.1), nor is
+`eh_proj`, which the released FP8 weights keep in bf16. The optimizer's masters are fp32.
+
+    y  = Q(x) Q(W)^T       Q(x) kept for the backward, 1 byte a number   (Fprop)
+    dx = Q(dy) Q(W)        the same Q(W): blocks are square               (Dgrad)
+    dW = Q'(dy)^T Q'(Q(x)) Q' in tiles along the tokens                   (Wgrad)
+
+Parameters keep their names and types, so checkpoints, optimizers and the absorbed decode do not notice.
+
+Axes    t tokens, i input and o output channels, e experts, m token-expert pairs, k experts a token
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from model.kernels.cpu.linear import Linear
+from model.kernels.fp8.blocks import BLOCK, Quantized, transpose
+from model.kernels.fp8.gemm import (
+    multiply,
+    multiply_grouped,
+    quantize,
+    weight_gradient,
+    weight_gradient_grouped,
+)
+from model.moe import Experts
+
+KEPT = {"lm_head", "eh_proj"}
+"""Linear layers that stay as they are, by the last part of their names."""
+
+FP8_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [BLOCK, BLOCK],
+}
+"""`quantization_config` of the released config.json."""
+
+
+class _Linear(torch.autograd.Function):
+    """`x` (t i), `weight` (o i) and the same weight in FP8: y (t o)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Quantized) -> Tensor:
+        a = quantize(x, 1, power_of_two=True)
+        ctx.save_for_backward(*a[:2], *w[:2])
+        ctx.dtype = weight.dtype
+        return multiply(a, w, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, x_scale, w, w_scale = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = multiply(quantize(dy, 1), transpose(Quantized(w, w_scale, BLOCK)), dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = weight_gradient(dy, Quantized(x, x_scale, 1), ctx.dtype)
+        return dx, dw, None
+
+
+class _Grouped(torch.autograd.Function):
+    """Rows `x` (m i) sorted by expert, `counts` of them each, `weight` (e o i): y (m o)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Quantized, counts: list[int]) -> Tensor:
+        a = quantize(x, 1, power_of_two=True)
+        ctx.save_for_backward(*a[:2], *w[:2])
+        ctx.counts, ctx.dtype = counts, weight.dtype
+        return multiply_grouped(a, w, counts, x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, x_scale, w, w_scale = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            w_transposed = transpose(Quantized(w, w_scale, BLOCK))
+            dx = multiply_grouped(quantize(dy, 1), w_transposed, ctx.counts, dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = weight_gradient_grouped(dy, Quantized(x, x_scale, 1), ctx.counts, ctx.dtype)
+        return dx, dw, None, None
+
+
+class _Steps:
+    """Optimizer steps of this process. Fused optimizers change weights without raising their version."""
+
+    taken = 0
+
+    @classmethod
+    def count(cls, *_: object) -> None:
+        cls.taken += 1
+
+
+register_optimizer_step_post_hook(_Steps.count)
+
+
+class _Kept:
+    """A weight's FP8 form, made again when the weight has changed: once an update, not once a micro-batch."""
+
+    def __init__(self) -> None:
+        self.made_for: tuple[int, ...] = ()
+
+    @torch.no_grad()
+    def of(self, weight: Tensor) -> Quantized:
+        """`weight` (.. o i) in blocks. `copy_` and optimizers are noticed, writing through `.data` is not."""
+        now = (weight.data_ptr(), weight._version, _Steps.taken)
+        if self.made_for != now:
+            self.quantized, self.made_for = quantize(weight.detach(), BLOCK), now
+        return self.quantized
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
+        return _Kept()  # it belongs to the weight's memory
+
+
+class Fp8Linear(nn.Linear):
+    """A linear layer whose products are in FP8; weight and bias stay what they were."""
+
+    def __init__(self, of: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = of.in_features, of.out_features
+        self.weight, self.bias = of.weight, of.bias
+        self.kept = _Kept()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` (.. i) to (.. o), in the dtype of `x`."""
+        y = _Linear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.kept.of(self.weight))
+        y = y.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+class Fp8Experts(Experts):
+    """The routed experts with grouped products in FP8."""
+
+    def __init__(self, of: Experts) -> None:
+        nn.Module.__init__(self)
+        self.gate_up_proj, self.down_proj = of.gate_up_proj, of.down_proj
+        self.kept_up, self.kept_down = _Kept(), _Kept()
+
+    def few(self, u: Tensor, ids: Tensor, g: Tensor) -> None:
+        """No quick way: the products are grouped ones."""
+
+    def by_expert(self, u: Tensor, pairs: int) -> bool:
+        """Never, for the same reason."""
+        return False
+
+    def alignment(self, u: Tensor) -> int:
+        """No filling rows: the products take any number."""
+        return 1
+
+    def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        """As `Experts.grouped`, in FP8."""
+        kept = self.kept_up if weight is self.gate_up_proj else self.kept_down
+        y: Tensor = _Grouped.apply(x, weight, kept.of(weight), rows.tolist())
+        return y
+
+
+def to_fp8(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Checkpoint `tensors` by public name, those of linear layers and experts as FP8 blocks with scales."""
+    for name, tensor in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        layer = stem.rpartition(".")[2]
+        if leaf == "weight" and layer not in KEPT and layer.endswith(("_proj", "_proj_with_mqa")):
+            values, scale, _ = quantize(tensor, BLOCK)
+            yield name, values
+            yield f"{name}_scale_inv", scale
+        else:
+            yield name, tensor
+
+
+def supported(device: torch.device) -> bool:
+    """Whether `device` can do this: a CPU emulates it, a GPU needs compute capability 8.9."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def convert(net: nn.Module) -> int:
+    """Swap the linear layers and experts of `net` for FP8 ones, in place; how many there were.
+
+    Every linear layer but those named in `KEPT`: of a `Transformer`, and of a transformers network alike.
+    Parameters are shared, not copied. Converting twice changes nothing.
+    """
+    swapped = 0
+    for parent in list(net.modules()):
+        for name, child in list(parent.named_children()):
+            known = type(child) in (nn.Linear, Linear)
+            if known and isinstance(child, nn.Linear) and name not in KEPT:
+                setattr(parent, name, Fp8Linear(child))
+            elif type(child) is Experts:
+                setattr(parent, name, Fp8Experts(child))
+            else:
+                continue
+            swapped += 1
+    return swapped

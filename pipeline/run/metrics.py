@@ -1,0 +1,160 @@
+"""Metrics: every key explained once, one JSON line a step, one console line a step with the time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+GLOSSARY: dict[str, str] = {
+    "loss/total": "what the optimizer minimizes, summed over the update's token weights (SFT: nats a token)",
+    "loss/lm": "next-token cross-entropy, nats a token",
+    "loss/mtp": "cross-entropy of the multi-token-prediction module, nats a token, before its weight",
+    "loss/balance": "sequence-wise expert balance loss (arXiv:2412.19437, Eq. 17), before its weight",
+    "loss/policy": "clipped policy-gradient surrogate, negated",
+    "loss/clip_frac": "share of token weight whose ratio was clipped",
+    "loss/kl_ref": "k3 estimate of KL(policy || reference), nats a token",
+    "policy/entropy": "mean entropy of the policy at the completion tokens, nats",
+    "policy/mismatch_kl": "k3 estimate of KL between the engine's and the trainer's policy, nats a token",
+    "policy/mismatch_max": "largest |log-probability of engine - of trainer| of a completion token, nats",
+    "optim/lr": "learning rate of the update",
+    "optim/grad_norm": "global gradient norm before clipping",
+    "optim/skipped": "updates skipped so far because the loss or a gradient was not finite",
+    "reward/mean": "mean weighted reward of the step's rollouts",
+    "reward/accuracy": "share of rollouts whose answer is right",
+    "reward/format": "share of rollouts in the think/answer format",
+    "reward/language": "mean share of words in the target language",
+    "reward/repetition": "less the mean share of 8-grams that a completion repeats, -1 to 0",
+    "reward/overlong": "mean soft punishment of completions near max_tokens (DAPO Eq. 13), 0 to -1",
+    "reward/errors": "rollouts whose verifier failed; they are dropped from the loss",
+    "reward/groups_with_spread": "share of prompt groups whose rewards differ, the ones that teach",
+    "rollout/tokens_mean": "mean completion length, tokens",
+    "rollout/truncated": "share of completions cut at max_tokens",
+    "time/tokens_per_s": "completion tokens drawn a second",
+    "rollout/acceptance": "share of tokens guessed by the MTP module that were right (speculation)",
+    "rollout/preemptions": "completions that gave their memory back for a while, for want of cache",
+    "rollout/groups_drawn": "groups drawn for the step, those without spread that were left out included",
+    "rollout/staleness": "updates between the policy that drew the step's rollouts and the trained one",
+    "rollout/version": "optimizer updates that the engine's own weights had had when it drew",
+    "router/max_violation": "largest expert load over the mean, less 1, worst layer (0 = even); /N: layer N",
+    "router/idle": "share of experts, over all layers, that got no token in the update",
+    "heldout/pass@1": "greedy accuracy on a slice of the held-out problems",
+    "heldout/tokens_mean": "mean length of those greedy completions, tokens",
+    "heldout/format": "share of those greedy completions in format",
+    "data/epoch": "passes over the training set so far",
+    "data/tokens": "tokens trained on so far",
+    "data/kept": "share of sampled completions that the filters kept",
+    "time/step_s": "seconds of this step",
+    "time/rollout_s": "seconds of this step spent drawing completions",
+    "time/reward_s": "seconds of this step spent grading",
+    "time/train_s": "seconds of this step spent on forward, backward and update",
+    "time/sync_s": "seconds of this step spent handing weights to the engine",
+    "time/wait_s": "seconds of this step spent waiting for rollouts that are drawn beside training",
+    "time/elapsed_s": "seconds since the stage began, earlier sessions included",
+}
+
+SHORT = {
+    "loss/lm": "loss",
+    "reward/mean": "reward",
+    "reward/accuracy": "acc",
+    "reward/format": "format",
+    "reward/language": "lang",
+    "rollout/tokens_mean": "len",
+    "rollout/truncated": "cut",
+    "policy/mismatch_kl": "mismatch",
+    "loss/kl_ref": "kl",
+    "router/max_violation": "maxvio",
+    "heldout/pass@1": "heldout",
+    "data/kept": "kept",
+}
+"""What the console line shows, and under which word."""
+
+
+def explained(key: str) -> str:
+    """The key's entry in `GLOSSARY`: `router/max_violation/3`, of one layer, stands under its own stem."""
+    stem, _, last = key.rpartition("/")
+    return stem if last.isdigit() else key
+
+
+def duration(seconds: float) -> str:
+    """`75` -> `1m15s`."""
+    s = max(0, round(seconds))
+    return (
+        f"{s // 3600}h{s % 3600 // 60:02d}m"
+        if s >= 3600
+        else f"{s // 60}m{s % 60:02d}s"
+        if s >= 60
+        else f"{s}s"
+    )
+
+
+class MetricsLog:
+    """`metrics.jsonl`, line-buffered: each line stands after a kill at any moment."""
+
+    def __init__(self, path: Path, stage: str, keep_to: int | None = None) -> None:
+        """Append to `path`; on a resume, drop what came after step `keep_to`, which will be made again."""
+        self.stage, self.first, self.started = stage, keep_to or 0, time.monotonic()
+        self.loop_began = self.started
+        self.elapsed_before = 0.0
+        if keep_to is not None:
+            truncate_after(path, keep_to)
+            rows = read_jsonl(path)
+            self.elapsed_before = rows[-1].get("time/elapsed_s", 0.0) if rows else 0.0
+        self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+
+    def begin(self) -> None:
+        """The first step starts now; what came before, such as loading, is no part of its time."""
+        self.loop_began = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of work on the stage, earlier sessions included."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Write step `step` of `total` and print its line. Every key must stand in `GLOSSARY`."""
+        if unknown := set(map(explained, metrics)) - set(GLOSSARY):
+            raise KeyError(f"metrics without an entry in pipeline.run.metrics.GLOSSARY: {sorted(unknown)}")
+        row = {"step": step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}}
+        row["time/elapsed_s"] = round(self.elapsed_s, 3)
+        self.file.write(json.dumps(row) + "\n")
+        shown = [f"{SHORT[k]} {v:.3g}" for k, v in metrics.items() if k in SHORT]
+        a_step = (time.monotonic() - self.loop_began) / max(1, step - self.first)
+        left = duration(a_step * (total - step))
+        print(
+            f"{self.stage:8} {step:>4}/{total}  {'  '.join(shown)}  {a_step:.2f} s/step  left {left}",
+            flush=True,
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a log that we wrote ourselves; a torn last line (a kill mid-write) is left out."""
+    rows = []
+    if path.exists():
+        # Not splitlines: a sampled U+2028 is no end of a line. A torn line may end within a character.
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # torn, or the empty end of the file
+    return rows
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Keep the rows of `path` up to and including `step`, atomically."""
+    rows = [row for row in read_jsonl(path) if row["step"] <= step]
+    partial = path.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    partial.replace(path)
+
+
+def say(text: str) -> None:
+    """One line for the person at the console."""
+    print(text, file=sys.stdout, flush=True)

@@ -1,0 +1,136 @@
+"""Stage `pretrain`: the tiny base, a DeepSeek-V3 in miniature, trained from scratch on a synthetic corpus."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pipeline.arguments import OptimConfig, StageConfig
+from pipeline.run.directory import RunDir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.train.pack import Batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(StageConfig):
+    """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
+
+    task: str = "tiny"
+    """Mixture or family of `pipeline.data.generators` that the documents are about; train split only."""
+    pool: int = 20_000
+    """Different problems that the documents are about."""
+    steps: int = 2_200
+    """Optimizer updates."""
+    rows: int = 8
+    """Packed rows an update."""
+    row_tokens: int = 128
+    """Tokens of a packed row."""
+    micro_rows: int = 32
+    """Rows of one forward and backward; fewer take less memory and give the same sum."""
+    mtp_coef: float = 0.3
+    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
+    mtp_coef_late: float = 0.1
+    """Its weight from the share `mtp_late_from` of the updates on."""
+    mtp_late_from: float = 0.68
+    """When the later weight begins, share of the updates (the report: 10 of 14.8T tokens); 1 = never."""
+    vocab_size: int = 640
+    """Entries of the byte-level BPE that is trained on the corpus."""
+    hidden_size: int = 128
+    """Width of the model."""
+    num_hidden_layers: int = 3
+    """Layers, the first of them dense."""
+    num_attention_heads: int = 4
+    """MLA heads."""
+    n_routed_experts: int = 8
+    """Routed experts a layer; 2 are chosen a token, 1 is shared."""
+    moe_intermediate_size: int = 64
+    """Width of an expert."""
+    initializer_range: float = 0.05
+    """Deviation of the initial weights. The report has 0.006 for a width of 7,168."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    checkpoint_every: int = 400
+    """Steps between checkpoints."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            lr=1e-3, warmup_steps=30, schedule="cosine", router_bias_gamma=0.003
+        )
+    )
+    """AdamW, schedule and router balancing."""
+
+
+def batches(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+    """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
+    from pipeline.data.generators import items
+    from pipeline.data.traces import SHARES, document
+    from pipeline.train.pack import Example, mean_weights, pack
+
+    known = items(config.task, config.pool, "train", config.seed)
+    budget = config.rows * config.row_tokens
+    for step in range(config.steps):
+        rng = random.Random(f"documents/{config.seed}/{step}")
+        docs: list[list[int]] = []
+        total = 0
+        while True:
+            text = document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)
+            ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][
+                : config.row_tokens
+            ]
+            total += len(ids)
+            if (
+                total > 0.97 * budget
+            ):  # what first-fit can always place in `rows` rows of such short documents
+                break
+            docs.append(ids)
+        weights = mean_weights([[True] * len(d) for d in docs])
+        yield pack([Example(d, w) for d, w in zip(docs, weights, strict=True)], config.row_tokens)
+
+
+def run(config: Config, run_dir: RunDir) -> None:
+    """Train tokenizer and base; leave `model/`."""
+    import dataclasses
+    import itertools
+
+    from model.config import TINY
+    from model.transformer import Transformer
+    from pipeline.data.traces import corpus
+    from pipeline.train.learner import Learner
+    from pipeline.train.policy import save_policy, set_up
+    from pipeline.train.supervised import train_loop
+    from rollout.text.tokenizer import train_tokenizer
+
+    set_up(config.seed, config.threads)
+    texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    shape = dataclasses.replace(
+        TINY,
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        n_routed_experts=config.n_routed_experts,
+        moe_intermediate_size=config.moe_intermediate_size,
+        initializer_range=config.initializer_range,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    net = Transformer(shape, seed=config.seed).train()
+    learner = Learner(
+        net,
+        config.optim,
+        config.steps,
+        micro_rows=config.micro_rows,
+        mtp_coef=config.mtp_coef,
+        mtp_coef_late=config.mtp_coef_late,
+        mtp_late_from=config.mtp_late_from,
+    )
+    train_loop(
+        run_dir, learner, batches(config, tokenizer), config.steps, config.log_every, config.checkpoint_every
+    )
+    run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))

@@ -1,0 +1,163 @@
+"""Stages `sft` and `sft2`: supervised fine-tuning of the native model on whole completions.
+
+The cold start (arXiv:2501.12948, Sec. 2.3.1) takes curated worked traces and R1-Zero's own samples, kept if
+right and readable and put into one canonical form. The second SFT (Sec. 2.3.3) starts from the base again, on
+the corpus that rejection sampling kept.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pipeline.arguments import OptimConfig, StageConfig
+from pipeline.data.corpus import Row, read_corpus, readable, split_blocks
+from pipeline.errors import UserError
+from pipeline.run.directory import RunDir
+from pipeline.run.metrics import read_jsonl
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerFast
+
+    from pipeline.train.pack import Batch, Example
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(StageConfig):
+    """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
+
+    init_from: str = "pretrain"
+    """Model to start from: a stage of this run, or a directory."""
+    template: str = "r1"
+    """Prompt template, a key of `rollout.text.tokenizer.TEMPLATES`."""
+    corpus: str = ""
+    """JSONL corpus: a stage of this run that leaves one (`reject`), or a file; empty = none."""
+    curated: int = 0
+    """Curated worked traces to generate (cold start)."""
+    curated_task: str = "tiny"
+    """What they are about, a mixture or family of `pipeline.data.generators`; train split only."""
+    samples_from: str = ""
+    """RL stage of this run whose right and readable samples join the corpus (`zero`); empty = none."""
+    max_samples: int = 0
+    """Most of those samples; the latest come first."""
+    epochs: int = 2
+    """Passes over the corpus (R1: 2)."""
+    rows: int = 8
+    """Packed rows an update."""
+    row_tokens: int = 256
+    """Tokens of a packed row."""
+    micro_rows: int = 32
+    """Rows of one forward and backward."""
+    mtp_coef: float = 0.1
+    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.1 late in training)."""
+    log_every: int = 5
+    """Steps between lines of the log."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    story: str = "SFT model"
+    """Title of the model card."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5, schedule="cosine"))
+    """AdamW and its schedule (R1: 5e-5 to 5e-6)."""
+
+    def __post_init__(self) -> None:
+        if not (self.corpus or self.curated or self.samples_from):
+            raise ValueError("nothing to train on: set corpus, curated or samples_from.")
+
+
+def gather(config: Config, run_dir: RunDir) -> list[Row]:
+    """The corpus: curated traces, RL samples, rows of a file, in this order."""
+    rows: list[Row] = []
+    if config.curated:
+        from pipeline.data.generators import items
+        from pipeline.data.traces import curated
+
+        for item in items(config.curated_task, config.curated, "train", config.seed + 1):
+            p = item.problem()
+            rows.append(Row(p.id, p.question, curated(item), item.answer, p.language, p.kind, "curated"))
+    if config.samples_from:
+        path = run_dir.file_input(config.samples_from, "samples.jsonl")
+        rows += kept_samples(read_jsonl(path), config)
+    if config.corpus:
+        rows += read_corpus(run_dir.file_input(config.corpus, "corpus.jsonl"))
+    if not rows:
+        raise UserError(
+            f"{run_dir.stage.name}: no rows are left after filtering; train {config.samples_from} longer"
+        )
+    return rows
+
+
+def kept_samples(samples: list[dict], config: Config) -> list[Row]:
+    """Right, in format, in one language, without repetition: R1-Zero's samples in the canonical form."""
+    from pipeline.data.traces import tagged
+
+    rows: list[Row] = []
+    seen: set[str] = set()
+    for s in reversed(samples):
+        blocks = split_blocks(s["text"])
+        good = s["verdict"] == "correct" and s["parts"].get("language", 0) >= 0.99
+        if good and blocks and readable(blocks[0]) and s["question"] not in seen:
+            seen.add(s["question"])
+            source = f"samples:{config.samples_from}"
+            rows.append(
+                Row(s["id"], s["question"], tagged(*blocks), blocks[1], s["language"], s["kind"], source)
+            )
+        if len(rows) == config.max_samples:
+            break
+    return rows
+
+
+def examples(
+    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: Config
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids and which of them are scored: the completion, its end included."""
+    from rollout.text.tokenizer import encode_example
+
+    out = []
+    for row in rows:
+        prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
+        if len(prompt) + len(completion) <= config.row_tokens:
+            out.append((prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+    if len(out) < len(rows):
+        print(f"{len(rows) - len(out)} of {len(rows)} rows exceed row_tokens={config.row_tokens}: left out")
+    return out
+
+
+def batches(encoded: list[tuple[list[int], list[bool]]], config: Config) -> Iterator[Batch]:
+    """Packed updates, epoch after epoch; the order depends on seed and epoch alone."""
+    from pipeline.train.pack import Example, mean_weights, pack
+
+    budget = config.rows * config.row_tokens
+    for epoch in range(config.epochs):
+        order = list(range(len(encoded)))
+        random.Random(f"sft/{config.seed}/{epoch}").shuffle(order)
+        group: list[tuple[list[int], list[bool]]] = []
+        for place, i in enumerate(order, start=1):
+            group.append(encoded[i])
+            if sum(len(ids) for ids, _ in group) > 0.9 * budget or place == len(order):
+                weights = mean_weights([scored for _, scored in group])
+                packed: list[Example] = [Example(ids, w) for (ids, _), w in zip(group, weights, strict=True)]
+                yield pack(packed, config.row_tokens)
+                group = []
+
+
+def run(config: Config, run_dir: RunDir) -> None:
+    """Train; leave `model/` and the corpus that it saw."""
+    from pipeline.data.corpus import write_corpus
+    from pipeline.train.learner import Learner
+    from pipeline.train.policy import load_policy, save_policy, set_up
+    from pipeline.train.supervised import train_loop
+
+    set_up(config.seed, config.threads)
+    policy, tokenizer = load_policy(run_dir.model_input(config.init_from))
+    rows = gather(config, run_dir)
+    write_corpus(run_dir.path / "corpus.jsonl", rows)
+    packed = list(batches(examples(rows, tokenizer, config), config))
+    print(f"{run_dir.stage.name}: {len(rows)} rows, {len(packed)} updates")
+    learner = Learner(
+        policy, config.optim, len(packed), micro_rows=config.micro_rows, mtp_coef=config.mtp_coef
+    )
+    train_loop(run_dir, learner, packed, len(packed), config.log_every, config.checkpoint_every)
+    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))

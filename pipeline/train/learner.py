@@ -1,0 +1,253 @@
+"""One learner for pretraining, SFT and RL: packed rows in, one optimizer update out.
+
+It takes any policy with the packed interface of `model.Transformer`: `hidden(token_ids, positions,
+sequence_ids)` and `lm_head`. The native model adds multi-token prediction, router balancing and the
+balance loss (DeepSeek-V3, arXiv:2412.19437, Sec. 2.1.2 and 2.2); a dense policy has none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.dense import DensePolicy
+from model.transformer import Transformer
+from pipeline.arguments import OptimConfig
+from pipeline.train import heap
+from pipeline.train.losses import k3, policy_loss, token_logprobs
+from pipeline.train.pack import Batch
+from pipeline.train.precision import Masters, Own, load_optimizer_state, optimizer, optimizer_state
+
+Policy = Transformer | DensePolicy
+MAX_SKIPPED = 5
+"""Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective:
+    """The RL loss's settings that an update needs; see `pipeline.stages.grpo.Config` for what they mean."""
+
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    temperature: float
+    tis_cap: float
+
+
+def learning_rate(optim: OptimConfig, update: int, total: int) -> float:
+    """Rate of update `update` (from 0) of `total`."""
+    if update < optim.warmup_steps:
+        return optim.lr * (update + 1) / optim.warmup_steps
+    done = (update - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)
+    done = min(1.0, done)
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
+        optim.schedule
+    ]
+    floor = 1.0 if optim.schedule == "constant" else optim.min_lr_ratio
+    return optim.lr * (floor + (1 - floor) * shape)
+
+
+class Learner:
+    """Owns the optimizer of a policy and makes its updates."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        optim: OptimConfig,
+        total_updates: int,
+        *,
+        micro_rows: int,
+        mtp_coef: float = 0.0,
+        mtp_coef_late: float | None = None,
+        mtp_late_from: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            policy: trained in place.
+            optim: AdamW, its schedule, and the arithmetic.
+            total_updates: over which the schedules run.
+            micro_rows: packed rows of one forward and backward.
+            mtp_coef: weight of the multi-token-prediction loss; 0 = those modules are not trained.
+            mtp_coef_late: its weight from the share `mtp_late_from` of the updates on; None = the same.
+        """
+        self.policy, self.optim, self.total_updates = policy, optim, total_updates
+        self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
+        self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
+        self.mtp_late_from = mtp_late_from
+        if isinstance(policy, Transformer):
+            policy.recompute = optim.recompute
+        if next(policy.parameters()).device.type == "cpu":
+            heap.keep_freed()
+        # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
+        self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
+        self.adamw = optimizer(self.weights.stepped, optim)
+        self.updates = self.skipped = self.skipped_in_a_row = 0
+
+    # ---- losses
+
+    def supervised_update(self, batch: Batch) -> dict[str, float]:
+        """One update on the weighted cross-entropy of `batch`, plus that of the MTP modules."""
+        sums: dict[str, Tensor] = {}
+        for part in batch.micro_batches(self.micro_rows):
+            hidden, ahead = self._states(part)
+            lm = self._cross_entropy(hidden, part, 1)
+            add(sums, {"loss/lm": lm.detach()})
+            loss = lm
+            if ahead:
+                mtp = torch.stack([self._cross_entropy(h, part, 2 + k) for k, h in enumerate(ahead)]).mean()
+                add(sums, {"loss/mtp": mtp.detach()})
+                late = self.updates >= self.mtp_late_from * self.total_updates
+                loss = loss + (self.mtp_coef_late if late else self.mtp_coef) * mtp
+            loss.backward()
+            add(sums, {"loss/total": loss.detach()})
+        return self._step(sums)
+
+    def policy_update(
+        self,
+        batch: Batch,
+        objective: PolicyObjective,
+        old_logprobs: list[Tensor] | None,
+        reference: Policy | None,
+    ) -> dict[str, float]:
+        """One update on the clipped surrogate.
+
+        Args:
+            batch: rollouts with advantages; tokens without weight are not scored.
+            objective: clip range, KL weight, temperature of sampling, cap of the importance correction.
+            old_logprobs: one tensor a micro-batch from `score`, or None when this update is the first since
+                sampling: then the old policy is the current one.
+            reference: model of the KL penalty; None when its weight is 0.
+        """
+        sums: dict[str, Tensor] = {}
+        for i, part in enumerate(batch.micro_batches(self.micro_rows)):
+            mask = part.scored
+            hidden = self.policy.hidden(part.token_ids, part.positions, part.sequence_ids)[:, :-1][mask]
+            targets, weights = part.token_ids[:, 1:][mask], part.weights[:, 1:][mask]
+            logprobs, entropy = token_logprobs(hidden, self.policy.lm_head, targets, objective.temperature)
+            old = logprobs.detach() if old_logprobs is None else old_logprobs[i]
+            drawn = part.rollout_logprobs[:, 1:][mask]
+            ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
+            # The engine drew the tokens, the trainer differentiates: where they differ, the ratio corrects.
+            correction = (old - drawn).exp().clamp(max=objective.tis_cap)
+            loss, metrics = policy_loss(
+                logprobs,
+                old,
+                ref,
+                part.advantages[:, 1:][mask] * correction,
+                weights,
+                clip_low=objective.clip_low,
+                clip_high=objective.clip_high,
+                kl_coef=objective.kl_coef,
+            )
+            loss.backward()
+            scored = mask.sum()
+            add(sums, metrics | {"loss/policy": loss.detach(), "policy/entropy": entropy.sum()})
+            add(sums, {"policy/mismatch_kl": k3(drawn, old).sum(), "scored": scored})
+            worst = (drawn - old).abs().max() if scored else torch.zeros(())
+            sums["policy/mismatch_max"] = torch.maximum(sums.get("policy/mismatch_max", worst), worst)
+        scored = sums.pop("scored")
+        for key in ("policy/entropy", "policy/mismatch_kl"):
+            sums[key] = sums[key] / scored
+        return self._step(sums)
+
+    def _states(self, part: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states, and those of the MTP modules when they are trained."""
+        if self.mtp_coef and isinstance(self.policy, Transformer):
+            return self.policy.hidden_and_mtp(part.token_ids, part.positions, part.sequence_ids)
+        return self.policy.hidden(part.token_ids, part.positions, part.sequence_ids), []
+
+    def _cross_entropy(self, hidden: Tensor, part: Batch, ahead: int) -> Tensor:
+        """Weighted cross-entropy of the token `ahead` places on, within the same sequence."""
+        weights = part.weights[:, ahead:] * (part.sequence_ids[:, ahead:] == part.sequence_ids[:, :-ahead])
+        mask = weights != 0
+        states, targets = hidden[:, :-ahead][mask], part.token_ids[:, ahead:][mask]
+        logprobs, _ = token_logprobs(states, self.policy.lm_head, targets, entropy=False)
+        return -(weights[mask] @ logprobs)
+
+    # ---- the update
+
+    def _step(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Clip, step, balance the routers. An update that is not finite is skipped, counted and not applied.
+
+        Raises:
+            FloatingPointError: `MAX_SKIPPED` updates in a row were not finite.
+        """
+        metrics = {key: float(value) for key, value in sums.items()}
+        limit = self.optim.clip or math.inf
+        self.weights.collect()
+        norm = float(nn.utils.clip_grad_norm_(self.weights.stepped, limit))
+        rate = learning_rate(self.optim, self.updates, self.total_updates)
+        if math.isfinite(norm) and all(map(math.isfinite, metrics.values())):
+            for group in self.adamw.param_groups:
+                group["lr"] = rate
+            self.adamw.step()
+            self.weights.publish()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+            metrics = {key: value if math.isfinite(value) else 0.0 for key, value in metrics.items()}
+            norm = 0.0
+            if self.skipped_in_a_row >= MAX_SKIPPED:
+                raise FloatingPointError(
+                    f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; "
+                    f"lower optim.lr (now {self.optim.lr}) and resume from the last checkpoint"
+                )
+        self.weights.clear()
+        if isinstance(self.policy, Transformer):
+            metrics |= load_metrics(self.policy.router_load().float())
+            self.policy.update_router_bias(self.optim.router_bias_gamma)
+        self.updates += 1
+        return metrics | {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped": self.skipped}
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next update depends on."""
+        return {
+            "policy": self.policy.state_dict(),
+            "adamw": optimizer_state(self.adamw, self.weights),
+            "counts": (self.updates, self.skipped, self.skipped_in_a_row),
+            **self.weights.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`'s state, to the same bits."""
+        self.policy.load_state_dict(state["policy"])
+        self.weights.load_state_dict(state)
+        load_optimizer_state(self.adamw, self.weights, state["adamw"])
+        self.updates, self.skipped, self.skipped_in_a_row = state["counts"]
+
+
+def load_metrics(load: Tensor) -> dict[str, float]:
+    """Max violation (arXiv:2408.15664, Eq. 4) of each layer and of the worst; `load` (layers, experts)."""
+    trained = load.sum(-1) > 0  # RL leaves the MTP modules out
+    if not trained.any():
+        return {"router/max_violation": 0.0}
+    layers = trained.nonzero().squeeze(1).tolist()
+    violation = (load[layers].amax(-1) / load[layers].mean(-1) - 1).tolist()
+    return {
+        "router/max_violation": max(violation),
+        **{f"router/max_violation/{n}": value for n, value in zip(layers, violation, strict=True)},
+        "router/idle": float((load[layers] == 0).float().mean()),
+    }
+
+
+def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Add `values` into `sums`, key by key."""
+    for key, value in values.items():
+        sums[key] = sums[key] + value if key in sums else value
+
+
+@torch.no_grad()
+def score(policy: Policy, part: Batch, temperature: float) -> Tensor:
+    """Log-probabilities of the scored tokens of one micro-batch, `n`, without gradient."""
+    mask = part.scored
+    was_training = policy.training
+    policy.eval()
+    hidden = policy.hidden(part.token_ids, part.positions, part.sequence_ids)[:, :-1][mask]
+    policy.train(was_training)
+    return token_logprobs(hidden, policy.lm_head, part.token_ids[:, 1:][mask], temperature, entropy=False)[0]

@@ -1,0 +1,262 @@
+"""The answer that prose states: after a marker ("the answer is"), or last of all in the text."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+from rewards.maths.spans import Span, is_expression, maths, numbers
+
+LONGEST_STATED = 600  # characters after a marker that are looked at
+TAIL = 4000  # characters at the end of a text in which its last expression is looked for
+
+_SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？；]|\n\s*\n|\n(?=\s*(?:[-*]|\d+[.)])\s)|\n")
+_BOLD = re.compile(r"\*\*(?!\s)([^*\n]{1,120})\*\*")
+_FILLER = re.compile(
+    r"(?:[\s:：*_>]|\\?\[?\s*$|(?:that|therefore|thus|then|simply|just|indeed|actually|exactly|equal(?:s)? to|"  # noqa: E501
+    r"approximately|about|given by|is|are|given as|obtained as|option|choice|hence|the number|the value|the|"
+    r"both|either|again|still|now|also|only|是|为|应该|等于)\b)*",
+    re.IGNORECASE,
+)
+_NO_VALUE = re.compile(
+    r"(?:not|wrong|incorrect|correct|right|clear|obvious|unclear|unknown|as follows|based|found|obtained|one of|"  # noqa: E501
+    r"among|in the form|supposed|expected|required|needed|asked|yes we|given in|to be|being|a positive|an integer|"  # noqa: E501
+    r"always|independent|unique|now|within|let|we|first|i|here|sure|step|since|using|this|there|it|see|below|"
+    r"above|can|could|may|might|either of)\b",
+    re.IGNORECASE,
+)
+_AND = re.compile(r"(?:[\s,;、]|\b(?:and|or)\b|和|或|或者|以及)*")
+_FENCE = re.compile(r"```[ \t]*(?:python|py|cpp|c|java)\b.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
+_CUT_WORDS = frozenset(
+    "the a an of is are was and or to in with that we so which by for from as be this it if then at on let since "  # noqa: E501, SIM905
+    "because when where has have can will would how first next now i our their its but not get gives find use "  # noqa: E501
+    "using plus minus times".split()
+)
+_CUT_CHARACTERS = "=+-−*/^_({[,:;\\&<>~，、：≈×÷"
+_LABEL_ONLY = re.compile(
+    r"(?:\\(?:triangle|angle|overline|overrightarrow|vec|mathbf|mathrm|text)\s*)*\{?[A-Za-z](?:[A-Z]{0,3}|_\{?\w\}?|'*)\}?"
+)
+# "Thus Tim makes 120 dollars in 2 weeks": what a preposition leads in is said of the answer, not the answer.
+_CONTEXT = re.compile(
+    r"(?:(?<!total )(?<!sum )(?<!cost )(?<!price )(?<!profit )(?<!average )(?<!balance )(?<!amount )(?<!score )"  # noqa: E501
+    r"(?<!length )(?<!area )(?<!speed )(?<!value )(?<!answer )(?<!maximum )(?<!minimum )\bof|"
+    r"\b(?:in|after|for|during|over|within|on|at|from|with|without|per|every|each|than|before|when|if|between|"
+    r"by|until|among|through|across|given|since|as|modulo|where|mod)|(?<!need )(?<!needs )(?<!have )(?<!has )"
+    r"(?<!had )(?<!able )(?<!going )(?<!needed )(?<!him )(?<!her )(?<!them )(?<!us )\bto(?:\s+[a-z]+)?)"
+    r"(?:\s+(?:[a-z]+ing|\$?\d+\$?,?|and|or|the|a|an|his|her|their|its|all|these|those|first|next|last|another|about|only|just|other))*"
+    r"\s*$",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"(?:\bnot|n't|≠|\\ne|不是)\s*$", re.IGNORECASE)
+_OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[^{}]|\{[^{}]*\})*\Z")
+_MODIFIER = re.compile(r"\s?-\s?[A-Za-z]")  # "the 8-point buck"
+_ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?")
+
+
+def value_after(text: str, position: int, *, after_heading: bool = False) -> str | None:
+    """The value that is stated from `position` on, behind "the answer is" or the like; `None` if none is.
+
+    Maths that comes first, with all that a comma or a word joins to it; else bold text; else an expression
+    or a number with its unit; else a word or two (`Evelyn`, `even`, `(C)`).
+    """
+    said = text[position : position + LONGEST_STATED]
+    said = said[_FILLER.match(said).end() :]  # type: ignore[union-attr]
+    if not said or _NO_VALUE.match(said):
+        return None
+    spans = maths(said)
+    stop = _SENTENCE_END.search(said)
+    while stop and any(span.start < stop.start() < span.end for span in spans):
+        stop = _SENTENCE_END.search(said, stop.end())
+    if stop is None and position + LONGEST_STATED < len(text):
+        return None
+    sentence = said[: stop.start()] if stop else said
+    inside = [span for span in spans if span.start < len(sentence)]
+    if after_heading and inside and len(sentence[: inside[0].start].split()) > 3:
+        return last_stated(sentence)
+    if inside:
+        first = [span for span in inside if not _label_only(span.content)] or inside
+        return _group(said, inside, first[0])
+    if bold := _BOLD.search(sentence):
+        sentence = bold[1]
+    return _plain(sentence, whole=stop is not None or _ended(said))
+
+
+def _plain(sentence: str, *, whole: bool) -> str | None:
+    sentence = _trim(sentence)
+    if not sentence or (not whole and _looks_cut(sentence)):
+        return None
+    if is_expression(sentence):
+        return sentence
+    found = numbers(sentence)
+    if not found:
+        return sentence if len(sentence.split()) <= 4 and len(sentence) <= 60 else None
+    first = found[0]
+    if first.start == 0 and "=" not in sentence:  # "18 dollars a day": the unit is part of the answer
+        return _with_unit(sentence, found)
+    if re.match(r"\(?[A-Z]\)", sentence):  # "(C) 15 apples"
+        return sentence
+    _, equals, right = sentence.rpartition("=")
+    if equals and (after := numbers(right)) and after[0].start <= 2:
+        return _with_unit(right.strip(), numbers(right.strip()))
+    return found[-1].content
+
+
+def _with_unit(sentence: str, found: list[Span]) -> str:
+    if len(found) == 1 and len(sentence.split()) <= 4:
+        return sentence
+    if is_expression(sentence):
+        return sentence
+    joined = [found[0]]
+    for span in found[1:]:
+        if not _AND.fullmatch(sentence[joined[-1].end : span.start]):
+            break
+        joined.append(span)
+    return ", ".join(span.content for span in joined)
+
+
+def last_stated(text: str) -> str | None:
+    """The last expression that a finished sentence of the text states: maths, bold text or a number."""
+    if _looks_cut(text):
+        return None
+    tail = _FENCE.sub(" ", _tail(text))
+    spans = maths(tail)
+    outside = _blanked(tail, spans)
+    tokens = sorted([*spans, *numbers(outside)], key=lambda span: span.start)
+    for sentence_start, sentence_end in _sentences(outside)[::-1]:
+        sentence = outside[sentence_start:sentence_end].strip()
+        if sentence.endswith(("?", "？")) or sentence.startswith(("(", "Note")):
+            continue
+        inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
+        telling = [
+            token
+            for token in inside
+            if not _label_only(token.content)
+            and not _DENIED.search(tail[max(0, token.start - 12) : token.start])
+        ]
+        if not telling:
+            continue
+        for bold in list(_BOLD.finditer(tail, sentence_start, sentence_end))[::-1]:
+            if any(bold.start() <= token.start < bold.end() for token in telling):
+                return _bold(bold[1])
+        last = _main(tail, telling)
+        return _group(tail, telling, last, backwards=True) if last in spans else last.content
+    return None
+
+
+def _tail(text: str) -> str:
+    """The end of the text, from the start of a paragraph or at least a line on: never from within maths."""
+    start = len(text) - TAIL
+    if start <= 0:
+        return text
+    for boundary in ("\n\n", "\n"):
+        if (at := text.find(boundary, start)) >= 0:
+            return text[at:]
+    return text[start:]
+
+
+def _main(text: str, tokens: list[Span]) -> Span:
+    """The last of a sentence's expressions that is said for itself and not in a phrase about it."""
+    for token in tokens[::-1]:
+        if "=" in token.content:
+            return token
+        before = text[max(0, token.start - 60) : token.start]
+        if not _CONTEXT.search(before) and not _MODIFIER.match(text, token.end):
+            return token
+    return tokens[-1]
+
+
+def _bold(content: str) -> str | None:
+    """What bold text says, without the words before its value: `**Total: 18 dollars**`."""
+    content = _trim(content)
+    if spans := maths(content):
+        return spans[-1].content
+    if is_expression(content):
+        return content
+    found = numbers(content)
+    if found and found[0].start == 0:
+        return _with_unit(content, found)
+    return found[-1].content if found else content
+
+
+def _sentences(outside: str) -> list[tuple[int, int]]:
+    """Start and end of each sentence of a text whose maths is blanked out, in order."""
+    cuts = [0]
+    for match in _SENTENCE_END.finditer(outside):
+        cuts.append(match.end())
+    cuts.append(len(outside))
+    return list(pairwise(cuts))
+
+
+def _blanked(text: str, spans: list[Span]) -> str:
+    """The text with its maths replaced by spaces, so that positions stay."""
+    parts, position = [], 0
+    for span in spans:
+        parts += [text[position : span.start], "\x1f" * (span.end - span.start)]
+        position = span.end
+    return "".join([*parts, text[position:]])
+
+
+def _group(text: str, spans: list[Span], chosen: Span, *, backwards: bool = False) -> str:
+    """The content of `chosen` and of the spans that "and", "or" or a comma joins to it."""
+    group = [chosen]
+    at = spans.index(chosen)
+    if backwards:
+        for earlier in spans[:at][::-1]:
+            if not _AND.fullmatch(text[earlier.end : group[0].start]) or not _parallel(earlier, group[0]):
+                break
+            group.insert(0, earlier)
+    else:
+        for later in spans[at + 1 :]:
+            if not _AND.fullmatch(text[group[-1].end : later.start]):
+                break
+            group.append(later)
+    contents = [_one(span.content) for span in group]
+    after = text[group[-1].end : group[-1].end + 12].lstrip()
+    percent = "%" if len(group) == 1 and re.match(r"\\?%|percent\b", after) else ""
+    return ", ".join(dict.fromkeys(contents)) + percent
+
+
+def _parallel(first: Span, second: Span) -> bool:
+    """Whether two formulas are values side by side, `x = 2` and `x = 3`, and not steps of a derivation."""
+    shapes = []
+    for content in (first.content, second.content):
+        left, equals, right = content.partition("=")
+        if equals and (not _label_only(left) or "=" in right):
+            return False
+        shapes.append("=" if equals else "<" if re.search(r"[<>]|\\[lg]eq?\b|\\in\b", content) else "")
+    return shapes[0] == shapes[1]
+
+
+def _one(content: str) -> str:
+    """The last line of a display, without alignment marks and the full stop."""
+    if "\\begin" not in content:
+        rows = [row for row in _ROWS.split(content.replace("&", " ")) if row.strip()]
+        content = rows[-1] if rows else content
+    return content.strip().rstrip(".,;").strip()
+
+
+def _label_only(content: str) -> bool:
+    """Whether it only names something: `x`, `ABC`, `\\triangle ABC`."""
+    return _LABEL_ONLY.fullmatch(content.strip().strip("$").strip()) is not None
+
+
+def _ended(text: str) -> bool:
+    return text.rstrip()[-1:] in tuple(".!?。！？)]}\"'*$")
+
+
+def _looks_cut(text: str) -> bool:
+    """Whether the text breaks off in the middle of a sentence or a formula."""
+    text = text.rstrip()
+    if not text or (text[-1] in _CUT_CHARACTERS and not text.endswith(("**", "\\)", "\\]", "--"))):
+        return True
+    tail = text[-TAIL:]
+    if tail.rfind("\\[") > tail.rfind("\\]") or tail.rfind("\\(") > tail.rfind("\\)"):
+        return True
+    if tail.count("$$") % 2 or _OPEN_BOX.search(tail, max(tail.rfind("\\boxed"), tail.rfind("\\fbox"), 0)):
+        return True
+    last = re.search(r"([A-Za-z]+)$", tail)
+    return last is not None and last[1].lower() in _CUT_WORDS and len(tail) > len(last[1])
+
+
+def _trim(text: str) -> str:
+    return text.strip().strip("*").strip().rstrip(".。,，").strip("*").strip()

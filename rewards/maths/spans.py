@@ -1,0 +1,198 @@
+"""Where the mathematics stands in a text: boxes, maths between delimiters, numbers in prose.
+
+Nothing here knows what an answer is (`extract` does). All of it is linear in the text, and every
+pattern is bounded, for the text is whatever a model wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+LONGEST_SPAN = 2000  # characters between two delimiters
+
+_BOX = re.compile(
+    r"(?P<open>(?:\\boxed|\\fbox|\x08oxed|(?<![A-Za-z\\])boxed)\s{0,3}\{)"  # \x08: "\b" read as an escape
+    r"|\\(?:boxed|fbox)\s{0,3}(?P<bare>[0-9][0-9.,/]{0,40}|[A-Za-z](?![A-Za-z]))"
+    r"|\\.|[{}]",
+    re.DOTALL,
+)
+_INNER_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+_PLACEHOLDER = re.compile(
+    r"(?:\\text\{)?[\s<\[(]*(?:your |the |final )*(?:answer|result)(?: here)?[\s>\])]*\}?|[.…\s]+|\\[lc]?dots|_+",  # noqa: E501
+    re.IGNORECASE,
+)
+_END_OF_BROKEN_BOX = re.compile(r"\$|\\\)|\\\]")
+_COMMAND = re.compile(
+    r"\\(?:begin|end)\{\w+\*?\}(?:\{[lcr|]*\})?"
+    r"|\\(?:text|textbf|textrm|textit|mathrm|mbox|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\."
+)
+_LONG_WORD = re.compile(r"[A-Za-z]{2,}|[^\W\d_A-Za-z]{2,}")
+_PROSE_WORD = re.compile(
+    r"(?<![A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|max|min|gcd|lcm|mod)\b)[A-Za-z]{3,}"
+)
+_MATHS_WORDS = frozenset(
+    "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin arccos "  # noqa: SIM905
+    "arctan and or".split()
+)
+_OPENER = re.compile(r"\$\$|\\\[|\\\(|\\begin\{(?P<env>(?:align|equation|gather|aligned)\*?)\}|\\\$|\$")
+_PLAIN_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
+NUMBER = re.compile(
+    # A minus sign counts where it does not join two terms: "= -3", "is -3", but not "5 - 3" or "2010-2015".
+    rf"(?<![\w.\\])(?:(?<![\d)\]}}])(?<![\d)\]}}] )[-−–]\s?)?(?:\\?[$£€¥]\s?)?{_PLAIN_NUMBER}"
+    rf"(?:\s?/\s?\d+|\s\d+/\d+|:\d+)?(?:\s?√\s?\(?\d+\)?)?(?:\s?(?:\\?%|π|percent\b))?"
+)
+_LABELS = re.compile(
+    r"(?:\b(?:step|part|equation|eq|figure|case|option|problem|example|line|question|method|solution|rule|"
+    r"section|chapter|point|page|note|item|statement|condition|theorem|lemma|row|column|grade|day|stage|and)"
+    r"s?\.?|第|[([]|^|\n)\s*#?\s*$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of a text: `text[start:end]`, which says `content` between its delimiters."""
+
+    start: int
+    end: int
+    content: str
+
+
+def boxes(text: str, *, lenient: bool = False) -> list[Span]:
+    r"""The outermost closed, non-empty `\boxed{…}`, in order; boxes within them are unwrapped.
+
+    With `lenient`, a last box that its delimiter closes but no brace does, `$\boxed{5$`, counts too; one that
+    the end of the text cut off never does.
+    """
+    found: list[Span] = []
+    stack: list[tuple[int, int]] = []  # of each open brace: where its box begins and its content, or -1, -1
+    for match in _BOX.finditer(text):
+        if match["open"]:
+            stack.append((match.start(), match.end()))
+        elif match["bare"]:
+            found.append(Span(match.start(), match.end(), match["bare"].rstrip(".,/")))
+        elif match[0] == "{":
+            stack.append((-1, -1))
+        elif match[0] == "}" and stack:
+            start, inner = stack.pop()
+            if start >= 0:
+                content = text[inner : match.start()].strip()
+                while found and found[-1].start > start:
+                    nested = found.pop()
+                    if not content.strip("{} "):
+                        content = nested.content
+                if content and not _PLACEHOLDER.fullmatch(content):
+                    found.append(Span(start, match.end(), _unwrapped(content)))
+    if lenient:
+        broken = [frame for frame in stack if frame[0] >= (found[-1].end if found else 0)]
+        if broken and (span := _broken_box(text, *broken[-1])):
+            found.append(span)
+    return found
+
+
+def _unwrapped(content: str) -> str:
+    """Without the boxes within it; `{5}` as 5, `{5}+x` as it is."""
+    if "box" not in content:
+        return content
+    content = _INNER_BOX.sub("", content).strip()
+    single = content[:1] == "{" and content[-1:] == "}" and "{" not in content[1:] and "}" not in content[:-1]
+    return content[1:-1].strip() if single else content
+
+
+def _broken_box(text: str, start: int, inner: int) -> Span | None:
+    stop = _END_OF_BROKEN_BOX.search(text, inner, inner + 200)
+    content = text[inner : stop.start()].strip() if stop else ""
+    if not content or "\n" in content or not any(character.isalnum() for character in content):
+        return None
+    missing = content.replace("\\{", "").count("{") - content.replace("\\}", "").count("}")
+    return Span(start, stop.start() if stop else inner, content + "}" * max(missing, 0))
+
+
+def is_expression(text: str) -> bool:
+    """Whether `text` is one line of mathematics rather than prose: no word but the names of functions."""
+    text = text.strip()
+    if not text or len(text) > 500 or "\n" in text:
+        return False
+    bare = _COMMAND.sub(" ", text.strip("$"))
+    if any(word.lower() not in _MATHS_WORDS for word in _LONG_WORD.findall(bare)):
+        return False
+    return any(character.isalnum() for character in text)
+
+
+def maths(text: str) -> list[Span]:
+    r"""What stands between `$ $`, `$$ $$`, `\( \)`, `\[ \]` or in an equation environment, in order.
+
+    A dollar sign that is money (`$18 and $5`, `\$18`) opens nothing.
+    """
+    found: list[Span] = []
+    position = 0
+    while opener := _OPENER.search(text, position):
+        token, start = opener[0], opener.end()
+        position = start
+        if token == "\\$":
+            continue
+        if token == "$":
+            # "2600$": money behind its number
+            close = -1 if text[max(0, opener.start() - 1)].isdigit() else _closing_dollar(text, start)
+            end = close + 1
+        else:
+            closing = {"$$": "$$", "\\[": "\\]", "\\(": "\\)"}.get(token) or f"\\end{{{opener['env']}}}"
+            close = text.find(closing, start, start + LONGEST_SPAN)
+            end = close + len(closing)
+        if close < 0:
+            continue
+        content = text[start:close].strip()
+        if content:
+            found.append(Span(opener.start(), end, content))
+        position = end
+    return found
+
+
+def _closing_dollar(text: str, start: int) -> int:
+    """The `$` that closes the maths opened before `start`, or -1 where that one was a currency's."""
+    close = start
+    while True:
+        close = text.find("$", close, start + LONGEST_SPAN)
+        if close < 0 or text[close - 1] != "\\":
+            break
+        close += 1
+    if close <= start or "\n\n" in text[start:close]:
+        return -1
+    content = text[start:close]
+    money = content[0].isdigit() and (text[close + 1 : close + 2].isdigit() or content[-1].isspace())
+    prose = content[0].isdigit() and _PROSE_WORD.search(_COMMAND.sub(" ", content)) is not None
+    return -1 if money or prose else close
+
+
+def numbers(text: str) -> list[Span]:
+    """Numbers in prose, with sign, currency, fraction and percent; not those that label a step or a part."""
+    return [
+        Span(match.start(), match.end(), match[0].strip())
+        for match in NUMBER.finditer(text)
+        if not _is_label(text, match)
+    ]
+
+
+def _is_label(text: str, match: re.Match[str]) -> bool:
+    before = text[max(0, match.start() - 16) : match.start()]
+    found = _LABELS.search(before)
+    if found is None:
+        return False
+    word = found[0].strip().lower()
+    after = text[match.end() : match.end() + 2]
+    if word in (
+        "",
+        "(",
+        "[",
+        "#",
+    ):  # "1. First", "(1)", "[1]"; but "(18 dollars)" and a line "18" are numbers
+        return bool(re.match(r"[.):\]]\s|[\])]", after + " ")) and (
+            word != "" or not _ends(text, match.end())
+        )
+    return word != "and"
+
+
+def _ends(text: str, position: int) -> bool:
+    """Whether nothing but punctuation follows up to the end of the text."""
+    return not text[position : position + 40].strip(" \n.*$)")

@@ -1,0 +1,93 @@
+"""Grade a program by its tests, in a sandboxed child process; `rewards.programs.run` says what it defends."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+from rewards.maths.extract import answer_block, outside_think
+from rewards.outcome import Outcome
+from rewards.pool import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rollout.types import StdioTest
+
+DEFAULT_TIMEOUT_S = 5.0
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
+_CODE_LIKE = re.compile(r"\b(?:def|class|import|print|lambda|return|for|while)\b|[=(]")
+
+# Groups repeat programs (a policy near its optimum writes the same one 16 times). Failures of the
+# verifier are not remembered: they may be the machine's.
+_results: Memo[Outcome] = Memo(size=4096, keep=lambda outcome: outcome.value is not None)
+
+
+def extract_code(completion: str) -> str | None:
+    """The program in a completion: the `<answer>`, or else the text outside `<think>`; of that the last
+    ```` ```python ```` fence, or else its last fence, or else all of it. `None` where nothing is left."""
+    visible = outside_think(completion, "lenient")
+    text = answer_block(visible) or visible
+    fences = [(match[1].lower(), match[2]) for match in _FENCE.finditer(text)]
+    if not fences and not _CODE_LIKE.search(text):  # "<answer>see above</answer>": the fence is outside it
+        fences = [(match[1].lower(), match[2]) for match in _FENCE.finditer(visible)]
+    python = [body for tag, body in fences if tag in ("python", "python3", "py")]
+    code = python[-1] if python else fences[-1][1] if fences else text
+    return code.strip("\n") if code.strip() else None
+
+
+def run_tests(
+    code: str,
+    tests: Sequence[str | StdioTest],
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    *,
+    partial_credit: bool = False,
+    pool: WorkerPool | None = None,
+) -> Outcome:
+    """Whether `code` passes `tests`: 1 or 0, or with `partial_credit` the share that it passes.
+
+    Args:
+        code: The program's source.
+        tests: Python statements that raise on failure, run in the program's namespace; or stdin/stdout cases.
+        timeout_s: Wall clock, seconds, of one run of the program: for all statements together, for each case.
+        partial_credit: Run on after a failure and give the share; a run that times out still gets nothing.
+        pool: Where to run; default the process's shared pool.
+
+    Returns:
+        `value=None` where the verifier failed: no tests, tests of both kinds, a test that does not compile,
+        or a worker that died. A program that crashes or never ends is simply wrong.
+    """
+    key = _key(code, tests, timeout_s, partial_credit)
+    return _results.get(key, lambda: _run(code, tests, timeout_s, partial_credit, pool or shared_pool()))
+
+
+def sandbox_in_force(pool: WorkerPool | None = None) -> str:
+    """What holds a program on this machine, in words: namespaces, seccomp, rlimits, audit hook."""
+    return str((pool or shared_pool()).call({"op": "load", "for": "asserts"}, START_LIMIT_S)["in_force"])
+
+
+def _run(
+    code: str, tests: Sequence[str | StdioTest], timeout_s: float, partial: bool, pool: WorkerPool
+) -> Outcome:
+    statements = [test for test in tests if isinstance(test, str)]
+    cases = [[test.input, test.output] for test in tests if isinstance(test, StdioTest)]
+    if bool(statements) == bool(cases):
+        return Outcome(None, "tests of both kinds" if cases else "no tests", code)
+    task = {
+        "op": "asserts" if statements else "stdio",
+        "code": code,
+        "tests": statements or cases,
+        "limits": {"timeout_s": timeout_s},
+        "stop_early": not partial,
+    }
+    try:
+        # The worker holds the program's clock; ours is a second, later one, for the worker itself.
+        reply = pool.call(task, timeout_s * (1 if statements else len(cases)) + 10)
+    except TaskFailed as failure:
+        return Outcome(None, str(failure), code)
+    passed, total = reply["passed"], reply["total"]
+    value = passed / total if partial else float(passed == total)
+    return Outcome(value, reply["detail"] or f"passed {passed} of {total}", code)
+
+
+def _key(code: str, tests: Sequence[str | StdioTest], timeout_s: float, partial: bool) -> bytes:
+    digest = hashlib.sha256(repr((timeout_s, partial, list(tests))).encode("utf-8", "surrogatepass"))
+    digest.update(b"\0" + code.encode("utf-8", "surrogatepass"))
+    return digest.digest()

@@ -1,0 +1,65 @@
+"""Python's own refusals in a program under test: the layer that is there on every system.
+
+An audit hook sees what Python's functions do, and cannot be removed. Native code could go around it, which is
+why ctypes is refused too; where the kernel has namespaces and seccomp, `isolate` is what holds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+_REFUSED = frozenset(
+    "os.fork os.forkpty os.exec os.posix_spawn os.spawn os.system subprocess.Popen pty.spawn os.kill "  # noqa: SIM905
+    "os.killpg signal.pthread_kill os.setxattr os.removexattr gc.get_objects gc.get_referrers".split()
+)
+_FAMILIES = ("socket.", "ctypes.")
+_CHANGES = frozenset(
+    "os.remove os.rename os.rmdir os.mkdir os.chmod os.chown os.link os.symlink os.truncate os.utime "  # noqa: SIM905
+    "os.chflags os.mkfifo os.mknod shutil.rmtree shutil.move shutil.copyfile shutil.copytree".split()
+)
+_WITH_MODE = ("os.chmod", "os.mkdir", "os.chown", "os.truncate", "os.utime")
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def forbid(folder: str) -> None:
+    """Refuse, for good, what a solution never needs: processes, the network, ctypes, files elsewhere.
+
+    It may read what Python itself is made of, and read and write in `folder`.
+    """
+    home = os.path.realpath(folder)
+    inside = home + os.sep
+    realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
+    roots = {sys.base_prefix, sys.prefix, os.path.dirname(os.__file__)}
+    roots |= {os.path.realpath(root) for root in roots} | {"/usr/share/zoneinfo", "/usr/lib", "/lib"}
+    readable = (inside, *(root.rstrip("/") + "/" for root in roots))
+    devices = (os.devnull, "/dev/zero", "/dev/urandom", "/etc/localtime")
+
+    def within(path: Any) -> bool:
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            return True  # a descriptor that is already open, or a flag
+        real = realpath(fsdecode(fspath(path)))
+        return real == home or real.startswith(inside) or real == os.devnull
+
+    def visible(path: Any) -> bool:
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            return True
+        real = realpath(fsdecode(fspath(path)))
+        return real == home or real in devices or real.startswith(readable)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            allowed = within(args[0]) if (args[2] or 0) & _WRITING else visible(args[0])
+        elif event in _CHANGES:
+            # A name relative to an open folder's descriptor (the last argument) could lie anywhere.
+            relative = (
+                event.startswith("os.") and isinstance(args[-1], int) and args[-1] >= 0 and len(args) > 1
+            )
+            allowed = all(within(arg) for arg in args[:2]) and (event in _WITH_MODE or not relative)
+        else:
+            allowed = event not in _REFUSED and not event.startswith(_FAMILIES)
+        if not allowed:
+            raise PermissionError(f"{event} is not allowed in a program under test")
+
+    sys.addaudithook(hook)

@@ -1,0 +1,333 @@
+"""Assert-style tests in one process, the program in another: the verdict is never the program's to give.
+
+`judge` runs the tests. In their namespace the program's functions are `Remote` stand-ins: a call goes over a
+pipe to `serve` in the program's process, and its answer comes back as data (`values`). So expected
+values, the tests' source and the verdict exist only where the program is not: it cannot read them from
+frames, the heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
+
+What a test asks of the program's own objects, the program answers: `==` between two of its objects, a helper
+function of its own that the test calls. Nothing else is: a stand-in never equals plain data, never turns into
+a number, and built-in and library names in a test mean the real ones even where the program redefined them
+(unless the test uses no other name of the program, as for a program that is about its own `sum`).
+
+Known differences from running in one process: a module-level variable is copied when the tests begin; an
+argument changed in place is seen by the test when the call returns.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rewards import wire
+from rewards.programs.values import Malformed, decode, encode
+
+ENDED = "the program ended"
+LONGEST_MESSAGE = 64 << 20
+
+
+class ProgramGone(Exception):
+    """The program's process ended, or said what is no message."""
+
+
+class Pipe:
+    """Messages over a socket: a length, then JSON."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd, self._read, self._write = fd, os.read, os.write
+
+    def send(self, message: Any) -> None:
+        data = wire.frame(message)
+        while data:
+            data = data[self._write(self._fd, data) :]
+
+    def receive(self) -> Any:
+        length = wire.length_of(self._exactly(wire.HEAD_BYTES))
+        if length > LONGEST_MESSAGE:
+            raise ProgramGone("the program sent too much")
+        try:
+            return json.loads(self._exactly(length))
+        except (ValueError, RecursionError):
+            raise ProgramGone("the program sent what is no message") from None
+
+    def _exactly(self, length: int) -> bytes:
+        parts = []
+        while length:
+            try:
+                part = self._read(self._fd, min(length, 1 << 20))
+            except OSError:
+                part = b""
+            if not part:
+                raise ProgramGone(ENDED)
+            parts.append(part)
+            length -= len(part)
+        return b"".join(parts)
+
+
+class _Changed:
+    """The value of a call that changed some of its arguments in place."""
+
+    def __init__(self, value: Any, changes: list[tuple[int, Any]]) -> None:
+        self.value, self.changes = value, changes
+
+
+class Link:
+    """The judge's end."""
+
+    def __init__(self, fd: int) -> None:
+        self.pipe = Pipe(fd)
+        self._own: list[Any] = []  # objects of the tests that the program may call
+        self.gone = ""
+
+    def ask(self, operation: str, *args: Any) -> Any:
+        """Have the program do something; its value, or its exception raised here."""
+        if self.gone:
+            raise ProgramGone(self.gone)
+        try:
+            self.pipe.send([operation, *args])
+            while True:
+                kind, *rest = self.pipe.receive()
+                if kind == "value":
+                    return self.decoded(rest[0])
+                if kind == "changed":
+                    return _Changed(
+                        self.decoded(rest[0]), [(int(at), self.decoded(new)) for at, new in rest[1]]
+                    )
+                if kind == "raised":
+                    raise _exception(str(rest[0]), str(rest[1]), rest[2])
+                if kind != "own":
+                    raise ProgramGone("the program sent what is no message")
+                self.pipe.send(self._called(*rest))
+        except (Malformed, ValueError, TypeError, OSError, ProgramGone) as error:
+            if getattr(error, "from_program", False):
+                raise
+            self.gone = str(error) if isinstance(error, (ProgramGone, Malformed)) else ENDED
+            raise ProgramGone(self.gone) from None
+
+    def encoded(self, value: Any) -> Any:
+        return encode(value, self._reference)
+
+    def decoded(self, data: Any) -> Any:
+        return decode(data, self._dereference)
+
+    def _reference(self, value: Any) -> list[Any]:
+        if isinstance(value, Remote):
+            return ["o", object.__getattribute__(value, "_id")]
+        self._own.append(value)
+        return ["j", len(self._own) - 1]
+
+    def _dereference(self, kind: str, rest: list[Any]) -> Any:
+        if kind == "o" and isinstance(rest[0], int):
+            return Remote(self, rest[0])
+        if kind == "j" and isinstance(rest[0], int) and 0 <= rest[0] < len(self._own):
+            return self._own[rest[0]]
+        raise Malformed("an unknown kind of value")
+
+    def _called(self, number: Any, name: Any, args: Any, kwargs: Any) -> list[Any]:
+        """The program calls a function that the test gave it, or reads a public attribute of an object."""
+        try:
+            own = self._own[int(number)]
+            if name:
+                if str(name).startswith("_") or isinstance(own, (types.FunctionType, types.ModuleType, type)):
+                    raise AttributeError(name)
+                return ["value", self.encoded(getattr(own, str(name)))]
+            given = [self.decoded(item) for item in args]
+            return ["value", self.encoded(own(*given, **{str(k): self.decoded(v) for k, v in kwargs}))]
+        except ProgramGone:
+            raise
+        except Exception as error:
+            return ["raised", type(error).__name__, str(error)[:500], []]
+
+
+def _exception(name: str, text: str, bases: Any) -> BaseException:
+    """An exception like the program's: of the same built-in class, or of its nearest one."""
+    for candidate in [name, *map(str, bases)]:
+        kind = getattr(builtins, candidate, None)
+        if isinstance(kind, type) and issubclass(kind, Exception):
+            made = type(name, (kind,), {}) if candidate != name else kind
+            try:
+                error = made(text)
+            except Exception:
+                continue
+            error.from_program = True
+            return error
+    error = RuntimeError(f"{name}: {text}")
+    error.from_program = True  # type: ignore[attr-defined]
+    return error
+
+
+class Remote:
+    """An object of the program's, by reference."""
+
+    __slots__ = ("_id", "_link")
+
+    def __init__(self, link: Link, number: int) -> None:
+        object.__setattr__(self, "_link", link)
+        object.__setattr__(self, "_id", number)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        link = object.__getattribute__(self, "_link")
+        given = [link.encoded(arg) for arg in args]
+        named = [[key, link.encoded(arg)] for key, arg in kwargs.items()]
+        answer = link.ask("call", object.__getattribute__(self, "_id"), given, named)
+        if not isinstance(answer, _Changed):
+            return answer
+        for at, new in answer.changes:
+            _change(args[at], new)
+        return answer.value
+
+    def __getattr__(self, name: str) -> Any:
+        return _ask(self, "getattr", name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _ask(self, "setattr", name, value)
+
+    def __delattr__(self, name: str) -> None:
+        _ask(self, "delattr", name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return _ask(self, "getitem", key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        _ask(self, "setitem", key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        _ask(self, "delitem", key)
+
+    def __len__(self) -> int:
+        return int(_plain(_ask(self, "len"), int))
+
+    def __bool__(self) -> bool:
+        return bool(_plain(_ask(self, "bool"), bool))
+
+    def __str__(self) -> str:
+        return str(_plain(_ask(self, "str"), str))
+
+    def __repr__(self) -> str:
+        return str(_plain(_ask(self, "repr"), str))
+
+    def __hash__(self) -> int:
+        return int(_plain(_ask(self, "hash"), int))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Remote) and bool(_plain(_ask(self, "eq", other), bool))
+
+    def __iter__(self) -> Iterator[Any]:
+        iterator, size = _ask(self, "iter"), 1
+        while True:
+            items = _plain(_ask(iterator, "next", size), list)
+            yield from items
+            if len(items) < size:
+                return
+            size = min(2 * size, 256)
+
+    def __next__(self) -> Any:
+        items = _plain(_ask(self, "next", 1), list)
+        if not items:
+            raise StopIteration
+        return items[0]
+
+    def __contains__(self, item: Any) -> bool:
+        return item in list(self)  # all of it first: an endless one must not find everything
+
+    def __enter__(self) -> Any:
+        return _ask(self, "enter")
+
+    def __exit__(self, *_: object) -> None:
+        _ask(self, "exit")
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, Remote) and bool(_ask(self, "isinstance", instance))
+
+
+def _ask(remote: Remote, operation: str, *args: Any) -> Any:
+    link = object.__getattribute__(remote, "_link")
+    return link.ask(operation, object.__getattribute__(remote, "_id"), *(link.encoded(arg) for arg in args))
+
+
+def _plain(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"the program gave a {type(value).__name__} for a {kind.__name__}")
+    return value
+
+
+def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
+    def operator(self: Remote, other: Any) -> Any:
+        value = _ask(self, "operator", name, other)
+        # A result of the program's own kind; a plain one could be made up to be what the test hopes for.
+        both = isinstance(other, Remote)
+        return value if isinstance(value, Remote) or (both and type(value) is bool) else NotImplemented
+
+    return operator
+
+
+for _name in "add sub mul matmul truediv floordiv mod pow and or xor lt le gt ge".split():  # noqa: SIM905
+    setattr(Remote, f"__{_name}__", _arithmetic(f"__{_name}__"))
+for _name in "add sub mul matmul truediv".split():  # noqa: SIM905
+    setattr(Remote, f"__r{_name}__", _arithmetic(f"__r{_name}__"))
+
+
+def _change(old: Any, new: Any) -> None:
+    """Make `old` what the program made of its copy."""
+    if isinstance(old, (list, bytearray)) and isinstance(new, type(old)):
+        old[:] = new
+    elif isinstance(old, (dict, set)) and isinstance(new, (dict, set)):
+        old.clear()
+        old.update(new)
+
+
+def judge(fd: int, tests: list[str], stop_early: bool, report: Callable[[str], None]) -> None:
+    """Run the tests against the program at the end of `fd`, and report "PASSED DETAIL" or "E DETAIL"."""
+    compiled = []
+    for number, test in enumerate(tests, 1):
+        try:
+            compiled.append(compile(test, f"test {number}", "exec"))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            return report(f"E test {number} does not compile: {error}")
+    link = Link(fd)
+    passed, detail = 0, ""
+    try:
+        kind, *rest = link.pipe.receive()
+        if kind != "ready":
+            return report(f"0 the program raised {rest[0]}")
+        namespace = _namespace(link, [str(name) for name in rest[0]], tests)
+    except (ProgramGone, Malformed, ValueError, TypeError) as error:
+        return report(f"0 {error} before the tests")
+    for number, statement in enumerate(compiled, 1):
+        try:
+            exec(statement, namespace)
+            passed += 1
+        except BaseException as error:
+            detail = detail or f"test {number} of {len(tests)}: {words(error)}"
+            if stop_early or link.gone:
+                break
+    report(f"{passed} {detail}")
+
+
+def _namespace(link: Link, offered: list[str], tests: list[str]) -> dict[str, Any]:
+    """The tests' module, with those of the program's names that the tests mention."""
+    mentioned = set(re.findall(r"\w+", "\n".join(tests)))
+    names = [name for name in offered if name in mentioned]
+    module = types.ModuleType("tests")
+    sys.modules["tests"] = module
+    values = {name: link.ask("global", name) for name in names}
+    standard = {name for name in names if hasattr(builtins, name) or name in sys.stdlib_module_names}
+    about_others = any(isinstance(values[name], Remote) for name in names if name not in standard)
+    for name, value in values.items():
+        if name not in standard or not about_others or isinstance(value, types.ModuleType):
+            module.__dict__[name] = value
+    return module.__dict__
+
+
+def words(error: BaseException) -> str:
+    """An exception in one line; its own `__str__` may raise."""
+    try:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    except BaseException:
+        return "an exception that cannot be printed"

@@ -1,0 +1,255 @@
+"""Run an untrusted Python program against its tests, and learn honestly whether it passed.
+
+Runs inside `rewards.worker` only, as three processes: the worker, which has the tests and the clock; the
+program, forked from `zygote`, which has never seen a test; and for assert-style tests the judge
+(`judge`), a fork of the worker that runs them against the program over a socket. Only the judge holds
+the pipe that the verdict comes by, and stdin/stdout cases are compared here, so no program can give itself
+one. Forks of warm interpreters cost milliseconds.
+
+The program gets what `isolate` and `hook` leave it, an empty working folder that is deleted
+afterwards, an empty environment, and no open files but those named. At its end it is killed, and with it
+every process it made.
+
+What remains: where namespaces are not to be had, native code that goes around the audit hook could read files
+and fill the disk, one file of limited size after the other, until its time is up. A test that calls a second
+function of the program's believes that function. And a program may know a public benchmark by heart.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rewards.programs import isolate as confine
+from rewards.programs import judge
+from rewards.programs.zygote import LINK_FD, Limits, Zygote, keep, seed
+
+__all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]
+
+WARM_MODULES = (
+    "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools",
+    "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",  # noqa: E501
+)  # fmt: skip
+JUDGE_MEMORY_BYTES = 1 << 30
+
+_parent = -1  # set by `adopt_orphans`
+_zygote: Zygote | None = None  # set by `warm`
+
+
+@dataclass(slots=True)
+class _Run:
+    """A process that is running, or has run."""
+
+    pid: int
+    status: int = 0  # as waitpid gives it
+    killed: str = ""  # why we killed it, or ""
+    output: dict[int, bytearray] = field(default_factory=dict)  # by descriptor
+
+    def failure(self) -> str:
+        """Why there is no result, in words."""
+        if self.killed:
+            return self.killed
+        if os.WIFSIGNALED(self.status):
+            return f"killed by {signal.Signals(os.WTERMSIG(self.status)).name}"
+        return f"exited with status {os.WEXITSTATUS(self.status)} before the tests had run to the end"
+
+
+def warm() -> str:
+    """Import what programs commonly import, confine this process, and fork the zygote.
+
+    Returns:
+        What is in force, in words.
+    """
+    global _zygote
+    if _zygote is None:
+        for name in WARM_MODULES:
+            import_module(name)
+        confine.enter(Path(__file__).resolve().parents[2])
+        _zygote = Zygote()
+    return confine.describe()
+
+
+def adopt_orphans(parent: int) -> None:
+    """`parent` is the pipe from our own parent: when it hangs up, a program that is running is stopped."""
+    global _parent
+    _parent = parent
+
+
+def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:
+    """Run the program in one process and the tests on it in another, under one clock.
+
+    Returns:
+        `passed`, `total` and a `detail` about the first failure; or `error` where a test does not compile.
+    """
+    assert _zygote is not None
+    ours, theirs = socket.socketpair()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    program = _Run(0)
+    try:
+        program.pid = _zygote.start(code, "asserts", limits, [nothing, nothing, nothing, theirs.fileno()])
+        theirs.close()
+        try:
+            judged, result = _judged(ours, tests, stop_early, limits)
+        finally:
+            program.status = _zygote.end()
+    finally:
+        os.close(nothing)
+        ours.close()
+        theirs.close()
+    total = len(tests)
+    if result.startswith("E "):
+        return {"error": result[2:]}
+    if not result:
+        return {"passed": 0, "total": total, "detail": judged.failure()}
+    passed, _, detail = result.partition(" ")
+    if judge.ENDED in detail:
+        detail += f" ({program.failure()})"
+    return {"passed": int(passed), "total": total, "detail": detail}
+
+
+def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Limits) -> tuple[_Run, str]:
+    result_in, result_out = os.pipe()
+    run = _Run(os.fork())
+    if run.pid == 0:
+        _become_judge(link.fileno(), result_out, tests, stop_early, limits)
+    os.close(result_out)
+    link.close()
+    try:
+        _collect(run, [result_in], limits, until_exit=False)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(run.pid, signal.SIGKILL)
+        _, run.status = os.waitpid(run.pid, 0)
+        os.close(result_in)
+    return run, run.output[result_in].decode("utf-8", "replace")
+
+
+def _become_judge(link: int, result: int, tests: list[str], stop_early: bool, limits: Limits) -> NoReturn:
+    """In the fork: keep the two pipes, then run the tests. Never returns."""
+    try:
+        confine.die_with_parent()
+        confine.hide_memory()
+        os.setsid()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        keep([nothing, nothing, nothing, link, result])
+        sys.stdin, sys.stdout, sys.stderr = (open(os.devnull, mode) for mode in ("r", "w", "w"))  # noqa: SIM115
+        confine.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
+        sys.set_int_max_str_digits(0)
+        seed()
+        judge.judge(
+            LINK_FD,
+            tests,
+            stop_early,
+            lambda text: _write(LINK_FD + 1, text[:1000].encode("utf-8", "replace")),
+        )
+    finally:
+        os._exit(0)
+
+
+def _write(fd: int, data: bytes) -> None:
+    os.write(fd, data)
+
+
+def run_stdio(code: str, cases: list[list[str]], limits: Limits, stop_early: bool) -> dict[str, Any]:
+    """Run the program once per `[input, output]` case. After a time-out the rest count as failed."""
+    passed, detail = 0, ""
+    for number, (given, wanted) in enumerate(cases, 1):
+        run, output, errors = _run_once(code, given.encode("utf-8", "surrogatepass"), limits)
+        if run.killed or run.status != 0:
+            why = run.killed or errors or run.failure()
+        elif same_output(output, wanted):
+            passed += 1
+            continue
+        else:
+            why = "wrong output"
+        detail = detail or f"case {number}: {why}"
+        if stop_early or run.killed:
+            break
+    return {"passed": passed, "total": len(cases), "detail": detail}
+
+
+def _run_once(code: str, given: bytes, limits: Limits) -> tuple[_Run, str, str]:
+    assert _zygote is not None
+    stdin = os.memfd_create("input")
+    output_in, output_out = os.pipe()
+    errors_in, errors_out = os.pipe()
+    try:
+        with open(os.dup(stdin), "wb") as file:
+            file.write(given)
+        os.lseek(stdin, 0, os.SEEK_SET)
+        run = _Run(_zygote.start(code, "stdio", limits, [stdin, output_out, errors_out]))
+        for fd in (output_out, errors_out):
+            os.close(fd)
+        try:
+            _collect(run, [output_in, errors_in], limits, until_exit=True)
+        finally:
+            run.status = _zygote.end()
+    finally:
+        for fd in (stdin, output_in, errors_in):
+            os.close(fd)
+    errors = run.output[errors_in].decode("utf-8", "replace").strip().splitlines()
+    return run, run.output[output_in].decode("utf-8", "replace"), errors[-1][:300] if errors else ""
+
+
+def same_output(got: str, want: str) -> bool:
+    """Token by token, line by line; spaces within a line and blank lines at the end do not matter."""
+    return [line.split() for line in got.rstrip().splitlines()] == [
+        line.split() for line in want.rstrip().splitlines()
+    ]
+
+
+def _collect(run: _Run, pipes: list[int], limits: Limits, *, until_exit: bool) -> None:
+    """Read the pipes until the process ends (or only until they close), time is up, or it said too much."""
+    deadline = time.monotonic() + limits.timeout_s
+    run.output = {fd: bytearray() for fd in pipes}
+    poll = select.poll()
+    for fd in pipes:
+        os.set_blocking(fd, False)
+        poll.register(fd, select.POLLIN)
+    if _parent >= 0:
+        poll.register(_parent, 0)  # no events asked for: only a hang-up is reported
+    process = os.pidfd_open(run.pid) if until_exit else -1
+    if until_exit:
+        poll.register(process, select.POLLIN)
+    still_open, ended = len(pipes), False
+    try:
+        while not run.killed and not ended and (until_exit or still_open):
+            left = deadline - time.monotonic()
+            ready = poll.poll(1000 * left) if left > 0 else []
+            if not ready:
+                run.killed = f"time ran out after {limits.timeout_s:g} s"
+            for fd, _ in ready:
+                if fd == _parent:
+                    run.killed = "the parent process is gone"
+                elif fd == process:
+                    ended = True
+                elif not _read_some(run, fd, limits):
+                    poll.unregister(fd)
+                    still_open -= 1
+        for fd in pipes:  # what was left in the pipes when it ended
+            while ended and not run.killed and _read_some(run, fd, limits):
+                pass
+    finally:
+        if process >= 0:
+            os.close(process)
+
+
+def _read_some(run: _Run, fd: int, limits: Limits) -> bool:
+    """Whether something came; at the end of the stream nothing does."""
+    try:
+        part = os.read(fd, 1 << 16)
+    except BlockingIOError:
+        return False
+    run.output[fd] += part
+    if sum(map(len, run.output.values())) > limits.output_bytes:
+        run.killed = f"printed more than {limits.output_bytes} bytes"
+    return bool(part)

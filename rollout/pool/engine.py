@@ -1,0 +1,327 @@
+"""A pool of engines in processes of their own, on Ray: on this machine or on a cluster.
+
+Prompts go to whichever worker is free, a few at a time, and rollouts come back as they end. Every rollout is
+named by (index, sample) and keyed by that name, so which worker draws it does not change it. A worker that
+dies, or gives no sign of life, is replaced, and what it still owed is drawn again: the pool counts what came
+back, passes each rollout on once, and ends only when none is missing.
+
+Weights are put into Ray's store once a version; a worker fetches the newest before its next prompts and
+answers with the fingerprint of what it holds. Rollouts that are too many versions old are drawn again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rollout.engine import EngineDied
+from rollout.open import context_and_vocabulary
+from rollout.pool.worker import Drawn, Worker
+from rollout.settings import RolloutSettings, torch_dtype
+from rollout.stopping import check_prompts
+from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.vllm.options import checkpoint_shapes
+from rollout.weights import Policy, check_shapes, fingerprint, in_dtype, public_weights, shapes
+
+PARTS_PER_WORKER = 4
+"""Parts that a worker's fair share of a request is cut into: more, and the last one idles less; fewer, and
+batches are larger."""
+MOST_FAILURES = 3
+"""Workers that may be lost over the same prompts before the pool gives up."""
+START_S = 300.0
+"""Seconds that a worker may take to start."""
+
+
+@dataclass(slots=True)
+class Part:
+    """Prompts of a request that are drawn together."""
+
+    first: int
+    """Place of the first in the request."""
+    prompts: list[Prompt]
+    missing: set[tuple[int, int]]
+    """(index, sample) of what has not come back, places in the request."""
+    failures: int = 0
+
+
+@dataclass(slots=True)
+class Member:
+    """One worker as the pool sees it."""
+
+    actor: Any
+    pid: int = 0
+    here: bool = False
+    """Whether it runs on this machine."""
+    version: int = 0
+    """Of the weights that it was last told to load."""
+    part: Part | None = None
+    stream: Any = None
+    """Where the rollouts of `part` come from."""
+    alive_at: float = 0.0
+    """Last sign of life, monotonic seconds."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a pool has been through."""
+
+    replaced: int = 0
+    """Workers that died or hung."""
+    again: int = 0
+    """Rollouts that were asked for again."""
+    repeated: int = 0
+    """Rollouts that came back a second time and were dropped."""
+    stale: int = 0
+    """Rollouts that were too old and were drawn again."""
+    by_worker: dict[int, int] = field(default_factory=dict)
+    """Rollouts by process id."""
+
+
+class RolloutPool:
+    """`RolloutEngine` over workers on Ray."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        settings: RolloutSettings,
+        *,
+        eos_token_id: int | Sequence[int] | None = None,
+        max_staleness: int = 1,
+    ) -> None:
+        """
+        Args:
+            path: checkpoint that every worker opens; on a cluster all machines must see it.
+            settings: engine, number of workers, cluster.
+            eos_token_id: ends a completion; None = the checkpoint's.
+            max_staleness: versions by which a rollout may be older than the newest weights.
+
+        Raises:
+            ModuleNotFoundError: Ray is not installed here.
+            EngineDied: a worker could not be started.
+        """
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "rollout.pool.engine needs Ray, which is not installed: pip install '.[cluster]', "
+                "or set rollout.pool.engine = 0"
+            ) from error
+        self.ray: Any = ray
+        self.path, self.settings = Path(path), settings
+        self.eos_token_id, self.max_staleness = eos_token_id, max_staleness
+        self.context, self.vocab_size = context_and_vocabulary(self.path, settings.vllm.context)
+        self.version, self.counts, self.closed = 0, Counts(), False
+        self.latest: tuple[Any, int] | None = None  # reference to the weights in Ray's store, fingerprint
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.own_ray = not ray.is_initialized()
+        if self.own_ray:
+            start_ray(settings)
+        self.members: list[Member] = []
+        try:
+            actors = [self._actor() for _ in range(settings.workers)]
+            self.members = [self._ready(actor) for actor in actors]
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- members
+
+    def _actor(self) -> Any:
+        options = {"num_cpus": self.settings.worker_cpus, "num_gpus": self.settings.worker_gpus}
+        remote = self.ray.remote(Worker).options(**options, max_restarts=0)
+        return remote.remote(str(self.path.resolve()), self.settings, self.eos_token_id)
+
+    def _ready(self, actor: Any) -> Member:
+        """Wait until a worker has opened its engine."""
+        try:
+            pid, host = self.ray.get(actor.who.remote(), timeout=START_S)
+        except self.ray.exceptions.GetTimeoutError as error:
+            raise EngineDied(
+                f"a worker did not start within {START_S:.0f} s: has the Ray cluster "
+                f"{self.settings.worker_cpus:g} CPUs and {self.settings.worker_gpus:g} GPUs free for each of "
+                f"{self.settings.workers} workers?"
+            ) from error
+        except self.ray.exceptions.RayError as error:
+            raise EngineDied(f"a worker could not open {self.path}: {last_line(error)}") from error
+        return Member(actor, pid, host == os.uname().nodename)
+
+    def _replace(self, member: Member, queue: deque[Part], why: str) -> None:
+        """Put a new worker in the place of a lost one; what it owed goes to the front of the queue."""
+        self._kill(member)
+        self.counts.replaced += 1
+        part = member.part
+        if part is not None:
+            lost = f"workers were lost ({why}); is memory short? Lower rollout.pool.engine or max_tokens"
+            self._again(part, queue, lost)
+        self.members[self.members.index(member)] = self._ready(self._actor())
+
+    def _again(self, part: Part, queue: deque[Part], why: str) -> None:
+        """Have what is missing of a part drawn again, unless that has failed too often."""
+        part.failures += 1
+        self.counts.again += len(part.missing)
+        if part.failures >= MOST_FAILURES:
+            last = part.first + len(part.prompts) - 1
+            raise EngineDied(f"prompts {part.first} to {last} failed {MOST_FAILURES} times: {why}.")
+        queue.appendleft(part)
+
+    def _kill(self, member: Member) -> None:
+        self.ray.kill(member.actor)
+        if member.here and member.pid:  # a process that is stopped does not hear Ray
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGKILL)
+
+    # ---- drawing
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
+        """Yield each rollout once, as they come back.
+
+        Raises:
+            ValueError: at once, when a prompt is empty, too long, or of another vocabulary.
+            FloatingPointError: when the model's logits are not finite.
+            EngineDied: workers were lost over the same prompts again and again.
+            StaleWeights: a worker does not hold the weights that it was sent.
+        """
+        if self.closed:
+            raise EngineDied("this pool is closed; open a new one.")
+        check_prompts(prompts, self.context, self.vocab_size)
+        return self._generate(list(prompts), sampling)
+
+    def _generate(self, prompts: list[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
+        queue = deque(self._parts(prompts, sampling.n))
+        try:
+            while queue or any(member.part for member in self.members):
+                for member in list(self.members):
+                    if member.part is None and queue:
+                        self._hand_out(member, queue.popleft(), sampling)
+                for member, drawn in self._answers(queue):
+                    yield from self._accept(member, drawn, prompts, queue)
+        finally:
+            for member in self.members:  # an error, or the caller has had enough
+                if member.part is not None:
+                    member.part = member.stream = None
+
+    def _parts(self, prompts: list[Prompt], n: int) -> Iterator[Part]:
+        size = max(1, -(-len(prompts) // (PARTS_PER_WORKER * len(self.members))))
+        for first in range(0, len(prompts), size):
+            part = prompts[first : first + size]
+            names = {(first + i, s) for i in range(len(part)) for s in range(n)}
+            yield Part(first, part, names)
+
+    def _hand_out(self, member: Member, part: Part, sampling: SamplingParams) -> None:
+        """Send a worker the newest weights, if it lacks them, and a part to draw."""
+        latest = None
+        if self.latest is not None and member.version != self.version:
+            latest, member.version = (self.latest[0], self.version, self.latest[1]), self.version
+        seeded = replace(sampling, first_index=sampling.first_index + part.first)
+        weights = latest[0] if latest else None
+        member.stream = member.actor.draw.options(num_returns="streaming").remote(
+            weights, latest[1:] if latest else None, part.prompts, seeded
+        )
+        member.part, member.alive_at = part, time.monotonic()
+
+    def _answers(self, queue: deque[Part]) -> Iterator[tuple[Member, list[Drawn] | None]]:
+        """What workers have sent since: rollouts, or None for the end of a part."""
+        busy = {id(m.stream): m for m in self.members if m.part}
+        ready, _ = self.ray.wait([m.stream for m in busy.values()], num_returns=1, timeout=0.5)
+        errors = self.ray.exceptions
+        for stream in ready:
+            member = busy[id(stream)]
+            try:
+                yield member, self.ray.get(next(stream))
+            except StopIteration:
+                yield member, None
+            except (errors.RayActorError, errors.ObjectLostError, errors.WorkerCrashedError) as error:
+                self._replace(member, queue, last_line(error))
+            except errors.RayTaskError as error:
+                cause = error.as_instanceof_cause()
+                if not isinstance(cause, EngineDied):
+                    raise cause from None
+                self._replace(member, queue, last_line(error))
+        for member in busy.values():
+            silent = time.monotonic() - member.alive_at
+            if member.part is not None and member in self.members and silent > self.settings.timeout_s:
+                self._replace(member, queue, f"no sign of life for {silent:.0f} s")
+
+    def _accept(
+        self, member: Member, drawn: list[Drawn] | None, prompts: list[Prompt], queue: deque[Part]
+    ) -> Iterator[Rollout]:
+        """Pass on what is new; at the end of a part, see that nothing is missing."""
+        part, member.alive_at = member.part, time.monotonic()
+        assert part is not None
+        for at, sample, token_ids, logprobs, finish_reason, version in drawn or ():
+            name = (part.first + at, sample)
+            if name not in part.missing:
+                self.counts.repeated += 1
+            elif version < self.version - self.max_staleness:
+                self.counts.stale += 1
+            else:
+                part.missing.remove(name)
+                self.counts.by_worker[member.pid] = self.counts.by_worker.get(member.pid, 0) + 1
+                yield Rollout(prompts[name[0]], name[0], sample, token_ids, logprobs, finish_reason, version)
+        if drawn is None:
+            member.part = member.stream = None
+            if part.missing:
+                self._again(part, queue, f"{len(part.missing)} rollouts were too old or never came back")
+
+    # ---- weights
+
+    def load_weights(self, source: Policy, version: int) -> None:
+        """Broadcast: every worker holds `source`'s weights before it draws its next prompts.
+
+        Raises:
+            ValueError: weights of another shape than those that the workers opened.
+        """
+        found = shapes(source)
+        self._shapes = self._shapes or checkpoint_shapes(self.path, found)
+        check_shapes(found, self._shapes, self.path)
+        weights = in_dtype(public_weights(source), torch_dtype(self.settings.dtype))
+        sent = {name: tensor.cpu() for name, tensor in weights}
+        self.latest = (self.ray.put(sent), fingerprint(sent.values()))
+        self.version = version
+
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
+
+    def close(self) -> None:
+        """Stop the workers, and Ray where this pool started it."""
+        if self.closed:
+            return
+        self.closed = True
+        for member in self.members:
+            self._kill(member)
+        if self.own_ray:
+            self.ray.shutdown()
+
+
+def start_ray(settings: RolloutSettings) -> None:
+    """Join the cluster at `settings.address`, or start a Ray on this machine with room for the workers."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    root = str(Path(__file__).parents[2])
+    env = {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    env["OMP_NUM_THREADS"] = str(max(1, int(settings.worker_cpus)))
+    common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False}
+    if settings.address:
+        try:
+            ray.init(address=settings.address, **common)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise EngineDied(f"no Ray cluster at {settings.address}: {last_line(error)}") from error
+        return
+    cores = max(os.cpu_count() or 1, int(settings.workers * settings.worker_cpus + 0.999))
+    ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR, **common)
+
+
+def last_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

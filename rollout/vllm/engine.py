@@ -1,0 +1,389 @@
+"""vLLM behind the `RolloutEngine` protocol: the real `vllm.LLM`, CPU build and GPU build alike.
+
+The only file that imports vllm. On a CPU the engine runs in this process and takes the trainer's tensors as
+they are; on GPUs it runs in processes of its own, and weights travel by vLLM's own transfer API.
+
+Two faults of vLLM 0.32's CPU build are worked around here, and `rollout.self_test` would notice if they came
+back: the rotary embedding's custom kernel is wrong for DeepSeek (so it is switched off), and a mixture of
+experts is not repacked when its weights are loaded a second time (`repack_experts_on_reload`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import random
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rollout.engine import EngineDied, StaleWeights
+from rollout.open import context_and_vocabulary
+from rollout.self_test import self_test
+from rollout.settings import DtypeName, VllmSettings, torch_dtype
+from rollout.stopping import Stopper, check_prompts, stop_ids
+from rollout.text.tokenizer import has_tokenizer, load_tokenizer
+from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.vllm.options import checkpoint_shapes, eos_of, llm_options, prepare_environment
+from rollout.vllm.outputs import Ends, rollout
+from rollout.weights import (
+    WORD,
+    Policy,
+    check_shapes,
+    fingerprint,
+    in_dtype,
+    live_fingerprint,
+    public_weights,
+    shapes,
+)
+
+
+class VllmEngine:
+    """`RolloutEngine` over `vllm.LLM`, for native deepseek_v3 checkpoints and dense ones.
+
+    `version` and `weights` (the fingerprint of what vLLM computes with) say which policy is live.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        dtype: DtypeName = "float32",
+        settings: VllmSettings | None = None,
+        reference: Policy | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            path: checkpoint directory that vLLM reads.
+            dtype: of vLLM's weights and arithmetic.
+            settings: vLLM's own.
+            reference: the trainer's model of the same checkpoint, for the self-test; None loads it for that.
+            eos_token_id: ends a completion; None = the checkpoint's.
+
+        Raises:
+            ModuleNotFoundError: vLLM is not installed here.
+            StaleWeights: the self-test found that vLLM does not compute what our model does.
+        """
+        self.path, self.settings = Path(path), settings or VllmSettings()
+        self.dtype = torch_dtype(dtype)
+        self.version, self.weights, self.dead = 0, -1, ""
+        self.config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        self.max_positions, self.vocab_size = context_and_vocabulary(self.path, self.settings.context)
+        self.eos_token_id = eos_of(self.path, self.config) if eos_token_id is None else eos_token_id
+        self.on_cpu = not torch.cuda.is_available()
+        self.in_process = self.on_cpu and self.settings.tensor_parallel == 1
+        self._sender: Any = None
+        self.llm = self._start(dtype)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        if self.settings.self_test:
+            try:
+                self_test(self, self.path, reference, self.dtype)
+            except BaseException:
+                self.close()
+                raise
+
+    def _start(self, dtype: DtypeName) -> Any:
+        """A `vllm.LLM`. What its start changes in this process, seeds and thread count, is put back."""
+        prepare_environment(self.config, self.on_cpu, self.in_process)
+        try:
+            from vllm import LLM
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "vLLM is not installed in this environment; `make test-vllm` makes .venv-vllm with its CPU "
+                "build: run this command with .venv-vllm/bin/python (on GPUs: pip install '.[vllm]')"
+            ) from error
+        options = llm_options(self.path, self.config, dtype, self.settings, self.max_positions, self.on_cpu)
+        states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+        threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+        if self.on_cpu:
+            watch_packing()
+        try:
+            return LLM(**options)
+        finally:
+            torch.set_num_threads = set_threads
+            torch.set_num_threads(threads)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+    # ---- drawing
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
+        """Yield each rollout when it ends.
+
+        Every rollout has a generator of its own, seeded by (seed, index, sample): what it is drawn with does
+        not depend on what it is batched with. The draws are not those of the native engine.
+
+        Raises:
+            ValueError: at once, when a prompt is empty, too long, or of another vocabulary.
+            FloatingPointError: when the model's logits are not finite.
+            EngineDied: vLLM stopped in the middle; a new engine is needed.
+        """
+        if self.dead:
+            raise EngineDied(f"this vLLM engine has stopped ({self.dead}); open a new one.")
+        check_prompts(prompts, self.max_positions, self.vocab_size)
+        tokenizer = load_tokenizer(self.path) if sampling.stop and has_tokenizer(self.path) else None
+        stopper = Stopper(sampling, self.eos_token_id, tokenizer)
+        return self._generate(list(prompts), sampling, stopper)
+
+    def _generate(
+        self, prompts: list[Prompt], sampling: SamplingParams, stopper: Stopper
+    ) -> Iterator[Rollout]:
+        engine, version = self.llm.llm_engine, self.version
+        stops, call = stop_ids(self.eos_token_id, sampling), uuid.uuid4().hex[:8]
+        ends = Ends(stopper)
+        waiting: dict[str, tuple[int, int]] = {}
+        try:
+            for index, sample in itertools.product(range(len(prompts)), range(sampling.n)):
+                name, ids = f"{call}-{index}-{sample}", list(prompts[index].token_ids)
+                params = vllm_sampling(sampling, index, sample, stops, self.max_positions - len(ids))
+                engine.add_request(name, {"prompt_token_ids": ids}, params)
+                waiting[name] = (index, sample)
+            while waiting:
+                if not engine.has_unfinished_requests():
+                    raise RuntimeError("requests were lost")
+                for output in engine.step():
+                    name, drawn = output.request_id, output.outputs[0]
+                    if name not in waiting:
+                        continue
+                    end = ends.find(name, drawn.token_ids)
+                    if end is not None and not output.finished:
+                        engine.abort_request([name])
+                    if output.finished or end is not None:
+                        index, sample = waiting.pop(name)
+                        yield rollout(prompts[index], index, sample, drawn, version, end)
+        except (GeneratorExit, FloatingPointError):
+            if waiting:
+                engine.abort_request(list(waiting))
+            raise
+        except Exception as error:
+            self.dead = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise EngineDied(
+                f"vLLM stopped with {len(waiting)} rollouts unfinished ({self.dead}); open a new engine, or "
+                "let a pool replace it (--rollout.workers)."
+            ) from error
+
+    # ---- weights
+
+    def load_weights(self, source: Policy, version: int) -> None:
+        """Copy `source`'s weights in; they are live, and proven so, when this returns.
+
+        Raises:
+            ValueError: tensors that are missing, or of another shape; the old weights stay live.
+            StaleWeights: what vLLM holds afterwards is not what was sent.
+        """
+        found = shapes(source)
+        if not self._shapes:
+            self._shapes = found if self.settings.self_test else checkpoint_shapes(self.path, found)
+        check_shapes(found, self._shapes, self.path)
+        self.load_tensors(list(in_dtype(public_weights(source), self.dtype)), version)
+
+    def load_tensors(self, sent: list[tuple[str, Tensor]], version: int) -> None:
+        """`load_weights` from tensors by public name, in the engine's type and known to fit."""
+        want = fingerprint(tensor for _, tensor in sent)
+        if self.in_process:
+            live = self._call("r1_receive", sent)
+        elif self.on_cpu:
+            live = self._through_a_file(sent)
+        else:
+            live = self._transfer(sent, version)
+        self.llm.reset_prefix_cache()
+        if self.settings.tensor_parallel == 1 and live != want:
+            raise StaleWeights(
+                f"after the update to version {version} vLLM holds weights with fingerprint {live:016x}, not "
+                f"the {want:016x} that were sent; nothing drawn from it would be on policy."
+            )
+        self.version, self.weights = version, want
+
+    def _call(self, method: str, *args: object) -> int:
+        """The sum of the workers' answers: one worker's fingerprint, or that of the shards together."""
+        return sum(self.llm.collective_rpc(method, args=args)) % WORD
+
+    def _through_a_file(self, sent: list[tuple[str, Tensor]]) -> int:
+        """To workers in other processes: a file, in memory where the system has such a folder."""
+        from safetensors.torch import save_file
+
+        shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.path
+        file = shared / f"r1-weights-{os.getpid()}-{uuid.uuid4().hex[:8]}.safetensors"
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in sent}, file)
+            return self._call("r1_receive_file", str(file))
+        finally:
+            file.unlink(missing_ok=True)
+
+    def _transfer(self, sent: list[tuple[str, Tensor]], version: int) -> int:
+        """By vLLM's weight-transfer API, over CUDA IPC: trainer and engine share the GPUs of one machine."""
+        from vllm.distributed.weight_transfer.base import WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+        if self._sender is None:
+            source = type("PublicWeights", (TransferSource, WeightSource), {})()
+            init = IPCTrainerInitInfo(rank=0, packed=True)
+            self._sender = WeightTransferTrainerFactory.trainer_init(
+                init, client=TransferClient(self.llm), source=source
+            )
+        self._sender.source.sent = [(name, tensor.cuda().contiguous()) for name, tensor in sent]
+        self._sender.client.version = str(version)
+        self._sender.send_weights()
+        self._sender.source.sent = []
+        return self._call("r1_fingerprint")
+
+    def live_weights(self) -> int:
+        """Fingerprint of the weights that vLLM computes with now, read anew."""
+        return self._call("r1_fingerprint")
+
+    def drain(self) -> dict[str, float]:
+        """Nothing to say."""
+        return {}
+
+    def close(self) -> None:
+        """Stop vLLM and give its memory back."""
+        llm, self.llm = getattr(self, "llm", None), None
+        self.dead = self.dead or "closed"
+        if llm is None:
+            return
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        if self.in_process:
+            cleanup_dist_env_and_memory()
+
+
+def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequence[int], room: int) -> Any:
+    """vLLM's parameters for one rollout. Its seed is a hash of the rollout's name."""
+    from vllm import SamplingParams as VllmSampling
+    from vllm.sampling_params import RequestOutputKind
+
+    name = f"{sampling.seed} {sampling.first_index + index} {sample}".encode()
+    return VllmSampling(
+        max_tokens=min(sampling.max_tokens, room),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        seed=int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1,
+        stop_token_ids=list(stops),
+        min_tokens=sampling.min_tokens,
+        ignore_eos=True,  # the eos, where it counts, is among `stops`
+        logprobs=0,  # of the drawn token alone
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
+    )
+
+
+# ---- in vLLM's workers
+
+
+class WorkerWeights:
+    """Mixed into vLLM's worker class (`worker_extension_cls`): takes weights, and tells which are live."""
+
+    model_runner: Any
+
+    def r1_receive(self, weights: Iterable[tuple[str, Tensor]]) -> int:
+        """Load weights under their public names; the fingerprint of what is live afterwards."""
+        repack_experts_on_reload()
+        watch_packing()
+        self.model_runner.reload_weights(weights_iterator=iter(weights))
+        return self.r1_fingerprint()
+
+    def r1_receive_file(self, file: str) -> int:
+        """`r1_receive` from a safetensors file."""
+        from safetensors.torch import load_file
+
+        return self.r1_receive(load_file(file).items())
+
+    def r1_fingerprint(self) -> int:
+        """Of every weight that this worker computes with."""
+        return live_fingerprint(self.model_runner.get_model())
+
+
+def watch_packing() -> None:
+    """CPU: note each matrix's fingerprint as it is packed for the GEMM library, which then hides it."""
+    from vllm.model_executor.layers import utils
+
+    def watched(pack: Callable[..., None], layer: nn.Module, remove_weight: bool) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        if not weight.is_meta and weight.ndim == 2:
+            layer.r1_packed = fingerprint([weight])  # type: ignore[assignment]
+        pack(layer, remove_weight)
+
+    pack = utils.dispatch_cpu_unquantized_gemm
+    if not isinstance(pack, functools.partial):
+        utils.dispatch_cpu_unquantized_gemm = functools.partial(watched, pack)
+
+
+def repack_experts_on_reload() -> None:
+    """CPU: have experts packed on every load, not on the first alone (vLLM 0.32, `_setup_kernel`).
+
+    Without it the kernel reads plain weights as if they were packed, from the second load on.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod as Method,
+    )
+    from vllm.platforms import current_platform
+
+    original = Method._setup_kernel
+    if not current_platform.is_cpu() or hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def setup(self: Any, layer: Any, w13: Tensor, w2: Tensor) -> None:
+        again = self.moe_kernel is not None
+        original(self, layer, w13, w2)
+        if again:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    Method._setup_kernel = setup
+
+
+# ---- vLLM's weight-transfer API (GPU)
+
+
+class TransferSource:
+    """`WeightSource` over the tensors of one update."""
+
+    sent: list[tuple[str, Tensor]] = []  # noqa: RUF012 - replaced before every update, never changed
+
+    def metadata(self) -> list[Any]:
+        """Names, dtypes and shapes, in order."""
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.sent]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.sent)
+
+
+class TransferClient:
+    """`VLLMWeightSyncClient` over an `LLM` of this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm, self.version = llm, ""
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Once, before the first update."""
+        self.llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        """Begin."""
+        self.llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        """One part of the weights."""
+        self.llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Commit, under the version of the policy."""
+        self.llm.finish_weight_update(weight_version=weight_version or self.version)

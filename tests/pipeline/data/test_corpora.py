@@ -1,0 +1,103 @@
+"""What the cold start and rejection sampling keep, and what they refuse."""
+
+import dataclasses
+
+import pytest
+
+from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
+from pipeline.errors import UserError
+from pipeline.stages.rl import rollout_metrics
+from pipeline.stages.sft import Config, kept_samples
+from rollout.types import Graded, Problem, Prompt, Rollout
+
+GOOD = "<think>\nFirst 3+4.\nSo 7.\n</think>\n<answer>7</answer>"
+
+
+@pytest.mark.parametrize(
+    ("text", "blocks"),
+    [
+        (GOOD, ("First 3+4.\nSo 7.", "7")),
+        (" <think>a</think> <answer> 7 </answer>\n", ("a", "7")),
+        ("<think>a</think>", None),
+        ("<think>a</think><answer>7</answer> and more", None),
+        ("<think>a<think>b</think><answer>7</answer>", None),
+        ("<think>a</think><answer>7</answer><answer>8</answer>", None),
+        ("", None),
+    ],
+)
+def test_blocks(text, blocks):
+    assert split_blocks(text) == blocks
+
+
+def test_a_line_said_twice_is_not_readable():
+    assert readable("a\nb")
+    assert not readable("a\nb\na")
+    assert not readable(" \n ")
+
+
+def sample(**changes):
+    base = {
+        "id": "x", "question": "q1", "text": GOOD, "verdict": "correct", "parts": {"language": 1.0},
+        "language": "en", "kind": "math",
+    }  # fmt: skip
+    return base | changes
+
+
+def test_only_right_readable_one_language_samples_join_the_cold_start_latest_first():
+    config = Config(samples_from="zero", max_samples=2)
+    samples = [
+        sample(question="old"),
+        sample(question="wrong", verdict="incorrect"),
+        sample(question="failed", verdict="error"),
+        sample(question="mixed", parts={"language": 0.5}),
+        sample(question="repeats", text=GOOD.replace("So 7.", "First 3+4.")),
+        sample(question="format", text="7"),
+        sample(question="q1"),
+        sample(question="q1", text=GOOD.replace("So", "Then")),
+    ]
+    kept = kept_samples(samples, config)
+    assert [row.question for row in kept] == ["q1", "old"]
+    assert "Then 7." in kept[0].completion  # of two answers to a question the later one
+    assert [r.question for r in kept_samples(samples, dataclasses.replace(config, max_samples=1))] == ["q1"]
+
+
+def test_nothing_to_train_on_is_refused():
+    with pytest.raises(ValueError, match="set corpus, curated or samples_from"):
+        Config()
+
+
+def test_corpus_round_trip_with_any_text(tmp_path):
+    rows = [Row("a", "q\u2028q", GOOD, "7", "zh"), Row("b", '"', "x\n")]
+    write_corpus(tmp_path / "c.jsonl", rows)
+    assert read_corpus(tmp_path / "c.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"id": "a", "question": "q", "completion": "c"}\nnot json\n', "line 2"),
+        ('{"id": "a"}\n', "line 1"),
+        ("", "no rows"),
+    ],
+)
+def test_bad_corpora_are_refused_with_the_line(tmp_path, text, says):
+    (tmp_path / "c.jsonl").write_text(text)
+    with pytest.raises(UserError, match=says):
+        read_corpus(tmp_path / "c.jsonl")
+
+
+def graded(reward, verdict, tokens, reason="stop"):
+    prompt = Prompt(Problem("p", "math", "q"), "r1", (1,))
+    rollout = Rollout(prompt, 0, 0, tuple(range(tokens)), (0.0,) * tokens, reason)
+    return Graded(rollout, "", {"format": 1.0, "language": 0.5}, reward, verdict)
+
+
+def test_failed_verifiers_are_counted_and_have_no_say_in_the_means():
+    step = [graded(1.0, "correct", 4), graded(0.0, "incorrect", 8, "length"), graded(9.0, "error", 6)]
+    metrics = rollout_metrics([*step, *step[:2], step[1]], [0.5, -0.5, None, 0.0, 0.0, 0.0], 3)
+    assert metrics["reward/errors"] == 1
+    assert metrics["reward/mean"] == pytest.approx(2 / 5)
+    assert metrics["reward/accuracy"] == pytest.approx(2 / 5)
+    assert metrics["reward/groups_with_spread"] == 0.5
+    assert metrics["rollout/truncated"] == pytest.approx(3 / 6)
+    assert metrics["rollout/tokens_mean"] == pytest.approx((4 + 8 + 6 + 4 + 8 + 8) / 6)

@@ -1,0 +1,129 @@
+"""One step of RL, piece by piece: what is drawn, what is graded, what is updated and what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from pipeline.arguments import OptimConfig
+from pipeline.run.directory import open_run
+from pipeline.stages.grpo import Config
+from pipeline.stages.rl import Trainer, rollout_metrics
+from pipeline.table import STAGES
+from rewards.length import soft_overlong
+from rewards.reward import RewardWeights
+from tests.small import random_policy
+
+STAGE = next(stage for stage in STAGES if stage.name == "zero")
+LONGEST = 24
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer, tmp_path_factory):
+    return random_policy(tmp_path_factory.mktemp("policy"), tokenizer, "r1-zero-short", initializer_range=0.1)
+
+
+@pytest.fixture
+def trainer(policy, tmp_path):
+    """`trainer(**settings)`: of a random policy on sums; language is what its rewards differ by."""
+    opened = []
+
+    def make(**settings):
+        config = Config(
+            **{
+                "runs": tmp_path, "init_from": str(policy), "template": "r1-zero-short", "pool": 6,
+                "problems": ("generator:sum",), "eval_every": 0, "prompts_per_step": 4, "group_size": 4,
+                "max_tokens": LONGEST, "row_tokens": 128, "kl_coef": 0.0, "threads": 1,
+                "rewards": RewardWeights(language=1.0), "optim": OptimConfig(lr=1e-3), **settings,
+            }
+        )  # fmt: skip
+        run = open_run(STAGE, config, "make zero")
+        opened.append((run, Trainer(config, run.__enter__())))
+        return opened[-1][1]
+
+    yield make
+    for run, made in opened:
+        made.close()
+        run.__exit__(None, None, None)
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def drawn(it, step=1):
+    return list(it.collector.collect(0, it.sampling(step)).graded)
+
+
+def spread(graded):
+    """Advantages that teach, whatever was drawn."""
+    return [1.0 if at % 2 else -1.0 for at in range(len(graded))]
+
+
+def test_rollouts_of_other_weights_stop_the_run(trainer):
+    it = trainer(max_mismatch_kl=1e-3)
+    graded = drawn(it)
+    it.update(graded, spread(graded))  # its own: no word
+    off = [
+        dataclasses.replace(
+            g, rollout=dataclasses.replace(g.rollout, logprobs=tuple(x - 1 for x in g.rollout.logprobs))
+        )
+        for g in graded
+    ]
+    with pytest.raises(RuntimeError, match="do not come from these weights"):
+        it.update(off, spread(off))
+
+
+def test_the_length_punishment_is_part_of_the_reward(trainer):
+    plain, punished = (
+        drawn(trainer(name="plain")),
+        drawn(trainer(name="punished", overlong_buffer=LONGEST - 2)),
+    )
+    assert any(g.parts["overlong"] < 0 for g in punished)
+    for without, graded in zip(plain, punished, strict=True):
+        assert without.rollout.token_ids == graded.rollout.token_ids and "overlong" not in without.parts
+        want = soft_overlong(len(graded.rollout.token_ids), LONGEST, LONGEST - 2)
+        assert graded.parts["overlong"] == want
+        assert graded.reward == pytest.approx(without.reward + want)
+
+
+def test_the_reference_stays_until_it_is_refreshed(trainer):
+    it = trainer(kl_coef=0.01, ref_refresh_steps=2, steps=2)
+    start = weights(it.policy)
+    it.step(1)
+    assert not torch.equal(weights(it.policy), start) and torch.equal(weights(it.reference), start)
+    it.step(2)
+    assert torch.equal(weights(it.reference), weights(it.policy))
+    assert not any(p.requires_grad for p in it.reference.parameters())
+
+
+def test_each_problem_comes_once_an_epoch_in_an_order_of_its_own(trainer):
+    it = trainer()
+    epochs = [[p.problem.id for p in it.prompts(6 * epoch, 6)] for epoch in range(4)]
+    assert all(sorted(epoch) == sorted(epochs[0]) and len(set(epoch)) == 6 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    across = [p.problem.id for p in it.prompts(4, 4)]
+    assert across == epochs[0][4:] + epochs[1][:2]
+
+
+@pytest.mark.parametrize("minibatches", [1, 2, 4])
+def test_a_step_takes_one_update_a_minibatch(trainer, minibatches):
+    it = trainer(minibatches=minibatches)
+    graded = drawn(it)
+    before = weights(it.policy)
+    it.update(graded, spread(graded))
+    assert it.learner.updates == minibatches and not torch.equal(weights(it.policy), before)
+
+
+def test_what_the_verifier_failed_on_teaches_nothing_and_is_counted(trainer):
+    it = trainer()
+    graded = [dataclasses.replace(g, verdict="error") if at < 4 else g for at, g in enumerate(drawn(it))]
+    advantages = [None] * 4 + [0.0] * 12
+    before = weights(it.policy)
+    it.update(graded, advantages)  # nothing is left that could teach
+    assert torch.equal(weights(it.policy), before) and it.learner.updates == 0
+    metrics = rollout_metrics(graded, advantages, 4)
+    assert metrics["reward/errors"] == 4 and metrics["reward/groups_with_spread"] == 0
+    assert metrics["reward/mean"] == pytest.approx(sum(g.reward for g in graded[4:]) / 12)

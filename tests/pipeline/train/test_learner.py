@@ -1,0 +1,201 @@
+"""One update is the same update however it is split, packed or resumed; and it survives a NaN."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.config import TINY
+from model.transformer import Transformer
+from pipeline.arguments import OptimConfig
+from pipeline.train.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, load_metrics, score
+from pipeline.train.pack import Example, mean_weights, pack, rollout_weights
+
+MICRO = dataclasses.replace(
+    TINY,
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    num_attention_heads=2,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+)
+OBJECTIVE = PolicyObjective(clip_low=0.2, clip_high=0.2, kl_coef=0.0, temperature=1.0, tis_cap=2.0)
+
+
+def learner(micro_rows=64, mtp_coef=0.0, gamma=0.0, lr=1e-3):
+    optim = OptimConfig(lr=lr, router_bias_gamma=gamma)
+    return Learner(Transformer(MICRO, seed=0).train(), optim, 10, micro_rows=micro_rows, mtp_coef=mtp_coef)
+
+
+def sequences(n=9, seed=0):
+    torch.manual_seed(seed)
+    return [torch.randint(1, 40, (int(k),)).tolist() for k in torch.randint(3, 14, (n,))]
+
+
+def supervised(row_tokens, texts):
+    weights = mean_weights([[True] * len(t) for t in texts])
+    return pack([Example(t, w) for t, w in zip(texts, weights, strict=True)], row_tokens)
+
+
+def parameters(it):
+    return torch.cat([p.detach().flatten() for p in it.policy.parameters()])
+
+
+@pytest.mark.parametrize("mtp_coef", [0.0, 0.3])
+def test_micro_batches_and_packing_cannot_change_the_update(mtp_coef):
+    texts, results = sequences(), []
+    for micro_rows, row_tokens in ((64, 64), (1, 64), (64, 14), (2, 30)):
+        it = learner(micro_rows, mtp_coef)
+        metrics = it.supervised_update(supervised(row_tokens, texts))
+        results.append((metrics["loss/lm"], metrics["optim/grad_norm"], metrics.get("loss/mtp", 0.0)))
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=2e-5)
+
+
+def test_the_supervised_loss_is_the_mean_cross_entropy():
+    texts, it = sequences(), learner()
+    per_token = []
+    for text in texts:
+        logits = it.policy.logits(torch.tensor([text]))[0].double().log_softmax(-1)
+        per_token += [-logits[i - 1, text[i]].item() for i in range(1, len(text))]
+    assert it.supervised_update(supervised(40, texts))["loss/lm"] == pytest.approx(
+        sum(per_token) / len(per_token), rel=1e-5
+    )
+
+
+def rollouts(it, row_tokens=40):
+    """Completions of four tokens with true log-probabilities, as an engine would record them."""
+    texts, examples = [t for t in sequences() if len(t) > 5], []
+    weights = rollout_weights([4] * len(texts), "dapo", 8)
+    for i, (text, weight) in enumerate(zip(texts, weights, strict=True)):
+        with torch.no_grad():
+            logits = it.policy.eval().logits(torch.tensor([text]))[0].log_softmax(-1)
+        it.policy.train()
+        drawn = [logits[t - 1, text[t]].item() for t in range(len(text) - 4, len(text))]
+        zeros = [0.0] * (len(text) - 4)
+        examples.append(Example(text, [*zeros, *[weight] * 4], [*zeros, *drawn], advantage=(-1.0) ** i))
+    return pack(examples, row_tokens)
+
+
+def test_a_policy_update_raises_what_did_well_and_lowers_what_did_not():
+    it = learner(lr=1e-2)
+    batch = rollouts(it)
+    before = score(it.policy, batch, 1.0)
+    metrics = it.policy_update(batch, OBJECTIVE, None, None)
+    change = (score(it.policy, batch, 1.0) - before) * batch.advantages[:, 1:][batch.scored]
+    assert change.mean() > 0.01
+    assert metrics["policy/mismatch_max"] < 1e-4  # engine and trainer agree here
+    assert metrics["loss/kl_ref"] == 0
+
+
+def test_stale_rollouts_show_up_as_mismatch():
+    it = learner(lr=1e-2)
+    batch = rollouts(it)
+    it.policy_update(batch, OBJECTIVE, None, None)
+    assert it.policy_update(batch, OBJECTIVE, None, None)["policy/mismatch_kl"] > 1e-4
+
+
+def test_the_kl_penalty_pulls_back_to_the_reference():
+    it = learner(lr=1e-2)
+    reference = Transformer(MICRO, seed=0).eval().requires_grad_(False)
+    batch = rollouts(it)
+    it.policy_update(batch, OBJECTIVE, None, None)
+    strong = dataclasses.replace(OBJECTIVE, kl_coef=100.0)
+    first = it.policy_update(batch, strong, None, reference)["loss/kl_ref"]
+    for _ in range(5):
+        last = it.policy_update(batch, strong, None, reference)["loss/kl_ref"]
+    assert 0 < last < first
+
+
+def test_a_restored_learner_goes_on_to_the_same_bits():
+    batches = [supervised(40, sequences(seed=s)) for s in range(4)]
+    straight, broken = learner(gamma=0.01), learner(gamma=0.01)
+    for batch in batches:
+        straight.supervised_update(batch)
+    for batch in batches[:2]:
+        broken.supervised_update(batch)
+    state = {
+        k: v if k == "counts" else torch.load(roundtrip(v), weights_only=True)
+        for k, v in broken.state_dict().items()
+    }
+    resumed = learner(gamma=0.01)
+    resumed.load_state_dict(state)
+    for batch in batches[2:]:
+        resumed.supervised_update(batch)
+    assert torch.equal(parameters(straight), parameters(resumed))
+
+
+def roundtrip(value):
+    import io
+
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return file
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_counted_then_stops_the_run():
+    it = learner()
+    good, bad = supervised(40, sequences()), supervised(40, sequences())
+    bad.weights[0, 2] = float("nan")
+    before = parameters(it)
+    assert it.supervised_update(bad)["optim/skipped"] == 1
+    assert torch.equal(parameters(it), before)
+    assert it.supervised_update(good)["optim/skipped"] == 1
+    assert not torch.equal(parameters(it), before) and parameters(it).isfinite().all()
+    with pytest.raises(FloatingPointError, match=r"lower optim\.lr"):
+        for _ in range(MAX_SKIPPED):
+            it.supervised_update(bad)
+
+
+def test_the_router_bias_moves_towards_an_even_load():
+    it = learner(gamma=0.01)
+    it.supervised_update(supervised(40, sequences()))
+    biases = [b for name, b in it.policy.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert biases and any(b.abs().max() == pytest.approx(0.01) for b in biases)
+
+
+def test_schedules():
+    cosine = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine", min_lr_ratio=0.1)
+    assert learning_rate(cosine, 0, 100) == pytest.approx(0.1)
+    assert learning_rate(cosine, 9, 100) == 1.0
+    assert learning_rate(cosine, 99, 100) == pytest.approx(0.1)
+    assert learning_rate(OptimConfig(lr=2.0), 57, 100) == 2.0
+    linear = OptimConfig(lr=1.0, schedule="linear", min_lr_ratio=0.0)
+    assert [learning_rate(linear, i, 5) for i in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
+
+
+def test_the_mtp_weight_falls_at_its_share_of_the_updates():
+    net = Transformer(MICRO, seed=0).train()
+    late = Learner(
+        net, OptimConfig(lr=1e-9), 4, micro_rows=64, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5
+    )
+    batch = supervised(64, sequences())
+    for update in range(4):
+        m = late.supervised_update(batch)
+        assert m["loss/total"] - m["loss/lm"] == pytest.approx(
+            (0.3, 0.3, 0.1, 0.1)[update] * m["loss/mtp"], rel=1e-4
+        )
+
+
+def test_recompute_reaches_the_model():
+    net = Transformer(MICRO, seed=0)
+    Learner(net, OptimConfig(lr=1e-3, recompute=True), 1, micro_rows=1)
+    assert net.recompute
+
+
+def test_load_metrics_tell_of_each_layer_that_was_trained():
+    metrics = load_metrics(torch.tensor([[4.0, 4, 4, 4], [0, 0, 8, 8], [0, 0, 0, 0]]))
+    assert metrics == {
+        "router/max_violation": 1.0,
+        "router/max_violation/0": 0.0,
+        "router/max_violation/1": 1.0,
+        "router/idle": 0.25,
+    }
+    assert load_metrics(torch.zeros(0, 4)) == {"router/max_violation": 0.0}
