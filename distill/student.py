@@ -28,7 +28,8 @@ from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.problems import data_folder
 from pipeline.errors import UserError
 from pipeline.run.metrics import say
-from rollout.text.tokenizer import encode_example, load_tokenizer, template_named
+from rollout.text.templates import template_named
+from rollout.text.tokenizer import encode_example, load_tokenizer
 
 if TYPE_CHECKING:
     from distill.trainer import Job

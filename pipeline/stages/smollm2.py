@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.arguments import StageConfig
 from pipeline.errors import UserError
 from pipeline.run.metrics import say
-from rollout.text.tokenizer import encode_prompt, template_named
+from rollout.text.templates import template_named
+from rollout.text.tokenizer import encode_prompt
 
 if TYPE_CHECKING:
     from pipeline.run.directory import RunDir

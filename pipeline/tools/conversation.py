@@ -49,7 +49,8 @@ class Conversation:
 
         A model that was trained with a template for single questions sees the last message alone.
         """
-        from rollout.text.tokenizer import TEMPLATES, THINK, encode_prompt, prefill
+        from rollout.text.templates import TEMPLATES, THINK
+        from rollout.text.tokenizer import encode_prompt, prefill
 
         template = TEMPLATES.get(self.template, TEMPLATES["raw"])
         if not template.chat or not self.tokenizer.chat_template:

@@ -173,7 +173,8 @@ def opened(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
 
 def make_prompts(config: Config, found: list[Problem], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
     """The problems as the model sees them, by `config.template`."""
-    from rollout.text.tokenizer import THINK, make_prompt, prefill
+    from rollout.text.templates import THINK
+    from rollout.text.tokenizer import make_prompt, prefill
 
     name = config.template
     if name == "auto":

@@ -1,4 +1,4 @@
-"""Tokenizer, prompt templates, and the way back from tokens to the text that is graded.
+"""Tokenizer, prompts from templates, and the way back from tokens to the text that is graded.
 
 The tokenizer is a byte-level BPE that never merges digits, operators or punctuation, so that
 `3+4=7` is five tokens in every context; arithmetic is then learned symbol by symbol. Special
@@ -6,9 +6,6 @@ tokens and chat template have the names and the form of DeepSeek-R1's public che
 
 A template may prefill the completion (`<think>\\n`). The prefill is part of the *prompt's* tokens
 and of the *completion's* text: `make_prompt` puts it in the one, `completion_text` in the other.
-
-Papers  R1-Zero template  arXiv:2501.12948  Table 1
-        \\boxed{} prompt   arXiv:2501.12948  Sec. 3 (evaluation setup), DeepSeek-R1's README
 """
 
 from __future__ import annotations
@@ -17,10 +14,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
+from rollout.text.templates import TEMPLATES, THINK, template_named
 from rollout.types import Problem, Prompt, Rollout
 
 if TYPE_CHECKING:  # transformers takes seconds to import; the table of templates must not
@@ -31,8 +28,6 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """Single tokens, but ordinary text: the format reward reads them, so decoding keeps them."""
-
-THINK = "<think>\n"
 
 # Each alternative is one pre-token, and BPE never merges across two: a word with the space before it; a
 # digit; a line break; other white space, less the space that a word takes; any other character by itself.
@@ -49,45 +44,6 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
-
-R1_ZERO = (
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
-    "The assistant first thinks about the reasoning process in the mind and then provides the user "
-    "with the answer. The reasoning process and answer are enclosed within <think> </think> and "
-    "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
-    "<answer> answer here </answer>. User: {question}. Assistant:"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """How a question becomes a prompt."""
-
-    name: str
-    text: str
-    """Format string with `{question}`; the user's message when `chat`."""
-    chat: bool = False
-    """Wrap the text in the tokenizer's own chat template, generation prompt included."""
-    think: Literal["open", "closed", "own"] = "own"
-    """Chat only. The prompt always ends in `<think>\\n`, never does, or does if the chat template says so."""
-
-
-TEMPLATES: dict[str, Template] = {
-    template.name: template
-    for template in (
-        Template("r1-zero", R1_ZERO),
-        Template("r1-zero-short", "User: {question}\nAssistant:"),  # tiny models have no room for more
-        Template("r1", "{question}", chat=True, think="open"),
-        Template("plain", "{question}", chat=True, think="closed"),
-        Template(
-            "boxed",
-            "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-            chat=True,
-        ),
-        Template("raw", "{question}"),
-    )
-}
-
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE; same texts in the same order, same tokenizer.
@@ -154,14 +110,6 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
 def has_tokenizer(path: Path | str) -> bool:
     """Whether a checkpoint directory carries a tokenizer."""
     return any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
-
-
-def template_named(name: str) -> Template:
-    """The template of that name, or a `ValueError` with the names there are."""
-    try:
-        return TEMPLATES[name]
-    except KeyError:
-        raise ValueError(f"unknown template {name!r}; there are: {', '.join(TEMPLATES)}") from None
 
 
 def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str) -> str:

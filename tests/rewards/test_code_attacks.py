@@ -83,7 +83,7 @@ def test_right_programs_pass_whatever_they_return(pool):
 def test_without_namespaces_the_rest_still_holds(tmp_path):
     """Where the kernel gives neither namespaces nor seccomp, it says so, and no attack of these passes."""
     script = (
-        "import json, sys\nfrom rewards import confine, sandbox\n"
+        "import json, sys\nfrom rewards.programs import isolate as confine, run as sandbox\n"
         "confine.enter = lambda project: setattr(confine.in_force, 'why_not', 'taken away by the test')\n"
         "said = sandbox.warm()\n"  # forks the zygote, which must not have seen a test
         "programs, tests = json.loads(sys.stdin.read())\n"
