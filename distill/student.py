@@ -17,133 +17,24 @@ import json
 import math
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
-from pipeline.arguments import OptimConfig, StageConfig
 from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.problems import data_folder
 from pipeline.errors import UserError
 from pipeline.run.metrics import say
+from pipeline.settings.common import AdamWSettings
+from pipeline.settings.distill import DistillSettings
 from rollout.text.templates import template_named
 from rollout.text.tokenizer import encode_example, load_tokenizer
 
 if TYPE_CHECKING:
     from distill.trainer import Job
     from pipeline.run.directory import RunDir
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
-    """A fresh dense student: a Llama (arXiv:2302.13971), so that every engine can run it."""
-
-    hidden: int = 128
-    """Width of the residual stream."""
-    layers: int = 4
-    """Transformer blocks."""
-    heads: int = 4
-    """Attention heads; divides `hidden`."""
-    intermediate: int = 384
-    """Width of the gated feed-forward."""
-    initializer_range: float = 0.05
-    """Standard deviation of initial weights; at this width 0.05 learns to copy sooner than 0.02."""
-
-    def __post_init__(self) -> None:
-        if self.hidden % (2 * self.heads):
-            raise ValueError(f"shape.hidden={self.hidden} is no even multiple of shape.heads={self.heads}.")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Base:
-    """Pretraining of a fresh student, so that it can read before it is taught, as R1's students could."""
-
-    steps: int = 0
-    """Updates on generated documents (`pipeline.data.traces`); 0 = fresh weights are taught at once."""
-    tokens_per_step: int = 1024
-    """Tokens of an update."""
-    task: str = "all"
-    """Mixture or family of `pipeline.data.generators` that the documents are about; train split only."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=1e-3, warmup_steps=30, schedule="cosine")
-    )
-    """AdamW and its schedule."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
-    """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
-
-    corpus: tuple[str, ...] = ("reject",)
-    """Traces to learn: a stage of this run that wrote corpus.jsonl (reject), a file of that format, or the
-    worked solutions of gsm8k_train, math_train."""
-    count: int = 0
-    """Traces used, drawn at random by `seed`, before too long ones are dropped; 0 = all."""
-    data: Path | None = None
-    """Folder with gsm8k_train.jsonl and math_train.jsonl; default: the environment variable R1_DATA."""
-    heldout: tuple[str, ...] = ("gsm8k", "math500")
-    """Benchmarks whose copies and near copies are dropped from worked solutions."""
-    init_from: str = ""
-    """Dense checkpoint to start from: a stage of this run (smollm2), a directory; empty = a fresh `shape`."""
-    tokenizer_from: str = "pretrain"
-    """Stage of this run, or directory, whose tokenizer a fresh student takes."""
-    shape: Shape = field(default_factory=Shape)
-    """The fresh student; unused with init_from."""
-    base: Base = field(default_factory=Base)
-    """Its pretraining; student and control start from the same result. Unused with init_from."""
-    lora_rank: int = 0
-    """Rank of LoRA adapters (arXiv:2106.09685) on all linear layers, merged at the end; 0 = full training."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward and backward; bfloat16 keeps float32 weights and moments."""
-    template: str = "r1"
-    """Prompt template of the student, in training and, by its pipeline.json, in evaluation."""
-    plain_control: bool = True
-    """Also train the control on the same questions answered without reasoning."""
-    plain_template: str = "plain"
-    """Prompt template of the control."""
-    max_length: int = 512
-    """Longest row, tokens of prompt and completion; longer ones are dropped and counted (R1: 32,768)."""
-    max_completion: int = 0
-    """Longest completion, tokens; longer ones are dropped and counted. 0 = only max_length bounds it."""
-    epochs: float = 2.0
-    """Passes over the traces (R1: 2 to 3). The control gets as many tokens, so more passes."""
-    steps: int = 0
-    """Updates of each student; 0 = as many as `epochs` takes."""
-    tokens_per_step: int = 2048
-    """Tokens of an update, prompt and completion, padding not counted."""
-    micro_batches: int = 1
-    """Parts that an update is split into, to fit memory; the gradient is that of the whole."""
-    save_every: int = 0
-    """Updates between checkpoints; 0 = at the end of each student and after a Ctrl-C."""
-    log_every: int = 10
-    """Updates between lines of the log; the loss is their mean."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=3e-3, schedule="cosine", warmup_steps=10, weight_decay=0.01)
-    )
-    """AdamW. A fresh student of a million parameters takes 3e-3, a pretrained one much less (R1: 1e-4)."""
-
-    def __post_init__(self) -> None:
-        room = self.tokens_per_step // max(1, self.micro_batches)
-        template_named(self.template)
-        template_named(self.plain_template)
-        if self.optim.schedule == "linear":
-            raise ValueError("optim.schedule must be cosine or constant here; R1 distills with cosine.")
-        if self.max_length > room:
-            raise ValueError(
-                f"max_length={self.max_length} is more than a micro-batch holds (tokens_per_step / "
-                f"micro_batches = {room}); lower the one or raise the other."
-            )
-        if (
-            self.epochs <= 0
-            or min(self.steps, self.count, self.save_every, self.lora_rank, self.max_completion) < 0
-        ):
-            raise ValueError(
-                "epochs must be above 0; steps, count, save_every, lora_rank, max_completion at least 0."
-            )
-        if min(self.micro_batches, self.max_length, self.log_every) < 1:
-            raise ValueError("micro_batches, max_length and log_every must be at least 1.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,9 +54,9 @@ class Lesson:
     steps: int
     tokens_per_step: int
     micro_batches: int
-    optim: OptimConfig
+    optim: AdamWSettings
 
-    def job(self, first: int, total: int, config: Config) -> Job:
+    def job(self, first: int, total: int, config: DistillSettings) -> Job:
         """The updates, planned; they are steps `first + 1` .. of the stage's `total`."""
         from distill.trainer import Job
 
@@ -186,7 +77,7 @@ class Lesson:
 # ---- the corpus
 
 
-def solutions(config: Config, source: str) -> list[Row]:
+def solutions(config: DistillSettings, source: str) -> list[Row]:
     """GSM8K's or MATH's training solutions as traces in the form that the template asks for."""
     folder = data_folder(config.data)
     solved = read_solutions(source, folder)
@@ -197,7 +88,7 @@ def solutions(config: Config, source: str) -> list[Row]:
     return list(worked_rows(apart, tags=template_named(config.template).think == "open"))
 
 
-def traces(config: Config, run_dir: RunDir) -> list[Row]:
+def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
     """The rows of every source of the corpus, one after the other."""
     rows: list[Row] = []
     for source in config.corpus:
@@ -212,7 +103,7 @@ def traces(config: Config, run_dir: RunDir) -> list[Row]:
     return rows
 
 
-def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: Config) -> Course:
+def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: DistillSettings) -> Course:
     """Rows as token ids; too long ones are dropped, and the console says how many."""
     longest = config.max_completion or config.max_length
     kept = []
@@ -233,7 +124,7 @@ def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: C
     return Course(label, template, kept)
 
 
-def documents(config: Config, tokenizer: Any) -> Course:
+def documents(config: DistillSettings, tokenizer: Any) -> Course:
     """Pretraining documents for every update of the base, each token scored."""
     from pipeline.data.traces import corpus
 
@@ -252,7 +143,7 @@ def documents(config: Config, tokenizer: Any) -> Course:
 # ---- the model
 
 
-def first_weights(config: Config, tokenizer: Any, init: Path | None) -> Any:
+def first_weights(config: DistillSettings, tokenizer: Any, init: Path | None) -> Any:
     """The student before training; the same bits each time it is called."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -303,7 +194,7 @@ def save(model: Any, tokenizer: Any, folder: Path, template: str, card: str) -> 
     partial.rename(folder)
 
 
-def model_card(config: Config, course: Course, parameters: int, tokens: int, steps: int) -> str:
+def model_card(config: DistillSettings, course: Course, parameters: int, tokens: int, steps: int) -> str:
     """What it is, from what, and how it was trained."""
     start = f"the checkpoint {config.init_from}" if config.init_from else "fresh weights"
     taught = {
@@ -326,7 +217,7 @@ def model_card(config: Config, course: Course, parameters: int, tokens: int, ste
 # ---- the stage
 
 
-def run(config: Config, run_dir: RunDir) -> None:
+def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
     from distill.trainer import quiet, train
     from pipeline.train.policy import set_up

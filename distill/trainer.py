@@ -30,9 +30,9 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from distill.batches import IGNORE, Example, collate
-from pipeline.arguments import OptimConfig
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir, sha256
+from pipeline.settings.common import AdamWSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def resume_point(job: Job, run_dir: RunDir) -> Path | None:
     return folder
 
 
-def arguments(job: Job, optim: OptimConfig, output: Path, *, seed: int, bf16: bool) -> SFTConfig:
+def arguments(job: Job, optim: AdamWSettings, output: Path, *, seed: int, bf16: bool) -> SFTConfig:
     """Our settings in Trainer's words."""
     cosine = {"min_lr_rate": optim.min_lr_ratio}
     return SFTConfig(
@@ -243,7 +243,7 @@ def train(
     tokenizer: Any,
     job: Job,
     run_dir: RunDir,
-    optim: OptimConfig,
+    optim: AdamWSettings,
     *,
     seed: int,
     bf16: bool,

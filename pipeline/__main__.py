@@ -12,6 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from pipeline import arguments
 from pipeline.errors import UserError
 from pipeline.table import COMMANDS, STAGES, Stage
 
@@ -33,8 +34,6 @@ def command_line(*argv: str) -> str:
 
 def run_stage(stage: Stage, argv: list[str]) -> int:
     """Resolve the config, open the run directory, run the stage."""
-    from pipeline import arguments as configs
-
     file = None
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
@@ -46,7 +45,7 @@ def run_stage(stage: Stage, argv: list[str]) -> int:
         raise UserError(
             f"{stage.name} needs --config FILE, such as --config configs/{stage.preset}/{stage.name}.toml"
         )
-    config = configs.load(stage, file, argv)
+    config = arguments.load(stage, file, argv)
 
     from pipeline.run.directory import open_run  # after --help: it reads versions and hashes
 
@@ -68,7 +67,9 @@ def main(argv: list[str]) -> int:
     try:
         for command in COMMANDS:
             if command.name == name:
-                return int(import_module(command.module).main(rest))
+                prog = f"python -m pipeline {name}"
+                settings = arguments.parse(command.settings, rest, prog, command.positional)
+                return int(import_module(command.module).main(settings))
         for stage in STAGES:
             if stage.name == name:
                 return run_stage(stage, rest)

@@ -1,153 +1,215 @@
-"""Configs: a frozen dataclass a stage, filled from defaults, a TOML file, then flags; the last word wins.
+"""From TOML file and command line to settings: defaults, then the file, then flags; later values win.
 
-File and flags go through one parser (tyro) and one set of errors. Nothing here imports torch, so
-`--help` answers at once.
+pydantic validates the settings' dataclasses and reports errors as data; tyro renders `--help`. Neither merges
+a file with flags nor names the nearest right key: that is here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
-import io
-import json
-import re
+import itertools
 import tomllib
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib import import_module
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import tyro
 
 from pipeline.errors import UserError
 from pipeline.table import Stage
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageConfig:
-    """What every stage has."""
-
-    name: str = "tiny"
-    """Name of the run; everything goes to RUNS/NAME/STAGE/."""
-    runs: Path = Path("runs")
-    """Folder of all runs."""
-    seed: int = 0
-    """Seed of every random draw; same config and seed give the same bits on a CPU."""
-    resume: bool = False
-    """Go on from the newest checkpoint of this run directory (or start it, when there is none)."""
-    threads: int = 0
-    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
+HELP = ("--help", "-h")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW, its schedule, and the arithmetic. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
-
-    lr: float = 3e-6
-    """Peak learning rate (R1's RL: 3e-6)."""
-    warmup_steps: int = 0
-    """Optimizer updates over which the rate rises linearly from 0."""
-    schedule: typing.Literal["constant", "cosine", "linear"] = "constant"
-    """Shape after the warm-up, down to `min_lr_ratio` at the last update."""
-    min_lr_ratio: float = 0.1
-    """Last rate as a share of the peak (cosine and linear)."""
-    beta1: float = 0.9
-    """AdamW's first-moment decay."""
-    beta2: float = 0.95
-    """AdamW's second-moment decay."""
-    weight_decay: float = 0.1
-    """Decoupled decay, on matrices only."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 = no clipping."""
-    router_bias_gamma: float = 0.001
-    """Step of the router's balancing bias after each update (arXiv:2412.19437, Sec. 2.1.2); 0 = frozen."""
-    precision: typing.Literal["float32", "bfloat16", "fp8"] = "float32"
-    """Arithmetic of forward and backward. `bfloat16` and `fp8` keep fp32 masters and leave a bf16 model;
-    `fp8` has the products of linear layers and experts in blockwise FP8 too (arXiv:2412.19437, Sec. 3.3)."""
-    moments: typing.Literal["float32", "bfloat16"] = "float32"
-    """What AdamW's moments are stored in (arXiv:2412.19437, Sec. 3.3.3: bfloat16)."""
-    recompute: bool = False
-    """Activation checkpointing: layers are computed again in the backward, for memory (native model)."""
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr={self.lr} must be above 0.")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optim.min_lr_ratio={self.min_lr_ratio} must be in [0, 1].")
-        if self.moments == "bfloat16" and self.beta2 > 0.99:
-            raise ValueError(
-                f"optim.moments=bfloat16 cannot hold beta2={self.beta2}: rounding would keep the second "
-                "moment from decaying. Set optim.beta2 to 0.99 or less, or optim.moments to float32."
-            )
-
-
-def flags(table: dict[str, Any], prefix: str = "--") -> list[str]:
-    """A TOML table as flags, so that file and command line go through one parser and one set of errors."""
-    out: list[str] = []
-    for key, value in table.items():
-        name = key.replace("_", "-")
-        if isinstance(value, dict):
-            out += flags(value, f"{prefix}{name}.")
-        elif isinstance(value, bool):
-            out.append(f"{prefix}{name}" if value else f"{prefix}no-{name}")
-        else:
-            out += [prefix + name, *map(str, value if isinstance(value, list) else [value])]
-    return out
-
-
-def known_flags(config: type, prefix: str = "--") -> Iterator[str]:
-    """Every flag that a config class takes, nested ones as `--optim.lr`."""
-    hints = typing.get_type_hints(config)
-    for field in dataclasses.fields(config):
-        name, hint = field.name.replace("_", "-"), hints[field.name]
+def fields_of(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting as (dotted name, type); those of a nested group as `optim.lr`."""
+    hints = typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from known_flags(typing.cast(type, hint), f"{prefix}{name}.")
+            yield from fields_of(typing.cast(type, hint), f"{prefix}{field.name}.")
         else:
-            yield prefix + name
+            yield prefix + field.name, hint
+
+
+def known_flags(settings: type) -> Iterator[str]:
+    """Every flag that a settings class takes; of a table, such as `rewards`, those of its default."""
+    for name, hint in fields_of(settings):
+        flag = "--" + name.replace("_", "-")
+        if typing.get_origin(hint) is dict:
+            default = next(f.default_factory for f in dataclasses.fields(settings) if f.name == name)
+            assert default is not dataclasses.MISSING
+            yield from (f"{flag}.{key}" for key in default())
+        else:
+            yield flag
             if hint is bool:
-                yield f"{prefix}no-{name}"
+                yield negation(flag)
 
 
-def refuse_unknown(config: type, args: list[str], where: str) -> None:
-    """Raise `UserError` with the nearest right key for the first flag that `config` does not have."""
-    known = [*known_flags(config), "--help", "-h"]
-    for arg in args:
-        key = arg.split("=", 1)[0].replace("_", "-")
-        if key.startswith("--") and key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"{where}: unknown setting {key}{hint} (--help lists them all)")
+def negation(flag: str) -> str:
+    """The flag that switches another off: `--no-mtp`, `--optim.no-recompute`."""
+    group, dot, name = flag[2:].rpartition(".")
+    return f"--{group}{dot}no-{name}"
 
 
-def parse(config: type, args: list[str], prog: str) -> Any:
-    """Build `config` from flags. A bad value raises `UserError`, in one line; `--help` prints and exits 0."""
-    said = io.StringIO()
-    if "--help" in args or "-h" in args:
-        return tyro.cli(config, args=["--help"], prog=prog)
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """`; did you mean NAME?`, or nothing where no name is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def read_flags(settings: type, args: list[str], where: str, positional: bool = False) -> dict[str, Any]:
+    """The command line as a nested table, values as text.
+
+    Args:
+        positional: settings without a default may stand before the flags, in order.
+
+    Raises:
+        UserError: a flag that `settings` does not have, or one without its value.
+    """
+    types = dict(fields_of(settings))
+    table: dict[str, Any] = {}
+    if positional:
+        required = (f.name for f in dataclasses.fields(settings) if _required(f))
+        first = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
+        args = args[len(first) :]
+        for name, value in zip(required, first, strict=False):
+            table[name] = value
+        if stray := first[len(table) :]:
+            raise UserError(f"{where}: unexpected argument {stray[0]!r}")
+    while args:
+        arg, *args = args
+        if not arg.startswith("--"):
+            raise UserError(f"{where}: unexpected argument {arg!r}")
+        flag, equals, value = arg.partition("=")
+        name = flag[2:].replace("-", "_")
+        outer, dot, last = name.rpartition(".")
+        negated = outer + dot + last.removeprefix("no_")
+        group, _, key = flag[2:].partition(".")
+        if typing.get_origin(types.get(group.replace("-", "_"))) is dict and key:
+            name, hint = f"{group.replace('-', '_')}\0{key}", float
+        elif name not in types and types.get(negated) is bool and not equals:
+            _put(table, negated, False)
+            continue
+        elif name in types:
+            hint = types[name]
+        else:
+            hint_text = nearest(flag.replace("_", "-"), [*known_flags(settings), *HELP])
+            raise UserError(f"{where}: unknown setting {flag}{hint_text} (--help lists them all)")
+        if hint is bool and not equals:
+            _put(table, name, True)
+            continue
+        values = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
+        if typing.get_origin(hint) is tuple:
+            _put(table, name, [value] if equals else values)
+            args = args[0 if equals else len(values) :]
+        elif equals or values:
+            chosen = value if equals else values[0]
+            _put(table, name, None if chosen in ("none", "None") and _optional(hint) else chosen)
+            args = args[0 if equals else 1 :]
+        else:
+            raise UserError(f"{where}: {flag} needs a value (--help lists every setting)")
+    return table
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _put(table: dict[str, Any], name: str, value: Any) -> None:
+    """Set `a.b.c`, or `a\\0key with . in it`, in nested tables."""
+    *groups, last = name.split("\0") if "\0" in name else name.split(".")
+    for group in groups:
+        table = table.setdefault(group, {})
+    table[last] = value
+
+
+def defaults(settings: Any) -> dict[str, Any]:
+    """The defaults of a settings class (or the values of an instance) by name, groups as tables."""
+    table = {}
+    for field in dataclasses.fields(settings):
+        if not isinstance(settings, type):
+            value = getattr(settings, field.name)
+        elif field.default_factory is not dataclasses.MISSING:
+            value = field.default_factory()
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+        else:
+            continue
+        table[field.name] = defaults(value) if dataclasses.is_dataclass(value) else value
+    return table
+
+
+def merge(
+    base: dict[str, Any], over: Mapping[str, Any], known: Mapping[str, Any], where: str, add: bool = False
+) -> None:
+    """Put the values of `over` into `base`, group by group.
+
+    Args:
+        known: every setting's type by dotted name.
+        add: entries of a table, such as `rewards`, are added to those there; else the table is replaced.
+
+    Raises:
+        UserError: a key that is no setting, with the nearest one that is.
+    """
+
+    def walk(base: dict[str, Any], over: Mapping[str, Any], prefix: str) -> None:
+        for key, value in over.items():
+            name = prefix + key.replace("-", "_")
+            last = name.rpartition(".")[2]
+            if name in known:
+                both = add and isinstance(base.get(last), dict)
+                base[last] = {**base[last], **value} if both else value
+            elif isinstance(value, Mapping) and any(leaf.startswith(f"{name}.") for leaf in known):
+                walk(base.setdefault(last, {}), value, f"{name}.")
+            else:
+                while isinstance(value, Mapping) and value:  # an unknown group: name its first setting
+                    inner, value = next(iter(value.items()))
+                    name += f".{inner}"
+                flag = "--" + name.replace("_", "-")
+                hint = nearest(flag, ["--" + leaf.replace("_", "-") for leaf in known])
+                raise UserError(f"{where}: unknown setting {flag}{hint} (--help lists them all)")
+
+    walk(base, over, "")
+
+
+def build(settings: type, flags: Mapping[str, Any], prog: str, table: Mapping[str, Any], file: str) -> Any:
+    """Settings from the defaults, then a file's table, then the flags.
+
+    Raises:
+        UserError: in one line, an unknown setting, a wrong type, a value out of its range, or a missing one.
+    """
+    values, known = defaults(settings), dict(fields_of(settings))
+    merge(values, table, known, file)
+    merge(values, flags, known, prog, add=True)
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(config, args=args, prog=prog)
-    except ValueError as error:
-        raise UserError(f"{prog}: {error}") from error
-    except SystemExit as stop:
-        raise UserError(f"{prog}: {one_line(said.getvalue())} (--help lists every setting)") from stop
+        return pydantic.TypeAdapter(settings).validate_python(values)
+    except pydantic.ValidationError as errors:
+        found = errors.errors()
+        missing = ", ".join(f"--{e['loc'][-1]}" for e in found if e["type"] == "missing")
+        wrong = f"{missing} missing (--help lists every setting)" if missing else one_line(found[0])
+        raise UserError(f"{prog}: {wrong}") from errors
 
 
-def one_line(said: str) -> str:
-    """What tyro's framed error says, without the frame: what was found, what was wanted, what is near."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯┌┐└┘├┤]", " ", said).split())
-    # The parts: title, message, help of the argument, ...
-    parts = [part.strip() for part in re.split(r"[-─]{5,}", text)]
-    line = re.sub(r"^Error parsing [^-\s]\S*: ", "", parts[1] if len(parts) > 1 else text)
-    if wrong := re.match(r"Error parsing (--\S+): .*?('.*')$", line):
-        wanted = parts[2].removeprefix("Argument helptext: ") if len(parts) > 2 else wrong[1]
-        return f"{wrong[1]} cannot be {wrong[2]}; wanted: {wanted}"
-    if choice := re.match(r"invalid choice '(.*)' for argument .* one of \((.*)\)", line):
-        near = difflib.get_close_matches(choice[1], re.findall(r"'([^']*)'", choice[2]), n=1)
-        return line.rstrip(".") + (f"; did you mean {near[0]}?" if near else "")
+def one_line(error: Any) -> str:
+    """What pydantic found, with the setting's name, the value, and the nearest right one."""
+    names = [str(part) for part in error["loc"] if not str(part).isdigit()]
+    name = ".".join(names)
+    if error["type"] == "value_error":
+        return f"{name}.{error['ctx']['error']}" if name else str(error["ctx"]["error"])
+    flag = "--" + name.replace("_", "-")
+    said = error["msg"][0].lower() + error["msg"][1:]
+    line = f"{flag} cannot be {error['input']!r}: {said}"
+    if error["type"] == "literal_error":
+        choices = [part.strip("'") for part in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        return line + nearest(str(error["input"]), choices)
     return line
 
 
@@ -167,45 +229,21 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def load(stage: Stage, file: Path | None, overrides: list[str]) -> Any:
-    """The stage's config: defaults, then `file`, then `overrides`."""
-    config = import_module(stage.module).Config
-    from_file = flags(read_toml(file)) if file else []
-    refuse_unknown(config, from_file, str(file))
-    refuse_unknown(config, overrides, f"python -m pipeline {stage.name}")
-    return parse(config, from_file + overrides, prog=f"python -m pipeline {stage.name}")
+    """The stage's settings: defaults, then `file`, then `overrides`."""
+    prog = f"python -m pipeline {stage.name}"
+    show_help(stage.settings, overrides, prog)
+    table = read_toml(file) if file else {}
+    return build(stage.settings, read_flags(stage.settings, overrides, prog), prog, table, str(file))
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values, `None` left out, for TOML and JSON."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {
-                f.name: plain(v)
-                for f in dataclasses.fields(value)
-                if (v := getattr(value, f.name)) is not None
-            }
-        if isinstance(value, tuple | list):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(config)
+def parse(settings: type, args: list[str], prog: str, positional: bool = False) -> Any:
+    """A command's settings from its command line. `--help` prints and exits with 0."""
+    show_help(settings, args, prog, positional)
+    return build(settings, read_flags(settings, args, prog, positional), prog, {}, "")
 
 
-def to_toml(table: dict[str, Any], prefix: str = "") -> str:
-    """The TOML text of `to_dict`: scalars and lists first, then a section for each nested table."""
-
-    def literal(value: Any) -> str:
-        if isinstance(value, bool):
-            return "true" if value else "false"
-        if isinstance(value, list):
-            return "[" + ", ".join(map(literal, value)) + "]"
-        if isinstance(value, str):  # JSON's escapes are TOML's, but for one character
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        return repr(value)
-
-    lines = [f"{key} = {literal(value)}" for key, value in table.items() if not isinstance(value, dict)]
-    for key, value in table.items():
-        if isinstance(value, dict):
-            lines += ["", f"[{prefix}{key}]", to_toml(value, f"{prefix}{key}.").rstrip()]
-    return "\n".join(lines) + "\n"
+def show_help(settings: type, args: list[str], prog: str, positional: bool = False) -> None:
+    """Print every setting and exit with 0 where `args` ask for it."""
+    if set(HELP) & set(args):
+        config = (tyro.conf.PositionalRequiredArgs,) if positional else ()
+        tyro.cli(settings, args=["--help"], prog=prog, config=config)

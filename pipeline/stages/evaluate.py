@@ -14,77 +14,19 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.arguments import StageConfig
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.report.plots import share
 from pipeline.run.directory import RunDir, write_atomic
 from pipeline.run.metrics import say
+from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
-from pipeline.tools.evaluate import Config as PairConfig
 from pipeline.tools.evaluate import evaluate
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
-    """Score every model of the chain on every benchmark."""
-
-    models: tuple[str, ...] = (
-        "base=pretrain",
-        "zero=zero",
-        "dev1=sft",
-        "dev2=grpo",
-        "dev3=sft2",
-        "r1=grpo2",
-        "student=distill/student",
-        "student_plain=distill/plain",
-    )
-    """LABEL=STAGE, LABEL=STAGE/PART or LABEL=MODEL_DIRECTORY each."""
-    benchmarks: tuple[str, ...] = ("heldout=generator:tiny",)
-    """NAME or LABEL=SOURCE each; an error if one cannot be read."""
-    extra_benchmarks: tuple[str, ...] = ("math500", "aime24")
-    """Likewise, but listed as not scored, with the reason, where their data cannot be read."""
-    heldout_count: int = 320
-    """Problems of a generator."""
-    heldout_seed: int = 1
-    """Of a generator's problems; the same for all runs, whatever their seed, so that runs compare."""
-    extra_limit: int = 20
-    """Only the first so many problems of each extra benchmark; 0 = all."""
-    samples: int = 1
-    """Completions per problem, k."""
-    temperature: float = 0.0
-    """Divides the logits; 0 = greedy. The paper: 0.6 with several samples (arXiv:2501.12948, Sec. 3)."""
-    top_p: float = 1.0
-    """Sample from the smallest set of likeliest tokens with this mass; 1 = all. The paper: 0.95."""
-    max_tokens: int = 256
-    """Longest completion, tokens; less where the model's context ends."""
-    template: str = "auto"
-    """Prompt template; auto = the one that each model was trained with."""
-    engine: Literal["auto", "native", "dense", "vllm"] = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others."""
-    data: Path | None = None
-    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
-    max_batch: int = 0
-    """Completions that are drawn side by side; 0 = the engine's own default."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights and the arithmetic."""
-
-    def __post_init__(self) -> None:
-        if not self.models or not self.benchmarks:
-            raise ValueError("models and benchmarks need at least one entry each.")
-        for entry in self.models:
-            if not all(entry.partition("=")):
-                raise ValueError(f"models: {entry!r} must read LABEL=STAGE or LABEL=MODEL_DIRECTORY.")
-        if min(self.heldout_count, self.samples, self.max_tokens) < 1 or self.extra_limit < 0:
-            raise ValueError(
-                f"heldout_count={self.heldout_count}, samples={self.samples}, max_tokens={self.max_tokens} "
-                f"must be at least 1 and extra_limit={self.extra_limit} at least 0."
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +38,7 @@ class Source:
     limit: int | None
 
 
-def run(config: Config, run_dir: RunDir) -> None:
+def run(config: EvalSettings, run_dir: RunDir) -> None:
     """The stage."""
     if config.threads:
         import torch
@@ -116,7 +58,7 @@ def run(config: Config, run_dir: RunDir) -> None:
     print_table(state)
 
 
-def find_models(config: Config, run_dir: RunDir) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Models by label: those there are, with path and hash, and those not made yet, with how to make them.
 
     Raises:
@@ -142,7 +84,7 @@ def find_models(config: Config, run_dir: RunDir) -> tuple[dict[str, dict[str, st
     return made, missing
 
 
-def find_benchmarks(config: Config) -> tuple[list[Source], dict[str, str]]:
+def find_benchmarks(config: EvalSettings) -> tuple[list[Source], dict[str, str]]:
     """The benchmarks that can be read, and the extra ones that cannot, each with the reason.
 
     Raises:
@@ -171,11 +113,11 @@ def find_benchmarks(config: Config) -> tuple[list[Source], dict[str, str]]:
 
 
 def score_pair(
-    config: Config, run_dir: RunDir, label: str, model: dict[str, str], source: Source
+    config: EvalSettings, run_dir: RunDir, label: str, model: dict[str, str], source: Source
 ) -> dict[str, Any]:
     """Scores of one model on one benchmark; earlier ones where nothing changed."""
     out = run_dir.path / label / source.label
-    pair = PairConfig(
+    pair = EvaluateSettings(
         model=Path(model["path"]),
         benchmark=source.source,
         out=out,
@@ -186,6 +128,7 @@ def score_pair(
         template=config.template,
         temperature=config.temperature,
         top_p=config.top_p,
+        top_k=config.top_k,
         max_tokens=config.max_tokens,
         seed=config.seed,
         problems_seed=config.heldout_seed,

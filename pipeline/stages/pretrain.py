@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.arguments import OptimConfig, StageConfig
 from pipeline.run.directory import RunDir
+from pipeline.settings.pretrain import PretrainSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -16,55 +15,7 @@ if TYPE_CHECKING:
     from pipeline.train.pack import Batch
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
-    """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
-
-    task: str = "tiny"
-    """Mixture or family of `pipeline.data.generators` that the documents are about; train split only."""
-    pool: int = 20_000
-    """Different problems that the documents are about."""
-    steps: int = 2_200
-    """Optimizer updates."""
-    rows: int = 8
-    """Packed rows an update."""
-    row_tokens: int = 128
-    """Tokens of a packed row."""
-    micro_rows: int = 32
-    """Rows of one forward and backward; fewer take less memory and give the same sum."""
-    mtp_coef: float = 0.3
-    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
-    mtp_coef_late: float = 0.1
-    """Its weight from the share `mtp_late_from` of the updates on."""
-    mtp_late_from: float = 0.68
-    """When the later weight begins, share of the updates (the report: 10 of 14.8T tokens); 1 = never."""
-    vocab_size: int = 640
-    """Entries of the byte-level BPE that is trained on the corpus."""
-    hidden_size: int = 128
-    """Width of the model."""
-    num_hidden_layers: int = 3
-    """Layers, the first of them dense."""
-    num_attention_heads: int = 4
-    """MLA heads."""
-    n_routed_experts: int = 8
-    """Routed experts a layer; 2 are chosen a token, 1 is shared."""
-    moe_intermediate_size: int = 64
-    """Width of an expert."""
-    initializer_range: float = 0.05
-    """Deviation of the initial weights. The report has 0.006 for a width of 7,168."""
-    log_every: int = 50
-    """Steps between lines of the log."""
-    checkpoint_every: int = 400
-    """Steps between checkpoints."""
-    optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(
-            lr=1e-3, warmup_steps=30, schedule="cosine", router_bias_gamma=0.003
-        )
-    )
-    """AdamW, schedule and router balancing."""
-
-
-def batches(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+def batches(config: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
     from pipeline.data.generators import items
     from pipeline.data.traces import SHARES, document
@@ -91,7 +42,7 @@ def batches(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batc
         yield pack([Example(d, w) for d, w in zip(docs, weights, strict=True)], config.row_tokens)
 
 
-def run(config: Config, run_dir: RunDir) -> None:
+def run(config: PretrainSettings, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
     import dataclasses
     import itertools

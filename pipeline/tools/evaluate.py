@@ -19,18 +19,18 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.arguments import parse, refuse_unknown
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.run.directory import sha256, write_atomic
-from pipeline.tools.open import ModelSettings, open_speaker, trained_template
+from pipeline.settings.evaluate import EvaluateSettings
+from pipeline.tools.open import open_speaker, trained_template
 from pipeline.tools.scores import Sample, scores
 from rewards.maths.extract import final_answer
 from rewards.maths.grade import normalise
@@ -44,62 +44,11 @@ if TYPE_CHECKING:
 
     from rollout.engine import RolloutEngine
 
-PROG = "python -m pipeline evaluate"
 ROOM = 16
 """Tokens that a prompt must leave free in the model's context."""
 GRADED_AT_ONCE = 256
 TOO_LONG = "prompt longer than the context"
 Generate = Callable[[list[Prompt], SamplingParams], Iterable[Rollout]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(ModelSettings):
-    """Score one checkpoint on one benchmark."""
-
-    benchmark: str
-    """math500, aime24, aime25, gsm8k, humaneval, mbpp, ..., heldout, generator:TASK, hub:OWNER/NAME:SPLIT, or
-    a FILE.jsonl."""
-    out: Path
-    """Folder for generations.jsonl and scores.json; it must not exist, or hold these same scores."""
-    samples: int = 1
-    """Completions per problem, k. The paper: 4 to 64."""
-    data: Path | None = None
-    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
-    limit: int | None = None
-    """Only the first so many problems; of a generator, how many (default 320)."""
-    template: str = "auto"
-    """Prompt template. auto = the one the model was trained with, if its pipeline.json tells; else boxed if
-    the tokenizer has a chat template, else raw."""
-    temperature: float = 0.6
-    """Divides the logits; 0 = greedy."""
-    top_p: float = 0.95
-    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
-    max_tokens: int = 32_768
-    """Longest completion, tokens; less where the model's context ends."""
-    seed: int = 0
-    """Of the sampling."""
-    problems_seed: int = 1
-    """Of a generator's problems."""
-    max_batch: int = 0
-    """Completions that are drawn side by side; 0 = the engine's own default."""
-
-    def __post_init__(self) -> None:
-        ModelSettings.__post_init__(self)
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} must be at least 1.")
-        if self.max_batch < 0:
-            raise ValueError(f"max_batch={self.max_batch} must be at least 0.")
-        self.sampling()  # checks the other ranges
-
-    def sampling(self, max_tokens: int | None = None) -> SamplingParams:
-        """The part that the engine sees."""
-        return SamplingParams(
-            max_tokens=max_tokens or self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            n=self.samples,
-            seed=self.seed,
-        )
 
 
 @runtime_checkable
@@ -109,7 +58,7 @@ class Batched(Protocol):
     max_batch: int
 
 
-def evaluate(config: Config, model_hash: str | None = None) -> dict[str, Any]:
+def evaluate(config: EvaluateSettings, model_hash: str | None = None) -> dict[str, Any]:
     """Score a model on a benchmark, or read the scores that `config.out` already holds.
 
     Args:
@@ -133,7 +82,7 @@ def evaluate(config: Config, model_hash: str | None = None) -> dict[str, Any]:
     return write(config.out, rows, inputs, templates)
 
 
-def complete(config: Config, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Draw and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
     from rollout.open import context_of
 
@@ -158,7 +107,7 @@ def complete(config: Config, found: list[Problem]) -> tuple[list[dict[str, Any]]
     return sorted(rows, key=lambda row: (row["index"], row["sample"])), templates_used(prompts, tokenizer)
 
 
-def opened(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
+def opened(config: EvaluateSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
     """The engine and the tokenizer, set up as `config` says."""
     if config.max_batch:
         config = replace(config, vllm=replace(config.vllm, max_batch=config.max_batch))
@@ -171,7 +120,9 @@ def opened(config: Config) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
 # ---- prompts
 
 
-def make_prompts(config: Config, found: list[Problem], tokenizer: PreTrainedTokenizerFast) -> list[Prompt]:
+def make_prompts(
+    config: EvaluateSettings, found: list[Problem], tokenizer: PreTrainedTokenizerFast
+) -> list[Prompt]:
     """The problems as the model sees them, by `config.template`."""
     from rollout.text.templates import THINK
     from rollout.text.tokenizer import make_prompt, prefill
@@ -206,7 +157,7 @@ def progress() -> Progress:
 
 
 def draw(
-    generate: Generate, prompts: list[Prompt], config: Config, context: int | None, label: str
+    generate: Generate, prompts: list[Prompt], config: EvaluateSettings, context: int | None, label: str
 ) -> list[Rollout]:
     """All completions, in any order; none for no prompts."""
     if not prompts:
@@ -215,7 +166,9 @@ def draw(
     drawn = []
     with progress() as bar:
         task = bar.add_task(f"{label}: drawing", total=len(prompts) * config.samples)
-        for rollout in generate(prompts, config.sampling(min(config.max_tokens, room))):
+        limit = min(config.max_tokens, room)
+        params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
+        for rollout in generate(prompts, params):
             drawn.append(rollout)
             bar.advance(task)
     return drawn
@@ -299,7 +252,7 @@ def sample_of(row: dict[str, Any]) -> Sample:
 # ---- the folder
 
 
-def inputs_of(config: Config, found: Sequence[Problem], model_hash: str) -> dict[str, Any]:
+def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: str) -> dict[str, Any]:
     """Whatever changes the scores; scores with equal inputs are the same scores."""
     digest = hashlib.sha256(json.dumps([asdict(p) for p in found]).encode()).hexdigest()
     settings = ("engine", "samples", "template", "temperature", "top_p", "max_tokens", "seed", "dtype")
@@ -358,10 +311,8 @@ def write(
     return result
 
 
-def main(argv: list[str]) -> int:
+def main(config: EvaluateSettings) -> int:
     """The command; its last line on stdout is the scores as JSON."""
-    refuse_unknown(Config, argv, PROG)
-    config = parse(Config, argv, PROG)
     result = evaluate(config)
     low, high = result["interval"]
     said = f"{result['pass@1']:.1%} of {result['n']}, 95 % interval {low:.1%} to {high:.1%}"

@@ -6,68 +6,17 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.arguments import parse, refuse_unknown
 from pipeline.errors import UserError
-from pipeline.tools.open import ModelSettings, open_model
+from pipeline.settings.tools import GenerateSettings
+from pipeline.tools.open import open_model
 from rollout.engine import EngineDied
-from rollout.types import Problem, Prompt, Rollout, SamplingParams
+from rollout.types import Problem, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-PROG = "python -m pipeline generate"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(ModelSettings):
-    """Draw completions from a checkpoint. A tokenizer is needed for text prompts only."""
-
-    prompts: Path
-    """JSON lines: {"prompt": text}, taken as it is, or {"token_ids": [..]}."""
-    out: Path
-    """Where the rollouts go, in order: index, sample, token_ids, logprobs, text, finish_reason."""
-    samples: int = 1
-    """Rollouts per prompt."""
-    max_tokens: int = 256
-    """Longest completion, tokens."""
-    temperature: float = 1.0
-    """Divides the logits; 0 = greedy."""
-    top_p: float = 1.0
-    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
-    top_k: int = 0
-    """Sample from this many likeliest tokens; 0 = all."""
-    seed: int = 0
-    """Same seed, prompts and weights give the same rollouts."""
-    ignore_eos: bool = False
-    """Never stop before max_tokens (for benchmarks)."""
-    min_tokens: int = 0
-    """Nothing ends a completion before so many tokens."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion, each kept at its end."""
-
-    def __post_init__(self) -> None:
-        ModelSettings.__post_init__(self)
-        if self.samples < 1:
-            raise ValueError(f"samples={self.samples} must be at least 1.")
-        self.sampling()  # checks the other ranges
-
-    def sampling(self) -> SamplingParams:
-        """The part that the engine sees."""
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            n=self.samples,
-            seed=self.seed,
-            ignore_eos=self.ignore_eos,
-            min_tokens=self.min_tokens,
-            stop=self.stop,
-        )
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -146,7 +95,7 @@ def line(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def run(config: Config) -> dict[str, object]:
+def run(config: GenerateSettings) -> dict[str, object]:
     """Generate, write, and say what it took. `seconds` is generation alone."""
     for _ in read_lines(config.prompts):  # before a model is loaded for minutes
         pass
@@ -155,7 +104,8 @@ def run(config: Config) -> dict[str, object]:
     prompts = read_prompts(config.prompts, tokenizer)
     start = time.perf_counter()
     try:
-        drawn = engine.generate(prompts, config.sampling())  # refuses bad prompts here, before drawing
+        params = config.params(n=config.samples, seed=config.seed)
+        drawn = engine.generate(prompts, params)  # refuses bad prompts at once
     except ValueError as error:
         raise UserError(f"{config.prompts}: {error}") from error
     try:
@@ -178,8 +128,7 @@ def run(config: Config) -> dict[str, object]:
     } | more
 
 
-def main(argv: list[str]) -> int:
+def main(config: GenerateSettings) -> int:
     """The command; its last line on stdout is the summary as JSON."""
-    refuse_unknown(Config, argv, PROG)
-    print(json.dumps(run(parse(Config, argv, PROG))))
+    print(json.dumps(run(config)))
     return 0

@@ -12,14 +12,13 @@ import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.settings.tools import GradeSettings
 from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool
 from rewards.programs.grade import sandbox_in_force
@@ -32,21 +31,6 @@ LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read in
 Kind = Literal["math", "code", "general"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Args:
-    """Grade the completions of a JSONL file."""
-
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IN.jsonl")]
-    """Lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
-    with `input` and `output`)."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.jsonl")]
-    """The same lines with `verdict`, `extracted` and `detail`. Replaced where it exists."""
-    kind: Kind | None = None
-    """What the completions are; by default code where a line has `tests`, else mathematics."""
-    mode: Mode = "lenient"
-    """How the final answer is looked for: lenient to evaluate, strict as in training."""
-
-
 class _BadLine(ValueError):
     """An input line that cannot be graded; the message says why."""
 
@@ -54,8 +38,8 @@ class _BadLine(ValueError):
 def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "lenient") -> dict[str, int]:
     """Grade the lines of `source` into `out`.
 
-    Args:
-        source: JSONL, see `Args`.
+    GradeSettings:
+        source: JSONL, see `GradeSettings`.
         out: Where to write; only complete once this returns.
         kind: `math`, `code`, `general`, or `None` to tell by the keys of each line.
         mode: `lenient` or `strict`.
@@ -210,11 +194,10 @@ def _encoded(row: dict[str, Any]) -> bytes:
         return json.dumps(row).encode() + b"\n"
 
 
-def main(argv: list[str]) -> int:
-    """The command line; the exit code."""
-    args = tyro.cli(Args, args=argv, prog="python -m pipeline grade")
+def main(config: GradeSettings) -> int:
+    """The command; its last line on stdout is the number of lines by verdict."""
     try:
-        counts = grade_file(args.source, args.out, args.kind, args.mode)
+        counts = grade_file(config.source, config.out, config.kind, config.mode)
     except (OSError, ValueError) as error:
         print(f"grade: {error}", file=sys.stderr)
         return 2

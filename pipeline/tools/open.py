@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pipeline.errors import UserError
+from pipeline.settings.tools import ModelSettings
 from rollout.engine import StaleWeights
-from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from rollout.engine import RolloutEngine
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSettings:
-    """Which model, and how it is opened."""
-
-    model: Path
-    """Checkpoint directory: config.json, safetensors, and for text a tokenizer."""
-    engine: EngineName = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
-    dtype: DtypeName = "float32"
-    """Of the weights and the arithmetic."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one. vLLM takes what its build is for."""
-    threads: int = 0
-    """CPU threads for torch; 0 = torch's own choice."""
-    local: LocalSettings = field(default_factory=LocalSettings)
-    """Settings of the native and the dense engine."""
-    vllm: VllmSettings = field(default_factory=VllmSettings)
-    """vLLM's own settings."""
-
-    def __post_init__(self) -> None:
-        if self.threads < 0:
-            raise ValueError(f"threads={self.threads} must be at least 0.")
 
 
 def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:

@@ -15,57 +15,37 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
 
-from pipeline.arguments import parse, refuse_unknown
 from pipeline.errors import UserError
-from pipeline.tools.open import ModelSettings
+from pipeline.settings.tools import ServeSettings
 from rollout.engine import EngineDied
 from rollout.types import SamplingParams
 
 if TYPE_CHECKING:
     from pipeline.tools.conversation import Conversation
 
-PROG = "python -m pipeline serve"
 MOST_BYTES = 8 << 20
 """Longest request."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(ModelSettings):
-    """Serve a model. --engine auto takes vLLM where it is installed."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 = all of this machine's."""
-    port: int = 8000
-    """Port; 0 = any that is free."""
-    name: str = ""
-    """The model's name in requests; empty = the directory's."""
-
-    def __post_init__(self) -> None:
-        ModelSettings.__post_init__(self)
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port={self.port} must be in 0 .. 65535.")
 
 
 class Refused(Exception):
     """A request that is wrong: status 400, and what is wrong."""
 
 
-def sampling_of(body: dict[str, Any]) -> SamplingParams:
-    """The sampling parameters of a request."""
+def sampling_of(body: dict[str, Any], config: ServeSettings) -> SamplingParams:
+    """The sampling parameters of a request; what it does not state are the server's settings."""
     if body.get("n", 1) != 1:
         raise Refused("n must be 1")
-    most = body.get("max_completion_tokens") or body.get("max_tokens") or 1024
+    most = body.get("max_completion_tokens") or body.get("max_tokens") or config.max_tokens
     seed = body.get("seed")
     try:
         return SamplingParams(
             max_tokens=int(most),
-            temperature=float(body.get("temperature", 0.6)),
-            top_p=float(body.get("top_p", 0.95)),
-            top_k=int(body.get("top_k", 0)),
+            temperature=float(body.get("temperature", config.temperature)),
+            top_p=float(body.get("top_p", config.top_p)),
+            top_k=int(body.get("top_k", config.top_k)),
             seed=uuid.uuid4().int & (2**63 - 1) if seed is None else int(seed),
         )
     except (TypeError, ValueError) as error:
@@ -91,7 +71,9 @@ def prompt_of(talk: Conversation, body: dict[str, Any], chat: bool) -> tuple[lis
     return talk.tokenizer.encode(prompt), False
 
 
-def answer(talk: Conversation, name: str, body: dict[str, Any], chat: bool) -> Iterator[dict[str, Any]]:
+def answer(
+    talk: Conversation, config: ServeSettings, body: dict[str, Any], chat: bool
+) -> Iterator[dict[str, Any]]:
     """The response's chunks, the last with finish reason and usage.
 
     Raises:
@@ -99,7 +81,7 @@ def answer(talk: Conversation, name: str, body: dict[str, Any], chat: bool) -> I
     """
     from pipeline.tools.conversation import Said
 
-    sampling = sampling_of(body)
+    sampling = sampling_of(body, config)
     ids, opened = prompt_of(talk, body, chat)
     stop = body.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
@@ -113,7 +95,7 @@ def answer(talk: Conversation, name: str, body: dict[str, Any], chat: bool) -> I
         "id": f"cmpl-{uuid.uuid4().hex[:16]}",
         "object": kind,
         "created": int(time.time()),
-        "model": name,
+        "model": model_name(config),
     }
 
     def chunk(delta: dict[str, str], reason: str | None) -> dict[str, Any]:
@@ -143,7 +125,7 @@ def whole(chunks: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
     return last | {"object": "chat.completion" if chat else "text_completion", "choices": [choice]}
 
 
-def handler(talk: Conversation, name: str) -> type[BaseHTTPRequestHandler]:
+def handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequestHandler]:
     """The requests' class, for one model."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -170,7 +152,7 @@ def handler(talk: Conversation, name: str) -> type[BaseHTTPRequestHandler]:
             if self.path == "/health":
                 self.reply(200, {})
             elif self.path == "/v1/models":
-                self.reply(200, {"object": "list", "data": [{"id": name, "object": "model"}]})
+                self.reply(200, {"object": "list", "data": [{"id": model_name(config), "object": "model"}]})
             else:
                 self.refuse(
                     404, f"no {self.path}; there are /v1/models, /v1/completions, /v1/chat/completions"
@@ -182,7 +164,7 @@ def handler(talk: Conversation, name: str) -> type[BaseHTTPRequestHandler]:
                 return
             chat = self.path == "/v1/chat/completions"
             try:
-                chunks = answer(talk, name, self.body(), chat)
+                chunks = answer(talk, config, self.body(), chat)
                 first = next(chunks)  # what is wrong with a request shows before anything is sent
             except (Refused, ValueError) as error:
                 self.refuse(400, str(error))
@@ -225,14 +207,14 @@ def handler(talk: Conversation, name: str) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def make_server(config: Config, talk: Conversation) -> ThreadingHTTPServer:
+def make_server(config: ServeSettings, talk: Conversation) -> ThreadingHTTPServer:
     """A server that listens; `serve_forever` answers.
 
     Raises:
         UserError: the address cannot be had.
     """
     try:
-        server = ThreadingHTTPServer((config.host, config.port), handler(talk, model_name(config)))
+        server = ThreadingHTTPServer((config.host, config.port), handler(talk, config))
     except OSError as error:
         raise UserError(
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
@@ -241,13 +223,13 @@ def make_server(config: Config, talk: Conversation) -> ThreadingHTTPServer:
     return server
 
 
-def model_name(config: Config) -> str:
+def model_name(config: ServeSettings) -> str:
     """The model's name in requests."""
     resolved = config.model.resolve()
     return config.name or (f"{resolved.parent.name}" if resolved.name == "model" else resolved.name)
 
 
-def vllm_command(config: Config) -> list[str]:
+def vllm_command(config: ServeSettings) -> list[str]:
     """vLLM's own server, set up as `rollout.vllm.engine` sets up its engine."""
     from rollout.vllm.options import server_flags
 
@@ -256,10 +238,8 @@ def vllm_command(config: Config) -> list[str]:
     return command + server_flags(config.model, config.dtype, config.vllm)
 
 
-def main(argv: list[str]) -> int:
+def main(config: ServeSettings) -> int:
     """The command; runs until Ctrl-C."""
-    refuse_unknown(Config, argv, PROG)
-    config = parse(Config, argv, PROG)
     if not (config.model / "config.json").is_file():
         raise UserError(f"no model at {config.model}: no config.json there; --model wants a checkpoint")
     there = importlib.util.find_spec("vllm") is not None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.dense import DensePolicy
 from model.transformer import Transformer
-from pipeline.arguments import OptimConfig
+from pipeline.settings.common import OptimSettings
 from pipeline.train import heap
 from pipeline.train.losses import k3, policy_loss, token_logprobs
 from pipeline.train.pack import Batch
@@ -38,7 +38,7 @@ class PolicyObjective:
     tis_cap: float
 
 
-def learning_rate(optim: OptimConfig, update: int, total: int) -> float:
+def learning_rate(optim: OptimSettings, update: int, total: int) -> float:
     """Rate of update `update` (from 0) of `total`."""
     if update < optim.warmup_steps:
         return optim.lr * (update + 1) / optim.warmup_steps
@@ -57,7 +57,7 @@ class Learner:
     def __init__(
         self,
         policy: Policy,
-        optim: OptimConfig,
+        optim: OptimSettings,
         total_updates: int,
         *,
         micro_rows: int,

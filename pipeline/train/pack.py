@@ -12,15 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 PADDING = -1
 """Sequence id of padding; tokens attend only within their own id."""
-
-LossKind = Literal["grpo", "dapo", "dr_grpo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ def mean_weights(scored: Sequence[Sequence[bool]]) -> list[list[float]]:
     return [[0.0, *(float(flag) / max(total, 1) for flag in flags[1:])] for flags in scored]
 
 
-def rollout_weights(lengths: Sequence[int], kind: LossKind, max_tokens: int) -> list[float]:
+def rollout_weights(lengths: Sequence[int], kind: str, max_tokens: int) -> list[float]:
     """Share of the loss that each token of each rollout has.
 
     Args:

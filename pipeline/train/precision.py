@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from model.scale import fp8
-from pipeline.arguments import OptimConfig
 from pipeline.errors import UserError
+from pipeline.settings.common import OptimSettings
 
 
 class Own:
@@ -149,7 +149,7 @@ def _with_axes(state: dict[str, Any], orders: list[list[int]]) -> dict[str, Any]
     return {**state, "state": moments}
 
 
-def optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
+def optimizer(parameters: Iterable[nn.Parameter], optim: OptimSettings) -> torch.optim.Optimizer:
     """AdamW, with decay on matrices only."""
     parameters = list(parameters)
     groups = [
@@ -166,7 +166,7 @@ class HalfMomentAdamW(torch.optim.Optimizer):
     """AdamW whose two moments are stored in bf16 and updated in fp32 (arXiv:2412.19437, Sec. 3.3.3).
 
     Decoupled weight decay, arXiv:1711.05101, Alg. 2. Rounding to bf16 loses changes of less than 0.4 %, so
-    the second moment only forgets if beta2 is well below 0.996: `OptimConfig` refuses more than 0.99.
+    the second moment only forgets if beta2 is well below 0.996: `OptimSettings` refuses more than 0.99.
     """
 
     def __init__(

@@ -111,8 +111,8 @@ class RolloutPool:
             import ray
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "rollout.pool.engine needs Ray, which is not installed: pip install '.[cluster]', "
-                "or set rollout.pool.engine = 0"
+                "rollout.workers needs Ray, which is not installed: pip install '.[cluster]', "
+                "or set rollout.workers = 0"
             ) from error
         self.ray: Any = ray
         self.path, self.settings = Path(path), settings
@@ -159,7 +159,7 @@ class RolloutPool:
         self.counts.replaced += 1
         part = member.part
         if part is not None:
-            lost = f"workers were lost ({why}); is memory short? Lower rollout.pool.engine or max_tokens"
+            lost = f"workers were lost ({why}); is memory short? Lower rollout.workers or max_tokens"
             self._again(part, queue, lost)
         self.members[self.members.index(member)] = self._ready(self._actor())
 

@@ -56,6 +56,6 @@ def template_named(name: str) -> Template:
     try:
         return TEMPLATES[name]
     except KeyError:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1)
+        near = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? There are" if near else "there are"
         raise ValueError(f"unknown template {name!r}; {hint}: {', '.join(TEMPLATES)}") from None

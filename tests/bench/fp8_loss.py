@@ -17,7 +17,8 @@ import torch
 from model.config import TINY
 from model.transformer import Transformer
 from pipeline.data.traces import corpus
-from pipeline.stages.pretrain import Config, batches
+from pipeline.settings.pretrain import PretrainSettings
+from pipeline.stages.pretrain import batches
 from pipeline.train.learner import Learner
 from rollout.text.tokenizer import train_tokenizer
 
@@ -29,7 +30,7 @@ VOCABULARY = 400
 
 def train(precision: str, seed: int, tokenizer: Any) -> list[float]:
     """Loss of every update."""
-    config = Config(seed=seed, steps=STEPS, rows=4)
+    config = PretrainSettings(seed=seed, steps=STEPS, rows=4)
     shape = dataclasses.replace(
         TINY,
         vocab_size=len(tokenizer),
@@ -51,7 +52,7 @@ def train(precision: str, seed: int, tokenizer: Any) -> list[float]:
 def run() -> dict[str, Any]:
     """Fifteen runs; the claims compare means over the seeds, the rest is there to be looked at."""
     torch.set_num_threads(1)
-    config = Config()
+    config = PretrainSettings()
     texts = itertools.islice(corpus(config.task, config.pool, 0), 5_000)
     tokenizer = train_tokenizer(texts, VOCABULARY)
     runs: dict[str, list[dict[str, Any]]] = {precision: [] for precision in PRECISIONS}

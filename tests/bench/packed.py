@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeline.arguments import OptimConfig
+from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Example, mean_weights, pack
 from tests.bench._peer import CONFIG, ours, theirs
@@ -28,7 +28,7 @@ def run() -> dict[str, Any]:
 
     weights = mean_weights([[True] * n for n in lengths])
     batch = pack([Example(s, w) for s, w in zip(sequences, weights, strict=True)], LONGEST)
-    learner = Learner(ours().train(), OptimConfig(lr=1e-4), 1000, micro_rows=8)
+    learner = Learner(ours().train(), OptimSettings(lr=1e-4), 1000, micro_rows=8)
 
     most = max(lengths)
     ids = torch.zeros(SEQUENCES, most, dtype=torch.long)

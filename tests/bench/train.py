@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pipeline.arguments import OptimConfig
+from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Example, mean_weights, pack
 from tests.bench._peer import ATTENTION, CONFIG, ours, theirs
@@ -30,7 +30,7 @@ def our_step(precision: str) -> Callable[[], Any]:
     weights = mean_weights([[True] * TOKENS] * ROWS)
     batch = pack([Example(i, w) for i, w in zip(token_ids().tolist(), weights, strict=True)], TOKENS)
     net = ours().train()
-    learner = Learner(net, OptimConfig(lr=1e-4, precision=precision), 1000, micro_rows=ROWS)
+    learner = Learner(net, OptimSettings(lr=1e-4, precision=precision), 1000, micro_rows=ROWS)
 
     def steps() -> None:
         for _ in range(STEPS):

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from distill.student import Config, Shape, run
-from pipeline.arguments import OptimConfig
+from distill.student import run
 from pipeline.run.directory import RunDir, open_run
+from pipeline.settings.common import AdamWSettings
+from pipeline.settings.distill import DistillSettings, ShapeSettings
 from pipeline.table import STAGES
 from rollout.text.tokenizer import train_tokenizer
 
@@ -65,15 +66,15 @@ def distill(toy: Path, tmp_path: Path) -> Callable[..., Path]:
             "runs": tmp_path,
             "corpus": (str(toy / "corpus.jsonl"),),
             "tokenizer_from": str(toy / "tokenizer"),
-            "shape": Shape(hidden=32, layers=2, heads=2, intermediate=64),
+            "shape": ShapeSettings(hidden=32, layers=2, heads=2, intermediate=64),
             "tokens_per_step": 512,
             "max_length": 128,
             "steps": 6,
             "log_every": 1,
             "threads": 1,
-            "optim": OptimConfig(lr=1e-2, schedule="cosine", warmup_steps=2),
+            "optim": AdamWSettings(lr=1e-2, schedule="cosine", warmup_steps=2),
         }
-        config = Config(**{**chosen, **settings})
+        config = DistillSettings(**{**chosen, **settings})
         with open_run(STAGE, config, None) as run_dir:
             if run_dir is not None:
                 if hook:

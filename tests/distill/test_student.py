@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.batches import plan
-from distill.student import Config, Shape, first_weights, lora_config
-from pipeline.arguments import OptimConfig
+from distill.student import first_weights, lora_config
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.settings.common import AdamWSettings
+from pipeline.settings.distill import DistillSettings, ShapeSettings
 from rollout.text.tokenizer import encode_example
 
 Distill = Callable[..., Path]
@@ -57,7 +58,7 @@ def stop_after() -> Callable[[int], Callable[[RunDir], None]]:
 
 
 def test_student_and_control_learn_on_equal_budgets_and_load(distill: Distill, toy: Path) -> None:
-    folder = distill(steps=90, shape=Shape(hidden=64, layers=2, heads=2, intermediate=128))
+    folder = distill(steps=90, shape=ShapeSettings(hidden=64, layers=2, heads=2, intermediate=128))
     rows = metrics(folder)
     student, plain = rows[:90], rows[90:]
     assert [row["step"] for row in rows] == list(range(1, 181))
@@ -92,8 +93,8 @@ def test_the_first_loss_is_the_mean_over_completion_tokens(distill: Distill, toy
     lines = (toy / "corpus.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     pairs = [encode_example(tokenizer, row["question"], "r1", row["completion"]) for row in rows]
-    shape = Shape(hidden=32, layers=2, heads=2, intermediate=64)
-    net = first_weights(Config(shape=shape), tokenizer, None).eval()
+    shape = ShapeSettings(hidden=32, layers=2, heads=2, intermediate=64)
+    net = first_weights(DistillSettings(shape=shape), tokenizer, None).eval()
     total, count = 0.0, 0
     for batch in plan([len(p) + len(c) for p, c in pairs], 2, 256, seed=0):
         for row in batch:
@@ -162,11 +163,11 @@ def test_a_checkpoint_can_be_the_start(distill: Distill) -> None:
 
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="micro-batch holds"):
-        Config(max_length=512, tokens_per_step=512, micro_batches=2)
+        DistillSettings(max_length=512, tokens_per_step=512, micro_batches=2)
     with pytest.raises(ValueError, match="cosine or constant"):
-        Config(optim=OptimConfig(schedule="linear"))
+        DistillSettings(optim=AdamWSettings(schedule="linear"))
     with pytest.raises(ValueError, match="unknown template"):
-        Config(template="nope")
+        DistillSettings(template="nope")
 
 
 def test_lora_without_peft_says_what_to_install() -> None:

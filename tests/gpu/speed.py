@@ -10,7 +10,7 @@ import torch
 from model import ModelConfig, Transformer
 from model.kernels.fp8 import gemm
 from model.kernels.fp8.blocks import BLOCK
-from pipeline.arguments import OptimConfig
+from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch
 from rollout.native.engine import NativeEngine
@@ -76,7 +76,7 @@ def training(
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Tokens a second and peak memory of an update, and the losses of ten on the same batch."""
     net = network(device, config).train()
-    optim = OptimConfig(lr=1e-4, precision=precision, moments="bfloat16")  # type: ignore[arg-type]
+    optim = OptimSettings(lr=1e-4, precision=precision, moments="bfloat16")  # type: ignore[arg-type]
     learner = Learner(net, optim, 1000, micro_rows=2)
     shape = (rows, row_tokens)
     ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)

@@ -12,13 +12,13 @@ import pytest
 
 from pipeline import __main__ as command_line
 from pipeline import table as stages
-from pipeline.arguments import StageConfig
 from pipeline.errors import UserError
+from pipeline.settings.common import StageSettings
 from pipeline.table import STAGES, Stage
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
+@dataclass(frozen=True, kw_only=True)
+class ToySettings(StageSettings):
     """A toy stage."""
 
     steps: int = 3
@@ -29,10 +29,9 @@ class Config(StageConfig):
 def toy(monkeypatch, tmp_path):
     """A stage `toy`; its `run` can be set. The working directory is `tmp_path`, with toy.toml in it."""
     module = types.ModuleType("toy_stage")
-    module.Config = Config
     module.run = lambda config, run_dir: None
     monkeypatch.setitem(sys.modules, "toy_stage", module)
-    monkeypatch.setattr(command_line, "STAGES", (*STAGES, Stage("toy", "toy_stage", "a toy")))
+    monkeypatch.setattr(command_line, "STAGES", (*STAGES, Stage("toy", ToySettings, "toy_stage", "a toy")))
     monkeypatch.chdir(tmp_path)
     Path("toy.toml").write_text("steps = 4\n")
     return module

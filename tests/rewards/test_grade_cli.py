@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from pipeline.__main__ import main
 from pipeline.tools import grade
-from pipeline.tools.grade import grade_file, main
+from pipeline.tools.grade import grade_file
 
 LINES = [
     b'{"id": 1, "answer": "7", "completion": "<think>a</think><answer>7</answer>"}',
@@ -39,7 +40,7 @@ WANT = (  # noqa: SIM905
 def test_every_line_is_answered_in_order(tmp_path, capsys):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_bytes(b"\n".join(LINES))
-    assert main([str(source), str(out)]) == 0
+    assert main(["grade", str(source), str(out)]) == 0
     rows = [json.loads(line) for line in out.read_bytes().split(b"\n")[:-1]]
     assert [row["verdict"] for row in rows] == WANT
     assert all({"verdict", "extracted", "detail"} <= row.keys() for row in rows)
@@ -63,7 +64,7 @@ def test_a_line_too_long_to_be_one_is_answered_too(tmp_path, monkeypatch):
 def test_it_says_what_holds_the_programs(tmp_path, capsys):
     source = tmp_path / "in.jsonl"
     source.write_text('{"tests": ["assert x == 1"], "completion": "x = 1"}\n')
-    assert main([str(source), str(tmp_path / "out.jsonl")]) == 0
+    assert main(["grade", str(source), str(tmp_path / "out.jsonl")]) == 0
     said = capsys.readouterr()
     assert "rlimits" in said.err and "rlimits" not in said.out
 
@@ -78,9 +79,9 @@ def test_strict_mode_and_forced_kind(tmp_path):
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     missing = tmp_path / "none.jsonl"
-    assert main([str(missing), str(tmp_path / "out.jsonl")]) == 2
+    assert main(["grade", str(missing), str(tmp_path / "out.jsonl")]) == 2
     missing.write_text("{}\n")
-    assert main([str(missing), str(missing)]) == 2
+    assert main(["grade", str(missing), str(missing)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 2
     with pytest.raises(ValueError, match="kind='maths'"):
         grade_file(missing, tmp_path / "out.jsonl", "maths", "lenient")

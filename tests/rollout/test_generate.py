@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.tools.generate import Config
+from pipeline.settings.tools import GenerateSettings
 from tests import small
 
 
@@ -137,5 +137,5 @@ def test_help_does_not_wait_for_torch():
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    for field in dataclasses.fields(Config):
+    for field in dataclasses.fields(GenerateSettings):
         assert f"--{field.name.replace('_', '-')}" in done.stdout

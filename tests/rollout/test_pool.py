@@ -123,7 +123,7 @@ def test_prompts_that_kill_every_worker_end_the_request(pool, prompts, monkeypat
     next(stream)
     os.kill(victim.pid, signal.SIGKILL)
     with pytest.raises(
-        EngineDied, match=r"prompts 0 to 0 failed 1 times: workers were lost .*Lower rollout.pool.engine"
+        EngineDied, match=r"prompts 0 to 0 failed 1 times: workers were lost .*Lower rollout.workers"
     ):
         list(stream)
     monkeypatch.undo()

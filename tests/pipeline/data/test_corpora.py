@@ -6,8 +6,9 @@ import pytest
 
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
 from pipeline.errors import UserError
+from pipeline.settings.sft import SftSettings
 from pipeline.stages.rl import rollout_metrics
-from pipeline.stages.sft import Config, kept_samples
+from pipeline.stages.sft import kept_samples
 from rollout.types import Graded, Problem, Prompt, Rollout
 
 GOOD = "<think>\nFirst 3+4.\nSo 7.\n</think>\n<answer>7</answer>"
@@ -44,7 +45,7 @@ def sample(**changes):
 
 
 def test_only_right_readable_one_language_samples_join_the_cold_start_latest_first():
-    config = Config(samples_from="zero", max_samples=2)
+    config = SftSettings(samples_from="zero", max_samples=2)
     samples = [
         sample(question="old"),
         sample(question="wrong", verdict="incorrect"),
@@ -63,7 +64,7 @@ def test_only_right_readable_one_language_samples_join_the_cold_start_latest_fir
 
 def test_nothing_to_train_on_is_refused():
     with pytest.raises(ValueError, match="set corpus, curated or samples_from"):
-        Config()
+        SftSettings()
 
 
 def test_corpus_round_trip_with_any_text(tmp_path):

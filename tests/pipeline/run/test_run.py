@@ -14,25 +14,27 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.arguments import OptimConfig, StageConfig
 from pipeline.errors import UserError
 from pipeline.run import directory as run_module
 from pipeline.run.directory import KEEP_CHECKPOINTS, RunDir, environment, open_run, sha256
 from pipeline.run.metrics import GLOSSARY, SHORT, duration, read_jsonl
+from pipeline.settings.common import OptimSettings, StageSettings
 from pipeline.table import Stage
 
-TOY = Stage("toy", "toy_stage", "a toy")
 COMMAND = "python -m pipeline toy --config toy.toml"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Config(StageConfig):
+@dataclass(frozen=True, kw_only=True)
+class ToySettings(StageSettings):
     """A toy stage."""
 
     steps: int = 3
     """Steps."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimSettings = field(default_factory=OptimSettings)
     """Optimizer."""
+
+
+TOY = Stage("toy", ToySettings, "toy_stage", "a toy")
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def opened(tmp_path):
     """Open the toy's directory with some settings."""
 
     def run(stage=TOY, **settings):
-        return open_run(stage, Config(runs=tmp_path, **settings), COMMAND)
+        return open_run(stage, ToySettings(runs=tmp_path, **settings), COMMAND)
 
     return run
 
@@ -73,7 +75,7 @@ def kill(*args, **kwargs):
 def test_a_run_leaves_its_story(opened, tmp_path):
     given = tmp_path / "data.jsonl"
     given.write_text("{}\n")
-    with opened(seed=5, optim=OptimConfig(lr=0.5)) as run:
+    with opened(seed=5, optim=OptimSettings(lr=0.5)) as run:
         assert not (run.path / "done.json").exists()
         run.file_input(given, "")
         run.log(1, 3, {"loss/lm": 2.0})
@@ -123,12 +125,12 @@ def test_a_used_directory_is_never_overwritten(opened):
 def test_resume_wants_the_same_settings(opened):
     with pytest.raises(RuntimeError), opened():
         raise RuntimeError
-    assert "begun with optim.lr = 3e-06, not 0.1" in refusal(opened(resume=True, optim=OptimConfig(lr=0.1)))
+    assert "begun with optim.lr = 3e-06, not 0.1" in refusal(opened(resume=True, optim=OptimSettings(lr=0.1)))
     assert "begun with seed = 0, not 1" in refusal(opened(resume=True, seed=1))
 
 
 def test_a_stage_that_extends_may_be_reopened_with_other_settings(opened, tmp_path):
-    stage = Stage("table", "toy_stage", "a table", extends=True)
+    stage = Stage("table", ToySettings, "toy_stage", "a table", extends=True)
     for seed in (0, 1):
         with opened(stage, seed=seed) as run:
             assert run is not None
@@ -140,7 +142,7 @@ def test_a_second_process_is_kept_out(opened, tmp_path):
     with opened() as run:
         code = (
             "from pathlib import Path\n"
-            "from pipeline.arguments import StageConfig\n"
+            "from pipeline.settings.common import StageSettings\n"
             "from pipeline.run.directory import locked\n"
             f"with locked(Path({str(run.path)!r})): print('got in')\n"
         )

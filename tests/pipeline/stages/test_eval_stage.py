@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.stages.evaluate import Config
+from pipeline.settings.evaluate import EvalSettings
 
 RIGHT = "<think>\nsum\n</think>\n<answer>\n2\n</answer>"
 
@@ -96,8 +96,8 @@ def test_extra_benchmarks_are_scored_where_their_data_is(run, stub, scripted, tm
 
 def test_settings_are_checked_when_they_are_made():
     with pytest.raises(ValueError, match="must read LABEL="):
-        Config(models=("pretrain",))
+        EvalSettings(models=("pretrain",))
     with pytest.raises(ValueError, match="at least one entry"):
-        Config(benchmarks=())
+        EvalSettings(benchmarks=())
     with pytest.raises(ValueError, match="heldout_count=0"):
-        Config(heldout_count=0)
+        EvalSettings(heldout_count=0)

@@ -7,13 +7,12 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline.arguments import OptimConfig
 from pipeline.run.directory import open_run
-from pipeline.stages.grpo import Config
+from pipeline.settings.common import OptimSettings
+from pipeline.settings.grpo import GrpoSettings
 from pipeline.stages.rl import Trainer, rollout_metrics
 from pipeline.table import STAGES
 from rewards.length import soft_overlong
-from rewards.reward import RewardWeights
 from tests.small import random_policy
 
 STAGE = next(stage for stage in STAGES if stage.name == "zero")
@@ -31,12 +30,12 @@ def trainer(policy, tmp_path):
     opened = []
 
     def make(**settings):
-        config = Config(
+        config = GrpoSettings(
             **{
                 "runs": tmp_path, "init_from": str(policy), "template": "r1-zero-short", "pool": 6,
                 "problems": ("generator:sum",), "eval_every": 0, "prompts_per_step": 4, "group_size": 4,
                 "max_tokens": LONGEST, "row_tokens": 128, "kl_coef": 0.0, "threads": 1,
-                "rewards": RewardWeights(language=1.0), "optim": OptimConfig(lr=1e-3), **settings,
+                "rewards": {"accuracy": 1.0, "language": 1.0}, "optim": OptimSettings(lr=1e-3), **settings,
             }
         )  # fmt: skip
         run = open_run(STAGE, config, "make zero")

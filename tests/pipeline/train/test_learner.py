@@ -7,7 +7,7 @@ import torch
 
 from model.config import TINY
 from model.transformer import Transformer
-from pipeline.arguments import OptimConfig
+from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, load_metrics, score
 from pipeline.train.pack import Example, mean_weights, pack, rollout_weights
 
@@ -29,7 +29,7 @@ OBJECTIVE = PolicyObjective(clip_low=0.2, clip_high=0.2, kl_coef=0.0, temperatur
 
 
 def learner(micro_rows=64, mtp_coef=0.0, gamma=0.0, lr=1e-3):
-    optim = OptimConfig(lr=lr, router_bias_gamma=gamma)
+    optim = OptimSettings(lr=lr, router_bias_gamma=gamma)
     return Learner(Transformer(MICRO, seed=0).train(), optim, 10, micro_rows=micro_rows, mtp_coef=mtp_coef)
 
 
@@ -162,19 +162,19 @@ def test_the_router_bias_moves_towards_an_even_load():
 
 
 def test_schedules():
-    cosine = OptimConfig(lr=1.0, warmup_steps=10, schedule="cosine", min_lr_ratio=0.1)
+    cosine = OptimSettings(lr=1.0, warmup_steps=10, schedule="cosine", min_lr_ratio=0.1)
     assert learning_rate(cosine, 0, 100) == pytest.approx(0.1)
     assert learning_rate(cosine, 9, 100) == 1.0
     assert learning_rate(cosine, 99, 100) == pytest.approx(0.1)
-    assert learning_rate(OptimConfig(lr=2.0), 57, 100) == 2.0
-    linear = OptimConfig(lr=1.0, schedule="linear", min_lr_ratio=0.0)
+    assert learning_rate(OptimSettings(lr=2.0), 57, 100) == 2.0
+    linear = OptimSettings(lr=1.0, schedule="linear", min_lr_ratio=0.0)
     assert [learning_rate(linear, i, 5) for i in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])
 
 
 def test_the_mtp_weight_falls_at_its_share_of_the_updates():
     net = Transformer(MICRO, seed=0).train()
     late = Learner(
-        net, OptimConfig(lr=1e-9), 4, micro_rows=64, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5
+        net, OptimSettings(lr=1e-9), 4, micro_rows=64, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5
     )
     batch = supervised(64, sequences())
     for update in range(4):
@@ -186,7 +186,7 @@ def test_the_mtp_weight_falls_at_its_share_of_the_updates():
 
 def test_recompute_reaches_the_model():
     net = Transformer(MICRO, seed=0)
-    Learner(net, OptimConfig(lr=1e-3, recompute=True), 1, micro_rows=1)
+    Learner(net, OptimSettings(lr=1e-3, recompute=True), 1, micro_rows=1)
     assert net.recompute
 
 

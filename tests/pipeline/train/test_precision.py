@@ -9,8 +9,8 @@ from test_learner import MICRO, OBJECTIVE, rollouts, roundtrip, sequences, super
 from model.dense import DensePolicy
 from model.scale import fp8
 from model.transformer import Transformer
-from pipeline.arguments import OptimConfig
 from pipeline.errors import UserError
+from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import MAX_SKIPPED, Learner
 from pipeline.train.losses import token_logprobs
 from pipeline.train.precision import HalfMomentAdamW, memory_order
@@ -22,7 +22,7 @@ HALF = ("bfloat16", "fp8")
 def learner(precision, micro_rows=64, **optim):
     settings = {"lr": 1e-3, "router_bias_gamma": 0.0, **optim}
     net = Transformer(MICRO, seed=0).train()
-    return Learner(net, OptimConfig(precision=precision, **settings), 10, micro_rows=micro_rows)
+    return Learner(net, OptimSettings(precision=precision, **settings), 10, micro_rows=micro_rows)
 
 
 def masters(it):
@@ -212,15 +212,15 @@ def test_adamw_of_one_parameter_by_hand():
 
 
 def test_a_second_moment_that_bf16_cannot_hold_is_refused():
-    with pytest.raises(ValueError, match=r"optim\.beta2 to 0\.99 or less"):
-        OptimConfig(moments="bfloat16", beta2=0.999)
-    assert dataclasses.replace(OptimConfig(), moments="bfloat16").beta2 == 0.95
+    with pytest.raises(ValueError, match=r"beta2 to 0\.99 or less"):
+        OptimSettings(moments="bfloat16", beta2=0.999)
+    assert dataclasses.replace(OptimSettings(), moments="bfloat16").beta2 == 0.95
 
 
 @pytest.mark.parametrize("precision", HALF)
 def test_a_dense_policy_trains_in_every_precision(precision):
     policy = DensePolicy(llama(vocab_size=40, tie_word_embeddings=True, initializer_range=0.02)).train()
-    it = Learner(policy, OptimConfig(lr=1e-2, precision=precision), 10, micro_rows=64)
+    it = Learner(policy, OptimSettings(lr=1e-2, precision=precision), 10, micro_rows=64)
     batch = batches(1)[0]
     losses = [it.supervised_update(batch)["loss/lm"] for _ in range(5)]
     assert losses[-1] < losses[0] - 0.05 and it.skipped == 0

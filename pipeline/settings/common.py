@@ -1,0 +1,126 @@
+"""What stages share: the run, the optimizer, sampling, and where problems come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share
+from rollout.types import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings(Settings):
+    """What every stage has."""
+
+    name: str = "tiny"
+    """Name of the run; everything goes to RUNS/NAME/STAGE/."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    seed: Seed = 0
+    """Seed of every random number; same config and seed give the same bits on a CPU."""
+    resume: bool = False
+    """Go on from the newest checkpoint of this run directory (or start it, when there is none)."""
+    threads: Natural = 0
+    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings(Settings):
+    """AdamW and its schedule. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
+
+    lr: Positive = 3e-6
+    """Peak learning rate (R1's RL: 3e-6)."""
+    warmup_steps: Natural = 0
+    """Optimizer updates over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Shape after the warm-up, down to `min_lr_ratio` at the last update."""
+    min_lr_ratio: Share = 0.1
+    """Last rate as a share of the peak (cosine and linear)."""
+    beta1: Annotated[float, Range(0, 1, open_high=True)] = 0.9
+    """AdamW's first-moment decay."""
+    beta2: Annotated[float, Range(0, 1, open_high=True)] = 0.95
+    """AdamW's second-moment decay."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled decay, on matrices only."""
+    clip: NotNegative = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings(AdamWSettings):
+    """AdamW, its schedule, and the arithmetic of our own learner."""
+
+    router_bias_gamma: NotNegative = 0.001
+    """Step of the router's balancing bias after each update (arXiv:2412.19437, Sec. 2.1.2); 0 = frozen."""
+    balance_alpha: NotNegative = 0.0
+    """Weight of the sequence-wise balance loss (arXiv:2412.19437, Eq. 17; the report: 1e-4); 0 = none."""
+    precision: Literal["float32", "bfloat16", "fp8"] = "float32"
+    """Arithmetic of forward and backward. `bfloat16` and `fp8` keep fp32 masters and leave a bf16 model;
+    `fp8` has the products of linear layers and experts in blockwise FP8 too (arXiv:2412.19437, Sec. 3.3)."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """What AdamW's moments are stored in (arXiv:2412.19437, Sec. 3.3.3: bfloat16)."""
+    recompute: bool = False
+    """Activation checkpointing: the backward computes each layer again, which takes less memory."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.moments == "bfloat16" and self.beta2 > 0.99:
+            raise ValueError(
+                f"moments=bfloat16 cannot hold beta2={self.beta2}: rounding would keep the second "
+                "moment from decaying. Set beta2 to 0.99 or less, or moments to float32."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Settings):
+    """How completions are sampled: shared by RL, rejection sampling, evaluation, generate, chat and serve."""
+
+    max_tokens: Count = 96
+    """Longest completion, tokens. A longer one is cut and graded as it stands (R1-Zero: 32,768)."""
+    temperature: NotNegative = 1.0
+    """Divides the logits; 0 = greedy (R1-Zero: 1; R1's second RL stage: 0.7)."""
+
+    def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
+        """What the engine sees: `n` rollouts a prompt, at most `max_tokens` where that is less."""
+        return SamplingParams(
+            max_tokens=max_tokens or self.max_tokens, temperature=self.temperature, n=n, seed=seed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruncatedSampling(Sampling):
+    """Sampling from the likeliest tokens alone. RL has none of it: the trainer scores all tokens."""
+
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
+    top_k: Natural = 0
+    """Sample from this many likeliest tokens; 0 = all."""
+
+    def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
+        """As `Sampling.params`, truncated."""
+        return SamplingParams(
+            max_tokens=max_tokens or self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            n=n,
+            seed=seed,
+        )
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Settings as plain values, `None` left out, for TOML and JSON."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+            return {name: plain(inner) for name, inner in fields if inner is not None}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    out: dict[str, Any] = plain(settings)
+    return out

@@ -1,0 +1,110 @@
+"""Settings of stage `eval` (every model on every benchmark) and of the command `evaluate` (one on one)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pipeline.settings.common import StageSettings, TruncatedSampling
+from pipeline.settings.tools import ModelSettings
+from rollout.ranges import Count, Natural, NotNegative, Range, Seed
+from rollout.settings import DtypeName, EngineName
+from rollout.text.templates import template_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(StageSettings, TruncatedSampling):
+    """Score every model of the chain on every benchmark."""
+
+    models: tuple[str, ...] = (
+        "base=pretrain",
+        "zero=zero",
+        "dev1=sft",
+        "dev2=grpo",
+        "dev3=sft2",
+        "r1=grpo2",
+        "student=distill/student",
+        "student_plain=distill/plain",
+    )
+    """LABEL=STAGE, LABEL=STAGE/PART or LABEL=MODEL_DIRECTORY each."""
+    benchmarks: tuple[str, ...] = ("heldout=generator:tiny",)
+    """NAME or LABEL=SOURCE each; an error if one cannot be read."""
+    extra_benchmarks: tuple[str, ...] = ("math500", "aime24")
+    """Likewise, but listed as not scored, with the reason, where their data cannot be read."""
+    heldout_count: Count = 320
+    """Problems of a generator."""
+    heldout_seed: Seed = 1
+    """Of a generator's problems; the same for all runs, whatever their seed, so that runs compare."""
+    extra_limit: Natural = 20
+    """At most this many problems of each extra benchmark, from its start; 0 = all."""
+    samples: Count = 1
+    """Completions per problem, k."""
+    temperature: NotNegative = 0.0
+    """Divides the logits; 0 = greedy. The paper: 0.6 with several samples (arXiv:2501.12948, Sec. 3)."""
+    max_tokens: Count = 256
+    """Longest completion, tokens; less where the model's context ends."""
+    template: str = "auto"
+    """Prompt template; auto = the one that each model was trained with."""
+    engine: EngineName = "auto"
+    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others."""
+    data: Path | None = None
+    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
+    max_batch: Natural = 0
+    """Completions that are generated side by side; 0 = the engine's own default."""
+    dtype: DtypeName = "float32"
+    """Of the weights and the arithmetic."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.template)
+        if not self.models or not self.benchmarks:
+            raise ValueError("models and benchmarks need at least one entry each.")
+        for entry in self.models:
+            if not all(entry.partition("=")):
+                raise ValueError(f"models: {entry!r} must read LABEL=STAGE or LABEL=MODEL_DIRECTORY.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings(ModelSettings, TruncatedSampling):
+    """Score one checkpoint on one benchmark."""
+
+    benchmark: str
+    """math500, aime24, aime25, gsm8k, humaneval, mbpp, ..., heldout, generator:TASK, hub:OWNER/NAME:SPLIT, or
+    a FILE.jsonl."""
+    out: Path
+    """Folder for generations.jsonl and scores.json; new, or one that these same settings left unfinished."""
+    samples: Count = 1
+    """Completions per problem, k. The paper: 4 to 64."""
+    data: Path | None = None
+    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
+    limit: Annotated[int, Range(1)] | None = None
+    """At most this many problems, from the start; of a generator, how many (default 320)."""
+    template: str = "auto"
+    """Prompt template. auto = the one the model was trained with, if its pipeline.json tells; else boxed if
+    the tokenizer has a chat template, else raw."""
+    temperature: NotNegative = 0.6
+    """Divides the logits; 0 = greedy."""
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
+    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
+    max_tokens: Count = 32_768
+    """Longest completion, tokens; less where the model's context ends."""
+    seed: Seed = 0
+    """Of the sampling."""
+    problems_seed: Seed = 1
+    """Of a generator's problems."""
+    max_batch: Natural = 0
+    """Completions that are generated side by side; 0 = the engine's own default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template(self.template)
+
+
+def check_template(name: str) -> None:
+    """
+    Raises:
+        ValueError: neither `auto` nor a template's name.
+    """
+    if name != "auto":
+        template_named(name)

@@ -1,0 +1,100 @@
+"""Settings of the RL stages `zero`, `grpo` and `grpo2`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pipeline.settings.common import OptimSettings, Sampling, StageSettings
+from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
+from rollout.settings import RolloutSettings
+from rollout.text.templates import template_named
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoSettings(StageSettings, Sampling):
+    """GRPO from verifiable rewards. Defaults are the paper's where it says, else the tiny chain's."""
+
+    init_from: str = "pretrain"
+    """Model that the policy (and the reference) starts from: a stage of this run, or a directory."""
+    template: str = "r1"
+    """Prompt template, a name in `rollout.text.templates`."""
+    problems: tuple[str, ...] = ("generator:tiny",)
+    """Problem sources: `generator:TASK`, a JSONL file, a benchmark's name, or `hub:OWNER/NAME:SPLIT`."""
+    pool: Count = 4_000
+    """Problems taken from each source."""
+    data: Path | None = None
+    """Folder of local data files; default: the environment variable R1_DATA."""
+    steps: Count = 40
+    """Rounds of rollouts."""
+    prompts_per_step: Count = 32
+    """Distinct prompts per round (R1-Zero: 32)."""
+    group_size: Annotated[int, Range(2)] = 16
+    """Rollouts per prompt, the paper's G; their mean reward is the baseline (R1-Zero: 16)."""
+    minibatches: Count = 1
+    """Optimizer updates per round; each takes an equal share of the groups (R1-Zero: 16 a round of 8,192)."""
+    temperature: Positive = 1.0
+    """Divides the logits; above 0, since a greedy group has no spread (R1-Zero: 1; R1's second RL: 0.7)."""
+    dynamic_sampling: bool = False
+    """Sample until the step has its number of groups whose rewards differ (DAPO, Sec. 3.2)."""
+    most_draws: Count = 4
+    """Dynamic sampling: requests of a step, after which it is filled up with groups without spread."""
+    overlap: bool = False
+    """Generate a step's rollouts while the step before is trained on: they are one step off-policy."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """The engine that generates, in the trainer's process or in workers."""
+    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
+    """Weight of each reward by name, or by "module:function" for your own; the weighted values are summed
+    (R1-Zero: accuracy and format, equal). A table in a file replaces the default, flags add to it."""
+    overlong_buffer: Natural = 0
+    """Tokens before `max_tokens` over which the reward `overlong` falls to -1 (DAPO, Eq. 13)."""
+    advantage_scale: Literal["std", "none"] = "std"
+    """`std` divides a group's advantages by their deviation (GRPO), `none` does not (Dr. GRPO)."""
+    loss: str = "grpo"
+    """Policy loss: grpo, dapo, dr_grpo, or "module:function" for your own."""
+    clip_low: Share = 0.2
+    """Lower clip of the ratio, 1 - clip_low (GRPO's epsilon)."""
+    clip_high: NotNegative = 0.2
+    """Upper clip, 1 + clip_high (R1's first RL stage: 10; DAPO: 0.28)."""
+    kl_coef: NotNegative = 0.001
+    """Weight of the KL penalty, the paper's beta (R1: 0.001). 0 = no reference model is kept."""
+    ref_refresh_steps: Natural = 400
+    """Steps after which the reference becomes the current policy (R1: 400); 0 = never."""
+    tis_cap: Positive = 2.0
+    """Cap of the importance correction between engine and trainer."""
+    max_mismatch_kl: Positive = 0.1
+    """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
+    row_tokens: Count = 256
+    """Tokens of a packed row; at least prompt plus completion."""
+    micro_rows: Count = 32
+    """Rows of one forward and backward."""
+    eval_every: Natural = 10
+    """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
+    eval_problems: Count = 64
+    """Held-out problems of that check."""
+    eval_source: str = "generator:tiny"
+    """Where they come from."""
+    log_samples: Natural = 32
+    """Transcripts a step kept in samples.jsonl."""
+    checkpoint_every: Count = 10
+    """Steps between checkpoints."""
+    story: str = "GRPO policy"
+    """Title of the model card."""
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    """AdamW and its schedule, one step an update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        template_named(self.template)
+        if self.prompts_per_step % self.minibatches:
+            fits = [n for n in range(1, self.prompts_per_step + 1) if self.prompts_per_step % n == 0]
+            nearest = min(fits, key=lambda n: abs(n - self.minibatches))
+            raise ValueError(
+                f"minibatches={self.minibatches} does not divide prompts_per_step={self.prompts_per_step}; "
+                f"the nearest that does is {nearest}."
+            )
+        if self.overlong_buffer > self.max_tokens:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} must be at most max_tokens={self.max_tokens}."
+            )

@@ -1,0 +1,57 @@
+"""Settings of stage `pretrain`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pipeline.settings.common import OptimSettings, StageSettings
+from rollout.ranges import Count, NotNegative, Positive, Range, Share
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(StageSettings):
+    """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
+
+    task: str = "tiny"
+    """Mixture or family of `pipeline.data.generators` that the documents are about; train split only."""
+    pool: Count = 20_000
+    """Different problems that the documents are about."""
+    steps: Count = 2_200
+    """Optimizer updates."""
+    rows: Count = 8
+    """Packed rows an update."""
+    row_tokens: Count = 128
+    """Tokens of a packed row."""
+    micro_rows: Count = 32
+    """Rows of one forward and backward; fewer take less memory and give the same sum."""
+    mtp_coef: NotNegative = 0.3
+    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
+    mtp_coef_late: NotNegative = 0.1
+    """Its weight from the share `mtp_late_from` of the updates on."""
+    mtp_late_from: Share = 0.68
+    """When the later weight begins, share of the updates (the report: 10 of 14.8T tokens); 1 = never."""
+    vocab_size: Annotated[int, Range(265)] = 640
+    """Entries of the byte-level BPE that is trained on the corpus: bytes, special tokens and tags are 265."""
+    hidden_size: Count = 128
+    """Width of the model."""
+    num_hidden_layers: Count = 3
+    """Layers, the first of them dense."""
+    num_attention_heads: Count = 4
+    """MLA heads."""
+    n_routed_experts: Count = 8
+    """Routed experts a layer; 2 are chosen a token, 1 is shared."""
+    moe_intermediate_size: Count = 64
+    """Width of an expert."""
+    initializer_range: Positive = 0.05
+    """Standard deviation of the initial weights. The report has 0.006 for a width of 7,168."""
+    log_every: Count = 50
+    """Steps between lines of the log."""
+    checkpoint_every: Count = 400
+    """Steps between checkpoints."""
+    optim: OptimSettings = field(
+        default_factory=lambda: OptimSettings(
+            lr=1e-3, warmup_steps=30, schedule="cosine", router_bias_gamma=0.003
+        )
+    )
+    """AdamW, schedule and router balancing."""

@@ -1,0 +1,119 @@
+"""Settings of the commands beside the chain: grade, generate, chat, serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pipeline.settings.common import TruncatedSampling
+from rollout.ranges import Count, Natural, NotNegative, Range, Seed, Settings
+from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
+from rollout.types import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    """Which model, and how it is opened."""
+
+    model: Path
+    """Checkpoint directory: config.json, safetensors, and for text a tokenizer."""
+    engine: EngineName = "auto"
+    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
+    dtype: DtypeName = "float32"
+    """Of the weights and the arithmetic."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one. vLLM takes what its build is for."""
+    threads: Natural = 0
+    """CPU threads for torch; 0 = torch's own choice."""
+    local: LocalSettings = field(default_factory=LocalSettings)
+    """Settings of the native and the dense engine."""
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+    """vLLM's own settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradeSettings(Settings):
+    """Grade the completions of a JSONL file."""
+
+    source: Path
+    """Lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
+    with `input` and `output`)."""
+    out: Path
+    """The same lines with `verdict`, `extracted` and `detail`. Replaced where it exists."""
+    kind: Literal["math", "code", "general"] | None = None
+    """What the completions are; by default code where a line has `tests`, else mathematics."""
+    mode: Literal["lenient", "strict"] = "lenient"
+    """How the final answer is looked for: lenient to evaluate, strict as in training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(ModelSettings, TruncatedSampling):
+    """Generate completions from a checkpoint. A tokenizer is needed for text prompts only."""
+
+    prompts: Path
+    """JSON lines: {"prompt": text}, taken as it is, or {"token_ids": [..]}."""
+    out: Path
+    """Where the rollouts go, in order: index, sample, token_ids, logprobs, text, finish_reason."""
+    samples: Count = 1
+    """Rollouts per prompt."""
+    max_tokens: Count = 256
+    """Longest completion, tokens."""
+    seed: Seed = 0
+    """Same seed, prompts and weights give the same rollouts."""
+    ignore_eos: bool = False
+    """Never stop before max_tokens (for benchmarks)."""
+    min_tokens: Natural = 0
+    """Nothing ends a completion before this many tokens."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion, each kept at its end."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}.")
+        if not all(self.stop):
+            raise ValueError(f"stop={self.stop!r} must hold strings, none of them empty.")
+
+    def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
+        """As `TruncatedSampling.params`, with what ends a completion."""
+        return replace(
+            super().params(n=n, seed=seed, max_tokens=max_tokens),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+            stop=self.stop,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSettings(ModelSettings, TruncatedSampling):
+    """Talk to a model. An empty line or Ctrl-D ends it, /new begins a new conversation."""
+
+    max_tokens: Count = 1_024
+    """Longest answer, thinking included, tokens."""
+    temperature: NotNegative = 0.6
+    """Divides the logits; 0 = greedy (R1's own advice: 0.6)."""
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
+    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
+    seed: Seed = 0
+    """Of the sampling; each turn has its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings(ModelSettings, TruncatedSampling):
+    """Serve a model. --engine auto takes vLLM, with its own server and defaults, where it is installed."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = all of this machine's."""
+    port: Annotated[int, Range(0, 65_535)] = 8000
+    """Port; 0 = any that is free."""
+    name: str = ""
+    """The model's name in requests; empty = the directory's."""
+    max_tokens: Count = 1_024
+    """Longest completion of a request that does not say, tokens."""
+    temperature: NotNegative = 0.6
+    """Temperature of a request that does not say."""
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
+    """Nucleus of a request that does not say; 1 = all."""
+    top_k: Natural = 0
+    """Likeliest tokens for a request that does not say; 0 = all."""
