@@ -1,7 +1,6 @@
 """Write docs/api/*.md and docs/settings.md from the docstrings: `python -m docs.build`, at the root.
 
-The API pages are read from the source and import nothing. The settings page imports the settings classes for
-their defaults and reads the docstrings under the fields. tests/test_docs.py compares the committed pages.
+The API pages are read from the source; the settings page also imports the settings, for their defaults.
 """
 
 import ast
@@ -13,21 +12,22 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
 
-from pipeline.table import COMMANDS, STAGES
+from rollout.ranges import ranges
+
+from pipeline.table import COMMANDS, STAGES, Command, Stage
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "rollout", "rewards", "pipeline", "distill")
 MADE = "<!-- Made from docstrings by `python -m docs.build`: edit those. -->"
 SETTINGS = """# Settings
 
-Every setting of every stage and command, with its own default; the presets in `configs/` change some.
-`--optim.clip 0` on the command line is `clip = 0` under `[optim]` in a TOML file; flags win over the file.
-A switch is `--resume` or `--no-resume`, a list is `--problems A B`.
+Every setting of every stage and command; the presets in `configs/` change some defaults. `--optim.clip 0` on
+the command line is `clip = 0` under `[optim]` in a TOML file; flags win over the file. A switch is `--resume`
+or `--no-resume`, a list is `--problems A B`, an entry of a table is `--rewards.format 0.2`. `grade` takes its
+required settings without their flags too, in order.
 """
 GENERATED = [*(f"docs/api/{package}.md" for package in PACKAGES), "docs/settings.md"]
 WORDS = {bool: "switch", int: "integer", float: "number", str: "text", Path: "path"}
@@ -61,11 +61,9 @@ def public(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             if not node.name.startswith("_") or node.name in ("__init__", "__call__"):
                 yield node, ast.get_docstring(node) or ""
-        elif isinstance(node, ast.AnnAssign | ast.Assign):
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        elif isinstance(node, ast.AnnAssign | ast.Assign) and not ast.unparse(node).startswith("_"):
             under = after.value if isinstance(after, ast.Expr) else None
-            if isinstance(target, ast.Name) and not target.id.startswith("_"):
-                yield node, str(under.value) if isinstance(under, ast.Constant) else ""
+            yield node, str(under.value) if isinstance(under, ast.Constant) else ""
 
 
 def members(body: list[ast.stmt], lines: list[str], inner: bool = False) -> Iterator[str]:
@@ -94,7 +92,7 @@ def api(package: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "".join(out)).rstrip() + "\n"
 
 
-def kind(hint: Any) -> str:
+def kind(hint: typing.Any) -> str:
     """A setting's type in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -106,13 +104,13 @@ def kind(hint: Any) -> str:
     return WORDS.get(hint, str(hint))
 
 
-def rows(config: type, made: Any = None, prefix: str = "--") -> Iterator[str]:
+def rows(config: type, made: typing.Any = None, prefix: str = "--") -> Iterator[str]:
     """Table rows of a settings class; `made` is the group that holds the defaults, `None` at the top."""
-    hints, docs = typing.get_type_hints(config), dict[str, str]()
+    hints, docs, limits = typing.get_type_hints(config), dict[str, str](), ranges(config)
     for base in reversed(config.__mro__[:-1]):
         tree = ast.parse(Path(sys.modules[base.__module__].__file__ or "").read_text(encoding="utf-8"))
         body = next(n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef) and n.name == base.__name__)
-        docs |= {ast.unparse(n.target): d for n, d in public(body) if isinstance(n, ast.AnnAssign)}
+        docs |= {ast.unparse(n.target): d for n, d in public(body) if d and isinstance(n, ast.AnnAssign)}
     for field in dataclasses.fields(config):
         name, doc = prefix + field.name.replace("_", "-"), escape(docs[field.name])
         value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -120,19 +118,18 @@ def rows(config: type, made: Any = None, prefix: str = "--") -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield f"| `{name}` | group | | {doc} |"
             yield from rows(type(value), value, f"{name}.")
-        else:
-            default = f"`{json.dumps(value, default=str, ensure_ascii=False)}`"
-            default = "required" if value is dataclasses.MISSING else "none" if value is None else default
-            yield f"| `{name}` | {kind(hints[field.name])} | {default} | {doc} |"
+            continue
+        shown = f"`{json.dumps(value, default=str, ensure_ascii=False)}`"
+        shown = "required" if value is dataclasses.MISSING else "none" if value is None else shown
+        allowed = f" {limits[field.name]}" if field.name in limits else ""
+        yield f"| `{name}` | {kind(hints[field.name])}{allowed} | {shown} | {doc} |"
 
 
 def settings() -> str:
     """The page of all settings: a table for each settings class, stages that share one together."""
-    users: dict[type, list[Any]] = {}
+    users: dict[type, list[Stage | Command]] = {}
     for entry in (*STAGES, *COMMANDS):
-        module = import_module(entry.module)
-        config = getattr(entry, "settings", None) or getattr(module, "Config", None) or module.Args
-        users.setdefault(config, []).append(entry)
+        users.setdefault(entry.settings, []).append(entry)
     out = [SETTINGS, MADE]
     for config, entries in users.items():
         out += [f"\n## {', '.join(e.name for e in entries)}\n"]
