@@ -30,7 +30,7 @@ class Plan:
     group_size: int
     dynamic: bool = False
     """Only groups with spread count; the others are drawn again with other problems."""
-    most_draws: int = 4
+    most_requests: int = 4
     """Dynamic sampling: requests after which the round is filled up with what there is."""
 
 
@@ -102,7 +102,7 @@ class Collector:
         drawn = tokens = 0
         draw_s = grade_s = 0.0
         self.engine.drain()  # of what others drew
-        for request in range(plan.most_draws if plan.dynamic else 1):
+        for request in range(plan.most_requests if plan.dynamic else 1):
             need = plan.groups - len(kept)
             began = time.monotonic()
             seeded = replace(sampling, seed=sampling.seed + request * REFILL_SEED) if request else sampling

@@ -33,7 +33,7 @@ class Range:
         return above and below and math.isfinite(value)
 
     def __str__(self) -> str:
-        if self.high == math.inf:
+        if self.high > 2**53:  # no limit that a person would meet
             return f"{'above' if self.open_low else 'at least'} {self.low:g}"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
         return f"in {left}{self.low:g}, {self.high:g}{right}"

@@ -74,7 +74,7 @@ def test_every_exception_is_still_needed():
 @pytest.mark.parametrize(
     "text",
     [
-        "most_draws: int",
+        "most_requests: int",
         "def redraw():",
         "Drawn once",
         "it drew 3",

@@ -14,7 +14,7 @@ from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(StageSettings, TruncatedSampling):
+class EvalSettings(TruncatedSampling, StageSettings):
     """Score every model of the chain on every benchmark."""
 
     models: tuple[str, ...] = (
@@ -66,7 +66,7 @@ class EvalSettings(StageSettings, TruncatedSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(ModelSettings, TruncatedSampling):
+class EvaluateSettings(TruncatedSampling, ModelSettings):
     """Score one checkpoint on one benchmark."""
 
     benchmark: str

@@ -13,7 +13,7 @@ from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings(StageSettings, Sampling):
+class GrpoSettings(Sampling, StageSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it says, else the tiny chain's."""
 
     init_from: str = "pretrain"
@@ -38,7 +38,7 @@ class GrpoSettings(StageSettings, Sampling):
     """Divides the logits; above 0, since a greedy group has no spread (R1-Zero: 1; R1's second RL: 0.7)."""
     dynamic_sampling: bool = False
     """Sample until the step has its number of groups whose rewards differ (DAPO, Sec. 3.2)."""
-    most_draws: Count = 4
+    most_requests: Count = 4
     """Dynamic sampling: requests of a step, after which it is filled up with groups without spread."""
     overlap: bool = False
     """Generate a step's rollouts while the step before is trained on: they are one step off-policy."""

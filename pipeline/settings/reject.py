@@ -12,7 +12,7 @@ from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class RejectSettings(StageSettings, Sampling):
+class RejectSettings(Sampling, StageSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"

@@ -48,7 +48,7 @@ class GradeSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings(ModelSettings, TruncatedSampling):
+class GenerateSettings(TruncatedSampling, ModelSettings):
     """Generate completions from a checkpoint. A tokenizer is needed for text prompts only."""
 
     prompts: Path
@@ -86,7 +86,7 @@ class GenerateSettings(ModelSettings, TruncatedSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(ModelSettings, TruncatedSampling):
+class ChatSettings(TruncatedSampling, ModelSettings):
     """Talk to a model. An empty line or Ctrl-D ends it, /new begins a new conversation."""
 
     max_tokens: Count = 1_024
@@ -100,7 +100,7 @@ class ChatSettings(ModelSettings, TruncatedSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(ModelSettings, TruncatedSampling):
+class ServeSettings(TruncatedSampling, ModelSettings):
     """Serve a model. --engine auto takes vLLM, with its own server and defaults, where it is installed."""
 
     host: str = "127.0.0.1"

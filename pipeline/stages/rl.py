@@ -43,7 +43,7 @@ class Trainer:
         self.scorer = Scorer(RewardWeights(**config.rewards))
         self.synced = 0  # updates that the engine's weights have had
         self.cursor = 0  # problems used up
-        plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_draws)
+        plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.collector = Collector(self.engine, self.prompts, self.grade, plan)
         self.problems: list[Problem] = []
         for source in config.problems:

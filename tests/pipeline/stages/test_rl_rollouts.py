@@ -130,7 +130,7 @@ SAMPLING = SamplingParams(max_tokens=4, n=2, seed=7)
 
 def test_dynamic_sampling_refills_until_every_group_has_spread():
     engine = Counting()
-    collector = Collector(engine, prompts, even_places_teach, Plan(4, 2, dynamic=True, most_draws=5))
+    collector = Collector(engine, prompts, even_places_teach, Plan(4, 2, dynamic=True, most_requests=5))
     done = collector.collect(10, SAMPLING)
     assert ids(done) == [10, 12, 14, 16] and done.drawn == 7 and done.cursor == 17
     assert all(has_spread(done.graded[i : i + 2]) for i in range(0, 8, 2))
@@ -141,7 +141,7 @@ def test_dynamic_sampling_refills_until_every_group_has_spread():
 
 def test_dynamic_sampling_ends_where_nothing_has_spread():
     flat = lambda rollouts: [Graded(r, "", {}, 1.0) for r in rollouts]  # noqa: E731
-    done = Collector(Counting(), prompts, flat, Plan(3, 2, dynamic=True, most_draws=2)).collect(0, SAMPLING)
+    done = Collector(Counting(), prompts, flat, Plan(3, 2, dynamic=True, most_requests=2)).collect(0, SAMPLING)
     assert ids(done) == [0, 1, 2] and done.drawn == 6
 
 
