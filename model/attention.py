@@ -28,14 +28,14 @@ from model.cache import PAGE, DecodeStep, Group
 from model.config import ModelConfig
 from model.kernels.cpu.attention import CausalAttention
 from model.kernels.cpu.linear import Linear
+from model.kernels.layout import Layout
 from model.layers import RMSNorm
-from model.layout import Layout
 from model.rope import Rope, softmax_scale
 
 # The released code builds the norms of the two latents with this whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
 HEADS_AS_ROWS = 8
-"""Up to so many new tokens a row, heads count as further queries of one head: one product reads the cache for
+"""New tokens a row up to which heads count as further queries of one head: one product reads the cache for
 all of them. With more, the mask that this needs is too large."""
 
 
@@ -78,8 +78,8 @@ class Attention(nn.Module):
         """Expanded form over `x` (b s d).
 
         Args:
-            layout: rotations of the tokens' positions, and who sees whom.
-            cache: `T w`, this layer's, to be written where `layout.slots` says. None = keep nothing.
+            layout: rotations of the tokens' positions, and which tokens see each other.
+            cache: `T w`, this layer's, written at `layout.slots`. None = no cache.
         """
         rotations = layout.rotations
         q = self._query(x)  # b s h n+r
@@ -141,7 +141,7 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Softmax attention of `q`, `k` (b h s n+r) over `v` (b h s v) by torch's fused kernels: (b h s v).
 
-    Those want heads of one size, and fall back to whole score matrices where values are narrower: padding
+    They need heads of one size, and fall back to complete score matrices where values are narrower: padding
     the values is faster and never holds an s x s matrix.
     """
     pad = q.shape[-1] - v.shape[-1]

@@ -1,14 +1,14 @@
-"""What decoding remembers: one latent per token and layer, for all heads together, in pages.
+"""The cache of decoding: one latent per token and layer, for all heads together, in pages.
 
 Per token MLA keeps the normed key-value latent and the rotated shared key (DeepSeek-V2, arXiv:2405.04434,
 Sec. 2.1.2 and 2.1.3), kv_lora_rank + qk_rope_head_dim numbers. They lie in pages of `PAGE` tokens, and a row
-(one sequence) is a list of pages (PagedAttention, arXiv:2309.06180, Sec. 4): memory is taken as rows grow and
-given back when they end, and rows that begin alike share the pages of their beginning. On request the cache
-also keeps which experts each token went to, for replay in training.
+(one sequence) is a list of pages (PagedAttention, arXiv:2309.06180, Sec. 4): pages are allocated as rows
+grow and freed when they end, and rows with a common prefix share its pages. On request the cache also records
+the experts of each token, for replay in training.
 
 Attention reads a few rows at a time, their pages copied side by side. On a CPU the copy stays in the
-processor's cache and costs less than reading scattered pages in place; rows of other lengths pay little for
-the longest one.
+processor's cache and costs less than reading scattered pages in place, and short rows are read with few
+padding columns.
 
 Axes    l layers, T tokens of all pages, w = kv_lora_rank + qk_rope_head_dim, k experts per token;
         b rows of a step, s new tokens of each, n tokens of the longest row of a group
@@ -32,10 +32,10 @@ Rows = NDArray[np.int64]
 
 
 class LayerCache(NamedTuple):
-    """One layer's part, views into the whole."""
+    """One layer's part, views of its tensors."""
 
     latent: Tensor  # T w
-    routes: Tensor | None  # T k; None for a dense layer, or where nobody asked
+    routes: Tensor | None  # T k; None for a dense layer, or unless recorded
 
 
 class Group(NamedTuple):
@@ -48,10 +48,10 @@ class Group(NamedTuple):
 
 
 class DecodeStep(NamedTuple):
-    """Where the new tokens of a step go, and what they see. All layers share it."""
+    """Positions, slots and visible columns of a step's new tokens. All layers share it."""
 
     positions: Tensor  # b s
-    slots: Tensor  # b s, flat: place among the T tokens
+    slots: Tensor  # b s, flat: index among the T tokens
     groups: list[Group]
     scratch: Tensor  # room for the latents of the largest group
 
@@ -59,7 +59,7 @@ class DecodeStep(NamedTuple):
 class LatentCache:
     """`latent` (l T w), `routes` (moe layers, T k) or None; and, on the host, which row has which pages.
 
-    Page 0 is nobody's: columns beyond a row's end point there.
+    Page 0 is the padding page: columns beyond a row's end point to it.
     """
 
     def __init__(self, latent: Tensor, routes: Tensor | None, rows: int, max_tokens: int) -> None:
@@ -88,7 +88,7 @@ class LatentCache:
 
         Args:
             pages: of all rows together. None = enough for every row to be full.
-            record_routes: keep the experts of every token of the trunk.
+            record_routes: record the experts of every token of the trunk.
             drafts: keep the latents of the first MTP module too.
 
         Raises:
@@ -143,22 +143,22 @@ class LatentCache:
     def fork(self, row: int, copies: Rows, own: int = 0) -> bool:
         """Make the empty rows `copies` continue `row`; False, and nothing changed, if pages are short.
 
-        Whole pages are shared, the last one is copied: a row writes to its own pages alone. The last `own`
-        tokens (at most a page of them) are copied in any case, for who will write them anew.
+        Full pages are shared, the last one is copied: a row writes to its own pages alone. The last `own`
+        tokens (at most one page) are always copied, because the caller overwrites them.
         """
         length = int(self.lengths[row])
-        whole = max(length - own, 0) // PAGE
-        rest = length - whole * PAGE
+        full = max(length - own, 0) // PAGE
+        rest = length - full * PAGE
         if rest and len(copies) > len(self.free):
             return False
-        shared = self.table[row, :whole]
-        self.table[copies, :whole] = shared
+        shared = self.table[row, :full]
+        self.table[copies, :full] = shared
         self.shares[shared] += len(copies)
-        self.held[copies], self.lengths[copies] = whole, self.lengths[row]
+        self.held[copies], self.lengths[copies] = full, self.lengths[row]
         if rest:
             self._reserve(copies, self.lengths[copies])
-            source = self.table[row, whole] * PAGE
-            for copy in self.table[copies, whole] * PAGE:
+            source = self.table[row, full] * PAGE
+            for copy in self.table[copies, full] * PAGE:
                 self.latent[:, copy : copy + rest] = self.latent[:, source : source + rest]
                 if self.routes is not None:
                     self.routes[:, copy : copy + rest] = self.routes[:, source : source + rest]
@@ -178,7 +178,7 @@ class LatentCache:
         self.free = list(range(len(self.shares) - 1, 0, -1))
 
     def append(self, rows: Rows, new: int) -> DecodeStep:
-        """Lengthen `rows` by `new` tokens each, and say where they go. Rows of like length belong together.
+        """Lengthen `rows` by `new` tokens each; return the step that writes them. Sort rows by length.
 
         Raises:
             ValueError: no room for them.
@@ -190,7 +190,7 @@ class LatentCache:
         return self.step(rows, begin, new)
 
     def step(self, rows: Rows, begin: Rows, new: int) -> DecodeStep:
-        """The step that writes `new` tokens from place `begin` on in each of `rows`, which have the room."""
+        """The step that writes `new` tokens from position `begin` on in each of `rows`, in reserved slots."""
         at = begin[:, None] + np.arange(new)  # b s
         slots = self.table[rows[:, None], at // PAGE] * PAGE + at % PAGE
         groups, most, last = [], 0, 0
@@ -220,7 +220,7 @@ class LatentCache:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.latent.device, non_blocking=True)
 
     def slots(self, rows: Rows) -> Tensor:
-        """Places of all tokens of `rows`, row after row."""
+        """Slots of all tokens of `rows`, row after row."""
         found = []
         for row in rows:
             at = np.arange(self.lengths[row])
@@ -242,7 +242,7 @@ def bytes_per_page(config: ModelConfig, itemsize: int, drafts: bool = False, rou
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
-    """As `like.new_zeros`; on a CPU memory that nobody writes to is not taken."""
+    """As `like.new_zeros`; on a CPU the system allocates pages when they are first written."""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     size = int(np.prod(shape)) * like.element_size()

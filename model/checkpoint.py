@@ -1,4 +1,4 @@
-"""Public safetensors checkpoints to modules and back, tensor for tensor.
+"""Public safetensors checkpoints to a network's tensors and back, tensor for tensor.
 
 A checkpoint is a directory: `config.json`, and `model.safetensors` or shards that
 `model.safetensors.index.json` lists. Our parameters carry the public names, with four differences:
@@ -10,7 +10,9 @@ A checkpoint is a directory: `config.json`, and `model.safetensors` or shards th
                         released weights. `save` writes the copies (vLLM reads them); `load` checks them
                         where present and does not need them. A tied `lm_head.weight` is not written.
 
-FP8 checkpoints (`*.weight_scale_inv`, one fp32 factor per 128 x 128 block) are dequantized on the way in.
+This file knows names and tensors, not modules: a network comes as its `state`, that is
+`net.state_dict(keep_vars=True)`, and its config. FP8 checkpoints (`*.weight_scale_inv`, one fp32 factor per
+128 x 128 block) are dequantized when they are read.
 """
 
 import json
@@ -28,7 +30,6 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.kernels.fp8.blocks import BLOCK, Quantized, dequantize
 from model.scale.fp8 import FP8_CONFIG, to_fp8
-from model.transformer import Transformer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALLEST_SHARD, LARGEST_SHARD = 64 << 20, 5_000_000_000
@@ -38,48 +39,20 @@ RELEASE_BYTES = 64 << 20
 
 
 class CheckpointError(ValueError):
-    """The checkpoint cannot be read as the network that its config describes; the message says where."""
+    """The checkpoint cannot be read as the network that its config describes; the message names the file."""
 
 
-def load(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Transformer:
-    """The network of a public deepseek_v3 checkpoint directory, in `dtype` on `device`."""
-    path = Path(path)
-    config = read_config(path)
-    with _Tensors(path) as tensors:
-        first_mtp = f"model.layers.{config.num_hidden_layers}."
-        if config.num_nextn_predict_layers and not any(name.startswith(first_mtp) for name in tensors.files):
-            warnings.warn(
-                f"{path} has num_nextn_predict_layers={config.num_nextn_predict_layers} but no tensor of them"
-                " (transformers does not save MTP modules): loaded without.",
-                stacklevel=2,
-            )
-            config = replace(config, num_nextn_predict_layers=0)
-        with torch.device("meta"):
-            net = Transformer(config)
-        net.to(dtype).to_empty(device=device)
-        if config.tie_word_embeddings:  # to_empty gives every module a tensor of its own
-            net.lm_head.weight = net.embed_tokens.weight
-        for moe in net.moe_layers():
-            moe.gate.load.zero_()  # no checkpoint has the counts
-        _fill(net, tensors)
-    return net
-
-
-def save(net: Transformer, path: str | Path, fp8: bool = False) -> None:
-    """Write `net` to directory `path` so that `load`, transformers and vLLM read it back.
-
-    `fp8` writes linear layers and experts in FP8 blocks, as the released weights are: half of bf16's size.
-    """
+def save(state: dict[str, Tensor], config: ModelConfig, path: str | Path, fp8: bool = False) -> None:
+    """Write a network to directory `path`, see `Transformer.save`."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    parts = {name: part for name, part in _public(net) if not _is_tied(net, name)} | dict(_shared_copies(net))
+    parts = {n: part for n, part in public_tensors(state, config) if not is_tied(config, n)}
+    parts |= dict(_shared_copies(state, config))
     shards = _shards(parts)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Copies, for safetensors takes no views of one storage; a shard's worth at a time.
+        # Copies, for safetensors takes no views of one storage; one shard at a time.
         tensors = {n: parts[n].detach().clone(memory_format=torch.contiguous_format) for n in names}
         if fp8:
             tensors = dict(to_fp8(tensors))
@@ -93,11 +66,9 @@ def save(net: Transformer, path: str | Path, fp8: bool = False) -> None:
         (path / INDEX).unlink(missing_ok=True)
     for stale in set(path.glob("model*.safetensors")) - {path / file for file in weight_map.values()}:
         stale.unlink()  # of an earlier save
-    dtype = str(net.norm.weight.dtype).removeprefix("torch.")
-    config = (
-        net.config.to_dict() | {"torch_dtype": dtype} | ({"quantization_config": FP8_CONFIG} if fp8 else {})
-    )
-    (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    values = config.to_dict() | {"torch_dtype": str(state["norm.weight"].dtype).removeprefix("torch.")}
+    values |= {"quantization_config": FP8_CONFIG} if fp8 else {}
+    (path / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def _shards(parts: dict[str, Tensor]) -> list[list[str]]:
@@ -127,61 +98,80 @@ def read_config(path: Path) -> ModelConfig:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _public(net: Transformer) -> Iterator[tuple[str, Tensor]]:
+def public_tensors(state: dict[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its public name; experts one at a time, as views that can be written through."""
-    trunk = net.config.num_hidden_layers
-    for name, tensor in net.state_dict(keep_vars=True).items():
+    for name, tensor in state.items():
         tensor = tensor.detach()
         if name.startswith("mtp."):
             _, module, rest = name.split(".", 2)
-            name = f"layers.{trunk + int(module)}.{rest}"
+            name = f"layers.{config.num_hidden_layers + int(module)}.{rest}"
         if not name.startswith("lm_head."):
             name = f"model.{name}"
         stem, _, leaf = name.rpartition(".")
-        for j, expert in enumerate(tensor if stem.endswith(".experts") else ()):
+        if not stem.endswith(".experts"):
+            yield name, tensor
+            continue
+        for j, expert in enumerate(tensor):
             if leaf == "gate_up_proj":
                 gate, up = expert.chunk(2)  # 2i d -> i d, i d
                 yield f"{stem}.{j}.gate_proj.weight", gate
                 yield f"{stem}.{j}.up_proj.weight", up
             else:
                 yield f"{stem}.{j}.down_proj.weight", expert
-        if not stem.endswith(".experts"):
+
+
+def _mtp_stems(config: ModelConfig) -> list[str]:
+    """The public prefix of each MTP module's names."""
+    trunk, modules = config.num_hidden_layers, config.num_nextn_predict_layers
+    return [f"model.layers.{trunk + k}." for k in range(modules)]
+
+
+def trunk_weights(state: dict[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """`public_tensors` without the MTP modules and a tied head: what generation needs."""
+    modules = tuple(_mtp_stems(config))
+    for name, tensor in public_tensors(state, config):
+        if not is_tied(config, name) and not name.startswith(modules):
             yield name, tensor
 
 
-def trunk_weights(net: Transformer) -> Iterator[tuple[str, Tensor]]:
-    """The weights without the MTP modules, under their public names, as views: what an engine draws with."""
-    first_mtp = tuple(f"model.layers.{net.config.num_hidden_layers + k}." for k in range(len(net.mtp)))
-    for name, tensor in _public(net):
-        if not _is_tied(net, name) and not (first_mtp and name.startswith(first_mtp)):
-            yield name, tensor
-
-
-def _shared_copies(net: Transformer) -> Iterator[tuple[str, Tensor]]:
+def _shared_copies(state: dict[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """The trunk's embedding and head under the names that the MTP modules have for them."""
-    for k in range(len(net.mtp)):
-        stem = f"model.layers.{net.config.num_hidden_layers + k}"
-        yield f"{stem}.embed_tokens.weight", net.embed_tokens.weight
-        yield f"{stem}.shared_head.head.weight", net.lm_head.weight
+    for stem in _mtp_stems(config):
+        yield f"{stem}embed_tokens.weight", state["embed_tokens.weight"]
+        yield f"{stem}shared_head.head.weight", state["lm_head.weight"]
 
 
-def _is_tied(net: Transformer, name: str) -> bool:
-    return name == "lm_head.weight" and net.config.tie_word_embeddings
+def is_tied(config: ModelConfig, name: str) -> bool:
+    """Whether `name` is the output head of a network whose head is its embedding."""
+    return name == "lm_head.weight" and config.tie_word_embeddings
+
+
+def without_missing_mtp(config: ModelConfig, tensors: "StoredTensors") -> ModelConfig:
+    """`config`, without MTP modules where the files have none; then with a warning."""
+    modules = _mtp_stems(config)
+    if modules and not any(name.startswith(modules[0]) for name in tensors.files):
+        warnings.warn(
+            f"{tensors.path} has num_nextn_predict_layers={len(modules)} but no tensor of them"
+            " (transformers does not save MTP modules): loaded without.",
+            stacklevel=3,
+        )
+        return replace(config, num_nextn_predict_layers=0)
+    return config
 
 
 @torch.no_grad()
-def _fill(net: Transformer, tensors: "_Tensors") -> None:
-    """Copy every weight of `net` from `tensors`, and account for every tensor that is there."""
+def fill(state: dict[str, Tensor], config: ModelConfig, tensors: "StoredTensors") -> None:
+    """Copy every weight of a network from `tensors`, and account for every tensor that is there."""
     left = set(tensors.files)
-    wanted = {n: part for n, part in _public(net) if n in left or not _is_tied(net, n)}
-    for name in wanted:
+    expected = {n: part for n, part in public_tensors(state, config) if n in left or not is_tied(config, n)}
+    for name in expected:
         if name not in left:
-            raise CheckpointError(f"{tensors.path} lacks the tensor {name} {tuple(wanted[name].shape)}.")
-    for name in sorted(wanted, key=lambda name: tensors.files[name]):  # file by file
-        target = wanted[name]
+            raise CheckpointError(f"{tensors.path} lacks the tensor {name} {tuple(expected[name].shape)}.")
+    for name in sorted(expected, key=lambda name: tensors.files[name]):  # file by file
+        target = expected[name]
         target.copy_(tensors.read(name, tuple(target.shape)))
         left -= {name, f"{name}_scale_inv"}
-    for name, shared in _shared_copies(net):
+    for name, shared in _shared_copies(state, config):
         if name in left:
             if not torch.equal(tensors.read(name, tuple(shared.shape)).to(shared), shared):
                 raise CheckpointError(
@@ -193,11 +183,11 @@ def _fill(net: Transformer, tensors: "_Tensors") -> None:
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(
-            f"{tensors.files[extra[0]]} has a tensor {extra[0]}{more} that the config has no place for."
+            f"{tensors.files[extra[0]]} has a tensor {extra[0]}{more}, which the config does not have."
         )
 
 
-class _Tensors:
+class StoredTensors:
     """The tensors of a checkpoint directory, single file or shards: `files` maps a name to its file."""
 
     def __init__(self, path: Path) -> None:
@@ -205,7 +195,7 @@ class _Tensors:
         self.open: dict[Path, safe_open] = {}
         self.bytes_read = 0
 
-    def __enter__(self) -> "_Tensors":
+    def __enter__(self) -> "StoredTensors":
         index = self.path / INDEX
         if index.is_file():
             try:
@@ -240,13 +230,11 @@ class _Tensors:
         except SafetensorError as error:
             raise CheckpointError(f"{file} has no readable tensor {name}: {error}.") from error
         self.bytes_read += tensor.nbytes
-        if (
-            self.bytes_read > RELEASE_BYTES
-        ):  # files are mapped: what was read stays until the last map is gone
+        if self.bytes_read > RELEASE_BYTES:  # files are mapped: pages stay until the last map is gone
             self.open.clear()
             self.bytes_read = 0
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, the config says {shape}.")
+            raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, the config expects {shape}.")
         scale = f"{name}_scale_inv"
         if scale not in self.files:
             return tensor

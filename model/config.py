@@ -14,7 +14,7 @@ import difflib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-# Keys that say nothing about the network's function, or that `to_dict` derives again.
+# Keys that do not change the network's function, or that `to_dict` derives again.
 _BOOKKEEPING = {
     *("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version"),
     *("_attn_implementation", "attn_implementation", "chunk_size_feed_forward", "use_cache", "return_dict"),
@@ -63,7 +63,7 @@ class ModelConfig:
     n_group: int = 8
     """Groups that the experts are split into, one per node in training. 1 = no grouping."""
     topk_group: int = 4
-    """Groups a token may draw its experts from."""
+    """Groups that a token's experts may come from."""
     norm_topk_prob: bool = True
     """Divide a token's gate values by their sum."""
     routed_scaling_factor: float = 2.5
@@ -101,7 +101,7 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = 1
     """Token, or any of several, that ends a document."""
     pad_token_id: int | None = None
-    """Filler that no loss counts."""
+    """Padding, which no loss counts."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rope_scaling", _yarn(self.rope_scaling))
@@ -112,10 +112,10 @@ class ModelConfig:
             "max_position_embeddings",
         ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not a positive whole number.")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a positive integer.")
         if self.q_lora_rank is not None and self.q_lora_rank < 1:
             raise ValueError(
-                f"q_lora_rank={self.q_lora_rank} is not positive. For a full-rank query say null."
+                f"q_lora_rank={self.q_lora_rank} is not positive. For a full-rank query use null."
             )
         if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
             raise ValueError(
@@ -166,10 +166,10 @@ class ModelConfig:
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Read a public `config.json`. Refuses unknown fields and values that mean another architecture."""
         values = {key: value for key, value in values.items() if key not in _BOOKKEEPING}
-        for key, wanted in _FIXED.items():
-            found = values.pop(key, wanted)
-            if found is not None and found != wanted:
-                raise ValueError(f"{key}={found!r} is not supported: this architecture has {key}={wanted!r}.")
+        for key, fixed in _FIXED.items():
+            found = values.pop(key, fixed)
+            if found is not None and found != fixed:
+                raise ValueError(f"{key}={found!r} is not supported: this architecture has {key}={fixed!r}.")
         if "num_mtp_layers" in values:  # transformers' own name for it
             values.setdefault("num_nextn_predict_layers", values.pop("num_mtp_layers"))
         kv_heads = values.pop("num_key_value_heads", None)
@@ -238,65 +238,3 @@ def _merge_rope_parameters(values: dict[str, Any]) -> None:
         values["rope_scaling"] = scaling
     elif _yarn(values["rope_scaling"]) != scaling:
         raise ValueError("rope_parameters and rope_scaling contradict each other; keep one.")
-
-
-DEEPSEEK_V3 = ModelConfig(
-    max_position_embeddings=163840,
-    rope_scaling={
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-)
-"""DeepSeek-V3, V3-Base and R1: 671 B parameters, 37 B of them active for a token."""
-
-MOONLIGHT_16B = ModelConfig(
-    vocab_size=163840,
-    hidden_size=2048,
-    intermediate_size=11264,
-    moe_intermediate_size=1408,
-    num_hidden_layers=27,
-    num_attention_heads=16,
-    n_shared_experts=2,
-    n_routed_experts=64,
-    num_experts_per_tok=6,
-    n_group=1,
-    topk_group=1,
-    routed_scaling_factor=2.446,
-    first_k_dense_replace=1,
-    q_lora_rank=None,
-    num_nextn_predict_layers=0,
-    max_position_embeddings=8192,
-    rope_theta=50000.0,
-    rms_norm_eps=1e-5,
-    bos_token_id=163584,
-    eos_token_id=163585,
-)
-"""Moonlight-16B-A3B: a public base of this architecture that fits one node."""
-
-TINY = ModelConfig(
-    vocab_size=640,
-    hidden_size=128,
-    intermediate_size=384,
-    moe_intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    n_shared_experts=1,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=1,
-    topk_group=1,
-    routed_scaling_factor=1.0,
-    first_k_dense_replace=1,
-    q_lora_rank=None,
-    kv_lora_rank=64,
-    qk_nope_head_dim=32,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    num_nextn_predict_layers=1,
-    max_position_embeddings=2048,
-)
-"""Every mechanism of the architecture at a size that a laptop trains in minutes."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from model.attention import Attention
 from model.cache import DecodeStep, LayerCache
 from model.config import ModelConfig
+from model.kernels.layout import Layout
 from model.layers import MLP, RMSNorm
-from model.layout import Layout
 from model.moe import MoE
 from model.rope import Rope
 

@@ -1,52 +1,76 @@
-"""Any dense causal language model of transformers, behind the packed interface of `Transformer`.
+"""Any dense causal language model of transformers, as a `Policy`.
 
-Students and small public policies are Llama- or Qwen-shaped. transformers is imported on use only, so
-`import model` stays light.
+Students and small public policies are Llama- or Qwen-shaped. `import model` leaves this file out, because
+transformers takes seconds to import.
 
 Axes    b rows, s tokens, d width
 """
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
 
-from model.layout import packed_mask
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from model.kernels.layout import packed_mask
+from model.policy import Policy
 
 
-class DensePolicy(nn.Module):
+class DensePolicy(Policy):
     """`network`, a transformers causal language model, with packed rows in and states out."""
 
-    def __init__(self, network: "PreTrainedModel") -> None:
+    engine = "dense"
+
+    def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
-        self.network = network
-        self.config = network.config
+        self.network, self.training = network, network.training
+        self.config: Any = network.config.get_text_config()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "DensePolicy":
+        """The model in directory `path`, as transformers reads it, in evaluation mode.
+
+        Raises:
+            OSError, ValueError: no model there that transformers can read.
+        """
+        logging.disable_progress_bar()  # it would cut through the caller's own lines
+        network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device})
+        return cls(network)
 
     @property
-    def lm_head(self) -> nn.Linear:
+    def lm_head(self) -> nn.Linear:  # type: ignore[override]
         """States (.. d) to logits (.. vocab)."""
         head = self.network.get_output_embeddings()
         assert isinstance(head, nn.Linear)
         return head
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Logits, see `logits`."""
-        return self.logits(token_ids)
+    @property
+    def recompute(self) -> bool:
+        """Activation checkpointing, in training mode alone: transformers' own.
 
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """Next-token logits (b s vocab) of `token_ids` (b s), a sequence a row."""
-        return self.lm_head(self.hidden(token_ids))
+        Raises:
+            ValueError: switched on for an architecture for which transformers has none.
+        """
+        return self.network.is_gradient_checkpointing
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        if on:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.recompute:
+            self.network.gradient_checkpointing_disable()
 
     def hidden(
         self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
     ) -> Tensor:
-        """Final-normed states (b s d); arguments as for `Transformer.hidden`.
+        """Final-normed states (b s d); arguments as for `Policy.hidden`.
 
-        Where the sequences of a packed row start is told by a whole (b 1 s s) mask: the one form that every
+        The sequences of a packed row are told apart by a (b 1 s s) mask: the one form that every
         architecture and attention of transformers takes as it is.
         """
         mask = None
@@ -59,21 +83,13 @@ class DensePolicy(nn.Module):
         )
         return out.last_hidden_state
 
-    def num_parameters(self, *, active: bool = False) -> int:
-        """Weights; every one of them is active in a dense model."""
-        return sum(p.numel() for p in self.parameters())
+    def public_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Policy.public_weights`."""
+        embedding = self.network.get_input_embeddings().weight
+        for name, tensor in self.network.state_dict(keep_vars=True).items():
+            if not (name.startswith("lm_head.") and tensor is embedding):
+                yield name, tensor.detach()
 
-
-def load_dense(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> DensePolicy:
-    """The model in directory `path`, as transformers reads it."""
-    from transformers import AutoModelForCausalLM
-
-    policy = DensePolicy(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
-    return policy.to(device)
-
-
-def save_dense(policy: DensePolicy, path: str | Path) -> None:
-    """Write a directory that `load_dense`, transformers and vLLM read."""
-    policy.network.save_pretrained(path)
+    def save(self, path: str | Path) -> None:
+        """See `Policy.save`."""
+        self.network.save_pretrained(path)

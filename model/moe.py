@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.kernels.cpu.experts import ByExpert
 from model.kernels.cpu.few_tokens import experts_of
+from model.kernels.layout import Layout
 from model.layers import MLP
-from model.layout import Layout
 
-BF16_FILL_FROM = 512
-"""Tokens of a batch from which bf16 rows of experts are filled up; smaller ones would be mostly filling."""
+BF16_PAD_FROM = 512
+"""Tokens of a batch from which bf16 rows of experts are padded; smaller ones would be mostly padding."""
 
 BY_EXPERT_FROM = 32
-"""Token-expert pairs an expert, on average, from which experts on a CPU take turns."""
+"""Token-expert pairs an expert, on average, from which a CPU computes experts one at a time."""
 
 
 class Gate(nn.Module):
@@ -92,7 +92,7 @@ class Gate(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, gamma: float) -> None:
-        """Move each bias by gamma against its expert's surplus of tokens; start counting anew.
+        """Move each bias by gamma against its expert's surplus of tokens; set the counts to 0.
 
         The surplus is that of all ranks together, or replicas would drift apart.
         """
@@ -104,6 +104,20 @@ class Gate(nn.Module):
         self.load.zero_()
 
 
+def load_metrics(load: Tensor) -> dict[str, float]:
+    """Max violation (arXiv:2408.15664, Eq. 4) of each layer and of the worst; `load` (layers, experts)."""
+    trained = load.sum(-1) > 0  # RL leaves the MTP modules out
+    if not trained.any():
+        return {"router/max_violation": 0.0}
+    layers = trained.nonzero().squeeze(1).tolist()
+    violation = (load[layers].amax(-1) / load[layers].mean(-1) - 1).tolist()
+    return {
+        "router/max_violation": max(violation),
+        **{f"router/max_violation/{n}": value for n, value in zip(layers, violation, strict=True)},
+        "router/idle": float((load[layers] == 0).float().mean()),
+    }
+
+
 def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Tensor:
     """Sequence-wise balance loss (Eq. 17-20 without alpha), mean over the sequences.
 
@@ -113,7 +127,7 @@ def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Te
 
     Args:
         s: `t e`, affinities; carries gradient.
-        ids: `t k`, the choice whose k is used; the choice itself is made anew without the bias.
+        ids: `t k`, the choice whose k is used; the choice itself is made again without the bias.
         sequence: `t`, number of the sequence that a token is in, -1 = none (padding).
         sequences: how many there are.
     """
@@ -132,8 +146,8 @@ def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Te
 class GroupedLinear(torch.autograd.Function):
     """Rows `x` (m i), sorted by expert, each times its expert's weight (e o i)^T: (m o).
 
-    One GEMM an expert, written into its place of one output; autograd over a loop would instead build each
-    expert's gradient as a whole (e o i) tensor of zeros and add them up.
+    One GEMM an expert, written into its rows of one output; autograd over a loop would instead build each
+    expert's gradient as an (e o i) tensor of zeros and add them up.
     """
 
     @staticmethod
@@ -164,13 +178,13 @@ def grouped_mm(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 class Dispatch(torch.autograd.Function):
     """Tokens `u` (t d) in the order `token` (m), where t stands for a row of zeros.
 
-    The gradient of a token is the sum over its `places` (t k), the inverse of `token`. Reading them back is
+    The gradient of a token is the sum over its rows `slots` (t k), the inverse of `token`. Reading them is
     several times faster than adding rows up one by one, and the order of additions is fixed.
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, token: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, u: Tensor, token: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
         return F.pad(u, (0, 0, 0, 1)).index_select(0, token)
 
     @staticmethod
@@ -182,18 +196,18 @@ class Combine(torch.autograd.Function):
     """The reverse of `Dispatch`: each token's k rows of `y` (m d), summed: (t d)."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, token: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, token: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(token)
-        return _sum_rows(y, places)
+        return _sum_rows(y, slots)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None]:
         return F.pad(dout, (0, 0, 0, 1)).index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def _sum_rows(x: Tensor, places: Tensor) -> Tensor:
-    """Rows of `x` (m d) at `places` (t k), summed over k: (t d)."""
-    return x.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1)
+def _sum_rows(x: Tensor, slots: Tensor) -> Tensor:
+    """Rows of `x` (m d) at `slots` (t k), summed over k: (t d)."""
+    return x.index_select(0, slots.flatten()).unflatten(0, slots.shape).sum(1)
 
 
 class WeightedSwiGLU(torch.autograd.Function):
@@ -220,12 +234,12 @@ class WeightedSwiGLU(torch.autograd.Function):
 
 
 class Plan(NamedTuple):
-    """Where token-expert pairs go: sorted by expert, an expert's rows filled up to a multiple of `align`."""
+    """Rows of token-expert pairs: sorted by expert, an expert's rows padded to a multiple of `align`."""
 
-    rows: Tensor  # e, rows of each expert, filling included
-    token: Tensor  # m, whose state a row holds; t = nobody's, a filling row
+    rows: Tensor  # e, rows of each expert, padding included
+    token: Tensor  # m, the token of each row; t = padding
     pair: Tensor  # m, which of the t k pairs a row is; t k = none
-    places: Tensor  # t k, the row of each pair
+    slots: Tensor  # t k, the row of each pair
 
     @classmethod
     def of(cls, ids: Tensor, experts: int, align: int) -> "Plan":
@@ -235,12 +249,12 @@ class Plan(NamedTuple):
         loads = flat.new_zeros(experts).scatter_add_(0, flat, torch.ones_like(flat))
         rows = (loads + align - 1) // align * align
         order = flat.argsort(stable=True)  # pairs by expert
-        filling = (rows - loads).cumsum(0) - (rows - loads)  # filling rows before each expert's
-        at = torch.arange(t * k, device=ids.device) + filling[flat[order]]
+        padding = (rows - loads).cumsum(0) - (rows - loads)  # padding rows before each expert's
+        at = torch.arange(t * k, device=ids.device) + padding[flat[order]]
         m = t * k if align == 1 else int(rows.sum())
         pair = torch.full((m,), t * k, device=ids.device).index_copy_(0, at, order)
-        places = torch.empty_like(order).index_copy_(0, order, at)
-        return cls(rows, pair.div(k, rounding_mode="floor"), pair, places.view(t, k))
+        slots = torch.empty_like(order).index_copy_(0, order, at)
+        return cls(rows, pair.div(k, rounding_mode="floor"), pair, slots.view(t, k))
 
 
 class Experts(nn.Module):
@@ -266,28 +280,28 @@ class Experts(nn.Module):
             counts = plan.rows.tolist()
             y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, counts, plan.token)
             return y
-        h = self.grouped(Dispatch.apply(u, plan.token, plan.places), self.gate_up_proj, plan.rows)  # m 2i
+        h = self.grouped(Dispatch.apply(u, plan.token, plan.slots), self.gate_up_proj, plan.rows)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
         g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
         y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.rows)  # m d
-        return Combine.apply(y, plan.token, plan.places)
+        return Combine.apply(y, plan.token, plan.slots)
 
     def few(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor | None:
-        """The quick way of `forward` for decoding steps; None where there is none."""
+        """The fast path of `forward` for decoding steps; None where there is none."""
         return experts_of(u, ids, g, self.gate_up_proj, self.down_proj)
 
     def by_expert(self, u: Tensor, pairs: int) -> bool:
-        """Whether experts take turns: on a CPU, where each has work enough to pay for its calls."""
+        """Whether experts run one at a time: on a CPU, if each has enough pairs to pay for its calls."""
         return u.device.type == "cpu" and pairs >= BY_EXPERT_FROM * len(self.down_proj)
 
     def alignment(self, u: Tensor) -> int:
-        """What the rows of an expert are filled up to.
+        """The multiple to which the rows of an expert are padded.
 
-        On a CPU torch makes a new bf16 kernel for every size that it has not met, which takes several times
-        as long as to run it: with 64 few sizes are left. fp32 kernels are ready for all.
+        On a CPU torch compiles a bf16 kernel for every new size, which takes several times as long as to run
+        it: multiples of 64 leave few sizes. fp32 kernels exist for all.
         """
         few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
-        return 64 if few_sizes and len(u) >= BF16_FILL_FROM else 1
+        return 64 if few_sizes and len(u) >= BF16_PAD_FROM else 1
 
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o)."""
@@ -306,7 +320,7 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.balance_loss: Tensor | None = None  # since the last `Transformer.pop_balance_loss`
-        self.recomputing = False  # this forward repeats one for the backward: it was counted before
+        self.recomputing = False  # this forward repeats one for the backward, which was counted
 
     def forward(
         self, x: Tensor, layout: Layout | None = None, replay: Tensor | None = None

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from model.cache import DecodeStep, LayerCache
 from model.config import ModelConfig
 from model.decoder import DecoderLayer
+from model.kernels.layout import Layout
 from model.layers import RMSNorm
-from model.layout import Layout
 from model.rope import Rope
 
 

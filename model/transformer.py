@@ -17,36 +17,41 @@ Axes    b rows, s tokens of a row, p tokens of a prompt, d width, k experts per 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_later
 
+from model import checkpoint
 from model.cache import DecodeStep, LatentCache, LayerCache, Rows
 from model.config import ModelConfig
 from model.decoder import DecoderLayer
+from model.kernels.layout import Layout
 from model.layers import RMSNorm
-from model.layout import Layout
-from model.moe import MoE
+from model.moe import MoE, load_metrics
 from model.mtp import MTPModule
+from model.policy import Policy
 from model.rope import Rope
 
 PREFILL_CHUNK = 2048
-"""Tokens of a prompt that are read at once."""
+"""Tokens of a prompt in one forward."""
 
 
-class Transformer(nn.Module):
+class Transformer(Policy):
     """The network, in fp32 and freshly initialized; `model.load` reads a checkpoint instead.
 
     Weights are N(0, initializer_range), norms 1, biases of the gates 0.
 
     Args:
         config: the sizes.
-        seed: of the initial weights, drawn from a generator of their own. None = from torch's global one.
+        seed: of the initial weights' own generator. None = a seed from torch's global one.
     """
 
-    # nn.ModuleList forgets what it holds; these say it to readers and type checkers.
+    engine = "native"
+    config: ModelConfig
+    # nn.ModuleList forgets what it holds; these annotations tell readers and type checkers.
     layers: Sequence[DecoderLayer]
     mtp: Sequence[MTPModule]
 
@@ -64,10 +69,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        self.balance_alpha = 0.0
-        """Weight of the sequence-wise balance loss (Eq. 17). 0 = it is not computed. The paper: 1e-4."""
         self.recompute = False
-        """Activation checkpointing: the backward computes each trunk layer again (arXiv:1604.06174)."""
         if self.norm.weight.device.type != "meta":
             self._initialize(seed)
 
@@ -79,13 +81,38 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:  # the one-dimensional ones are norms
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
 
-    def forward(self, token_ids: Tensor) -> Tensor:
-        """Logits, see `logits`."""
-        return self.logits(token_ids)
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "Transformer":
+        """The network of a public deepseek_v3 checkpoint directory, in `dtype` on `device`.
 
-    def logits(self, token_ids: Tensor) -> Tensor:
-        """Next-token logits (b s vocab) of `token_ids` (b s), a sequence a row."""
-        return self.lm_head(self.hidden(token_ids))
+        Raises:
+            CheckpointError: files that are missing or broken, or that the config does not describe.
+        """
+        config = checkpoint.read_config(Path(path))
+        with checkpoint.StoredTensors(Path(path)) as tensors:
+            config = checkpoint.without_missing_mtp(config, tensors)
+            with torch.device("meta"):
+                net = cls(config)
+            net.to(dtype).to_empty(device=device)
+            if config.tie_word_embeddings:  # to_empty gives every module a tensor of its own
+                net.lm_head.weight = net.embed_tokens.weight
+            for moe in net.moe_layers():
+                moe.gate.load.zero_()  # no checkpoint has the counts
+            checkpoint.fill(net.state_dict(keep_vars=True), config, tensors)
+        return net
+
+    def save(self, path: str | Path, fp8: bool = False) -> None:
+        """Write a directory that `load`, transformers and vLLM read.
+
+        `fp8` writes linear layers and experts in FP8 blocks, as the release does: half of bf16's size.
+        """
+        checkpoint.save(self.state_dict(keep_vars=True), self.config, path, fp8)
+
+    def public_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Policy.public_weights`."""
+        return checkpoint.trunk_weights(self.state_dict(keep_vars=True), self.config)
 
     def hidden(
         self,
@@ -94,15 +121,11 @@ class Transformer(nn.Module):
         sequence_ids: Tensor | None = None,
         routed_experts: Tensor | None = None,
     ) -> Tensor:
-        """Final-normed states (b s d) of packed rows; `lm_head` turns them into logits.
+        """As `Policy.hidden`.
 
         Args:
-            token_ids: `b s`.
-            positions: `b s`, of a token in its own sequence. None = 0 .. s - 1 in every row.
-            sequence_ids: `b s`; a token sees the earlier tokens of its row with its own id. -1 = padding,
-                whose states mean nothing. None = a row is one sequence.
             routed_experts: `b s moe_layers k`, recorded expert choices to repeat, as
-                `LatentCache.routed_experts` gives them; -1 = route afresh. None = route everything afresh.
+                `LatentCache.routed_experts` returns them; -1, and None for all, = let the gate choose.
         """
         layout = self._layout(token_ids, positions, sequence_ids)
         x = self.embed_tokens(token_ids)
@@ -111,7 +134,7 @@ class Transformer(nn.Module):
             replay = None if routed_experts is None or i < first else routed_experts[:, :, i - first]
             if self.recompute and torch.is_grad_enabled():
                 contexts = partial(_recomputing, layer)
-                x = checkpoint(layer, x, layout, replay, use_reentrant=False, context_fn=contexts)
+                x = recompute_later(layer, x, layout, replay, use_reentrant=False, context_fn=contexts)
             else:
                 x = layer(x, layout, replay)
         return self.norm(x)
@@ -139,7 +162,7 @@ class Transformer(nn.Module):
         if positions is None and s > most:
             raise ValueError(f"A row of {s} tokens is longer than max_position_embeddings={most}.")
         rotations = self.rope.first(s, token_ids.device) if positions is None else self.rope(positions)
-        learning = self.training and torch.is_grad_enabled()  # rollouts and evaluation leave no trace
+        learning = self.training and torch.is_grad_enabled()  # rollouts and evaluation are not counted
         balance = learning and self.balance_alpha > 0
         return Layout.of(rotations, token_ids, sequence_ids, learning, balance)
 
@@ -203,10 +226,10 @@ class Transformer(nn.Module):
         states = x[0, torch.from_numpy(lengths.cumsum() - 1).to(device)]  # b d
         for i, prompt in enumerate(prompts):
             for begin in range(chunk, len(prompt), chunk):
-                states[i] = self._read_on(prompt, begin, chunk, cache, rows[i : i + 1])
+                states[i] = self._continue_prefill(prompt, begin, chunk, cache, rows[i : i + 1])
         return states
 
-    def _read_on(
+    def _continue_prefill(
         self, prompt: Sequence[int], begin: int, chunk: int, cache: LatentCache, row: Rows
     ) -> Tensor:
         """The next `chunk` tokens of a prompt whose first `begin` the cache holds: state (d) of the last."""
@@ -223,7 +246,7 @@ class Transformer(nn.Module):
     def decode(self, token_ids: Tensor, cache: LatentCache, step: DecodeStep | None = None) -> Tensor:
         """Append tokens to rows of `cache`; their final-normed states (b s d), for `token_ids` (b s).
 
-        `step` is what `cache.append` gave for those rows. None = all rows of the cache.
+        `step` is from `cache.append` for those rows. None = all rows of the cache.
         """
         if step is None:
             step = cache.append(np.arange(len(cache.lengths)), token_ids.shape[1])
@@ -238,8 +261,8 @@ class Transformer(nn.Module):
         """States (b s d) of the first MTP module, from which the head guesses one token further.
 
         Args:
-            states: `b s d`, final-normed, of the trunk at the places of `step`.
-            token_ids: `b s`, the tokens that follow those places.
+            states: `b s d`, final-normed, of the trunk at the positions of `step`.
+            token_ids: `b s`, the tokens after those positions.
         """
         rotations, embedded = self.rope(step.positions), self.embed_tokens(token_ids)
         return self.mtp[0].draft(states, embedded, rotations, step, cache.layer(len(self.layers)))
@@ -253,7 +276,7 @@ class Transformer(nn.Module):
     def num_parameters(self, *, active: bool = False) -> int:
         """Weights, MTP modules included. `active`: those of the trunk that one token meets."""
         if not active:
-            return sum(p.numel() for p in self.parameters())
+            return super().num_parameters()
         total = sum(p.numel() for name, p in self.named_parameters() if not name.startswith("mtp."))
         share = self.config.num_experts_per_tok / self.config.n_routed_experts
         routed = sum(
@@ -271,9 +294,15 @@ class Transformer(nn.Module):
         return torch.stack(loads) if loads else torch.zeros(0, self.config.n_routed_experts, dtype=torch.long)
 
     def update_router_bias(self, gamma: float) -> None:
-        """Step every gate's bias by `gamma` against its load (the paper: 0.001) and start counting anew."""
+        """Step every gate's bias by `gamma` against its load (the paper: 0.001) and set the load to 0."""
         for moe in self.moe_layers():
             moe.gate.update_bias(gamma)
+
+    def after_update(self, gamma: float) -> dict[str, float]:
+        """The load of each layer's router as metrics; then `update_router_bias`."""
+        metrics = load_metrics(self.router_load().float())
+        self.update_router_bias(gamma)
+        return metrics
 
     def pop_balance_loss(self) -> Tensor:
         """alpha * balance loss (Eq. 17), summed over layers and forwards since the last call."""
@@ -284,13 +313,13 @@ class Transformer(nn.Module):
 
 
 def _following(prompt: Sequence[int], begin: int, chunk: int) -> list[int]:
-    """The tokens after those at `begin` to `begin` + `chunk`. The last of a prompt has none yet: 0, until
-    `Transformer.draft` writes its place anew."""
+    """The tokens after those at `begin` to `begin` + `chunk`. For the last of a prompt 0, until
+    `Transformer.draft` overwrites its slot."""
     return [*prompt[begin + 1 : begin + chunk + 1], 0][: len(prompt[begin : begin + chunk])]
 
 
 def _recomputing(layer: DecoderLayer) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a checkpointed layer's first and second forward: the second leaves no trace in the gate."""
+    """Contexts of a checkpointed layer's first and second forward: the second does not count."""
 
     @contextmanager
     def second() -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The seam between whoever wants completions and whatever draws them."""
+"""The seam between code that needs completions and the engines that generate them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ class EngineDied(RuntimeError):
 
 
 class StaleWeights(RuntimeError):
-    """The engine does not compute with the weights that it should: what it draws is not on policy."""
+    """The engine does not compute with the expected weights, so its completions are not on policy."""
 
 
 class RolloutEngine(Protocol):
-    """Draws completions. Same prompts, seed and weights: the same greedy tokens from every engine in fp32."""
+    """Generates completions. In fp32 all engines agree on the greedy tokens of the same weights."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield `len(prompts) * sampling.n` rollouts in any order; `index` and `sample` tell them apart."""
         ...
 
     def load_weights(self, source: Any, version: int) -> None:
-        """Draw from `source` (an engine says what it takes) from now on; rollouts carry `version`."""
+        """Generate from `source`, a policy, from now on; rollouts carry `version`."""
         ...
 
     def drain(self) -> dict[str, float]:
-        """What there is to say about the draws since the last call, by metric name; often nothing."""
+        """Metrics of the generation since the last call, by metric name; empty where an engine has none."""
         ...
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Does an engine compute what our own model does? Asked once, before anything is drawn from it.
+"""Compare an engine with our own model before anything is generated from it.
 
 A greedy continuation of a few made-up prompts is scored, teacher-forced, by our model: each token must be its
 choice too and have the log-probability that the engine reported. Then the same weights are loaded again and
-all is repeated: an engine that starts well and breaks at its first update is no better.
+the comparison is repeated: it also finds an engine that breaks at its first update.
 
 Axes    s tokens of a prompt and its completion; v vocabulary
 Units   log-probabilities in nats
@@ -10,19 +10,16 @@ Units   log-probabilities in nats
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from model.policy import Policy
 from rollout.engine import RolloutEngine, StaleWeights
-from rollout.open import NATIVE_TYPES, model_type
+from rollout.local import load_policy
 from rollout.types import Problem, Prompt, Rollout, SamplingParams
-from rollout.weights import Policy
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 LENGTHS = (24, 7, 1, 15)
 NEW_TOKENS = 12
@@ -42,7 +39,7 @@ class Comparison:
     p99: float
     worst: float
     regret: float
-    """Most by which a drawn token fell short of our model's best, nats; 0 when greedy tokens are equal."""
+    """Largest gap between our model's best logit and the chosen token's; 0 when greedy tokens are equal."""
 
 
 def probes(vocab_size: int, max_positions: int) -> list[Prompt]:
@@ -56,7 +53,7 @@ def probes(vocab_size: int, max_positions: int) -> list[Prompt]:
 
 @torch.no_grad()
 def compare(rollouts: Sequence[Rollout], reference: Policy, temperature: float = 0.0) -> Comparison:
-    """Score `rollouts` by `reference`. With a temperature the regret means nothing."""
+    """Score `rollouts` by `reference`. The regret counts at temperature 0 alone."""
     device = next(reference.parameters()).device
     gaps, regrets = [], []
     training = reference.training
@@ -65,10 +62,10 @@ def compare(rollouts: Sequence[Rollout], reference: Policy, temperature: float =
         for rollout in rollouts:
             ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]], device=device)
             logits = reference.logits(ids)[0, len(rollout.prompt.token_ids) - 1 : -1].float().cpu()  # s v
-            drawn = torch.tensor(rollout.token_ids).unsqueeze(1)
-            want = (logits / (temperature or 1)).log_softmax(-1).gather(1, drawn).squeeze(1)
-            gaps.append((want - torch.tensor(rollout.logprobs)).abs())
-            regrets.append((logits.amax(-1) - logits.gather(1, drawn).squeeze(1)).max())
+            chosen = torch.tensor(rollout.token_ids).unsqueeze(1)
+            expected = (logits / (temperature or 1)).log_softmax(-1).gather(1, chosen).squeeze(1)
+            gaps.append((expected - torch.tensor(rollout.logprobs)).abs())
+            regrets.append((logits.amax(-1) - logits.gather(1, chosen).squeeze(1)).max())
     finally:
         reference.train(training)
     gap = torch.cat(gaps)
@@ -78,29 +75,18 @@ def compare(rollouts: Sequence[Rollout], reference: Policy, temperature: float =
     )
 
 
-def load_reference(path: Path, dtype: torch.dtype) -> Policy:
-    """Our own model of a checkpoint."""
-    if model_type(path) in NATIVE_TYPES:
-        import model
-
-        return model.load(path, dtype=dtype)
-    from model.dense import load_dense
-
-    return load_dense(path, dtype)
-
-
 def self_test(engine: RolloutEngine, path: Path, reference: Policy | None, dtype: torch.dtype) -> None:
-    """Refuse an engine that does not compute what our model of checkpoint `path` does.
+    """Refuse an engine that does not compute what our model of checkpoint `path` computes.
 
     Args:
         engine: freshly opened on `path`.
-        reference: the trainer's model, which must hold the checkpoint's weights still; None = load it.
+        reference: the trainer's model, which must still hold the checkpoint's weights; None = load it.
         dtype: the engine's.
 
     Raises:
         StaleWeights: with the size of the difference, and when it appeared.
     """
-    reference = load_reference(path, dtype) if reference is None else reference
+    reference = load_policy(path, dtype) if reference is None else reference
     config = reference.config
     prompts = probes(config.vocab_size, config.max_position_embeddings)
     greedy = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
@@ -113,6 +99,6 @@ def self_test(engine: RolloutEngine, path: Path, reference: Policy | None, dtype
             raise StaleWeights(
                 f"{type(engine).__name__} on {path} is not our model, {when}: over {found.tokens} greedy "
                 f"tokens log-probabilities differ by {found.mean:.3g} nats on average, {found.worst:.3g} at "
-                "most; it would train on what another model says. Use --engine native or dense, and report "
-                "this with the versions of vllm and torch."
+                "most; it is another model's policy. Use --engine native or dense, and report this with the "
+                "versions of vllm and torch."
             )

@@ -1,38 +1,28 @@
-"""Settings of the engines: in-process ones, vLLM, and the pool of workers. Imports no torch."""
+"""Settings of the engines: in-process ones, vLLM, and the pool of workers. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Settings
-
-if TYPE_CHECKING:
-    import torch
 
 EngineName = Literal["auto", "native", "dense", "vllm"]
 DtypeName = Literal["float32", "bfloat16"]
 
 
-def torch_dtype(name: DtypeName) -> torch.dtype:
-    """torch's own name for it."""
-    import torch
-
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
 @dataclass(frozen=True, kw_only=True)
 class LocalSettings(Settings):
-    """The engines that draw in torch: native and dense."""
+    """The engines in torch: native and dense."""
 
     max_batch: Natural = 0
-    """Completions that are drawn side by side; 0 = 512 for native models, 256 for dense ones."""
+    """Completions generated side by side, at most; 0 = 512 for native models, 256 for dense ones."""
     cache_gib: Positive = 4.0
-    """Most memory for what decoding remembers, GiB. It is taken as completions grow; what it has no room for
-    waits."""
+    """Largest cache of keys and values (latents), GiB. It grows with the completions; those that do not fit
+    wait."""
     speculate: bool = False
-    """Native models with an MTP module: guess a token ahead with it. Changes the speed and not one token. For
-    few completions at a time: with many, the guesses cost more than they save."""
+    """Guess one token ahead with the MTP module of a native model. Changes the speed, not the tokens. For few
+    completions at a time: with many, the guesses cost more than they save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,31 +38,31 @@ class VllmSettings(Settings):
     context: Natural = 0
     """Longest sequence, tokens, prompt included; 0 = the model's max_position_embeddings."""
     max_batch: Count = 256
-    """Completions that are drawn side by side."""
+    """Completions generated side by side, at most."""
     self_test: bool = True
-    """Compare a greedy continuation with our own model before anything else, and refuse to start when the two
-    differ. Costs our model's memory for that moment."""
+    """Compare a greedy continuation with our own model first, and refuse to start when the two differ. Takes
+    the memory of our model during the comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Settings):
-    """Where RL draws its completions."""
+    """The engine that generates RL's completions."""
 
     engine: EngineName = "auto"
-    """auto = in process, native for DeepSeek-V3 policies and dense (transformers) for all others, from the
-    trainer's own weights. vllm needs the environment of `make test-vllm`, or a GPU build of vLLM."""
+    """auto = in the trainer's process and from its own weights: native for DeepSeek-V3 policies, dense
+    (transformers) for all others. vllm needs the environment of `make test-vllm`, or a GPU build of vLLM."""
     dtype: DtypeName = "float32"
-    """Of the engine's weights where it has its own: vLLM, and workers."""
+    """Type of the weights of engines that have their own: vLLM, and workers."""
     workers: Natural = 0
     """Engines in processes of their own, on Ray; 0 = one engine in the trainer's process."""
     address: str = ""
     """Ray cluster to join, such as `auto` or `10.0.0.1:6379`; empty = a Ray on this machine, for this run."""
     worker_cpus: Positive = 1.0
-    """CPU cores that a worker is given."""
+    """CPU cores of each worker."""
     worker_gpus: NotNegative = 0.0
-    """GPUs that a worker is given."""
+    """GPUs of each worker; a fraction shares one."""
     timeout_s: Positive = 600.0
-    """A worker that gives no sign of life for so long is replaced, and its rollouts are made again."""
+    """Seconds without a rollout after which a worker is replaced and its rollouts are generated again."""
     local: LocalSettings = field(default_factory=LocalSettings)
     """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)

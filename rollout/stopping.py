@@ -1,29 +1,30 @@
-"""When a completion ends, and how a prompt must look to begin one: the same for all engines.
+"""When a completion ends, and which prompts are refused: the same for all engines.
 
 A completion ends with, and includes, its first stop token, or the token that completes a stop string;
-neither before `min_tokens`, up to which stop tokens cannot be drawn. Else it ends at `max_tokens` or where
-the model's positions do.
+neither before `min_tokens`, up to which stop tokens have probability 0. Otherwise it ends at `max_tokens` or
+at the model's last position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from rollout.types import Prompt, SamplingParams
+from rollout.types import Prompt, Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 BYTES_OF_A_CHARACTER = 4
-"""UTF-8's longest: a stop string of c characters is at most so many times c tokens."""
+"""UTF-8's longest: a stop string of c characters has at most 4 c tokens."""
 
 
 def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int) -> None:
-    """Refuse what cannot be drawn before anything is.
+    """Refuse prompts that no completion can follow, before anything is generated.
 
     Raises:
         ValueError: naming the first prompt that is empty, too long, or has an id outside the vocabulary.
@@ -47,7 +48,7 @@ def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int
 def stop_ids(eos: int | Sequence[int] | None, sampling: SamplingParams) -> list[int]:
     """The ids that end a completion: the request's, and the model's eos unless the request ignores it.
 
-    With `ignore_eos` nothing stops before `max_tokens`, whatever else is asked for.
+    With `ignore_eos` nothing stops before `max_tokens`, whatever else the request has.
     """
     if sampling.ignore_eos:
         return []
@@ -56,7 +57,7 @@ def stop_ids(eos: int | Sequence[int] | None, sampling: SamplingParams) -> list[
 
 
 class Stopper:
-    """Tells from a completion's tokens so far whether the last one ends it."""
+    """Whether the last token of a completion ends it."""
 
     def __init__(
         self,
@@ -81,14 +82,14 @@ class Stopper:
         self.window = BYTES_OF_A_CHARACTER * longest + BYTES_OF_A_CHARACTER
 
     def ban(self, logits: Tensor, rows: Tensor) -> Tensor:
-        """`logits` (b v) from which `rows` (n), short of `min_tokens`, draw no stop token."""
+        """`logits` (b v) with stop tokens at -inf in `rows` (n), those short of `min_tokens`."""
         if not len(rows) or not self.ids:
             return logits
         ids = torch.tensor(self.ids, device=logits.device)
         return logits.index_put((rows[:, None], ids), logits.new_tensor(-torch.inf))
 
     def ends(self, tokens: Sequence[int]) -> bool:
-        """Whether a completion of `tokens` is over, `max_tokens` apart; it was not before the last one."""
+        """Whether the last of `tokens` ends the completion; `max_tokens` is the caller's check."""
         if len(tokens) < self.min_tokens:
             return False
         if tokens[-1] in self.ids:
@@ -99,7 +100,7 @@ class Stopper:
         found = [string for string in self.strings if string in text]
         if not found:
             return False
-        # One that was whole before min_tokens does not count, and may still be in sight.
+        # A string that was complete before min_tokens does not count, and may still be in the window.
         before = self._text(tokens[-self.window : -1])
         return any(text.count(string) > before.count(string) for string in found)
 
@@ -110,3 +111,45 @@ class Stopper:
         )
         assert isinstance(text, str)
         return text
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """An unfinished rollout."""
+
+    prompt: Prompt
+    index: int
+    """Of the prompt in the request."""
+    sample: int
+    limit: int
+    """Largest number of its tokens."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ended: bool = False
+    stopped: bool = False
+    """Ended by a stop token or string, not by its limit."""
+
+    def append(self, token: int, logprob: float, stopper: Stopper) -> None:
+        """Add a token, and decide whether it is the last."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.stopped = stopper.ends(self.tokens)
+        self.ended = self.stopped or len(self.tokens) == self.limit
+
+    def rollout(self, version: int, routed_experts: Any = None) -> Rollout:
+        """The record of a completion that has ended."""
+        return Rollout(
+            prompt=self.prompt,
+            index=self.index,
+            sample=self.sample,
+            token_ids=tuple(self.tokens),
+            logprobs=tuple(self.logprobs),
+            finish_reason="stop" if self.stopped else "length",
+            policy_version=version,
+            routed_experts=routed_experts,
+        )
+
+
+def most_tokens(prompt: Prompt, sampling: SamplingParams, max_positions: int) -> int:
+    """The longest completion that the request and the model's positions allow."""
+    return min(sampling.max_tokens, max_positions - len(prompt.token_ids))

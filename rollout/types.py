@@ -18,7 +18,7 @@ Verdict = Literal["correct", "incorrect", "error"]
 
 @dataclass(frozen=True, slots=True)
 class StdioTest:
-    """One stdin/stdout case: `input` is fed whole, `output` is compared token by token, line by line."""
+    """One stdin/stdout case: `output` is compared token by token, line by line."""
 
     input: str
     output: str
@@ -53,7 +53,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How completions are drawn. Temperature 0 is greedy; top_p 1 and top_k 0 switch those filters off."""
+    """How completions are sampled. Temperature 0 is greedy; top_p 1 and top_k 0 switch those filters off."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -62,18 +62,18 @@ class SamplingParams:
     n: int = 1
     """Rollouts per prompt; they share one prefill."""
     seed: int = 0
-    """With the prompt's index and the sample's number this fixes a rollout, whatever it is batched with."""
+    """With the indices of prompt and sample this fixes a rollout, whatever it is batched with."""
     stop_token_ids: tuple[int, ...] = ()
     """Sampling ends with, and includes, any of these."""
     stop: tuple[str, ...] = ()
-    """Sampling ends with the token that completes any of these in the text; it is included whole."""
+    """Sampling ends with the token that completes any of these in the text, which is kept in full."""
     min_tokens: int = 0
-    """Nothing ends a completion before so many tokens: until then stop tokens cannot be drawn."""
+    """Nothing ends a completion before this number of tokens; until then stop tokens have probability 0."""
     ignore_eos: bool = False
     """Never stop before `max_tokens` (for benchmarks)."""
     first_index: int = 0
-    """Place of the first prompt in the whole that this request is a part of: with it, a part draws what the
-    whole would have drawn there. `Rollout.index` still counts within the request."""
+    """Index of the first prompt in the larger request that this one is a part of; with it, a part samples the
+    rollouts of the larger one. `Rollout.index` still counts within this request."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or self.n < 1:
@@ -91,11 +91,11 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion with the record of how it was drawn."""
+    """One completion with the record of its sampling."""
 
     prompt: Prompt
     index: int
-    """The prompt's place in the request."""
+    """Of the prompt in the request."""
     sample: int
     """0 .. n - 1 within the prompt's group."""
     token_ids: tuple[int, ...]
@@ -106,7 +106,7 @@ class Rollout:
     policy_version: int = 0
     routed_experts: Any | None = None
     """p + c - 1 x moe layers x k expert ids of prompt and completion, where the engine records them. The last
-    token has none: nothing was computed from it."""
+    token has none, because no layer read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +115,11 @@ class Graded:
 
     rollout: Rollout
     text: str
-    """The whole completion as graded: the template's prefill, then the tokens without the stop token."""
+    """The completion as graded: the template's prefill, then the tokens without the stop token."""
     parts: Mapping[str, float] = field(default_factory=dict)
     """Unweighted value of each reward by name; a reward whose verifier failed has no entry."""
     reward: float = 0.0
-    """The weighted sum of `parts`; means nothing when the verdict is `error`."""
+    """The weighted sum of `parts`; undefined when the verdict is `error`."""
     verdict: Verdict = "incorrect"
     """Of the accuracy reward. `error`: the verifier failed; the rollout is dropped and counted."""
     detail: str = ""

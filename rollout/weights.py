@@ -1,29 +1,25 @@
-"""A policy's weights under their public names, and a fingerprint that proves which weights are live.
+"""Weights by their public names, and a fingerprint that proves which weights an engine computes with.
 
-Engines keep weights in layouts of their own: fused, transposed, padded, cut into blocks. The fingerprint
-does not see layout: it is the sum, modulo 2^64, of a hash of every element's bits, in which zeros count
-nothing. So the trainer can work it out from its own tensors, the engine from what it computes with, and
-equal sums mean equal weights.
+Engines keep weights in layouts of their own: fused, transposed, padded, cut into blocks. The fingerprint does
+not depend on layout: it is the sum, modulo 2^64, of a hash of every element's bits, in which zeros count
+nothing. So the trainer computes it from its own tensors, the engine from what it multiplies with, and equal
+sums mean equal weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from model.checkpoint import trunk_weights
-from model.dense import DensePolicy
-from model.transformer import Transformer
+from model.policy import Policy
+from rollout.engine import RolloutEngine
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-Policy = Transformer | DensePolicy
-WORD = 1 << 64
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""torch's type for each `DtypeName`."""
+MODULUS = 1 << 64
 CHUNK = 1 << 20
 """Elements hashed at once; the int64 copies of more would fall out of the cache."""
 LATENT_PARTS = ("W_UK_T", "W_UV")
@@ -31,16 +27,35 @@ ALWAYS_FLOAT32 = "e_score_correction_bias"
 """The one tensor that stays fp32 in a bf16 engine: it decides between near-ties."""
 
 
-def public_weights(source: Policy | PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that an engine draws with, by public name: MTP modules and tied heads left out."""
-    if isinstance(source, Transformer):
-        yield from trunk_weights(source)
-        return
-    network = source.network if isinstance(source, DensePolicy) else source
-    embedding = network.get_input_embeddings().weight
-    for name, tensor in network.state_dict(keep_vars=True).items():
-        if not (name.startswith("lm_head.") and tensor is embedding):
-            yield name, tensor.detach()
+class InPlaceEngine(RolloutEngine):
+    """What engines share that generate from a policy's own tensors: an update of those is all they need."""
+
+    policy: Policy
+    version: int = 0
+    """Of the weights."""
+
+    def load_weights(self, source: Policy, version: int) -> None:
+        """Generate from `source` from now on, in place; nothing is copied."""
+        self.policy, self.version = source, version
+
+    @torch.no_grad()
+    def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copy tensors by public name into the policy; those that fit its names and shapes."""
+        own = dict(self.policy.public_weights())
+        for name, tensor in weights:
+            own[name].copy_(tensor)
+        self.version = version
+
+    def live_weights(self) -> int:
+        """Fingerprint of the policy's weights."""
+        return fingerprint(tensor for _, tensor in self.policy.public_weights())
+
+    def drain(self) -> dict[str, float]:
+        """See `RolloutEngine.drain`."""
+        return {}
+
+    def close(self) -> None:
+        """Nothing to free: a cache lives as long as its request."""
 
 
 def in_dtype(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -57,7 +72,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
         bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
         for part in bits.split(CHUNK):
             total += int(_hash(part.to(torch.int64)).sum())
-    return total % WORD
+    return total % MODULUS
 
 
 def _hash(x: Tensor) -> Tensor:
@@ -68,15 +83,15 @@ def _hash(x: Tensor) -> Tensor:
 
 
 def live_fingerprint(network: nn.Module) -> int:
-    """Fingerprint of a vLLM model: its tensors' sum, packed matrices as they were before.
+    """Fingerprint of a vLLM model: the sum over its tensors, packed matrices as they were before packing.
 
-    Latent attention decodes with two parts cut from `kv_b_proj`, which itself serves the prefill: the
-    parts' sum must be the whole's, and where it is not the result is no policy's.
+    Latent attention decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill. If
+    the parts do not add up to it, the result matches no policy.
 
     Args:
-        network: modules whose matrix a GEMM library keeps to itself carry its fingerprint as `r1_packed`.
+        network: modules whose matrix is packed for a GEMM library have its fingerprint as `r1_packed`.
     """
-    total, whole, parts, seen = 0, 0, 0, set()
+    total, complete, parts, seen = 0, 0, 0, set()
     for path, module in network.named_modules():
         packed: int | None = getattr(module, "r1_packed", None)
         for name, parameter in module.named_parameters(recurse=False):
@@ -88,20 +103,20 @@ def live_fingerprint(network: nn.Module) -> int:
                 parts += found
                 continue
             total += found
-            whole += found if path.endswith("kv_b_proj") else 0
-    return (total + 3 * (parts - whole if parts else 0)) % WORD
+            complete += found if path.endswith("kv_b_proj") else 0
+    return (total + 3 * (parts - complete if parts else 0)) % MODULUS
 
 
-def shapes(source: Any) -> dict[str, tuple[int, ...]]:
+def shapes(source: Policy) -> dict[str, tuple[int, ...]]:
     """Public name -> shape."""
-    return {name: tuple(tensor.shape) for name, tensor in public_weights(source)}
+    return {name: tuple(tensor.shape) for name, tensor in source.public_weights()}
 
 
 def check_shapes(found: dict[str, tuple[int, ...]], known: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Refuse weights that are not of the model that an engine opened.
+    """Refuse weights `found` where an engine opened a model of shapes `known`.
 
     Raises:
-        ValueError: with the first name whose shape differs, or that only one of them has.
+        ValueError: with the first name whose shape differs, or that is in one of them alone.
     """
     for name in sorted(found.keys() | known.keys()):
         if found.get(name) != known.get(name):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from model.config import TINY, ModelConfig
+from model import TINY, ModelConfig
 from model.transformer import Transformer
 from pipeline.train.policy import save_policy
 from rollout.types import Problem, Prompt

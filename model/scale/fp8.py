@@ -121,7 +121,7 @@ class _Kept:
 
 
 class Fp8Linear(nn.Linear):
-    """A linear layer whose products are in FP8; weight and bias stay what they were."""
+    """A linear layer whose products are in FP8; weight and bias are shared with it."""
 
     def __init__(self, of: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -152,7 +152,7 @@ class Fp8Experts(Experts):
         return False
 
     def alignment(self, u: Tensor) -> int:
-        """No filling rows: the products take any number."""
+        """No padding rows: the products take any number."""
         return 1
 
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ def supported(device: torch.device) -> bool:
 
 
 def convert(net: nn.Module) -> int:
-    """Swap the linear layers and experts of `net` for FP8 ones, in place; how many there were.
+    """Swap the linear layers and experts of `net` for FP8 ones, in place; return their number.
 
     Every linear layer but those named in `KEPT`: of a `Transformer`, and of a transformers network alike.
     Parameters are shared, not copied. Converting twice changes nothing.

@@ -47,7 +47,7 @@ def run(config: PretrainSettings, run_dir: RunDir) -> None:
     import dataclasses
     import itertools
 
-    from model.config import TINY
+    from model import TINY
     from model.transformer import Transformer
     from pipeline.data.traces import corpus
     from pipeline.train.learner import Learner

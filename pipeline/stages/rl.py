@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 
+from model.policy import Policy
 from pipeline.data.problems import order, problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.grpo import GrpoSettings
 from pipeline.stages.grpo import mean
 from pipeline.train.advantages import group_advantages
-from pipeline.train.learner import Learner, Policy, PolicyObjective, score
+from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.pack import Example, pack, rollout_weights
 from pipeline.train.policy import load_policy, set_up
 from rewards.length import soft_overlong
 from rewards.reward import RewardWeights, Scorer
-from rollout.collect import Collector, Plan, Round, draw
+from rollout.collect import Collector, Plan, Round, sample_groups
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import engine_for
 from rollout.text.tokenizer import completion_text, make_prompt
@@ -93,11 +94,11 @@ class Trainer:
             self.reference = frozen(self.policy)
         metrics |= rollout_metrics(graded, advantages, config.group_size)
         metrics |= done.engine
-        metrics["time/tokens_per_s"] = done.tokens / done.draw_s
-        metrics["time/rollout_s"], metrics["time/reward_s"] = done.draw_s, done.grade_s
+        metrics["time/tokens_per_s"] = done.tokens / done.sample_s
+        metrics["time/rollout_s"], metrics["time/reward_s"] = done.sample_s, done.grade_s
         metrics["time/train_s"] = time.monotonic() - trained
         if config.dynamic_sampling:
-            metrics["rollout/groups_drawn"] = done.drawn
+            metrics["rollout/groups_drawn"] = done.sampled
         if config.overlap:
             metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": waited}
         if not self.in_place:
@@ -202,7 +203,7 @@ class Trainer:
         self.sync()
         prompts = [make_prompt(self.tokenizer, p, self.config.template) for p in self.heldout_problems]
         sampling = SamplingParams(max_tokens=self.config.max_tokens, temperature=0.0)
-        graded = self.grade(draw(self.engine, prompts, sampling))
+        graded = self.grade(sample_groups(self.engine, prompts, sampling))
         return {
             "heldout/pass@1": mean([float(g.verdict == "correct") for g in graded]),
             "heldout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),

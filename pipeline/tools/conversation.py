@@ -32,7 +32,7 @@ class Conversation:
         Raises:
             UserError: no such model, or one that cannot be talked to.
         """
-        from rollout.open import context_and_vocabulary
+        from rollout.checkpoint import context_and_vocabulary
 
         self.engine, self.tokenizer = open_speaker(config)
         self.lock = threading.Lock()

@@ -84,7 +84,7 @@ def evaluate(config: EvaluateSettings, model_hash: str | None = None) -> dict[st
 
 def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Draw and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
-    from rollout.open import context_of
+    from rollout.checkpoint import context_of
 
     engine, tokenizer = opened(config)
     try:

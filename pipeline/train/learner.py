@@ -1,8 +1,7 @@
 """One learner for pretraining, SFT and RL: packed rows in, one optimizer update out.
 
-It takes any policy with the packed interface of `model.Transformer`: `hidden(token_ids, positions,
-sequence_ids)` and `lm_head`. The native model adds multi-token prediction, router balancing and the
-balance loss (DeepSeek-V3, arXiv:2412.19437, Sec. 2.1.2 and 2.2); a dense policy has none of them.
+It takes any `model.Policy`. Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, Sec. 2.2) and the router's
+bias (Sec. 2.1.2) are the policy's own: empty where it has none.
 """
 
 from __future__ import annotations
@@ -14,15 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.dense import DensePolicy
-from model.transformer import Transformer
+from model.policy import Policy
 from pipeline.settings.common import OptimSettings
 from pipeline.train import heap
 from pipeline.train.losses import k3, policy_loss, token_logprobs
 from pipeline.train.pack import Batch
 from pipeline.train.precision import Masters, Own, load_optimizer_state, optimizer, optimizer_state
 
-Policy = Transformer | DensePolicy
 MAX_SKIPPED = 5
 """Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
 
@@ -78,8 +75,7 @@ class Learner:
         self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
         self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
         self.mtp_late_from = mtp_late_from
-        if isinstance(policy, Transformer):
-            policy.recompute = optim.recompute
+        policy.recompute = optim.recompute
         if next(policy.parameters()).device.type == "cpu":
             heap.keep_freed()
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
@@ -129,10 +125,10 @@ class Learner:
             targets, weights = part.token_ids[:, 1:][mask], part.weights[:, 1:][mask]
             logprobs, entropy = token_logprobs(hidden, self.policy.lm_head, targets, objective.temperature)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[i]
-            drawn = part.rollout_logprobs[:, 1:][mask]
+            sampled = part.rollout_logprobs[:, 1:][mask]
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
-            # The engine drew the tokens, the trainer differentiates: where they differ, the ratio corrects.
-            correction = (old - drawn).exp().clamp(max=objective.tis_cap)
+            # The ratio corrects where the engine sampled with other probabilities than the trainer's.
+            correction = (old - sampled).exp().clamp(max=objective.tis_cap)
             loss, metrics = policy_loss(
                 logprobs,
                 old,
@@ -146,8 +142,8 @@ class Learner:
             loss.backward()
             scored = mask.sum()
             add(sums, metrics | {"loss/policy": loss.detach(), "policy/entropy": entropy.sum()})
-            add(sums, {"policy/mismatch_kl": k3(drawn, old).sum(), "scored": scored})
-            worst = (drawn - old).abs().max() if scored else torch.zeros(())
+            add(sums, {"policy/mismatch_kl": k3(sampled, old).sum(), "scored": scored})
+            worst = (sampled - old).abs().max() if scored else torch.zeros(())
             sums["policy/mismatch_max"] = torch.maximum(sums.get("policy/mismatch_max", worst), worst)
         scored = sums.pop("scored")
         for key in ("policy/entropy", "policy/mismatch_kl"):
@@ -156,12 +152,12 @@ class Learner:
 
     def _states(self, part: Batch) -> tuple[Tensor, list[Tensor]]:
         """Hidden states, and those of the MTP modules when they are trained."""
-        if self.mtp_coef and isinstance(self.policy, Transformer):
+        if self.mtp_coef:
             return self.policy.hidden_and_mtp(part.token_ids, part.positions, part.sequence_ids)
         return self.policy.hidden(part.token_ids, part.positions, part.sequence_ids), []
 
     def _cross_entropy(self, hidden: Tensor, part: Batch, ahead: int) -> Tensor:
-        """Weighted cross-entropy of the token `ahead` places on, within the same sequence."""
+        """Weighted cross-entropy of the token `ahead` positions later, within the same sequence."""
         weights = part.weights[:, ahead:] * (part.sequence_ids[:, ahead:] == part.sequence_ids[:, :-ahead])
         mask = weights != 0
         states, targets = hidden[:, :-ahead][mask], part.token_ids[:, ahead:][mask]
@@ -171,7 +167,7 @@ class Learner:
     # ---- the update
 
     def _step(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Clip, step, balance the routers. An update that is not finite is skipped, counted and not applied.
+        """Clip, step, `Policy.after_update`. An update that is not finite is counted and not applied.
 
         Raises:
             FloatingPointError: `MAX_SKIPPED` updates in a row were not finite.
@@ -197,16 +193,14 @@ class Learner:
                     f"lower optim.lr (now {self.optim.lr}) and resume from the last checkpoint"
                 )
         self.weights.clear()
-        if isinstance(self.policy, Transformer):
-            metrics |= load_metrics(self.policy.router_load().float())
-            self.policy.update_router_bias(self.optim.router_bias_gamma)
+        metrics |= self.policy.after_update(self.optim.router_bias_gamma)
         self.updates += 1
         return metrics | {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped": self.skipped}
 
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on."""
+        """Everything that the next update depends on."""
         return {
             "policy": self.policy.state_dict(),
             "adamw": optimizer_state(self.adamw, self.weights),
@@ -215,25 +209,11 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s state, to the same bits."""
+        """Continue from a `state_dict`, to the same bits."""
         self.policy.load_state_dict(state["policy"])
         self.weights.load_state_dict(state)
         load_optimizer_state(self.adamw, self.weights, state["adamw"])
         self.updates, self.skipped, self.skipped_in_a_row = state["counts"]
-
-
-def load_metrics(load: Tensor) -> dict[str, float]:
-    """Max violation (arXiv:2408.15664, Eq. 4) of each layer and of the worst; `load` (layers, experts)."""
-    trained = load.sum(-1) > 0  # RL leaves the MTP modules out
-    if not trained.any():
-        return {"router/max_violation": 0.0}
-    layers = trained.nonzero().squeeze(1).tolist()
-    violation = (load[layers].amax(-1) / load[layers].mean(-1) - 1).tolist()
-    return {
-        "router/max_violation": max(violation),
-        **{f"router/max_violation/{n}": value for n, value in zip(layers, violation, strict=True)},
-        "router/idle": float((load[layers] == 0).float().mean()),
-    }
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -99,7 +99,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 p = _scaled_logits(hidden[part], weight, ctx.temperature).softmax(1)
             scale = (d[part] / ctx.temperature)[:, None]
             gradient = p.mul_(-scale).scatter_add_(1, targets[part, None], scale).to(weight.dtype)
-            d_hidden[part] = linear.multiply(gradient, weight.T)
+            d_hidden[part] = linear.times_transposed(gradient, weight.T)
             if d_weight is not None:
                 if d_weight.dtype == gradient.dtype:
                     d_weight.addmm_(gradient.T, hidden[part])
@@ -110,7 +110,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     """Logits (n v) in at least fp32, divided by the temperature."""
-    logits = linear.multiply(hidden, weight)
+    logits = linear.times_transposed(hidden, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits if temperature == 1 else logits.div_(temperature)
 

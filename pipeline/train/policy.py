@@ -10,11 +10,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-import model
-from model.dense import DensePolicy, load_dense, save_dense
-from model.transformer import Transformer
+from model.policy import Policy
 from pipeline.errors import UserError
-from pipeline.train.learner import Policy
+from rollout import local
 from rollout.text.tokenizer import load_tokenizer
 
 
@@ -29,15 +27,13 @@ def set_up(seed: int, threads: int) -> None:
 
 
 def load_policy(path: Path) -> tuple[Policy, PreTrainedTokenizerFast]:
-    """The model at `path`, native or dense by its config.json, in training mode, with its tokenizer.
+    """The model at `path`, in training mode, with its tokenizer.
 
     Raises:
         UserError: no readable checkpoint there.
     """
     try:
-        kind = json.loads((path / "config.json").read_text()).get("model_type")
-        policy: Policy = model.load(path) if kind == "deepseek_v3" else load_dense(path, torch.float32)
-        return policy.train(), load_tokenizer(path)
+        return local.load_policy(path).train(), load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model at {path}: {error}") from error
 
@@ -46,11 +42,7 @@ def save_policy(
     policy: Policy, tokenizer: PreTrainedTokenizerFast, path: Path, template: str, story: str
 ) -> None:
     """A directory that transformers loads: weights, tokenizer, the template it was trained with, a card."""
-    if isinstance(policy, Transformer):
-        model.save(policy, path)
-    else:
-        assert isinstance(policy, DensePolicy)
-        save_dense(policy, path)
+    policy.save(path)
     tokenizer.save_pretrained(path)
     (path / "pipeline.json").write_text(json.dumps({"template": template}) + "\n")
     (path / "README.md").write_text(

@@ -1,9 +1,8 @@
 """In-process engine for any transformers causal language model.
 
-Prompts are left-padded into waves of similar length and prefilled once for all their samples. Decode
-loop, sampling and stopping are the native engine's (`rollout.dense.decoding`), so seeds, tokens and
-log-probabilities mean the same. (transformers' own continuous batching takes 3 to 5 times as long on a CPU,
-docs/LOG.md.)
+Prompts are left-padded into waves of similar length and prefilled once for all their samples. Sampling,
+stopping and seeds are those of the native engine, so tokens and log-probabilities mean the same.
+(transformers' own continuous batching takes 3 to 5 times as long on a CPU, docs/LOG.md.)
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
 from model.dense import DensePolicy
-from rollout.dense.decoding import generate
+from rollout.dense.waves import generate_waves
 from rollout.stopping import Stopper, check_prompts
 from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.weights import InPlaceEngine
 
 
 class DenseDecoder:
-    """`rollout.dense.decoding.Decoder` over a transformers model and its KV cache."""
+    """`WaveDecoder` over a transformers model and its KV cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -30,7 +30,7 @@ class DenseDecoder:
         """Prefill left-padded prompts (p), expand cache and logits to rows (r)."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
-        # Any id will do as padding: the mask hides it.
+        # The mask hides padding, so its id does not matter.
         padded = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
         device = slots.device
         ids, pads = torch.tensor(padded, device=device), torch.tensor(padding, device=device)
@@ -59,7 +59,7 @@ class DenseDecoder:
             self.pads, self.mask = self.pads[rows], self.mask[rows]
 
     def _forward(self, ids: Tensor) -> Tensor:
-        """Append `ids` (r q), the last of `self.length` columns, and give the last one's logits (r v)."""
+        """Append `ids` (r q), the last of `self.length` columns, and return the last one's logits (r v)."""
         padded = {}
         if self.pads is not None and self.mask is not None:
             columns = torch.arange(self.length - ids.shape[1], self.length, device=ids.device)
@@ -81,12 +81,14 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     return int(2 * config.num_hidden_layers * kv_heads * size * model.dtype.itemsize)
 
 
-class DenseEngine:
+class DenseEngine(InPlaceEngine):
     """`RolloutEngine` for a transformers causal language model."""
+
+    policy: DensePolicy
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        policy: DensePolicy,
         *,
         max_batch: int = 256,
         cache_bytes: int = 4 << 30,
@@ -95,17 +97,16 @@ class DenseEngine:
     ) -> None:
         """
         Args:
-            model: drawn from in place.
-            max_batch: rows that decode together.
-            cache_bytes: most memory for keys and values, as far as a single row does not need more.
-            eos_token_id: ends a completion; `None` = the model's generation config's, which may list several.
+            policy: generated from in place.
+            max_batch: rows that decode together, at most.
+            cache_bytes: largest memory for keys and values, unless a single row needs more.
+            eos_token_id: ends a completion; `None` = that of the generation config, which may list several.
             tokenizer: reads stop strings; not needed without them.
         """
-        self.model, self.version = model, 0
+        self.policy = policy
         self.max_batch, self.cache_bytes, self.tokenizer = max_batch, cache_bytes, tokenizer
-        config, generation = model.config.get_text_config(), model.generation_config
-        self.vocab_size, self.max_positions = config.vocab_size, config.max_position_embeddings
-        known = (eos_token_id, generation.eos_token_id if generation else None, config.eos_token_id)
+        generation = policy.network.generation_config
+        known = (eos_token_id, generation.eos_token_id if generation else None, policy.config.eos_token_id)
         self.eos_token_id: int | Sequence[int] | None = next((eos for eos in known if eos is not None), None)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
@@ -116,28 +117,17 @@ class DenseEngine:
                 strings meet a model without tokenizer.
             FloatingPointError: when the model's logits are not finite.
         """
-        check_prompts(prompts, self.max_positions, self.vocab_size)
-        return generate(
-            self.model,
-            lambda: DenseDecoder(self.model),
+        network, config = self.policy.network, self.policy.config
+        check_prompts(prompts, config.max_position_embeddings, config.vocab_size)
+        return generate_waves(
+            self.policy,
+            lambda: DenseDecoder(network),
             list(prompts),
             sampling,
             stopper=Stopper(sampling, self.eos_token_id, self.tokenizer),
-            max_positions=self.max_positions,
+            max_positions=config.max_position_embeddings,
             max_batch=self.max_batch,
-            max_cache_tokens=self.cache_bytes // bytes_per_token(self.model),
-            device=self.model.device,
+            max_cache_tokens=self.cache_bytes // bytes_per_token(network),
+            device=network.device,
             version=self.version,
         )
-
-    def load_weights(self, source: PreTrainedModel | DensePolicy, version: int) -> None:
-        """Draw from `source` from now on: a module, in place; nothing is copied."""
-        self.model = source.network if isinstance(source, DensePolicy) else source
-        self.version = version
-
-    def drain(self) -> dict[str, float]:
-        """Nothing to say."""
-        return {}
-
-    def close(self) -> None:
-        """Nothing to free: caches live as long as their wave."""

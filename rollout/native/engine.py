@@ -1,13 +1,13 @@
 """In-process engine for the native model: RL's hot loop.
 
-It draws from the trainer's own weights in place, so an update costs nothing and the engine is never stale.
+It generates from the trainer's own weights in place: an update costs nothing, and the engine is never stale.
 Rows of any age decode together (continuous batching, `rollout.native.schedule`) over pages of latents
 (`model.cache`).
 
-Speculation: the model's MTP module guesses the token after the next, and the trunk reads both at once. A
-guess is kept where it is the very token that would have been drawn there: each token is drawn from the
-trunk's distribution with the uniform that belongs to its place, guess or no guess. So speculation changes
-the cost and not one token, where rejection sampling (arXiv:2302.01318) would keep the distribution only.
+Speculation: the model's MTP module guesses the token after the next, and the trunk reads both at once. Each
+token is sampled from the trunk's distribution with the uniform that belongs to its position, guess or no
+guess, and a guess is kept if it equals that token. So speculation changes the cost and not one token, where
+rejection sampling (arXiv:2302.01318) would keep the distribution only.
 
 Axes    b rows of a step, s new tokens of each (2 with a guess, else 1), d width, v vocabulary
 """
@@ -15,7 +15,6 @@ Axes    b rows of a step, s new tokens of each (2 with a guess, else 1), d width
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,42 +24,24 @@ from torch import Tensor
 from model.cache import LatentCache, bytes_per_page
 from model.transformer import Transformer
 from rollout.native.graphs import DecodeGraphs, capturable
-from rollout.native.schedule import Draft, Schedule, most_tokens, pages_of
+from rollout.native.schedule import Draft, Schedule, Stats, pages_of
 from rollout.sampling import refuse_nonfinite, sample
-from rollout.stopping import Stopper, check_prompts
+from rollout.stopping import Stopper, check_prompts, most_tokens
 from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.weights import InPlaceEngine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-@dataclass(slots=True)
-class Stats:
-    """What an engine has done since it was opened, or drained."""
-
-    prefilled: int = 0
-    """Tokens read: prompts once a group, and what rows that gave way had to read again."""
-    steps: int = 0
-    tokens: int = 0
-    """Drawn."""
-    preemptions: int = 0
-    guesses: int = 0
-    """Speculation: tokens that the MTP module guessed."""
-    accepted: int = 0
-    """Those that were right."""
-    peak_cache_bytes: int = 0
-
-    def acceptance(self) -> float:
-        """Share of guesses that were right."""
-        return self.accepted / max(1, self.guesses)
-
-
-class NativeEngine:
+class NativeEngine(InPlaceEngine):
     """`RolloutEngine` for the native `Transformer`."""
+
+    policy: Transformer
 
     def __init__(
         self,
-        net: Transformer,
+        policy: Transformer,
         *,
         max_batch: int = 512,
         cache_bytes: int = 4 << 30,
@@ -73,12 +54,12 @@ class NativeEngine:
     ) -> None:
         """
         Args:
-            net: drawn from in place: whatever its weights are when a request starts.
-            max_batch: rows that decode together.
-            cache_bytes: most memory for latents. Rows that it has no room for wait.
-            prefill_tokens: prompt tokens that are read at once.
-            speculate: guess a token ahead with the first MTP module.
-            record_routes: keep every token's experts, for replay in training.
+            policy: generated from in place, with its weights at the start of a request.
+            max_batch: rows that decode together, at most.
+            cache_bytes: largest memory for latents. Rows that do not fit wait.
+            prefill_tokens: prompt tokens of one prefill, unless a single prompt is longer.
+            speculate: guess one token ahead with the first MTP module.
+            record_routes: record every token's experts, for replay in training.
             cuda_graphs: launch a decode step's kernels as one graph where `capturable` allows: bf16 on Hopper
                 and Blackwell. Cache and graphs are then kept from request to request.
             eos_token_id: ends a completion; `None` = the model config's.
@@ -87,15 +68,15 @@ class NativeEngine:
         Raises:
             ValueError: speculation with a model that has no MTP module.
         """
-        if speculate and not len(net.mtp):
+        if speculate and not len(policy.mtp):
             raise ValueError(
                 "speculate needs a model with an MTP module (num_nextn_predict_layers >= 1), and this one "
                 "has none; switch speculation off."
             )
-        self.net, self.version, self.tokenizer = net, 0, tokenizer
+        self.policy, self.tokenizer = policy, tokenizer
         self.max_batch, self.cache_bytes, self.prefill_tokens = max_batch, cache_bytes, prefill_tokens
         self.speculate, self.record_routes = speculate, record_routes
-        self.eos_token_id = net.config.eos_token_id if eos_token_id is None else eos_token_id
+        self.eos_token_id = policy.config.eos_token_id if eos_token_id is None else eos_token_id
         self.stats = Stats()
         self.graphs: DecodeGraphs | None = None
         self.cuda_graphs = cuda_graphs
@@ -108,18 +89,17 @@ class NativeEngine:
                 cannot hold the longest rollout, or when stop strings meet a model without tokenizer.
             FloatingPointError: when the model's logits are not finite.
         """
-        config = self.net.config
+        config = self.policy.config
         check_prompts(prompts, config.max_position_embeddings, config.vocab_size)
         stopper = Stopper(sampling, self.eos_token_id, self.tokenizer)
         pages = self._pages(prompts, sampling)
         return self._generate(list(prompts), sampling, stopper, pages)
 
     def _pages(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> int:
-        """Pages of a request: as many as it can use, and as the memory allows."""
-        most = self.net.config.max_position_embeddings
+        """Pages of a request: as many as its rows can use, within the memory."""
+        most = self.policy.config.max_position_embeddings
         longest = [pages_of(len(p.token_ids) + most_tokens(p, sampling, most)) for p in prompts]
-        weight = self.net.norm.weight
-        size = bytes_per_page(self.net.config, weight.element_size(), self.speculate, self.record_routes)
+        size = self.page_bytes()
         room = self.cache_bytes // size
         if prompts and max(longest) > room:
             worst = longest.index(max(longest))
@@ -130,11 +110,16 @@ class NativeEngine:
         rows = min(self.max_batch, len(prompts) * sampling.n) + 1
         return min(room, rows * max(longest, default=0))
 
+    def page_bytes(self) -> int:
+        """Memory of a page of the cache, as this engine fills it."""
+        size = self.policy.norm.weight.element_size()
+        return bytes_per_page(self.policy.config, size, self.speculate, self.record_routes)
+
     def _generate(
         self, prompts: list[Prompt], sampling: SamplingParams, stopper: Stopper, pages: int
     ) -> Iterator[Rollout]:
         if prompts:
-            # One request, one version: what is loaded meanwhile counts from the next on.
+            # One request, one version: weights loaded meanwhile count from the next request on.
             run = _Run(self, prompts, sampling, stopper, pages)
             while run.schedule.busy():
                 # Not inference_mode: a table that a model fills on first use must serve training too.
@@ -142,31 +127,28 @@ class NativeEngine:
                     ended = run.advance()
                 yield from ended
 
-    def load_weights(self, source: Transformer, version: int) -> None:
-        """Draw from `source` from now on: a module, in place; nothing is copied."""
-        self.net, self.version = source, version
-
     def drain(self) -> dict[str, float]:
-        """Speculation's hits, and rows that gave way for want of memory, where there were any."""
+        """Share of right guesses, and preempted rows, since the last call; empty where there were none."""
         stats, self.stats = self.stats, Stats()
         out = {"rollout/acceptance": stats.acceptance()} if stats.guesses else {}
         return out | ({"rollout/preemptions": float(stats.preemptions)} if stats.preemptions else {})
 
     def close(self) -> None:
-        """Free what graphs hold; else a cache lives as long as its request."""
+        """Free the graphs and their cache."""
         self.graphs = None
 
     def open_cache(self, rows: int, max_tokens: int, pages: int) -> LatentCache:
         """An empty cache; on a GPU with graphs the last request's, where it fits."""
-        if self.graphs is not None and self.graphs.net is self.net:
+        if self.graphs is not None and self.graphs.net is self.policy:
             kept = self.graphs.cache
             if (len(kept.lengths), kept.max_tokens, len(kept.shares)) == (rows, max_tokens, pages + 1):
                 kept.clear()
                 return kept
-        cache = self.net.new_cache(
+        cache = self.policy.new_cache(
             rows, max_tokens, pages=pages, record_routes=self.record_routes, drafts=self.speculate
         )
-        self.graphs = DecodeGraphs(self.net, cache) if self.cuda_graphs and capturable(self.net) else None
+        graphs = self.cuda_graphs and capturable(self.policy)
+        self.graphs = DecodeGraphs(self.policy, cache) if graphs else None
         return cache
 
 
@@ -181,25 +163,29 @@ class _Run:
         stopper: Stopper,
         pages: int,
     ) -> None:
-        self.net, self.version, self.stats = engine.net, engine.version, engine.stats
+        self.net, self.version, self.stats = engine.policy, engine.version, engine.stats
         self.speculate, self.record_routes = engine.speculate, engine.record_routes
         self.sampling, self.stopper = sampling, stopper
-        self.device = engine.net.norm.weight.device
-        most = engine.net.config.max_position_embeddings
+        self.device = self.net.norm.weight.device
+        most = self.net.config.max_position_embeddings
         rows = min(engine.max_batch, len(prompts) * sampling.n)
         longest = max(len(p.token_ids) + most_tokens(p, sampling, most) for p in prompts)
         self.cache = engine.open_cache(rows + 1, longest, pages)
         self.graphs = engine.graphs
         self.schedule = Schedule(
-            self.cache, prompts, sampling, most, rows, engine.prefill_tokens, own=int(self.speculate)
+            self.cache,
+            prompts,
+            sampling,
+            most,
+            rows,
+            engine.prefill_tokens,
+            self.stats,
+            own=int(self.speculate),
         )
-        weight = self.net.norm.weight
-        self.page_bytes = bytes_per_page(
-            self.net.config, weight.element_size(), self.speculate, self.record_routes
-        )
+        self.page_bytes = engine.page_bytes()
 
     def advance(self) -> list[Rollout]:
-        """Begin what there is room for, draw a token or two for every row, and take out what has ended."""
+        """Begin rows that fit, sample one or two tokens for every row, and take out those that have ended."""
         self._admit()
         ended = self._take_out()
         if self.schedule.running:
@@ -225,7 +211,7 @@ class _Run:
                 return
             drafts = [draft for _, draft in started]
             states = torch.stack([group.state for group, _ in started if group.state is not None])
-            self._draw(self.net.lm_head(states), drafts)
+            self._sample(self.net.lm_head(states), drafts)
             self._guess_first(states, drafts)
             schedule.run(drafts)
 
@@ -235,7 +221,7 @@ class _Run:
 
     def _step(self) -> None:
         schedule, cache = self.schedule, self.cache
-        # A guess needs a place of its own, which the last place of the longest row does not leave.
+        # A guess needs a slot of its own; a row with one slot left has none.
         fits = self.speculate and int(cache.lengths[schedule.live()].max()) + 2 <= cache.max_tokens
         width = 2 if fits else 1
         schedule.make_room(width)
@@ -245,7 +231,7 @@ class _Run:
         # b s d
         states = self.graphs.decode(tokens, step) if self.graphs else self.net.decode(tokens, cache, step)
         logits = self.net.lm_head(states)  # b s v
-        self._draw(logits[:, 0], drafts)
+        self._sample(logits[:, 0], drafts)
         self.stats.steps += 1
         if not self.speculate:
             return
@@ -257,15 +243,15 @@ class _Run:
             self.stats.accepted += len(right)
             kept[right] = 1
             if right:
-                self._draw(logits[right, 1], [drafts[i] for i in right])
+                self._sample(logits[right, 1], [drafts[i] for i in right])
             cache.lengths[live] -= 1 - kept
-        # What follows each place; after a wrong guess nothing does, and its place is written anew.
+        # The token after each slot; after a wrong guess there is none, and its slot is overwritten.
         following = [[*draft.tokens[-1 - n :], 0][:width] for draft, n in zip(drafts, kept, strict=True)]
         guessed = self.net.draft(states, self._tensor(following), cache, step)
         self._guess(guessed[torch.arange(len(drafts)), torch.from_numpy(kept)], drafts)
 
     def _guess_first(self, states: Tensor, drafts: list[Draft]) -> None:
-        """Guess on from prompts just read, `states` (b d): the last place had to wait for its token."""
+        """Guess after a prefill with last `states` (b d), whose next token the module needs."""
         if self.speculate:
             rows = np.array([draft.row for draft in drafts], dtype=np.int64)
             step = self.cache.step(rows, self.cache.lengths[rows] - 1, 1)
@@ -273,25 +259,25 @@ class _Run:
             self._guess(self.net.draft(states[:, None], following, self.cache, step)[:, 0], drafts)
 
     def _guess(self, states: Tensor, drafts: list[Draft]) -> None:
-        """The module's word, from its `states` (b d), on each row's next token: drawn as that will be."""
+        """The MTP module's guess for each row's next token, sampled with the uniform that token will use.
+
+        `states` are the module's (b d).
+        """
         logits = self.net.lm_head(states)
         self._refuse_nonfinite(logits, drafts)
         guesses, _ = sample(logits, self._uniforms(drafts), self.sampling)
         for draft, guess in zip(drafts, guesses.tolist(), strict=True):
             draft.guess = guess
 
-    def _draw(self, logits: Tensor, drafts: list[Draft]) -> None:
-        """The next token of every row, from `logits` (b v)."""
+    def _sample(self, logits: Tensor, drafts: list[Draft]) -> None:
+        """Append the next token of every row, from `logits` (b v)."""
         self._refuse_nonfinite(logits, drafts)
         if self.stopper.min_tokens:
             early = [i for i, draft in enumerate(drafts) if len(draft.tokens) < self.stopper.min_tokens]
             logits = self.stopper.ban(logits, self._tensor(early))
         tokens, logprobs = sample(logits, self._uniforms(drafts), self.sampling)
         for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
-            draft.tokens.append(token)
-            draft.logprobs.append(logprob)
-            draft.stopped = self.stopper.ends(draft.tokens)
-            draft.ended = draft.stopped or len(draft.tokens) == draft.limit
+            draft.append(token, logprob, self.stopper)
         self.stats.tokens += len(drafts)
 
     def _refuse_nonfinite(self, logits: Tensor, drafts: list[Draft]) -> None:
@@ -308,29 +294,11 @@ class _Run:
         return torch.tensor(values, dtype=torch.long, device=self.device)
 
     def _take_out(self) -> list[Rollout]:
-        cache, stats, schedule = self.cache, self.stats, self.schedule
+        """The rollouts that have ended; their rows are free."""
+        cache, stats = self.cache, self.stats
         used = (len(cache.shares) - 1 - len(cache.free)) * self.page_bytes
         stats.peak_cache_bytes = max(stats.peak_cache_bytes, used)
-        stats.preemptions, schedule.preemptions = stats.preemptions + schedule.preemptions, 0
-        return [
-            Rollout(
-                prompt=draft.prompt,
-                index=draft.index,
-                sample=draft.sample,
-                token_ids=tuple(draft.tokens),
-                logprobs=tuple(draft.logprobs),
-                finish_reason="stop" if draft.stopped else "length",
-                policy_version=self.version,
-                routed_experts=routes,
-            )
-            for draft, routes in self._retire()
-        ]
-
-    def _retire(self) -> list[tuple[Draft, Tensor | None]]:
-        """The rows that have ended, with their experts where those are kept."""
         ended = [draft for draft in self.schedule.running if draft.ended]
-        routes: list[Tensor | None] = [None] * len(ended)
-        if self.record_routes:
-            routes = [self.cache.routed_experts(draft.row).cpu() for draft in ended]
-        self.schedule.retire()
-        return list(zip(ended, routes, strict=True))
+        routes = [cache.routed_experts(draft.row).cpu() if self.record_routes else None for draft in ended]
+        self.schedule.retire(ended)
+        return [draft.rollout(self.version, seen) for draft, seen in zip(ended, routes, strict=True)]

@@ -1,8 +1,8 @@
 """Decode steps from CUDA graphs: all kernels of a step launched at once, where launching takes the time.
 
-A graph has fixed shapes, so rows and pages are rounded up to powers of two; rows that are too many write to
-page 0, which is nobody's, and what they compute is not read. A graph reads weights and cache where they were
-when it was captured: updates in place are seen, a new cache or network needs new graphs.
+A graph has fixed shapes, so rows and pages are rounded up to powers of two; padding rows write to page 0, the
+padding page, and their results are not read. A graph reads weights and cache at the addresses of its capture:
+it sees updates in place, and a new cache or network needs new graphs.
 
 Axes    b rows of a step, s new tokens of each; R and n, rows and pages a row of a graph; d width
 """
@@ -20,12 +20,12 @@ from model.scale.fp8 import Fp8Experts
 from model.transformer import Transformer
 
 WARMUPS = 2
-"""Runs before a capture, in which libraries allocate what must not be allocated during it."""
+"""Runs before a capture, in which libraries allocate memory that a capture does not allow."""
 
 
 @dataclass(slots=True)
 class Static:
-    """A step's inputs at fixed addresses, what replays it, and where the states come out."""
+    """A step's inputs at fixed addresses, and the replay that returns its states."""
 
     tokens: Tensor  # R s
     step: DecodeStep
@@ -98,7 +98,7 @@ class DecodeGraphs:
 
 
 def fill(static: Static, token_ids: Tensor, step: DecodeStep, group: Group) -> None:
-    """Put a step into the inputs of a graph; rows and pages beyond it are nobody's."""
+    """Copy a step to the inputs of a graph; further rows and pages are padding."""
     b, (fixed,) = len(token_ids), static.step.groups
     for to, values in (
         (static.tokens, token_ids),

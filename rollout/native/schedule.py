@@ -1,9 +1,9 @@
-"""Who is drawn next, and with whose memory: continuous batching over the pages of a latent cache.
+"""Which rows run next, and with which pages: continuous batching over the pages of a latent cache.
 
 A prompt's samples share one prefill: the prompt is read into a row of the cache, samples begin as copies of
 that row, the last of them takes the row itself. A row that ends makes room for the next sample at once.
-Where pages run out, the row that began last gives its own back and waits; later its prompt and what it has
-drawn are read again, and it goes on as if nothing had been (recomputation, arXiv:2309.06180, Sec. 4.5).
+When pages run out, the row that began last is preempted: its pages are freed, it waits, and later its tokens
+are prefilled again, after which it continues unchanged (recomputation, arXiv:2309.06180, Sec. 4.5).
 
 Host side only: this file touches no weights.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,29 +20,41 @@ from torch import Tensor
 
 from model.cache import PAGE, LatentCache, Rows
 from rollout.sampling import uniform_stream
+from rollout.stopping import Completion, most_tokens
 from rollout.types import Prompt, SamplingParams
 
 
-@dataclass(slots=True, eq=False)
-class Draft:
-    """A rollout in the making."""
+@dataclass(slots=True)
+class Stats:
+    """Counts of an engine since it was opened or drained."""
 
-    prompt: Prompt
-    index: int
-    sample: int
-    limit: int
-    """Most tokens it may have."""
-    uniforms: NDArray[np.float32] | None
+    prefilled: int = 0
+    """Tokens prefilled: prompts once a group, and rows again after a preemption."""
+    steps: int = 0
+    tokens: int = 0
+    """Sampled."""
+    preemptions: int = 0
+    guesses: int = 0
+    """Speculation: tokens that the MTP module guessed."""
+    accepted: int = 0
+    """Those that were right."""
+    peak_cache_bytes: int = 0
+
+    def acceptance(self) -> float:
+        """Share of guesses that were right."""
+        return self.accepted / max(1, self.guesses)
+
+
+@dataclass(slots=True, eq=False)
+class Draft(Completion):
+    """A completion with a row of the cache."""
+
+    uniforms: NDArray[np.float32] | None = None
     """One for each token; None when greedy."""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     row: int = -1
-    """Of the cache; its last token is not in there yet."""
+    """Of the cache, which does not hold the last token yet."""
     guess: int = 0
-    """Speculation: the token after the last, as the MTP module sees it."""
-    ended: bool = False
-    stopped: bool = False
-    """Ended by a stop token or string, not by its limit."""
+    """Speculation: the MTP module's guess for the token after the last."""
 
     def known(self) -> list[int]:
         """The tokens that its row holds."""
@@ -51,7 +63,7 @@ class Draft:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A prompt, and those of its samples that have not begun."""
+    """A prompt, and its samples that have not begun."""
 
     prompt: Prompt
     index: int
@@ -64,7 +76,7 @@ class Group:
 
 
 class Schedule:
-    """Rows of one request: waiting, running, and those that gave way."""
+    """Rows of one request: waiting, running, preempted."""
 
     def __init__(
         self,
@@ -74,15 +86,17 @@ class Schedule:
         max_positions: int,
         max_batch: int,
         prefill_tokens: int,
+        stats: Stats,
         own: int = 0,
     ) -> None:
         """
         Args:
             cache: of `max_batch` + 1 rows, with pages for one row at its longest at least.
-            prefill_tokens: prompts are read together up to so many tokens.
-            own: last tokens of a prompt that each sample writes anew, see `LatentCache.fork`.
+            prefill_tokens: prompts are read together up to this number of tokens.
+            stats: of the engine; preemptions are counted there.
+            own: last tokens of a prompt that each sample overwrites, see `LatentCache.fork`.
         """
-        self.cache, self.sampling, self.own = cache, sampling, own
+        self.cache, self.sampling, self.stats, self.own = cache, sampling, stats, own
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self.rows = list(range(max_batch, -1, -1))
         self.waiting = deque(
@@ -92,16 +106,15 @@ class Schedule:
         self.paused: deque[Draft] = deque()
         self.running: list[Draft] = []
         self.began: list[Draft] = []  # those running, in the order in which they began
-        self.preemptions = 0
 
     def busy(self) -> bool:
-        """Whether anything is left to draw."""
+        """Whether rollouts are unfinished."""
         return bool(self.running or self.waiting or self.paused)
 
-    # ---- what begins
+    # ---- rows that begin
 
     def resumable(self) -> list[Draft]:
-        """Rows that gave way and fit in again: given a row of the cache each, to be read into."""
+        """Preempted rows that fit again; each gets a cache row to be prefilled."""
         found: list[Draft] = []
         tokens = pages = 0
         while self.paused and len(self.running) + len(found) < self.max_batch:
@@ -117,7 +130,7 @@ class Schedule:
         return found
 
     def readable(self) -> list[Group]:
-        """The next prompts to read, as many as there are seats and pages for; each is given a row."""
+        """The next prompts to prefill, as many as there are seats and pages for; each gets a cache row."""
         seats = self.max_batch - len(self.running)
         found: list[Group] = []
         tokens = pages = 0
@@ -138,7 +151,7 @@ class Schedule:
         return found
 
     def begin(self) -> list[tuple[Group, Draft]]:
-        """Start samples of the prompts that are read, as many as there are seats and pages for."""
+        """Start samples of the prompts that are prefilled, as many as there are seats and pages for."""
         started: list[tuple[Group, Draft]] = []
         while self.waiting and self.waiting[0].row >= 0:
             group = self.waiting[0]
@@ -150,7 +163,7 @@ class Schedule:
             copies = drafts[:-1] if last else drafts
             rows = [self.rows.pop() for _ in copies]
             if not self.cache.fork(group.row, np.array(rows, dtype=np.int64), own=self.own):
-                # No pages for copies: one sample takes the row itself, the prompt is read again for the rest.
+                # No pages for copies: one sample takes the row itself, the rest need another prefill.
                 self.rows += rows[::-1]
                 for draft in drafts[:0:-1]:
                     group.samples.appendleft(draft.sample)
@@ -165,7 +178,7 @@ class Schedule:
         return started
 
     def run(self, drafts: Sequence[Draft]) -> None:
-        """Put these beside the rows that run. Rows of like length stay together: attention reads them so."""
+        """Add these to the running rows, sorted by length: attention reads rows of like length together."""
         self.running += drafts
         self.began += drafts
         self.running.sort(key=lambda draft: -int(self.cache.lengths[draft.row]))
@@ -176,57 +189,50 @@ class Schedule:
         if sampling.temperature > 0:
             name = sampling.first_index + group.index
             uniforms = uniform_stream(sampling.seed, name, sample, group.limit)
-        return Draft(group.prompt, group.index, sample, group.limit, uniforms)
+        return Draft(group.prompt, group.index, sample, group.limit, uniforms=uniforms)
 
     def _fits(self, pages: int, more: int) -> bool:
-        """Whether so many pages are free, and one more for every row that runs beside `more` others.
+        """Whether `pages` are free, and one more for each of the running rows and `more` others.
 
-        Without that rest a row would be read in, only to give way again a step later.
+        Without this reserve a row would be prefilled and preempted again one step later.
         """
         running = len(self.running)
         return pages + (running + more if running else 0) <= len(self.cache.free)
 
-    # ---- what ends, or gives way
+    # ---- rows that end, or are preempted
 
     def make_room(self, new: int) -> None:
-        """Let every running row grow by `new` tokens, at the cost of those that began last."""
+        """Reserve `new` tokens for every running row; preempt those that began last until the rest fits."""
         while not self.cache.reserve(self.live(), new):
             holder = self.waiting[0] if self.waiting and self.waiting[0].row >= 0 else None
-            if holder is not None:  # nobody's yet: it costs one prefill
-                self._give_back(holder.row)
+            if holder is not None:  # no sample runs in it: it costs one prefill
+                self._free(holder.row)
                 holder.row, holder.state = -1, None
                 continue
             draft = self.began.pop()
             self.running.remove(draft)
-            self._give_back(draft.row)
+            self._free(draft.row)
             draft.row = -1
             self.paused.appendleft(draft)
-            self.preemptions += 1
+            self.stats.preemptions += 1
 
-    def retire(self) -> list[Draft]:
-        """Take out the rows that have ended; their pages are free."""
-        ended = [draft for draft in self.running if draft.ended]
+    def retire(self, ended: Sequence[Draft]) -> None:
+        """Take out rows that have ended, and free their pages."""
         if ended:
             self.running = [draft for draft in self.running if not draft.ended]
             self.began = [draft for draft in self.began if not draft.ended]
             for draft in ended:
-                self._give_back(draft.row)
-        return ended
+                self._free(draft.row)
 
     def live(self) -> Rows:
-        """Rows of the cache that run, longest first."""
+        """Cache rows of the running drafts, longest first."""
         return np.array([draft.row for draft in self.running], dtype=np.int64)
 
-    def _give_back(self, row: int) -> None:
+    def _free(self, row: int) -> None:
         self.cache.release(row)
         self.rows.append(row)
 
 
 def pages_of(tokens: int) -> int:
-    """Pages that so many tokens take."""
+    """Pages of a row of `tokens`."""
     return -(-tokens // PAGE)
-
-
-def most_tokens(prompt: Prompt, sampling: SamplingParams, max_positions: int) -> int:
-    """The longest completion that the request and the model's positions allow."""
-    return min(sampling.max_tokens, max_positions - len(prompt.token_ids))

@@ -1,12 +1,12 @@
 """A pool of engines in processes of their own, on Ray: on this machine or on a cluster.
 
-Prompts go to whichever worker is free, a few at a time, and rollouts come back as they end. Every rollout is
-named by (index, sample) and keyed by that name, so which worker draws it does not change it. A worker that
-dies, or gives no sign of life, is replaced, and what it still owed is drawn again: the pool counts what came
-back, passes each rollout on once, and ends only when none is missing.
+Each free worker gets a few prompts at a time, and rollouts come back as they finish. The random numbers of a
+rollout depend on its (index, sample) alone, so it is the same from any worker. A worker that dies, or returns
+nothing for `timeout_s`, is replaced, and its missing rollouts are generated again: the pool passes each
+rollout on once, and ends only when none is missing.
 
 Weights are put into Ray's store once a version; a worker fetches the newest before its next prompts and
-answers with the fingerprint of what it holds. Rollouts that are too many versions old are drawn again.
+proves by a fingerprint that it holds them. Rollouts that are too many versions old are generated again.
 """
 
 from __future__ import annotations
@@ -22,65 +22,65 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from model.policy import Policy
+from rollout.checkpoint import context_and_vocabulary, stored_shapes
 from rollout.engine import EngineDied
-from rollout.open import context_and_vocabulary
-from rollout.pool.worker import Drawn, Worker
-from rollout.settings import RolloutSettings, torch_dtype
+from rollout.pool.worker import Finished, Opener, Worker
+from rollout.settings import RolloutSettings
 from rollout.stopping import check_prompts
 from rollout.types import Prompt, Rollout, SamplingParams
-from rollout.vllm.options import checkpoint_shapes
-from rollout.weights import Policy, check_shapes, fingerprint, in_dtype, public_weights, shapes
+from rollout.weights import DTYPES, check_shapes, fingerprint, in_dtype, shapes
 
-PARTS_PER_WORKER = 4
-"""Parts that a worker's fair share of a request is cut into: more, and the last one idles less; fewer, and
-batches are larger."""
+TASKS_PER_WORKER = 4
+"""Tasks that each worker's share of a request is split into: with more, workers idle less at the end; with
+fewer, batches are larger."""
 MOST_FAILURES = 3
-"""Workers that may be lost over the same prompts before the pool gives up."""
+"""Workers lost over the same prompts after which the request fails."""
 START_S = 300.0
-"""Seconds that a worker may take to start."""
+"""Seconds in which a worker must start."""
 
 
 @dataclass(slots=True)
-class Part:
-    """Prompts of a request that are drawn together."""
+class Task:
+    """Prompts of a request that one worker generates together."""
 
     first: int
-    """Place of the first in the request."""
+    """Index of the first in the request."""
     prompts: list[Prompt]
     missing: set[tuple[int, int]]
-    """(index, sample) of what has not come back, places in the request."""
+    """(index in the request, sample) of the rollouts that have not come back."""
     failures: int = 0
 
 
 @dataclass(slots=True)
 class Member:
-    """One worker as the pool sees it."""
+    """One worker, and its task."""
 
     actor: Any
     pid: int = 0
     here: bool = False
     """Whether it runs on this machine."""
     version: int = 0
-    """Of the weights that it was last told to load."""
-    part: Part | None = None
+    """Of the weights that were last sent to it."""
+    task: Task | None = None
     stream: Any = None
-    """Where the rollouts of `part` come from."""
+    """Ray's generator of the task's rollouts."""
     alive_at: float = 0.0
-    """Last sign of life, monotonic seconds."""
+    """Time of its last answer, monotonic seconds."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What a pool has been through."""
+    """Faults and rollouts of a pool since it was opened."""
 
     replaced: int = 0
     """Workers that died or hung."""
     again: int = 0
-    """Rollouts that were asked for again."""
+    """Rollouts that were requested again."""
     repeated: int = 0
     """Rollouts that came back a second time and were dropped."""
     stale: int = 0
-    """Rollouts that were too old and were drawn again."""
+    """Rollouts that were too old and were generated again."""
     by_worker: dict[int, int] = field(default_factory=dict)
     """Rollouts by process id."""
 
@@ -92,6 +92,7 @@ class RolloutPool:
         self,
         path: Path | str,
         settings: RolloutSettings,
+        opener: Opener,
         *,
         eos_token_id: int | Sequence[int] | None = None,
         max_staleness: int = 1,
@@ -100,6 +101,7 @@ class RolloutPool:
         Args:
             path: checkpoint that every worker opens; on a cluster all machines must see it.
             settings: engine, number of workers, cluster.
+            opener: opens an engine in a worker; a function at the top of a module.
             eos_token_id: ends a completion; None = the checkpoint's.
             max_staleness: versions by which a rollout may be older than the newest weights.
 
@@ -115,7 +117,7 @@ class RolloutPool:
                 "or set rollout.workers = 0"
             ) from error
         self.ray: Any = ray
-        self.path, self.settings = Path(path), settings
+        self.path, self.settings, self.opener = Path(path), settings, opener
         self.eos_token_id, self.max_staleness = eos_token_id, max_staleness
         self.context, self.vocab_size = context_and_vocabulary(self.path, settings.vllm.context)
         self.version, self.counts, self.closed = 0, Counts(), False
@@ -137,12 +139,12 @@ class RolloutPool:
     def _actor(self) -> Any:
         options = {"num_cpus": self.settings.worker_cpus, "num_gpus": self.settings.worker_gpus}
         remote = self.ray.remote(Worker).options(**options, max_restarts=0)
-        return remote.remote(str(self.path.resolve()), self.settings, self.eos_token_id)
+        return remote.remote(self.opener, str(self.path.resolve()), self.settings, self.eos_token_id)
 
     def _ready(self, actor: Any) -> Member:
         """Wait until a worker has opened its engine."""
         try:
-            pid, host = self.ray.get(actor.who.remote(), timeout=START_S)
+            pid, host = self.ray.get(actor.identity.remote(), timeout=START_S)
         except self.ray.exceptions.GetTimeoutError as error:
             raise EngineDied(
                 f"a worker did not start within {START_S:.0f} s: has the Ray cluster "
@@ -153,32 +155,31 @@ class RolloutPool:
             raise EngineDied(f"a worker could not open {self.path}: {last_line(error)}") from error
         return Member(actor, pid, host == os.uname().nodename)
 
-    def _replace(self, member: Member, queue: deque[Part], why: str) -> None:
-        """Put a new worker in the place of a lost one; what it owed goes to the front of the queue."""
+    def _replace(self, member: Member, queue: deque[Task], why: str) -> None:
+        """Start a new worker for a lost one, whose task goes to the front of the queue."""
         self._kill(member)
         self.counts.replaced += 1
-        part = member.part
-        if part is not None:
+        if member.task is not None:
             lost = f"workers were lost ({why}); is memory short? Lower rollout.workers or max_tokens"
-            self._again(part, queue, lost)
+            self._again(member.task, queue, lost)
         self.members[self.members.index(member)] = self._ready(self._actor())
 
-    def _again(self, part: Part, queue: deque[Part], why: str) -> None:
-        """Have what is missing of a part drawn again, unless that has failed too often."""
-        part.failures += 1
-        self.counts.again += len(part.missing)
-        if part.failures >= MOST_FAILURES:
-            last = part.first + len(part.prompts) - 1
-            raise EngineDied(f"prompts {part.first} to {last} failed {MOST_FAILURES} times: {why}.")
-        queue.appendleft(part)
+    def _again(self, task: Task, queue: deque[Task], why: str) -> None:
+        """Queue a task again for its missing rollouts, unless it has failed too often."""
+        task.failures += 1
+        self.counts.again += len(task.missing)
+        if task.failures >= MOST_FAILURES:
+            last = task.first + len(task.prompts) - 1
+            raise EngineDied(f"prompts {task.first} to {last} failed {MOST_FAILURES} times: {why}.")
+        queue.appendleft(task)
 
     def _kill(self, member: Member) -> None:
         self.ray.kill(member.actor)
-        if member.here and member.pid:  # a process that is stopped does not hear Ray
+        if member.here and member.pid:  # a stopped process does not react to Ray
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member.pid, signal.SIGKILL)
 
-    # ---- drawing
+    # ---- generation
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield each rollout once, as they come back.
@@ -186,7 +187,7 @@ class RolloutPool:
         Raises:
             ValueError: at once, when a prompt is empty, too long, or of another vocabulary.
             FloatingPointError: when the model's logits are not finite.
-            EngineDied: workers were lost over the same prompts again and again.
+            EngineDied: `MOST_FAILURES` workers were lost over the same prompts.
             StaleWeights: a worker does not hold the weights that it was sent.
         """
         if self.closed:
@@ -195,41 +196,39 @@ class RolloutPool:
         return self._generate(list(prompts), sampling)
 
     def _generate(self, prompts: list[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
-        queue = deque(self._parts(prompts, sampling.n))
+        queue = deque(self._tasks(prompts, sampling.n))
         try:
-            while queue or any(member.part for member in self.members):
+            while queue or any(member.task for member in self.members):
                 for member in list(self.members):
-                    if member.part is None and queue:
+                    if member.task is None and queue:
                         self._hand_out(member, queue.popleft(), sampling)
-                for member, drawn in self._answers(queue):
-                    yield from self._accept(member, drawn, prompts, queue)
+                for member, finished in self._answers(queue):
+                    yield from self._accept(member, finished, prompts, queue)
         finally:
-            for member in self.members:  # an error, or the caller has had enough
-                if member.part is not None:
-                    member.part = member.stream = None
+            for member in self.members:  # after an error, or when the caller closes the iterator
+                member.task = member.stream = None
 
-    def _parts(self, prompts: list[Prompt], n: int) -> Iterator[Part]:
-        size = max(1, -(-len(prompts) // (PARTS_PER_WORKER * len(self.members))))
+    def _tasks(self, prompts: list[Prompt], n: int) -> Iterator[Task]:
+        size = max(1, -(-len(prompts) // (TASKS_PER_WORKER * len(self.members))))
         for first in range(0, len(prompts), size):
-            part = prompts[first : first + size]
-            names = {(first + i, s) for i in range(len(part)) for s in range(n)}
-            yield Part(first, part, names)
+            own = prompts[first : first + size]
+            yield Task(first, own, {(first + i, s) for i in range(len(own)) for s in range(n)})
 
-    def _hand_out(self, member: Member, part: Part, sampling: SamplingParams) -> None:
-        """Send a worker the newest weights, if it lacks them, and a part to draw."""
+    def _hand_out(self, member: Member, task: Task, sampling: SamplingParams) -> None:
+        """Send a worker a task, and the newest weights if it does not hold them."""
         latest = None
         if self.latest is not None and member.version != self.version:
             latest, member.version = (self.latest[0], self.version, self.latest[1]), self.version
-        seeded = replace(sampling, first_index=sampling.first_index + part.first)
+        seeded = replace(sampling, first_index=sampling.first_index + task.first)
         weights = latest[0] if latest else None
-        member.stream = member.actor.draw.options(num_returns="streaming").remote(
-            weights, latest[1:] if latest else None, part.prompts, seeded
+        member.stream = member.actor.generate.options(num_returns="streaming").remote(
+            weights, latest[1:] if latest else None, task.prompts, seeded
         )
-        member.part, member.alive_at = part, time.monotonic()
+        member.task, member.alive_at = task, time.monotonic()
 
-    def _answers(self, queue: deque[Part]) -> Iterator[tuple[Member, list[Drawn] | None]]:
-        """What workers have sent since: rollouts, or None for the end of a part."""
-        busy = {id(m.stream): m for m in self.members if m.part}
+    def _answers(self, queue: deque[Task]) -> Iterator[tuple[Member, list[Finished] | None]]:
+        """Rollouts from the workers that have some ready; None for the end of a task."""
+        busy = {id(m.stream): m for m in self.members if m.task}
         ready, _ = self.ray.wait([m.stream for m in busy.values()], num_returns=1, timeout=0.5)
         errors = self.ray.exceptions
         for stream in ready:
@@ -247,48 +246,48 @@ class RolloutPool:
                 self._replace(member, queue, last_line(error))
         for member in busy.values():
             silent = time.monotonic() - member.alive_at
-            if member.part is not None and member in self.members and silent > self.settings.timeout_s:
-                self._replace(member, queue, f"no sign of life for {silent:.0f} s")
+            if member.task is not None and member in self.members and silent > self.settings.timeout_s:
+                self._replace(member, queue, f"no answer for {silent:.0f} s")
 
     def _accept(
-        self, member: Member, drawn: list[Drawn] | None, prompts: list[Prompt], queue: deque[Part]
+        self, member: Member, finished: list[Finished] | None, prompts: list[Prompt], queue: deque[Task]
     ) -> Iterator[Rollout]:
-        """Pass on what is new; at the end of a part, see that nothing is missing."""
-        part, member.alive_at = member.part, time.monotonic()
-        assert part is not None
-        for at, sample, token_ids, logprobs, finish_reason, version in drawn or ():
-            name = (part.first + at, sample)
-            if name not in part.missing:
+        """Pass on new rollouts; at the end of a task, queue it again if some are missing."""
+        task, member.alive_at = member.task, time.monotonic()
+        assert task is not None
+        for at, sample, token_ids, logprobs, finish_reason, version in finished or ():
+            name = (task.first + at, sample)
+            if name not in task.missing:
                 self.counts.repeated += 1
             elif version < self.version - self.max_staleness:
                 self.counts.stale += 1
             else:
-                part.missing.remove(name)
+                task.missing.remove(name)
                 self.counts.by_worker[member.pid] = self.counts.by_worker.get(member.pid, 0) + 1
                 yield Rollout(prompts[name[0]], name[0], sample, token_ids, logprobs, finish_reason, version)
-        if drawn is None:
-            member.part = member.stream = None
-            if part.missing:
-                self._again(part, queue, f"{len(part.missing)} rollouts were too old or never came back")
+        if finished is None:
+            member.task = member.stream = None
+            if task.missing:
+                self._again(task, queue, f"{len(task.missing)} rollouts were too old or never came back")
 
     # ---- weights
 
     def load_weights(self, source: Policy, version: int) -> None:
-        """Broadcast: every worker holds `source`'s weights before it draws its next prompts.
+        """Broadcast: every worker loads `source`'s weights before its next prompts.
 
         Raises:
             ValueError: weights of another shape than those that the workers opened.
         """
         found = shapes(source)
-        self._shapes = self._shapes or checkpoint_shapes(self.path, found)
+        self._shapes = self._shapes or stored_shapes(self.path, found)
         check_shapes(found, self._shapes, self.path)
-        weights = in_dtype(public_weights(source), torch_dtype(self.settings.dtype))
+        weights = in_dtype(source.public_weights(), DTYPES[self.settings.dtype])
         sent = {name: tensor.cpu() for name, tensor in weights}
         self.latest = (self.ray.put(sent), fingerprint(sent.values()))
         self.version = version
 
     def drain(self) -> dict[str, float]:
-        """Nothing to say."""
+        """Empty: a pool has no metrics."""
         return {}
 
     def close(self) -> None:
@@ -303,7 +302,7 @@ class RolloutPool:
 
 
 def start_ray(settings: RolloutSettings) -> None:
-    """Join the cluster at `settings.address`, or start a Ray on this machine with room for the workers."""
+    """Join the cluster at `settings.address`, or start a Ray on this machine with CPUs for the workers."""
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -322,6 +321,6 @@ def start_ray(settings: RolloutSettings) -> None:
 
 
 def last_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The last line of an error's message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

@@ -1,96 +1,84 @@
-"""A pool's worker: an engine with weights of its own, in a process of its own. What Ray makes an actor of."""
+"""A pool's worker: an engine with weights of its own, in a process of its own, a Ray actor."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rollout.engine import StaleWeights
-from rollout.settings import RolloutSettings, torch_dtype
+from rollout.engine import RolloutEngine, StaleWeights
+from rollout.settings import RolloutSettings
 from rollout.types import FinishReason, Prompt, SamplingParams
-from rollout.weights import Policy, fingerprint, public_weights
 
-Drawn = tuple[int, int, tuple[int, ...], tuple[float, ...], FinishReason, int]
-"""A rollout without its prompt: place in the part, sample, tokens, log-probabilities, end, version."""
+Finished = tuple[int, int, tuple[int, ...], tuple[float, ...], FinishReason, int]
+"""A rollout without its prompt: index in the task, sample, tokens, log-probabilities, reason, version."""
 FLUSH_S = 0.2
 """Seconds over which finished rollouts are gathered into one answer."""
 
 
+class WorkerEngine(RolloutEngine, Protocol):
+    """An engine that takes weights as named tensors, which is how they reach another process."""
+
+    def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """`load_weights` from tensors by public name, which fit the engine's model."""
+        ...
+
+    def live_weights(self) -> int:
+        """Fingerprint of the weights that the engine computes with."""
+        ...
+
+
+Opener = Callable[[str, RolloutSettings, str, int | Sequence[int] | None], RolloutEngine]
+"""(checkpoint, settings, device, eos) -> an engine that is also a `WorkerEngine`. Ray pickles it by name."""
+
+
 class Worker:
-    """An engine of any kind that takes its weights as named tensors."""
+    """An engine behind methods that Ray calls."""
 
     def __init__(
-        self, path: str, settings: RolloutSettings, eos_token_id: int | Sequence[int] | None
+        self, opener: Opener, path: str, settings: RolloutSettings, eos_token_id: int | Sequence[int] | None
     ) -> None:
-        from rollout.open import NATIVE_TYPES, dense_engine, model_type, native_engine
-        from rollout.text.tokenizer import has_tokenizer, load_tokenizer
-
         torch.set_num_threads(max(1, int(settings.worker_cpus)))
-        self.engine: Any
-        self.policy: Policy | None = None  # of the in-process engines, which draw from it in place
-        if settings.engine == "vllm":
-            from rollout.vllm.engine import VllmEngine
-
-            self.engine = VllmEngine(
-                path, dtype=settings.dtype, settings=settings.vllm, eos_token_id=eos_token_id
-            )
-            return
-        dtype = torch_dtype(settings.dtype)
-        tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
         device = "cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu"
-        if model_type(path) in NATIVE_TYPES:
-            import model
+        self.engine: WorkerEngine = opener(path, settings, device, eos_token_id)  # type: ignore[assignment]
 
-            self.policy = net = model.load(path, dtype=dtype, device=device)
-            self.engine = native_engine(net, settings.local, tokenizer, eos_token_id)
-        else:
-            from model.dense import load_dense
-
-            self.policy = dense = load_dense(path, dtype, device)
-            self.engine = dense_engine(dense.network, settings.local, tokenizer, eos_token_id)
-
-    def who(self) -> tuple[int, str]:
+    def identity(self) -> tuple[int, str]:
         """Process id and machine; answers when the engine is open."""
         return os.getpid(), os.uname().nodename
 
-    def load(self, weights: dict[str, Tensor], version: int, want: int) -> None:
-        """Take these weights, and prove that they are live."""
-        if self.policy is None:
-            self.engine.load_tensors(list(weights.items()), version)
-            live = self.engine.live_weights()
-        else:
-            with torch.no_grad():
-                for name, tensor in public_weights(self.policy):
-                    tensor.copy_(weights[name])
-            self.engine.version = version
-            live = fingerprint(tensor for _, tensor in public_weights(self.policy))
-        if live != want:
+    def load(self, weights: dict[str, Tensor], version: int, expected: int) -> None:
+        """Load these weights, and prove by the fingerprint `expected` that they are live.
+
+        Raises:
+            StaleWeights: they are not.
+        """
+        self.engine.load_tensors(weights.items(), version)
+        if (live := self.engine.live_weights()) != expected:
             raise StaleWeights(
                 f"worker {os.getpid()} holds weights with fingerprint {live:016x} after the update to "
-                f"version {version}, not the {want:016x} that were sent"
+                f"version {version}, not the {expected:016x} that were sent"
             )
 
-    def draw(
+    def generate(
         self,
         weights: dict[str, Tensor] | None,
         update: tuple[int, int] | None,
         prompts: list[Prompt],
         sampling: SamplingParams,
-    ) -> Iterator[list[Drawn]]:
-        """Load `weights`, if any (version and fingerprint in `update`); yield rollouts as they end."""
+    ) -> Iterator[list[Finished]]:
+        """Load `weights`, if any (version and fingerprint in `update`); yield rollouts as they finish."""
         if weights is not None and update is not None:
             self.load(weights, *update)
-        ended: list[Drawn] = []
+        finished: list[Finished] = []
         since = time.monotonic()
         for r in self.engine.generate(prompts, sampling):
-            ended.append((r.index, r.sample, r.token_ids, r.logprobs, r.finish_reason, r.policy_version))
+            finished.append((r.index, r.sample, r.token_ids, r.logprobs, r.finish_reason, r.policy_version))
             if time.monotonic() - since > FLUSH_S:
-                yield ended
-                ended, since = [], time.monotonic()
-        if ended:
-            yield ended
+                yield finished
+                finished, since = [], time.monotonic()
+        if finished:
+            yield finished

@@ -1,7 +1,7 @@
-"""Completions piece by piece, as people read them: any engine, a few tokens at a time, as text.
+"""Completions piece by piece, as text: any engine, a few tokens at a time.
 
-An engine gives whole rollouts. Drawing a few tokens, then as many again with those in the prompt, draws from
-the same distribution (each piece has uniforms of its own) and costs a short prefill a piece.
+An engine returns complete rollouts. A few tokens at a time, each time with those before in the prompt, have
+the same distribution (each piece has uniforms of its own); the cost is a short prefill a piece.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PIECE = 8
-"""Tokens drawn at once: fewer appear sooner, more cost less."""
+"""Tokens of one request: fewer appear sooner, more cost less."""
 Part = Literal["thinking", "answer"]
 OPEN, CLOSE = "<think>", "</think>"
 UNFINISHED = "\ufffd"
-"""What a decoder puts for bytes that are not yet a character."""
+"""The tokenizer's output for bytes that are not yet a character."""
 
 
 def pieces(
     engine: RolloutEngine, token_ids: Sequence[int], sampling: SamplingParams, room: int
 ) -> Iterator[tuple[list[int], str]]:
-    """New tokens as they are drawn, each time with "" or, at the end, the finish reason.
+    """New tokens as they are sampled, each time with "" or, at the end, the finish reason.
 
     Args:
         token_ids: the prompt.
@@ -47,16 +47,16 @@ def pieces(
 
 
 class Decoder:
-    """Tokens in, text out as soon as it is sure: no half characters, and nothing after a stop string."""
+    """Tokens in, text out as soon as it is final: no half characters, and nothing after a stop string."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.ids: list[int] = []
-        self.given = 0
+        self.emitted = 0
         self.stopped = False
 
     def add(self, ids: Sequence[int], over: bool = False) -> str:
-        """The text that these tokens bring; with `over` all that was held back."""
+        """The text that these tokens add; with `over` also what was held back."""
         self.ids += [i for i in ids if i != self.tokenizer.eos_token_id]
         text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
@@ -67,7 +67,7 @@ class Decoder:
             text = text.rstrip(UNFINISHED)
             held = max((overlap(text, stop) for stop in self.stops), default=0)
             text = text[: len(text) - held]
-        new, self.given = text[self.given :], max(self.given, len(text))
+        new, self.emitted = text[self.emitted :], max(self.emitted, len(text))
         return new
 
 
@@ -77,7 +77,7 @@ def overlap(text: str, tag: str) -> int:
 
 
 class ThinkingSplit:
-    """Cuts text that comes in pieces into thinking and answer; the think tags belong to neither."""
+    """Splits text that arrives in pieces into thinking and answer; the think tags belong to neither."""
 
     def __init__(self, thinking: bool) -> None:
         """`thinking`: the prompt has opened the tag already."""
@@ -86,7 +86,7 @@ class ThinkingSplit:
         self.changed = thinking
 
     def add(self, text: str, over: bool = False) -> Iterator[tuple[Part, str]]:
-        """What is sure to be the one or the other."""
+        """The text whose part is certain."""
         self.rest += text
         while True:
             tag = CLOSE if self.part == "thinking" else OPEN

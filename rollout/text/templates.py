@@ -31,7 +31,7 @@ class Template:
     chat: bool = False
     """Wrap the text in the tokenizer's own chat template, generation prompt included."""
     think: Literal["open", "closed", "own"] = "own"
-    """Chat only. The prompt always ends in `<think>\\n`, never does, or does if the chat template says so."""
+    """Chat only. The prompt always ends in `<think>\\n`, never does, or does if the chat template does."""
 
 
 TEMPLATES: dict[str, Template] = {

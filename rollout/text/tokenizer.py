@@ -163,7 +163,7 @@ def make_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem, template_n
 def completion_text(
     tokenizer: PreTrainedTokenizerFast, completion: Rollout | Sequence[int], template_name: str
 ) -> str:
-    """The whole completion as text: the template's prefill, then the tokens without special ones.
+    """The completion as text: the template's prefill, then the tokens without special ones.
 
     A stop token that is ordinary text, such as `</answer>`, is kept: graders need to see it.
     """
@@ -183,7 +183,7 @@ def encode_example(
     Args:
         question: the problem, or its question.
         template_name: a key of `TEMPLATES`.
-        completion: whole text, prefill included, as `completion_text` gives it.
+        completion: text with its prefill, as `completion_text` returns it.
 
     Raises:
         ValueError: the completion does not start with the template's prefill.

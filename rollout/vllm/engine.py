@@ -1,11 +1,11 @@
 """vLLM behind the `RolloutEngine` protocol: the real `vllm.LLM`, CPU build and GPU build alike.
 
-The only file that imports vllm. On a CPU the engine runs in this process and takes the trainer's tensors as
-they are; on GPUs it runs in processes of its own, and weights travel by vLLM's own transfer API.
+The only file that imports vllm. On a CPU the engine runs in this process and copies the trainer's tensors;
+on GPUs it runs in processes of its own, and weights travel by vLLM's own transfer API.
 
-Two faults of vLLM 0.32's CPU build are worked around here, and `rollout.self_test` would notice if they came
-back: the rotary embedding's custom kernel is wrong for DeepSeek (so it is switched off), and a mixture of
-experts is not repacked when its weights are loaded a second time (`repack_experts_on_reload`).
+Two faults of vLLM 0.32's CPU build are worked around here, and `rollout.self_test` would detect them: the
+rotary embedding's custom kernel is wrong for DeepSeek (it is switched off), and a mixture of experts is not
+repacked when its weights are loaded a second time (`repack_experts_on_reload`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import os
 import random
 import uuid
@@ -25,23 +24,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from model.policy import Policy
+from rollout.checkpoint import context_and_vocabulary, eos_of, read_config, stored_shapes
 from rollout.engine import EngineDied, StaleWeights
-from rollout.open import context_and_vocabulary
 from rollout.self_test import self_test
-from rollout.settings import DtypeName, VllmSettings, torch_dtype
+from rollout.settings import DtypeName, RolloutSettings
 from rollout.stopping import Stopper, check_prompts, stop_ids
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.types import Prompt, Rollout, SamplingParams
-from rollout.vllm.options import checkpoint_shapes, eos_of, llm_options, prepare_environment
-from rollout.vllm.outputs import Ends, rollout
+from rollout.vllm.options import llm_options, prepare_environment
+from rollout.vllm.outputs import Ends, to_rollout
 from rollout.weights import (
-    WORD,
-    Policy,
+    DTYPES,
+    MODULUS,
     check_shapes,
     fingerprint,
     in_dtype,
     live_fingerprint,
-    public_weights,
     shapes,
 )
 
@@ -49,50 +48,53 @@ from rollout.weights import (
 class VllmEngine:
     """`RolloutEngine` over `vllm.LLM`, for native deepseek_v3 checkpoints and dense ones.
 
-    `version` and `weights` (the fingerprint of what vLLM computes with) say which policy is live.
+    `version` and `weights`, the fingerprint of what vLLM computes with, name the live policy.
     """
 
     def __init__(
         self,
         path: Path | str,
+        settings: RolloutSettings | None = None,
         *,
-        dtype: DtypeName = "float32",
-        settings: VllmSettings | None = None,
-        reference: Policy | None = None,
+        device: str = "",
+        policy: Policy | None = None,
+        tokenizer: object = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
         """
         Args:
             path: checkpoint directory that vLLM reads.
-            dtype: of vLLM's weights and arithmetic.
-            settings: vLLM's own.
-            reference: the trainer's model of the same checkpoint, for the self-test; None loads it for that.
+            settings: `dtype` of vLLM's weights and arithmetic, and `vllm`.
+            device: not used; vLLM takes the device that its build is for.
+            policy: the trainer's model of the same checkpoint, for the self-test; None loads it for that.
+            tokenizer: not used; a request with stop strings loads the checkpoint's.
             eos_token_id: ends a completion; None = the checkpoint's.
 
         Raises:
             ModuleNotFoundError: vLLM is not installed here.
             StaleWeights: the self-test found that vLLM does not compute what our model does.
         """
-        self.path, self.settings = Path(path), settings or VllmSettings()
-        self.dtype = torch_dtype(dtype)
+        settings = settings or RolloutSettings()
+        self.path, self.settings = Path(path), settings.vllm
+        self.dtype = DTYPES[settings.dtype]
         self.version, self.weights, self.dead = 0, -1, ""
-        self.config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        self.config = read_config(self.path)
         self.max_positions, self.vocab_size = context_and_vocabulary(self.path, self.settings.context)
-        self.eos_token_id = eos_of(self.path, self.config) if eos_token_id is None else eos_token_id
+        self.eos_token_id = eos_of(self.path) if eos_token_id is None else eos_token_id
         self.on_cpu = not torch.cuda.is_available()
         self.in_process = self.on_cpu and self.settings.tensor_parallel == 1
         self._sender: Any = None
-        self.llm = self._start(dtype)
+        self.llm = self._start(settings.dtype)
         self._shapes: dict[str, tuple[int, ...]] = {}
         if self.settings.self_test:
             try:
-                self_test(self, self.path, reference, self.dtype)
+                self_test(self, self.path, policy, self.dtype)
             except BaseException:
                 self.close()
                 raise
 
     def _start(self, dtype: DtypeName) -> Any:
-        """A `vllm.LLM`. What its start changes in this process, seeds and thread count, is put back."""
+        """A `vllm.LLM`. Seeds and thread count of this process, which its start changes, are restored."""
         prepare_environment(self.config, self.on_cpu, self.in_process)
         try:
             from vllm import LLM
@@ -115,13 +117,13 @@ class VllmEngine:
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
 
-    # ---- drawing
+    # ---- generation
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield each rollout when it ends.
 
-        Every rollout has a generator of its own, seeded by (seed, index, sample): what it is drawn with does
-        not depend on what it is batched with. The draws are not those of the native engine.
+        Every rollout has a generator of its own, seeded by (seed, index, sample): batches do not change it.
+        Its random numbers are not those of the native engine.
 
         Raises:
             ValueError: at once, when a prompt is empty, too long, or of another vocabulary.
@@ -152,15 +154,15 @@ class VllmEngine:
                 if not engine.has_unfinished_requests():
                     raise RuntimeError("requests were lost")
                 for output in engine.step():
-                    name, drawn = output.request_id, output.outputs[0]
+                    name, completion = output.request_id, output.outputs[0]
                     if name not in waiting:
                         continue
-                    end = ends.find(name, drawn.token_ids)
+                    end = ends.find(name, completion.token_ids)
                     if end is not None and not output.finished:
                         engine.abort_request([name])
                     if output.finished or end is not None:
                         index, sample = waiting.pop(name)
-                        yield rollout(prompts[index], index, sample, drawn, version, end)
+                        yield to_rollout(prompts[index], index, sample, completion, version, end)
         except (GeneratorExit, FloatingPointError):
             if waiting:
                 engine.abort_request(list(waiting))
@@ -175,21 +177,22 @@ class VllmEngine:
     # ---- weights
 
     def load_weights(self, source: Policy, version: int) -> None:
-        """Copy `source`'s weights in; they are live, and proven so, when this returns.
+        """Copy `source`'s weights to vLLM; when this returns they are live, proven by their fingerprint.
 
         Raises:
             ValueError: tensors that are missing, or of another shape; the old weights stay live.
-            StaleWeights: what vLLM holds afterwards is not what was sent.
+            StaleWeights: vLLM holds other weights afterwards than those that were sent.
         """
         found = shapes(source)
         if not self._shapes:
-            self._shapes = found if self.settings.self_test else checkpoint_shapes(self.path, found)
+            self._shapes = found if self.settings.self_test else stored_shapes(self.path, found)
         check_shapes(found, self._shapes, self.path)
-        self.load_tensors(list(in_dtype(public_weights(source), self.dtype)), version)
+        self.load_tensors(in_dtype(source.public_weights(), self.dtype), version)
 
-    def load_tensors(self, sent: list[tuple[str, Tensor]], version: int) -> None:
+    def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`load_weights` from tensors by public name, in the engine's type and known to fit."""
-        want = fingerprint(tensor for _, tensor in sent)
+        sent = list(weights)
+        expected = fingerprint(tensor for _, tensor in sent)
         if self.in_process:
             live = self._call("r1_receive", sent)
         elif self.on_cpu:
@@ -197,19 +200,19 @@ class VllmEngine:
         else:
             live = self._transfer(sent, version)
         self.llm.reset_prefix_cache()
-        if self.settings.tensor_parallel == 1 and live != want:
+        if self.settings.tensor_parallel == 1 and live != expected:
             raise StaleWeights(
                 f"after the update to version {version} vLLM holds weights with fingerprint {live:016x}, not "
-                f"the {want:016x} that were sent; nothing drawn from it would be on policy."
+                f"the {expected:016x} that were sent; its completions would not be on policy."
             )
-        self.version, self.weights = version, want
+        self.version, self.weights = version, expected
 
     def _call(self, method: str, *args: object) -> int:
-        """The sum of the workers' answers: one worker's fingerprint, or that of the shards together."""
-        return sum(self.llm.collective_rpc(method, args=args)) % WORD
+        """The sum of the workers' fingerprints: with several, of their shards together."""
+        return sum(self.llm.collective_rpc(method, args=args)) % MODULUS
 
     def _through_a_file(self, sent: list[tuple[str, Tensor]]) -> int:
-        """To workers in other processes: a file, in memory where the system has such a folder."""
+        """Send weights to workers in other processes by a file, in memory where /dev/shm exists."""
         from safetensors.torch import save_file
 
         shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.path
@@ -221,7 +224,7 @@ class VllmEngine:
             file.unlink(missing_ok=True)
 
     def _transfer(self, sent: list[tuple[str, Tensor]], version: int) -> int:
-        """By vLLM's weight-transfer API, over CUDA IPC: trainer and engine share the GPUs of one machine."""
+        """Send weights by vLLM's transfer API, over CUDA IPC: trainer and engine share one machine's GPUs."""
         from vllm.distributed.weight_transfer.base import WeightSource
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
@@ -239,15 +242,15 @@ class VllmEngine:
         return self._call("r1_fingerprint")
 
     def live_weights(self) -> int:
-        """Fingerprint of the weights that vLLM computes with now, read anew."""
+        """Fingerprint of the weights that vLLM computes with, read from its tensors now."""
         return self._call("r1_fingerprint")
 
     def drain(self) -> dict[str, float]:
-        """Nothing to say."""
+        """Empty: vLLM's metrics are not read."""
         return {}
 
     def close(self) -> None:
-        """Stop vLLM and give its memory back."""
+        """Stop vLLM and free its memory."""
         llm, self.llm = getattr(self, "llm", None), None
         self.dead = self.dead or "closed"
         if llm is None:
@@ -261,7 +264,7 @@ class VllmEngine:
 
 
 def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequence[int], room: int) -> Any:
-    """vLLM's parameters for one rollout. Its seed is a hash of the rollout's name."""
+    """vLLM's parameters for one rollout. Its seed is a hash of (seed, index, sample)."""
     from vllm import SamplingParams as VllmSampling
     from vllm.sampling_params import RequestOutputKind
 
@@ -274,8 +277,8 @@ def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequ
         seed=int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1,
         stop_token_ids=list(stops),
         min_tokens=sampling.min_tokens,
-        ignore_eos=True,  # the eos, where it counts, is among `stops`
-        logprobs=0,  # of the drawn token alone
+        ignore_eos=True,  # the eos, unless the request ignores it, is in `stops`
+        logprobs=0,  # of the sampled token alone
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
@@ -286,12 +289,12 @@ def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequ
 
 
 class WorkerWeights:
-    """Mixed into vLLM's worker class (`worker_extension_cls`): takes weights, and tells which are live."""
+    """Methods that vLLM adds to its worker class (`worker_extension_cls`): load weights, fingerprint them."""
 
     model_runner: Any
 
     def r1_receive(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """Load weights under their public names; the fingerprint of what is live afterwards."""
+        """Load weights by public name; return the fingerprint of the weights that are live afterwards."""
         repack_experts_on_reload()
         watch_packing()
         self.model_runner.reload_weights(weights_iterator=iter(weights))
@@ -304,12 +307,12 @@ class WorkerWeights:
         return self.r1_receive(load_file(file).items())
 
     def r1_fingerprint(self) -> int:
-        """Of every weight that this worker computes with."""
+        """Fingerprint of every weight that this worker computes with."""
         return live_fingerprint(self.model_runner.get_model())
 
 
 def watch_packing() -> None:
-    """CPU: note each matrix's fingerprint as it is packed for the GEMM library, which then hides it."""
+    """CPU: store each matrix's fingerprint before it is packed for the GEMM library."""
     from vllm.model_executor.layers import utils
 
     def watched(pack: Callable[..., None], layer: nn.Module, remove_weight: bool) -> None:
@@ -325,9 +328,9 @@ def watch_packing() -> None:
 
 
 def repack_experts_on_reload() -> None:
-    """CPU: have experts packed on every load, not on the first alone (vLLM 0.32, `_setup_kernel`).
+    """CPU: pack experts on every load, not on the first alone (vLLM 0.32, `_setup_kernel`).
 
-    Without it the kernel reads plain weights as if they were packed, from the second load on.
+    Without this the kernel reads plain weights as packed ones from the second load on.
     """
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod as Method,

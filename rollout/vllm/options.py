@@ -1,8 +1,8 @@
-"""What vLLM is started with: environment, arguments, and the keys that a checkpoint's config lacks.
+"""The start of vLLM: environment, arguments, and the keys that a checkpoint's config lacks.
 
 VLLM_ENABLE_V1_MULTIPROCESSING=0   CPU: the engine in this process
 VLLM_CPU_OMP_THREADS_BIND=nobind   else one core is kept back and threads are pinned
-VLLM_MLA_DISABLE=1                 CPU: its latent-attention kernel knows one shape, 512 + 64
+VLLM_MLA_DISABLE=1                 CPU: its latent-attention kernel supports one shape, 512 + 64
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from rollout.open import context_and_vocabulary
+import torch
+
+from rollout.checkpoint import context_and_vocabulary, read_config
 from rollout.settings import DtypeName, VllmSettings
 
 BATCHED_TOKENS = 8192
-"""Prompt tokens that the CPU build reads at once."""
+"""Prompt tokens of one step of the CPU build."""
 MLA_KERNEL = (512, 64)
 """kv_lora_rank and qk_rope_head_dim of the CPU build's latent-attention kernel: DeepSeek-V3's own."""
 
@@ -38,9 +40,9 @@ def llm_options(
         "max_model_len": context,
         "max_num_seqs": settings.max_batch,
         "tensor_parallel_size": settings.tensor_parallel,
-        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p: of what is drawn from
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
         "worker_extension_cls": "rollout.vllm.engine.WorkerWeights",
-        "generation_config": "vllm",  # sampling is what the caller says, not what the checkpoint likes
+        "generation_config": "vllm",  # the caller sets the sampling, not the checkpoint
         "hf_overrides": missing_keys(config),
         "use_tqdm_on_load": False,
         "seed": 0,
@@ -51,7 +53,7 @@ def llm_options(
             "kv_cache_memory_bytes": int(settings.cache_gib * 2**30),
             # The CPU kernel of the rotary embedding is wrong for DeepSeek: torch's own is used.
             "compilation_config": {"custom_ops": ["all", "-rotary_embedding"]},
-            # A prompt read in parts takes back its draws from the request's generator; CPUs cannot.
+            # A chunk of a prompt rewinds the request's generator, which a CPU generator cannot.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(context, BATCHED_TOKENS),
         }
@@ -60,9 +62,9 @@ def llm_options(
 
 
 def prepare_environment(config: dict[str, Any], on_cpu: bool, in_process: bool) -> None:
-    """Set what vLLM reads from the environment; it must stand before the first import."""
+    """Set the environment variables of vLLM, which it reads at its first import."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for our own last line
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout ends in a line of JSON
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
     if not on_cpu:
@@ -73,40 +75,18 @@ def prepare_environment(config: dict[str, Any], on_cpu: bool, in_process: bool) 
     os.environ["VLLM_MLA_DISABLE"] = "0" if latent == MLA_KERNEL else "1"
 
 
-def eos_of(path: Path, config: dict[str, Any]) -> int | list[int] | None:
-    """The eos of generation_config.json, which may list several, else of config.json."""
-    file = path / "generation_config.json"
-    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    eos: int | list[int] | None = own.get("eos_token_id", config.get("eos_token_id"))
-    return eos
-
-
 def missing_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Keys that vLLM wants in a deepseek_v3 config.json and transformers does not write."""
+    """Keys that vLLM needs in a deepseek_v3 config.json and transformers does not write."""
     if config.get("model_type") != "deepseek_v3":
         return {}
     needed = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 0}
     return {key: value for key, value in needed.items() if config.get(key) is None}
 
 
-def checkpoint_shapes(path: Path, found: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the checkpoint's own tensors, as far as an update would replace them."""
-    from safetensors import safe_open
-
-    out: dict[str, tuple[int, ...]] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names = [name for name in tensors.keys() if name in found]  # noqa: SIM118 - not a dict
-            out |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
-    return out
-
-
 def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[str]:
-    """Flags of vLLM's own server, and the environment, so that it serves what the engine would draw."""
-    import torch
-
+    """Flags of vLLM's own server, as `llm_options` starts the engine; sets its environment too."""
     on_cpu = not torch.cuda.is_available()
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = read_config(path)
     prepare_environment(config, on_cpu, in_process=False)
     context, _ = context_and_vocabulary(path, settings.context)
     flags = ["--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", str(settings.max_batch)]

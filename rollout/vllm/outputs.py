@@ -1,4 +1,4 @@
-"""What vLLM gives, as ours."""
+"""Convert vLLM outputs to our `Rollout`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rollout.types import Prompt, Rollout
 
 
 class Ends:
-    """Where stop strings end completions that grow: vLLM runs without a tokenizer and does not see them."""
+    """Where stop strings end completions that grow: vLLM runs without a tokenizer and cannot find them."""
 
     def __init__(self, stopper: Stopper) -> None:
         self.stopper = stopper
-        self.seen: dict[str, int] = {}  # tokens of each request that were looked at
+        self.seen: dict[str, int] = {}  # tokens of each request that were searched
 
     def find(self, request: str, tokens: list[int]) -> int | None:
         """The length at which the request ends, if it does within `tokens`."""
@@ -25,10 +25,10 @@ class Ends:
         return next((n for n in lengths if self.stopper.ends(tokens[:n])), None)
 
 
-def rollout(
+def to_rollout(
     prompt: Prompt, index: int, sample: int, output: Any, version: int, end: int | None = None
 ) -> Rollout:
-    """vLLM's record of a completion as ours, up to token `end` where a stop string ends it."""
+    """A completion of vLLM as a `Rollout`, up to token `end` where a stop string ends it."""
     logprobs = tuple(map(float, output.logprobs.logprobs))[:end]
     if not all(map(math.isfinite, logprobs)):
         step = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))

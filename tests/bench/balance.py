@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from model import Transformer
-from model.config import TINY
+from model import TINY, Transformer
 from pipeline.train.losses import token_logprobs
 from tests.bench.measure import RESULTS
 

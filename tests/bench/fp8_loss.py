@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from model.config import TINY
+from model import TINY
 from model.transformer import Transformer
 from pipeline.data.traces import corpus
 from pipeline.settings.pretrain import PretrainSettings

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from model import DEEPSEEK_V3, Transformer
-from model.checkpoint import _public, read_config
+from model.checkpoint import public_tensors, read_config
 torch.set_num_threads(1)
 path = Path(sys.argv[1])
 config = replace(DEEPSEEK_V3, num_hidden_layers=2, first_k_dense_replace=1, num_nextn_predict_layers=0,
@@ -38,7 +38,7 @@ def flush():
     weight_map.update(dict.fromkeys(shard, file))
     shard, size = {{}}, 0
 generator = torch.Generator().manual_seed(0)
-for name, tensor in _public(net):
+for name, tensor in public_tensors(net.state_dict(keep_vars=True), net.config):
     total += 2 * tensor.numel()
     if name.endswith("proj.weight") or "_proj_with_mqa" in name:
         bits = torch.randint(0, 120, tensor.shape, dtype=torch.uint8, generator=generator)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import model
-from model.config import TINY
+from model import TINY
 from tests.bench._rollout import ragged_prompts
 from tests.bench.measure import Timing
 

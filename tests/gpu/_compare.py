@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import ModelConfig
-from model.config import TINY
+from model import TINY, ModelConfig
 
 
 def relative(got: Tensor, want: Tensor) -> float:

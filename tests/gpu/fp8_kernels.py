@@ -44,17 +44,21 @@ def run(
         for half in (x, w.bfloat16()):
             for rows in (1, blocks.BLOCK):
                 for power_of_two in (False, True):
-                    want = blocks.quantize(half, rows, power_of_two)
-                    got = cuda.quantize(half.to(device), rows, power_of_two)
+                    want = blocks.to_tiles(half, rows, power_of_two)
+                    got = cuda.quantize_gpu(half.to(device), rows, power_of_two)
                     note("quantizing: scales", got.scale, want.scale)
                     note("quantizing: values", dequantize(got), dequantize(want))
-        a, b, d = blocks.quantize(x, 1, True), blocks.quantize(w, blocks.BLOCK), blocks.quantize(dy, 1)
+        a, b, d = (
+            blocks.to_tiles(x, 1, True),
+            blocks.to_tiles(w, blocks.BLOCK),
+            blocks.to_tiles(dy, 1),
+        )
         on = {name: _to(q, device) for name, q in (("a", a), ("b", b), ("d", d))}
         y, dx = gemm.multiply(a, b, torch.float), gemm.multiply(d, transpose(b), torch.float)
         dw = gemm.weight_gradient(dy, a, torch.float)
-        note("dense Fprop", cuda.multiply(on["a"], on["b"], torch.float), y)
-        note("dense Dgrad", cuda.multiply(on["d"], transpose(on["b"]), torch.float), dx)
-        note("dense Wgrad", cuda.weight_gradient(dy.to(device), on["a"], torch.float), dw)
+        note("dense Fprop", cuda.multiply_gpu(on["a"], on["b"], torch.float), y)
+        note("dense Dgrad", cuda.multiply_gpu(on["d"], transpose(on["b"]), torch.float), dx)
+        note("dense Wgrad", cuda.weight_gradient_gpu(dy.to(device), on["a"], torch.float), dw)
         one = Quantized(on["b"].values[None], on["b"].scale[None], blocks.BLOCK)
         note("dense Fprop by Triton", grouped.rows_times_experts(on["a"], one, [t], torch.float), y)
         library = vendor.deep_gemm() if vendor.hopper(device) else None
@@ -62,21 +66,25 @@ def run(
             got = vendor.deep_gemm_multiply(library, on["a"], on["b"])
             note("dense Fprop by DeepGEMM, in bf16", got, y)
         x[t // 2, i // 2] = float("nan")
-        spoilt = cuda.multiply(cuda.quantize(x.to(device), 1), on["b"], torch.bfloat16)
+        spoilt = cuda.multiply_gpu(cuda.quantize_gpu(x.to(device), 1), on["b"], torch.bfloat16)
         finite = spoilt.isfinite().all(1).cpu()
         sound = sound and not finite[t // 2] and int(finite.sum()) == t - 1
     for counts in groups:
         m, e, (o, i) = sum(counts), len(counts), width
         x, w, dy = torch.randn(m, i), 0.02 * torch.randn(e, o, i), 1e-6 * torch.randn(m, o)
-        a, b, d = blocks.quantize(x, 1, True), blocks.quantize(w, blocks.BLOCK), blocks.quantize(dy, 1)
+        a, b, d = (
+            blocks.to_tiles(x, 1, True),
+            blocks.to_tiles(w, blocks.BLOCK),
+            blocks.to_tiles(dy, 1),
+        )
         on = {name: _to(q, device) for name, q in (("a", a), ("b", b), ("d", d))}
         want = gemm.multiply_grouped(a, b, counts, torch.float)
-        note("grouped Fprop", cuda.multiply_grouped(on["a"], on["b"], counts, torch.float), want)
+        note("grouped Fprop", cuda.multiply_grouped_gpu(on["a"], on["b"], counts, torch.float), want)
         want = gemm.multiply_grouped(d, transpose(b), counts, torch.float)
-        got = cuda.multiply_grouped(on["d"], transpose(on["b"]), counts, torch.float)
+        got = cuda.multiply_grouped_gpu(on["d"], transpose(on["b"]), counts, torch.float)
         note("grouped Dgrad", got, want)
         want = gemm.weight_gradient_grouped(dy, a, counts, torch.float)
-        got = cuda.weight_gradient_grouped(dy.to(device), on["a"], counts, torch.float)
+        got = cuda.weight_gradient_grouped_gpu(dy.to(device), on["a"], counts, torch.float)
         note("grouped Wgrad", got, want)
     bounds = {"quantizing: scales": 0.0, "quantizing: values": 1e-6, "dense Fprop by DeepGEMM, in bf16": 5e-3}
     claims = [at_most(claim, value, bounds.get(claim, BOUND)) for claim, value in worst.items()]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.config import TINY
+from model import TINY
 from model.kernels.cpu import attention as causal
 from model.kernels.cpu.attention import BLOCK, FULLNESS, CausalAttention, buckets
 from model.rope import Rope
@@ -84,9 +84,9 @@ def test_attention_and_its_gradients_are_those_of_plain_softmax(case, again, h, 
 
 def test_buckets_hold_every_token_once_and_like_lengths():
     ids = CASES["ragged"]
-    plan = [bucket.places for bucket in buckets(ids)]
-    places = torch.cat([bucket[bucket >= 0] for bucket in plan]).sort().values
-    assert torch.equal(places, (ids.flatten() >= 0).nonzero().squeeze(1))
+    plan = [bucket.indices for bucket in buckets(ids)]
+    indices = torch.cat([bucket[bucket >= 0] for bucket in plan]).sort().values
+    assert torch.equal(indices, (ids.flatten() >= 0).nonzero().squeeze(1))
     assert len(plan) > 2  # lengths from 1 to 70 do not share one
     for bucket in plan:
         assert (bucket >= 0).sum(1).min() >= FULLNESS * bucket.shape[1]

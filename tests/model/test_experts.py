@@ -63,7 +63,7 @@ def test_experts_take_turns_where_each_has_work():
 def test_rows_are_filled_up_on_a_cpu_in_bf16_alone():
     """A GPU would wait for the host to count them."""
     experts, *_ = made()
-    many = torch.zeros(moe.BF16_FILL_FROM, 1, dtype=torch.bfloat16)
+    many = torch.zeros(moe.BF16_PAD_FROM, 1, dtype=torch.bfloat16)
     assert experts.alignment(many) == 64
     assert experts.alignment(many[1:]) == experts.alignment(many.float()) == 1
     assert experts.alignment(many.to("meta")) == 1
@@ -97,9 +97,9 @@ def test_the_plan_sends_every_pair_to_a_row_of_its_expert(align):
     plan = Plan.of(ids, 5, align)
     assert len(plan.rows) == 5 and not (plan.rows % align).any()
     owner = torch.arange(5).repeat_interleave(plan.rows)
-    assert torch.equal(owner[plan.places], ids)
-    assert torch.equal(plan.pair[plan.places], torch.arange(6).view(3, 2))
-    assert torch.equal(plan.token[plan.places], torch.arange(3)[:, None].expand(3, 2))
+    assert torch.equal(owner[plan.slots], ids)
+    assert torch.equal(plan.pair[plan.slots], torch.arange(6).view(3, 2))
+    assert torch.equal(plan.token[plan.slots], torch.arange(3)[:, None].expand(3, 2))
     assert (plan.token == 3).sum() == plan.rows.sum() - 6  # filling rows are nobody's
 
 

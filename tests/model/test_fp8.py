@@ -52,7 +52,7 @@ def test_every_e4m3_number_is_kept_and_ties_go_to_even():
     x = torch.cat([grid, -grid, between, -between, between * 1.0001, torch.tensor([448.0])])
     x = torch.cat([x, torch.zeros(-len(x) % 128)]).view(-1, 128)
     x[:, 0] = 448  # every scale is 1
-    got = blocks.quantize(x, 1).values.double().numpy()
+    got = blocks.to_tiles(x, 1).values.double().numpy()
     assert np.array_equal(got, reference.to_e4m3(x.double().numpy()))
 
 
@@ -63,7 +63,7 @@ def test_quantizing_is_the_reports(rows, power_of_two):
     x = torch.randn(140, 300) * torch.logspace(-12, 3, 140)[:, None]
     x[5] = 0
     got, want = (
-        blocks.quantize(x, rows, power_of_two),
+        blocks.to_tiles(x, rows, power_of_two),
         reference.quantize(x.double().numpy(), rows, power_of_two),
     )
     np.testing.assert_allclose(got.scale.double(), want[1], rtol=1e-6)
@@ -76,7 +76,7 @@ def test_quantizing_is_the_reports(rows, power_of_two):
 
 def test_small_gradients_are_not_flushed():
     x = 1e-9 * torch.randn(4, 128)
-    assert relative(blocks.dequantize(blocks.quantize(x, 1)), x.double()) < 0.03
+    assert relative(blocks.dequantize(blocks.to_tiles(x, 1)), x.double()) < 0.03
 
 
 def test_requantizing_along_the_other_axis_is_free_with_powers_of_two():
@@ -84,8 +84,8 @@ def test_requantizing_along_the_other_axis_is_free_with_powers_of_two():
     x = torch.randn(256, 256)
     errors = {}
     for power_of_two in (False, True):
-        once = blocks.dequantize(blocks.quantize(x, 1, power_of_two))
-        twice = blocks.dequantize(blocks.quantize(once.T, 1, power_of_two)).T
+        once = blocks.dequantize(blocks.to_tiles(x, 1, power_of_two))
+        twice = blocks.dequantize(blocks.to_tiles(once.T, 1, power_of_two)).T
         errors[power_of_two] = relative(twice, once.double())
     assert errors[True] < 1e-3 < 0.02 < errors[False]
 
@@ -107,7 +107,7 @@ def test_each_product_is_the_reports_and_within_four_percent(shape):
 
 def test_emulation_equals_explicit_promotion_every_128():
     x, w, _ = inputs(64, 40, 1000)
-    a, b = blocks.quantize(x, 1), blocks.quantize(w, 128)
+    a, b = blocks.to_tiles(x, 1), blocks.to_tiles(w, 128)
     want = reference.multiply(
         *((q.values.double().numpy(), q.scale.double().numpy(), q.rows) for q in (a, b))
     )
@@ -163,11 +163,11 @@ def test_an_outlier_channel_spoils_only_its_own_tile():
         assert relative(got, want) < BOUND
     # What is small beside the outlier is still there, in its own tile too.
     rest = torch.arange(512) != 300
-    assert relative(blocks.dequantize(blocks.quantize(x, 1))[:, rest], x[:, rest].double()) < 0.03
+    assert relative(blocks.dequantize(blocks.to_tiles(x, 1))[:, rest], x[:, rest].double()) < 0.03
     # Further out than E4M3 reaches, it costs its own tile and no other; one scale for all would cost all.
     x[:, 300] *= 1e6
     far = (torch.arange(512) < 256) | (torch.arange(512) >= 384)
-    assert relative(blocks.dequantize(blocks.quantize(x, 1))[:, far], x[:, far].double()) < 0.03
+    assert relative(blocks.dequantize(blocks.to_tiles(x, 1))[:, far], x[:, far].double()) < 0.03
     one_scale = (x / (x.abs().max() / 448)).to(torch.float8_e4m3fn).float() * (x.abs().max() / 448)
     assert relative(one_scale[:, far], x[:, far].double()) > 0.5
 
@@ -178,7 +178,7 @@ def test_an_outlier_channel_spoils_only_its_own_tile():
 def test_a_tile_that_holds_what_is_not_finite_is_lost_whole_and_alone(bad, power_of_two, rows):
     x = torch.randn(200, 300)
     x[7, 150] = bad
-    finite = blocks.dequantize(blocks.quantize(x, rows, power_of_two)).isfinite()
+    finite = blocks.dequantize(blocks.to_tiles(x, rows, power_of_two)).isfinite()
     tile = torch.zeros(200, 300, dtype=torch.bool)
     tile[slice(7, 8) if rows == 1 else slice(0, 128), 128:256] = True
     assert torch.equal(finite, ~tile)
@@ -281,10 +281,10 @@ def test_an_fp8_checkpoint_reads_back_as_quantized_and_dequantized(tmp_path):
     with torch.no_grad():
         for module in want.modules():
             if isinstance(module, fp8.Fp8Linear):
-                module.weight.copy_(blocks.dequantize(blocks.quantize(module.weight, 128)))
+                module.weight.copy_(blocks.dequantize(blocks.to_tiles(module.weight, 128)))
             elif isinstance(module, fp8.Fp8Experts):  # gate and up are tensors of their own there
                 for half in (*module.gate_up_proj.chunk(2, dim=1), module.down_proj):
-                    half.copy_(blocks.dequantize(blocks.quantize(half, 128)))
+                    half.copy_(blocks.dequantize(blocks.to_tiles(half, 128)))
     assert all(
         torch.equal(a, b) for a, b in zip(got.state_dict().values(), want.state_dict().values(), strict=True)
     )

@@ -60,11 +60,11 @@ def test_scaled_mm_gets_the_layouts_that_it_reads(shape, monkeypatch):
     t, o, i = shape
     torch.manual_seed(0)
     x, w, dy = torch.randn(t, i), torch.randn(o, i), torch.randn(t, o)
-    a, b, d = blocks.quantize(x, 1, True), blocks.quantize(w, 128), blocks.quantize(dy, 1)
+    a, b, d = blocks.to_tiles(x, 1, True), blocks.to_tiles(w, 128), blocks.to_tiles(dy, 1)
     assert off(vendor.scaled_mm(a, b, torch.float), gemm.multiply(a, b, torch.float)) < 1e-6
     want = gemm.multiply(d, transpose(b), torch.float)
     assert off(vendor.scaled_mm(d, transpose(b), torch.float), want) < 1e-6
-    over = blocks.quantize(dy.T, 1), blocks.quantize(dequantize(a).T, 1, True)
+    over = blocks.to_tiles(dy.T, 1), blocks.to_tiles(dequantize(a).T, 1, True)
     assert off(vendor.scaled_mm(*over, torch.float), gemm.weight_gradient(dy, a, torch.float)) < 1e-6
     # Scales as the GPU's quantization leaves them: rows next to each other.
     gpu = Quantized(a.values, a.scale.T.contiguous().T, 1)
@@ -75,8 +75,8 @@ def test_scaled_mm_gets_the_layouts_that_it_reads(shape, monkeypatch):
 def test_torchs_own_checks_pass_without_a_gpu(shape):
     """The call, sizes and layouts, by the function that torch has for tensors without memory."""
     t, o, i = shape
-    a, b, d = (blocks.quantize(torch.ones(s), r) for s, r in (((t, i), 1), ((o, i), 128), ((t, o), 1)))
-    over = blocks.quantize(torch.ones(o, t), 1), blocks.quantize(torch.ones(i, t), 1)
+    a, b, d = (blocks.to_tiles(torch.ones(s), r) for s, r in (((t, i), 1), ((o, i), 128), ((t, o), 1)))
+    over = blocks.to_tiles(torch.ones(o, t), 1), blocks.to_tiles(torch.ones(i, t), 1)
     for left, right in ((a, b), (d, transpose(b)), over):
         bare = [
             Quantized(q.values.to("meta"), torch.empty_like(q.scale, device="meta"), q.rows)
@@ -109,13 +109,13 @@ def test_deep_gemm_gets_aligned_groups_and_its_rows_are_put_back():
     library = SimpleNamespace(fp8_gemm_nt=dense, m_grouped_fp8_gemm_nt_contiguous=by_expert)
     torch.manual_seed(0)
     counts = [3, 0, 130, 128, 0]
-    a = blocks.quantize(torch.randn(261, 256), 1, True)
+    a = blocks.to_tiles(torch.randn(261, 256), 1, True)
     a = Quantized(a.values, a.scale.T.contiguous().T, 1)
-    w = blocks.quantize(torch.randn(5, 384, 256), 128)
+    w = blocks.to_tiles(torch.randn(5, 384, 256), 128)
     assert vendor.fits_deep_gemm(a, w, torch.bfloat16) and not vendor.fits_deep_gemm(a, w, torch.float)
     got = vendor.deep_gemm_grouped(library, a, w, counts)
     assert off(got.float(), gemm.multiply_grouped(a, w, counts, torch.float)) < 3e-3  # bf16's own rounding
     one = Quantized(w.values[0], w.scale[0], 128)
     got = vendor.deep_gemm_multiply(library, a, transpose(transpose(one)))
     assert off(got.float(), gemm.multiply(a, one, torch.float)) < 3e-3
-    assert not vendor.fits_deep_gemm(a, blocks.quantize(torch.randn(130, 256), 128), torch.bfloat16)
+    assert not vendor.fits_deep_gemm(a, blocks.to_tiles(torch.randn(130, 256), 128), torch.bfloat16)

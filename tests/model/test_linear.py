@@ -23,7 +23,7 @@ def test_linear_is_that_of_torch_with_its_gradients(rows):
 def test_onednn_gets_what_training_brings_in_fp32_alone(monkeypatch):
     assert linear.AVAILABLE  # in every torch that this project supports
     calls = []
-    monkeypatch.setattr(linear, "multiply", lambda x, w: calls.append(x.dtype) or F.linear(x, w))
+    monkeypatch.setattr(linear, "times_transposed", lambda x, w: calls.append(x.dtype) or F.linear(x, w))
     layer, x = Linear(24, 40), torch.randn(ROWS, 24)
     layer(x).sum().backward()
     assert calls == 2 * [torch.float32]  # forward, and the input's gradient

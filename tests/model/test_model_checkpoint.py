@@ -140,7 +140,7 @@ def test_errors_name_the_tensor_and_the_file(saved):
     cases = {
         f"lacks the tensor {name}": lambda t: t.pop(name),
         "model.layers.9.surprise": lambda t: t.update({"model.layers.9.surprise": torch.zeros(1)}),
-        rf"{name} is \(2, 2\), the config says \(24, 48\)": lambda t: t.update({name: torch.zeros(2, 2)}),
+        rf"{name} is \(2, 2\), the config expects \(24, 48\)": lambda t: t.update({name: torch.zeros(2, 2)}),
         "differs from the trunk's": lambda t: t["model.layers.3.embed_tokens.weight"].zero_(),
         "lacks the tensor model.layers.3.hnorm": lambda t: t.pop("model.layers.3.hnorm.weight"),
     }

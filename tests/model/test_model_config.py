@@ -33,7 +33,7 @@ def test_both_spellings_of_rope_mean_the_same():
         ({"n_group": 2, "topk_group": 3}, "topk_group=3 is more than the n_group=2"),
         ({"n_group": 4, "num_experts_per_tok": 3}, "num_experts_per_tok=3 is more than the 2 experts"),
         ({"qk_rope_head_dim": 7}, "qk_rope_head_dim=7 is odd"),
-        ({"hidden_size": 0}, "hidden_size=0 is not a positive whole number"),
+        ({"hidden_size": 0}, "hidden_size=0 is not a positive integer"),
         ({"first_k_dense_replace": 9}, "first_k_dense_replace=9 is not within"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "type .'linear'. is not supported"),
         ({"rope_scaling": {"type": "yarn", "factor": 2}}, "lacks 'original_max_position_embeddings'"),

@@ -124,7 +124,7 @@ RANK = """
 import sys, torch, torch.distributed as dist
 from dataclasses import replace
 from model.moe import Gate
-from model.config import TINY
+from model import TINY
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 gate = Gate(TINY)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from model_shapes import SHAPES, make
 
-from model.checkpoint import _public
+from model.checkpoint import public_tensors
 from tests.reference.deepseek_v3 import forward
 
 TOKENS = 11
@@ -14,7 +14,9 @@ TOKENS = 11
 def test_logits_and_mtp_are_the_equations(shape):
     net = make(SHAPES[shape]).eval()
     tokens = torch.randint(net.config.vocab_size, (TOKENS,), generator=torch.Generator().manual_seed(2))
-    weights = {name: tensor.double() for name, tensor in _public(net)}
+    weights = {
+        name: tensor.double() for name, tensor in public_tensors(net.state_dict(keep_vars=True), net.config)
+    }
     want, want_ahead = forward(tokens.tolist(), weights, net.config.to_dict() | vars(net.config))
     hidden, states = net.hidden_and_mtp(tokens[None])
     assert want.std() > 0.1  # else the comparison would prove little

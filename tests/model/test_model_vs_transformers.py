@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from model_shapes import SHAPES, make
 
 import model
-from model.checkpoint import _public
+from model.checkpoint import public_tensors
 
 transformers = pytest.importorskip("transformers")
 
@@ -47,8 +47,8 @@ def test_public_names_survive_transformers_both_ways(pair, tmp_path):
     dropped = pytest.warns(UserWarning, match="num_nextn_predict_layers") if len(net.mtp) else nullcontext()
     with dropped:
         back = model.load(tmp_path / "again")
-    saved = dict(_public(net))
-    for name, tensor in _public(back):
+    saved = dict(public_tensors(net.state_dict(keep_vars=True), net.config))
+    for name, tensor in public_tensors(back.state_dict(keep_vars=True), back.config):
         assert torch.equal(tensor, saved[name]), name
     assert back.config == model.ModelConfig.from_dict(net.config.to_dict() | {"num_nextn_predict_layers": 0})
 

@@ -48,16 +48,16 @@ def awkward(m, c, dtype=torch.float):
 def test_tiles_equal_the_plain_code(power_of_two, dtype):
     torch.manual_seed(0)
     x = awkward(37, 200, dtype)
-    same(tiles(x, power_of_two), blocks.quantize(x, 1, power_of_two))
-    same(tiles(x.T, power_of_two), blocks.quantize(x.T, 1, power_of_two))  # strides the other way
+    same(tiles(x, power_of_two), blocks.to_tiles(x, 1, power_of_two))
+    same(tiles(x.T, power_of_two), blocks.to_tiles(x.T, 1, power_of_two))  # strides the other way
 
 
 @pytest.mark.parametrize("shape", [(130, 200), (3, 40, 129), (128, 128)])
 def test_blocks_equal_the_plain_code(shape):
     torch.manual_seed(0)
     x = torch.randn(shape)
-    same(square_blocks(x), blocks.quantize(x, 128))
-    same(square_blocks(x.mT, True), blocks.quantize(x.mT, 128, True))
+    same(square_blocks(x), blocks.to_tiles(x, 128))
+    same(square_blocks(x.mT, True), blocks.to_tiles(x.mT, 128, True))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -67,7 +67,7 @@ def test_what_is_not_finite_stays_so(bad):
     for q in (tiles(x), tiles(x, True), square_blocks(x), square_blocks(x, True)):
         back = dequantize(q)
         assert not back[7, 128:].isfinite().any() and back[:, :128].isfinite().all()
-    y = cuda.multiply(tiles(x), square_blocks(torch.randn(20, 200)), torch.float)
+    y = cuda.multiply_gpu(tiles(x), square_blocks(torch.randn(20, 200)), torch.float)
     assert not y[7].isfinite().any() and y[:7].isfinite().all()
 
 
@@ -83,13 +83,14 @@ def close(got, want):
 def test_grouped_products_equal_the_plain_code():
     torch.manual_seed(0)
     x, w, dy = torch.randn(206, 150), torch.randn(6, 136, 150), torch.randn(206, 136)
-    a, b = blocks.quantize(x, 1, True), blocks.quantize(w, 128)
-    close(cuda.multiply_grouped(a, b, COUNTS, x.dtype), gemm.multiply_grouped(a, b, COUNTS, x.dtype))
-    d, flipped = blocks.quantize(dy, 1), transpose(b)
+    a, b = blocks.to_tiles(x, 1, True), blocks.to_tiles(w, 128)
+    close(cuda.multiply_grouped_gpu(a, b, COUNTS, x.dtype), gemm.multiply_grouped(a, b, COUNTS, x.dtype))
+    d, flipped = blocks.to_tiles(dy, 1), transpose(b)
     close(
-        cuda.multiply_grouped(d, flipped, COUNTS, x.dtype), gemm.multiply_grouped(d, flipped, COUNTS, x.dtype)
+        cuda.multiply_grouped_gpu(d, flipped, COUNTS, x.dtype),
+        gemm.multiply_grouped(d, flipped, COUNTS, x.dtype),
     )
-    got = cuda.weight_gradient_grouped(dy, a, COUNTS, x.dtype)
+    got = cuda.weight_gradient_grouped_gpu(dy, a, COUNTS, x.dtype)
     close(got, gemm.weight_gradient_grouped(dy, a, COUNTS, x.dtype))
     assert not got[1].any() and not got[4].any()  # experts without tokens
 
@@ -97,23 +98,23 @@ def test_grouped_products_equal_the_plain_code():
 def test_dense_products_equal_the_plain_code():
     torch.manual_seed(0)
     x, w, dy = torch.randn(70, 260), torch.randn(130, 260), torch.randn(70, 130)
-    a, b = cuda.quantize(x, 1, True), cuda.quantize(w, 128)
+    a, b = cuda.quantize_gpu(x, 1, True), cuda.quantize_gpu(w, 128)
     assert isinstance(a, Quantized)
-    close(cuda.multiply(a, b, torch.float), gemm.multiply(a, b, torch.float))
+    close(cuda.multiply_gpu(a, b, torch.float), gemm.multiply(a, b, torch.float))
     close(
-        cuda.multiply(cuda.quantize(dy, 1), transpose(b), torch.float),
-        gemm.multiply(blocks.quantize(dy, 1), transpose(b), torch.float),
+        cuda.multiply_gpu(cuda.quantize_gpu(dy, 1), transpose(b), torch.float),
+        gemm.multiply(blocks.to_tiles(dy, 1), transpose(b), torch.float),
     )
-    close(cuda.weight_gradient(dy, a, torch.float), gemm.weight_gradient(dy, a, torch.float))
-    half = cuda.multiply(a, b, torch.bfloat16)
+    close(cuda.weight_gradient_gpu(dy, a, torch.float), gemm.weight_gradient(dy, a, torch.float))
+    half = cuda.multiply_gpu(a, b, torch.bfloat16)
     assert half.dtype == torch.bfloat16 and (half - gemm.multiply(a, b, torch.float)).abs().max() < 0.5
 
 
 def test_no_tokens_at_all():
-    a = blocks.quantize(torch.randn(0, 150), 1, True)
+    a = blocks.to_tiles(torch.randn(0, 150), 1, True)
     w = torch.randn(2, 40, 150)
-    assert cuda.multiply_grouped(a, cuda.quantize(w, 128), [0, 0], torch.float).shape == (0, 40)
-    assert not cuda.weight_gradient_grouped(torch.randn(0, 40), a, [0, 0], torch.float).any()
+    assert cuda.multiply_grouped_gpu(a, cuda.quantize_gpu(w, 128), [0, 0], torch.float).shape == (0, 40)
+    assert not cuda.weight_gradient_grouped_gpu(torch.randn(0, 40), a, [0, 0], torch.float).any()
 
 
 def test_the_gpu_check_of_the_kernels_holds_in_the_interpreter():

@@ -7,7 +7,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as native
-from rollout.dense import decoding
+from model.dense import DensePolicy
+from rollout.dense import waves
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
 from rollout.types import SamplingParams
@@ -19,10 +20,10 @@ GREEDY = SamplingParams(max_tokens=20, temperature=0)
 
 @pytest.fixture(scope="module", params=["native", "dense"])
 def pair(request):
-    """An engine class, its module, and the transformers model with the same weights."""
+    """An engine class, its policy, and the transformers model with the same weights."""
     if request.param == "dense":
         llama = request.getfixturevalue("llama")
-        return DenseEngine, llama, llama
+        return DenseEngine, DensePolicy(llama), llama
     net = native.load(request.getfixturevalue("deepseek_dir"), dtype=torch.float32)
     return NativeEngine, net, request.getfixturevalue("deepseek")
 
@@ -95,7 +96,7 @@ def test_a_rollout_does_not_depend_on_its_company(pair, prompts, params, monkeyp
         engine = kind(module, max_batch=max_batch, cache_bytes=cache_bytes)
         assert tokens(draw(engine, prompts, params)) == want
     for ratio in (0.0, 1.0):  # never compact, at every chance
-        monkeypatch.setattr(decoding, "KEEP_RATIO", ratio)
+        monkeypatch.setattr(waves, "KEEP_RATIO", ratio)
         assert tokens(draw(kind(module), prompts, params)) == want
     few = tokens(draw(kind(module), prompts[:3], replace(params, n=1)))
     assert few == {name: got for name, got in want.items() if name[0] < 3 and name[1] == 0}
@@ -173,7 +174,7 @@ def test_bad_prompts_are_refused_before_anything_is_drawn(engine, bad, message):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_named(pair, prompts, value):
     kind, module, _ = pair
-    weight = module.get_input_embeddings().weight if kind is DenseEngine else module.lm_head.weight
+    weight = module.network.get_input_embeddings().weight if kind is DenseEngine else module.lm_head.weight
     row, saved = weight.data[50], weight.data[50].clone()
     row.fill_(value)
     try:
@@ -193,8 +194,7 @@ def test_mode_comes_back_and_training_goes_on(pair, engine, prompts, training):
             assert module.training is training
             assert torch.is_grad_enabled()
         ids = torch.tensor([prompts[3].token_ids])
-        logits = module(input_ids=ids).logits if isinstance(engine, DenseEngine) else module.logits(ids)
-        logits.logsumexp(-1).sum().backward()
+        module.logits(ids).logsumexp(-1).sum().backward()
     finally:
         module.zero_grad(set_to_none=True)
         module.eval()
@@ -231,7 +231,7 @@ def test_dense_serves_models_with_absolute_positions(prompts):
         eos_token_id=2, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     gpt2 = GPT2LMHeadModel(config).eval()
-    for rollout in draw(DenseEngine(gpt2), prompts, replace(SAMPLED, ignore_eos=True)).values():
+    for rollout in draw(DenseEngine(DensePolicy(gpt2)), prompts, replace(SAMPLED, ignore_eos=True)).values():
         logprobs = teacher_forced(gpt2, rollout).log_softmax(-1)
         want = logprobs.gather(1, torch.tensor(rollout.token_ids).unsqueeze(1)).squeeze(1)
         assert (torch.tensor(rollout.logprobs) - want).abs().max() < 1e-5
@@ -239,7 +239,10 @@ def test_dense_serves_models_with_absolute_positions(prompts):
 
 def test_engines_agree_on_the_same_weights(deepseek, deepseek_dir, prompts):
     """Greedy, and sampled with the same seed: one loop, one stream of uniforms."""
-    ours, peer = NativeEngine(native.load(deepseek_dir, dtype=torch.float32)), DenseEngine(deepseek)
+    ours, peer = (
+        NativeEngine(native.load(deepseek_dir, dtype=torch.float32)),
+        DenseEngine(DensePolicy(deepseek)),
+    )
     for params in (GREEDY, SAMPLED, replace(SAMPLED, top_p=0.8)):
         got, want = draw(ours, prompts, params), draw(peer, prompts, params)
         assert tokens(got) == tokens(want)

@@ -15,8 +15,9 @@ import torch
 import model as native
 from rollout.engine import EngineDied, StaleWeights
 from rollout.native.engine import NativeEngine
+from rollout.open import open_worker_engine
 from rollout.pool import engine as workers
-from rollout.pool.engine import Member, Part, RolloutPool
+from rollout.pool.engine import Member, RolloutPool, Task
 from rollout.pool.worker import Worker
 from rollout.settings import RolloutSettings
 from rollout.types import SamplingParams
@@ -42,7 +43,7 @@ def other(net):
 
 @pytest.fixture(scope="module")
 def pool(deepseek_dir):
-    opened = RolloutPool(deepseek_dir, SETTINGS)
+    opened = RolloutPool(deepseek_dir, SETTINGS, open_worker_engine)
     yield opened
     opened.close()
     opened.close()
@@ -96,7 +97,7 @@ def test_a_worker_killed_in_the_middle_loses_nothing(pool, net, prompts):
     os.kill(victim.pid, signal.SIGSTOP)
     stream = pool.generate(prompts, SAMPLED)
     got = [next(stream)]
-    assert victim.part is not None
+    assert victim.task is not None
     os.kill(victim.pid, signal.SIGKILL)
     got += list(stream)
     check_same(got, list(NativeEngine(net).generate(prompts, SAMPLED)))
@@ -175,23 +176,23 @@ def test_staleness_is_bounded(pool, net, prompts, monkeypatch, bound):
 
 def test_rollouts_that_come_back_twice_are_passed_on_once(pool, prompts):
     member, drawn = Member(None), (0, 0, (5,), (-1.0,), "stop", pool.version)
-    member.part = Part(2, [prompts[2]], {(2, 0)})
+    member.task = Task(2, [prompts[2]], {(2, 0)})
     assert len(list(pool._accept(member, [drawn, drawn], prompts, deque()))) == 1
-    assert pool.counts.repeated == 1 and not member.part.missing
+    assert pool.counts.repeated == 1 and not member.task.missing
 
 
 def test_a_rollout_that_never_comes_back_ends_the_request(pool, prompts):
-    part, queue = Part(2, [prompts[2]], {(2, 0)}), deque()
+    part, queue = Task(2, [prompts[2]], {(2, 0)}), deque()
     for failures in range(1, workers.MOST_FAILURES):
-        list(pool._accept(Member(None, part=part), None, prompts, queue))
+        list(pool._accept(Member(None, task=part), None, prompts, queue))
         assert queue.pop() is part and part.failures == failures
     with pytest.raises(EngineDied, match=r"prompts 2 to 2 failed 3 times: 1 rollouts .* never came back"):
-        list(pool._accept(Member(None, part=part), None, prompts, queue))
+        list(pool._accept(Member(None, task=part), None, prompts, queue))
 
 
 def test_a_worker_refuses_weights_that_are_not_what_was_sent(deepseek_dir, net):
-    worker = Worker(str(deepseek_dir), SETTINGS, None)
-    sent = dict(workers.public_weights(net))
+    worker = Worker(open_worker_engine, str(deepseek_dir), SETTINGS, None)
+    sent = dict(net.public_weights())
     want = workers.fingerprint(sent.values())
     worker.load(sent, 1, want)
     sent["model.norm.weight"] = sent["model.norm.weight"] + 1e-3
@@ -208,4 +209,4 @@ def test_without_ray_it_says_what_to_install(deepseek_dir, monkeypatch):
     found = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[cluster\]'"):
-        RolloutPool(deepseek_dir, SETTINGS)
+        RolloutPool(deepseek_dir, SETTINGS, open_worker_engine)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import model as native
+from model.dense import DensePolicy
 from rollout.dense.engine import DenseEngine
 from rollout.engine import StaleWeights
+from rollout.local import load_policy
 from rollout.native.engine import NativeEngine
-from rollout.self_test import compare, load_reference, probes, self_test
+from rollout.self_test import compare, probes, self_test
 from rollout.types import SamplingParams
 
 
@@ -61,8 +63,8 @@ def test_another_token_shows_as_regret(net, deepseek_dir):
 
 def test_the_reference_of_a_dense_checkpoint_is_our_adapter(llama, tmp_path):
     llama.save_pretrained(tmp_path)
-    reference = load_reference(tmp_path, torch.float32)
+    reference = load_policy(tmp_path, torch.float32)
     self_test_prompts = probes(reference.config.vocab_size, 64)
     greedy = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-    found = compare(list(DenseEngine(llama).generate(self_test_prompts, greedy)), reference)
+    found = compare(list(DenseEngine(DensePolicy(llama)).generate(self_test_prompts, greedy)), reference)
     assert found.worst < 1e-4 and found.regret < 1e-4

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import model
+from model.dense import DensePolicy
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
 from rollout.stopping import Stopper
@@ -20,7 +21,8 @@ def opened(request, tokenizer):
     """An engine that reads text, and its model."""
     if request.param == "dense":
         llama = request.getfixturevalue("llama")
-        return DenseEngine(llama, eos_token_id=(), tokenizer=tokenizer), llama
+        policy = DensePolicy(llama)
+        return DenseEngine(policy, eos_token_id=(), tokenizer=tokenizer), policy
     net = model.load(request.getfixturevalue("deepseek_dir"), dtype=torch.float32)
     return NativeEngine(net, eos_token_id=(), tokenizer=tokenizer), net
 
@@ -55,7 +57,7 @@ def test_min_tokens_keeps_stop_tokens_out_and_renormalizes(opened, prompts):
     for rollout in draw(engine, prompts, params).values():
         ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         with torch.no_grad():
-            logits = module(input_ids=ids).logits if isinstance(engine, DenseEngine) else module.logits(ids)
+            logits = module.logits(ids)
         logits = logits[0, len(rollout.prompt.token_ids) - 1 : -1]
         logits[:6, 3:40] = -torch.inf
         want = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids)[:, None])[:, 0]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rollout import checkpoint
 from rollout.settings import VllmSettings
 from rollout.vllm import options
 
@@ -38,11 +39,12 @@ def test_only_keys_that_a_deepseek_config_lacks_are_added(config, missing):
 
 
 def test_the_eos_of_generation_counts_before_that_of_the_model(tmp_path):
-    assert options.eos_of(tmp_path, {"eos_token_id": 1}) == 1
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    assert checkpoint.eos_of(tmp_path) == 1
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6}')
-    assert options.eos_of(tmp_path, {"eos_token_id": 1}) == 1
+    assert checkpoint.eos_of(tmp_path) == 1
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
-    assert options.eos_of(tmp_path, {"eos_token_id": 1}) == [3, 4]
+    assert checkpoint.eos_of(tmp_path) == [3, 4]
 
 
 @pytest.mark.parametrize(("latent", "disabled"), [((512, 64), "0"), ((16, 4), "1"), ((512, 32), "1")])
@@ -98,7 +100,7 @@ def test_the_server_is_told_what_the_engine_is(environment, tmp_path, monkeypatc
 
 def test_shapes_are_read_from_the_file_as_far_as_an_update_names_them(deepseek_dir):
     names = {"model.norm.weight": (0,), "lm_head.weight": (0,), "not.there": (1,)}
-    assert options.checkpoint_shapes(deepseek_dir, names) == {
+    assert checkpoint.stored_shapes(deepseek_dir, names) == {
         "model.norm.weight": (32,),
         "lm_head.weight": (97, 32),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import TINY, ModelConfig
+from model import TINY, ModelConfig
 from model.transformer import Transformer
 from tests.small import bias_gates
 

@@ -36,36 +36,36 @@ KEEP = 1024
 class Bucket(NamedTuple):
     """Sequences that are computed together."""
 
-    places: Tensor  # n L, places in the N tokens, -1 where a shorter sequence has ended
-    run: slice | None  # those places, where they follow each other without padding
+    indices: Tensor  # n L, into the N tokens, -1 where a shorter sequence has ended
+    run: slice | None  # those indices, if they are consecutive and without padding
 
     @classmethod
-    def of(cls, places: Tensor) -> "Bucket":
+    def of(cls, indices: Tensor) -> "Bucket":
         """With its run, if it is one."""
-        first, count = int(places[0, 0]), places.numel()
-        run = torch.equal(places.flatten(), torch.arange(first, first + count))
-        return cls(places, slice(first, first + count) if run else None)
+        first, count = int(indices[0, 0]), indices.numel()
+        run = torch.equal(indices.flatten(), torch.arange(first, first + count))
+        return cls(indices, slice(first, first + count) if run else None)
 
     def rows(self, x: Tensor) -> Tensor:
         """The bucket's part of `x` (N ..): (n L ..). Padding takes the last token: any will do."""
-        part = x.index_select(0, self.places.flatten() % len(x)) if self.run is None else x[self.run]
-        return part.unflatten(0, self.places.shape)
+        part = x.index_select(0, self.indices.flatten() % len(x)) if self.run is None else x[self.run]
+        return part.unflatten(0, self.indices.shape)
 
-    def put(self, whole: Tensor, part: Tensor) -> None:
-        """Put `part` (n L ..) where its tokens are in `whole` (N + 1 ..), padding in the last row."""
+    def put(self, target: Tensor, part: Tensor) -> None:
+        """Put `part` (n L ..) where its tokens are in `target` (N + 1 ..), padding in the last row."""
         if self.run is None:
-            whole.index_copy_(0, self.places.flatten() % len(whole), part.flatten(0, 1).to(whole.dtype))
+            target.index_copy_(0, self.indices.flatten() % len(target), part.flatten(0, 1).to(target.dtype))
         else:
-            whole[self.run].view(part.shape).copy_(part)
+            target[self.run].view(part.shape).copy_(part)
 
 
 Buckets = list[Bucket]
 
 
-def whole_rows(b: int, s: int) -> Buckets:
+def full_rows(b: int, s: int) -> Buckets:
     """Buckets of `b` rows that are one sequence of `s` tokens each."""
-    places = torch.arange(b * s).view(b, s)
-    return [Bucket.of(part) for part in places.split(max(1, TOKENS // s))]
+    indices = torch.arange(b * s).view(b, s)
+    return [Bucket.of(part) for part in indices.split(max(1, TOKENS // s))]
 
 
 def buckets(sequence_ids: Tensor) -> Buckets:
@@ -158,11 +158,11 @@ class CausalAttention(torch.autograd.Function):
         dq, dkv, dk_rot = (_with_a_row_for_padding(grad, shape, ctx.plan) for shape in ctx.shapes)
         nope = dq.shape[-1] - dk_rot.shape[-1]
         for bucket in ctx.plan:
-            shape = len(bucket.places), dq.shape[1]
+            shape = len(bucket.indices), dq.shape[1]
             qs, ks, vs = (next(kept).flatten(0, 1) for _ in range(3))
             do = bucket.rows(grad).transpose(1, 2).flatten(0, 1)  # n h, L v
             if bucket.run is None:
-                padding = (bucket.places < 0)[:, None, :, None]
+                padding = (bucket.indices < 0)[:, None, :, None]
                 do.unflatten(0, shape).masked_fill_(padding, 0)
             # Sums over blocks: in bf16 they would lose what a small block adds. The last block's keys are
             # all keys, so the sums begin with it. (In place, baddbmm is no batched GEMM but small ones.)
@@ -200,13 +200,13 @@ def _heads_first(x: Tensor) -> Tensor:
 
 def _with_a_row_for_padding(like: Tensor, shape: torch.Size, plan: Buckets) -> Tensor:
     """Room for a result of `shape` (N ..): (N + 1 ..), whose last row takes what padding computes."""
-    full = sum(bucket.places.numel() for bucket in plan if bucket.run is not None) == shape[0]
+    full = sum(bucket.indices.numel() for bucket in plan if bucket.run is not None) == shape[0]
     room = (shape[0] + 1, *shape[1:])
     return like.new_empty(room) if full else like.new_zeros(room)  # tokens of no sequence get zeros
 
 
 def _blocks(bucket: Bucket) -> list[tuple[int, int]]:
-    longest = bucket.places.shape[1]
+    longest = bucket.indices.shape[1]
     return [(begin, min(begin + BLOCK, longest)) for begin in range(0, longest, BLOCK)]
 
 

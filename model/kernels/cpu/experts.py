@@ -27,14 +27,14 @@ class ByExpert(torch.autograd.Function):
         gate_up: `e 2i d`.
         down: `e d i`.
         counts: pairs of each expert.
-        token: `m`, the token of each pair; t = nobody's, a filling row.
+        token: `m`, the token of each pair; t = a padding row.
     """
 
     @staticmethod
     def forward(
         ctx: Any, u: Tensor, g: Tensor, gate_up: Tensor, down: Tensor, counts: list[int], token: Tensor
     ) -> Tensor:
-        padded = _with_nobody(u, token)
+        padded = _with_padding(u, token)
         # Sums over experts: in bf16 they would lose what a small term adds.
         out = torch.zeros_like(padded, dtype=torch.promote_types(u.dtype, torch.float32))
         h = u.new_empty(len(token), gate_up.shape[1])
@@ -50,7 +50,7 @@ class ByExpert(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         padded, g, gate_up, down, token, h = ctx.saved_tensors
-        t, dout = len(dout), _with_nobody(dout, token)
+        t, dout = len(dout), _with_padding(dout, token)
         du = torch.zeros_like(padded, dtype=torch.promote_types(padded.dtype, torch.float32))
         dg, d_gate_up, d_down = (torch.empty_like(x) for x in (g, gate_up, down))
         for e, (tokens, h_e, g_e, dg_e) in enumerate(zip(*_split(ctx.counts, token, h, g, dg), strict=True)):
@@ -62,8 +62,8 @@ class ByExpert(torch.autograd.Function):
         return du[:t].to(padded.dtype), dg, d_gate_up, d_down, None, None
 
 
-def _with_nobody(u: Tensor, token: Tensor) -> Tensor:
-    """`u` (t d), with a row of zeros where `token` has filling rows."""
+def _with_padding(u: Tensor, token: Tensor) -> Tensor:
+    """`u` (t d), with a row of zeros if `token` has padding rows."""
     return F.pad(u, (0, 0, 0, 1)) if token.max() == len(u) else u
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALL_AT_ONCE = {torch.float32: 3 << 20, torch.bfloat16: 24 << 20}
-"""Products with experts that nobody chose, up to which computing them too costs less than leaving them out: a
-third of a millisecond."""
+"""Products with unchosen experts up to which it costs less to compute them than to leave them out: a third of
+a millisecond."""
 SIDE_BY_SIDE = 32
 """Rows of the busiest expert up to which the batched GEMM is ahead of one GEMM an expert."""
 
@@ -58,11 +58,11 @@ def side_by_side(u: Tensor, ids: Tensor, g: Tensor, gate_up: Tensor, down: Tenso
     at = flat[order] * c + rank
     token = torch.full((e * c,), t).index_copy_(0, at, order.div(k, rounding_mode="floor"))
     gates = u.new_zeros(e * c).index_copy_(0, at, g.flatten()[order].to(u.dtype))
-    places = torch.empty_like(order).index_copy_(0, order, at)
-    x = F.pad(u, (0, 0, 0, 1)).index_select(0, token).view(e, c, -1)  # rows that are nobody's are zeros
+    slots = torch.empty_like(order).index_copy_(0, order, at)
+    x = F.pad(u, (0, 0, 0, 1)).index_select(0, token).view(e, c, -1)  # padding rows are zeros
     h = torch.bmm(x, gate_up.transpose(1, 2))  # e c 2i
     y = torch.bmm(_swiglu(h).mul_(gates.view(e, c, 1)), down.transpose(1, 2))  # e c d
-    return y.flatten(0, 1).index_select(0, places).view(t, k, -1).sum(1)
+    return y.flatten(0, 1).index_select(0, slots).view(t, k, -1).sum(1)
 
 
 def loads_of(ids: Tensor, experts: int) -> Tensor:

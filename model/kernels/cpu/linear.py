@@ -25,7 +25,7 @@ def suits(x: Tensor) -> bool:
     return AVAILABLE and fp32_on_cpu and x.numel() >= ROWS * x.shape[-1]
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
+def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
     """`x` (.. i) times `weight` (o i) transposed, without autograd."""
     if not suits(x):
         return F.linear(x, weight)
@@ -39,12 +39,12 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return multiply(x, weight)
+        return times_transposed(x, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return multiply(dy, weight.T), dy.flatten(0, -2).T @ x.flatten(0, -2)
+        return times_transposed(dy, weight.T), dy.flatten(0, -2).T @ x.flatten(0, -2)
 
 
 class Linear(nn.Linear):

@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
     rows: int  # of a tile: 1 or 128
 
 
-def quantize(x: Tensor, rows: int, power_of_two: bool = False) -> Quantized:
+def to_tiles(x: Tensor, rows: int, power_of_two: bool = False) -> Quantized:
     """`x` (.. m c) in tiles of `rows` x 128.
 
     Args:

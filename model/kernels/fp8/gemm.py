@@ -24,14 +24,16 @@ from model.kernels.fp8.blocks import Quantized, dequantize
 
 
 def quantize(x: Tensor, rows: int, power_of_two: bool = False) -> Quantized:
-    """`x` (.. m c) to FP8, see `blocks.quantize`."""
-    return _gpu().quantize(x, rows, power_of_two) if x.is_cuda else blocks.quantize(x, rows, power_of_two)
+    """`x` (.. m c) to FP8, see `blocks.to_tiles`."""
+    if x.is_cuda:
+        return _gpu().quantize_gpu(x, rows, power_of_two)
+    return blocks.to_tiles(x, rows, power_of_two)
 
 
 def multiply(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     """`a` (m c) times `b` (n c) transposed: (m n), in `dtype`; at most one of them in blocks."""
     if a.values.is_cuda:
-        return _gpu().multiply(a, b, dtype)
+        return _gpu().multiply_gpu(a, b, dtype)
     return (dequantize(a) @ dequantize(b).mT).to(dtype)
 
 
@@ -43,14 +45,14 @@ def weight_gradient(dy: Tensor, x: Quantized, dtype: torch.dtype) -> Tensor:
     off, with these 3.7 %, as if `x` had been quantized once.
     """
     if dy.is_cuda:
-        return _gpu().weight_gradient(dy, x, dtype)
-    return multiply(blocks.quantize(dy.mT, 1), blocks.quantize(dequantize(x).mT, 1, True), dtype)
+        return _gpu().weight_gradient_gpu(dy, x, dtype)
+    return multiply(blocks.to_tiles(dy.mT, 1), blocks.to_tiles(dequantize(x).mT, 1, True), dtype)
 
 
 def multiply_grouped(a: Quantized, b: Quantized, counts: list[int], dtype: torch.dtype) -> Tensor:
     """Rows of `a` (m c), `counts` (e) of them an expert, times that expert's `b` (e n c): (m n)."""
     if a.values.is_cuda:
-        return _gpu().multiply_grouped(a, b, counts, dtype)
+        return _gpu().multiply_grouped_gpu(a, b, counts, dtype)
     out = torch.empty(a.values.shape[0], b.values.shape[1])
     weights = dequantize(b)
     for y, rows, w in zip(out.split(counts), dequantize(a).split(counts), weights, strict=True):
@@ -59,9 +61,9 @@ def multiply_grouped(a: Quantized, b: Quantized, counts: list[int], dtype: torch
 
 
 def weight_gradient_grouped(dy: Tensor, x: Quantized, counts: list[int], dtype: torch.dtype) -> Tensor:
-    """Wgrad expert by expert, `dy` (m o), `x` (m i): (e o i). Tiles of 128 tokens begin anew at an expert."""
+    """Wgrad expert by expert, `dy` (m o), `x` (m i): (e o i). No tile of 128 tokens spans two experts."""
     if dy.is_cuda:
-        return _gpu().weight_gradient_grouped(dy, x, counts, dtype)
+        return _gpu().weight_gradient_grouped_gpu(dy, x, counts, dtype)
     out = dy.new_zeros(len(counts), dy.shape[1], x.values.shape[1], dtype=dtype)
     start = 0
     for dw, count in zip(out, counts, strict=True):

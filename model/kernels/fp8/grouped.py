@@ -41,8 +41,8 @@ def _rows_times_experts(
         x_scale = tl.load(a_scale + rows * as_m + t * as_t, mask=mine, other=0.0)
         w_scale = tl.load(b_scale + e * bs_e + (j * COLUMNS // BLOCK) * bs_n + t * bs_t)
         total += tl.dot(x, w) * (x_scale * w_scale)[:, None]
-    place = out + rows[:, None] * out_m + cols[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=mine[:, None] & (cols < n)[None, :])
+    target = out + rows[:, None] * out_m + cols[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=mine[:, None] & (cols < n)[None, :])
 
 
 @triton.jit
@@ -55,14 +55,14 @@ def _over_tokens(
     cols = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for t in range(tl.load(firsts + e), tl.load(firsts + e + 1)):
-        k = t * BLOCK + tl.arange(0, BLOCK)  # always whole: the tiles are padded
+        k = t * BLOCK + tl.arange(0, BLOCK)  # always full: the tiles are padded
         x = tl.load(a + rows[:, None] * a_m + k[None, :], mask=(rows < m)[:, None], other=0.0)
         y = tl.load(b + cols[None, :] * b_n + k[:, None], mask=(cols < n)[None, :], other=0.0)
         x_scale = tl.load(a_scale + rows * as_m + t * as_t, mask=rows < m, other=0.0)
         y_scale = tl.load(b_scale + cols * bs_n + t * bs_t, mask=cols < n, other=0.0)
         total += tl.dot(x, y) * x_scale[:, None] * y_scale[None, :]
-    place = out + (e.to(tl.int64) * m + rows[:, None]) * n + cols[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=(rows < m)[:, None] & (cols < n)[None, :])
+    target = out + (e.to(tl.int64) * m + rows[:, None]) * n + cols[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=(rows < m)[:, None] & (cols < n)[None, :])
 
 
 def spans(counts: list[int], size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -76,8 +76,8 @@ def spans(counts: list[int], size: int, device: torch.device) -> tuple[Tensor, T
             ends.append(min(first + size, start + count))
         start += count
         firsts.append(len(experts))
-    whole = torch.tensor([*experts, *starts, *ends, *firsts], dtype=torch.int32).to(device, non_blocking=True)
-    parts = whole.split([len(experts), len(experts), len(experts), len(firsts)])
+    flat = torch.tensor([*experts, *starts, *ends, *firsts], dtype=torch.int32).to(device, non_blocking=True)
+    parts = flat.split([len(experts), len(experts), len(experts), len(firsts)])
     return parts[0], parts[1], parts[2], parts[3]
 
 
@@ -98,7 +98,7 @@ def rows_times_experts(a: Quantized, b: Quantized, counts: list[int], dtype: tor
 def over_tokens(a: Quantized, b: Quantized, firsts: Tensor, dtype: torch.dtype) -> Tensor:
     """`a` (m t) times `b` (n t) transposed, an expert's tiles of tokens at a time: (e m n).
 
-    `firsts` (e + 1) says with which tile an expert begins; t is a whole number of tiles.
+    `firsts` (e + 1) is the first tile of each expert; t is a multiple of the tile.
     """
     m, n, e = a.values.shape[0], b.values.shape[0], len(firsts) - 1
     out = torch.empty(e, m, n, dtype=dtype, device=a.values.device)

@@ -66,7 +66,7 @@ def scales(q: Quantized, rows: int) -> Tensor:
 def scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     """`a` (m c) in tiles times `b` (n c), tiles or blocks, transposed: (m n)."""
     m, n = a.values.shape[0], b.values.shape[0]
-    # Ragged blocks are padded to whole ones: torch's checks of their scales round down in places.
+    # Ragged blocks are padded to full ones: torch's checks of their scales round down in places.
     left, right = padded(a.values, 16, BLOCK), padded(b.values, max(16, b.rows), BLOCK)
     recipe = ScalingType.BlockWise1x128 if b.rows == 1 else ScalingType.BlockWise128x128
     y = F.scaled_mm(
@@ -83,9 +83,9 @@ def scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def fits_deep_gemm(a: Quantized, b: Quantized, dtype: torch.dtype) -> bool:
-    """Whether DeepGEMM takes this product: weights in whole blocks, bf16 out."""
-    whole = b.rows == BLOCK and not b.values.shape[-1] % BLOCK and not b.values.shape[-2] % BLOCK
-    return whole and dtype == torch.bfloat16 and a.values.shape[0] > 0
+    """Whether DeepGEMM takes this product: weights in full blocks, bf16 out."""
+    full = b.rows == BLOCK and not b.values.shape[-1] % BLOCK and not b.values.shape[-2] % BLOCK
+    return full and dtype == torch.bfloat16 and a.values.shape[0] > 0
 
 
 def deep_gemm_multiply(library: ModuleType, a: Quantized, b: Quantized) -> Tensor:
@@ -103,14 +103,14 @@ def deep_gemm_grouped(library: ModuleType, a: Quantized, b: Quantized, counts: l
     room = (count + BLOCK - 1) // BLOCK * BLOCK
     expert = torch.repeat_interleave(torch.arange(len(counts), device=device), count)  # m
     shift = (room.cumsum(0) - room) - (count.cumsum(0) - count)
-    place = torch.arange(len(expert), device=device) + shift[expert]  # m, row in the padded layout
+    slot = torch.arange(len(expert), device=device) + shift[expert]  # m, row in the padded layout
     total = sum(-(-c // BLOCK) * BLOCK for c in counts)
     values = torch.zeros(total, a.values.shape[1], dtype=torch.uint8, device=device)
-    values[place] = a.values.view(torch.uint8)
+    values[slot] = a.values.view(torch.uint8)
     scale = torch.ones(total, a.scale.shape[1], device=device)
-    scale[place] = a.scale
+    scale[slot] = a.scale
     rows = torch.repeat_interleave(torch.arange(len(counts), device=device, dtype=torch.int32), room)
     out = torch.empty(total, b.values.shape[1], dtype=torch.bfloat16, device=device)
     right = (contiguous(b.values), b.scale.contiguous())
     library.m_grouped_fp8_gemm_nt_contiguous((values.view(a.values.dtype), scale), right, out, rows)
-    return out[place]
+    return out[slot]

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.__main__ import main
-from rollout.collect import Collector, Plan, Round, draw, has_spread
+from rollout.collect import Collector, Plan, Round, has_spread, sample_groups
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 from tests.small import random_policy
 
@@ -132,7 +132,7 @@ def test_dynamic_sampling_refills_until_every_group_has_spread():
     engine = Counting()
     collector = Collector(engine, prompts, even_places_teach, Plan(4, 2, dynamic=True, most_requests=5))
     done = collector.collect(10, SAMPLING)
-    assert ids(done) == [10, 12, 14, 16] and done.drawn == 7 and done.cursor == 17
+    assert ids(done) == [10, 12, 14, 16] and done.sampled == 7 and done.cursor == 17
     assert all(has_spread(done.graded[i : i + 2]) for i in range(0, 8, 2))
     assert [n for n, _ in engine.requests] == [4, 2, 1] and len({seed for _, seed in engine.requests}) == 3
     plain = Collector(engine, prompts, even_places_teach, Plan(4, 2)).collect(10, SAMPLING)
@@ -142,7 +142,7 @@ def test_dynamic_sampling_refills_until_every_group_has_spread():
 def test_dynamic_sampling_ends_where_nothing_has_spread():
     flat = lambda rollouts: [Graded(r, "", {}, 1.0) for r in rollouts]  # noqa: E731
     done = Collector(Counting(), prompts, flat, Plan(3, 2, dynamic=True, most_requests=2)).collect(0, SAMPLING)
-    assert ids(done) == [0, 1, 2] and done.drawn == 6
+    assert ids(done) == [0, 1, 2] and done.sampled == 6
 
 
 def test_a_verifier_that_failed_is_no_spread():
@@ -166,7 +166,7 @@ def test_a_lost_or_doubled_rollout_is_an_error(fault):
             return iter(all_of_them[1:] if fault == "lost" else [*all_of_them, all_of_them[0]])
 
     with pytest.raises(RuntimeError, match="lost 1 of 4" if fault == "lost" else "doubled 1"):
-        draw(Faulty(), prompts(0, 2), SAMPLING)
+        sample_groups(Faulty(), prompts(0, 2), SAMPLING)
 
 
 def test_an_engine_that_dies_ends_the_run_with_how_to_go_on(policy, tmp_path, monkeypatch, capsys):

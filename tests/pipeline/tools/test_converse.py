@@ -18,7 +18,7 @@ from pipeline.tools import conversation as converse
 from pipeline.tools import serve
 from pipeline.tools.chat import run as run_chat
 from pipeline.tools.conversation import Conversation
-from rollout.open import context_and_vocabulary
+from rollout.checkpoint import context_and_vocabulary
 from rollout.text.stream import Decoder, ThinkingSplit, pieces
 from rollout.types import Problem, Prompt, SamplingParams
 from tests.small import random_policy

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from model.config import TINY
+from model import TINY
+from model.moe import load_metrics
 from model.transformer import Transformer
 from pipeline.settings.common import OptimSettings
-from pipeline.train.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, load_metrics, score
+from pipeline.train.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, score
 from pipeline.train.pack import Example, mean_weights, pack, rollout_weights
 
 MICRO = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""What all layers of one forward share: where each token is, who sees whom, and what is counted.
+"""What all layers of one forward share: positions, which tokens see each other, what is counted.
 
 Axes    b rows, s tokens
 """
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model.kernels.cpu.attention import Buckets, buckets, whole_rows
+from model.kernels.cpu.attention import Buckets, buckets, full_rows
 
 
 class Layout(NamedTuple):
@@ -38,7 +38,7 @@ class Layout(NamedTuple):
             sequence, sequences = number_sequences(sequence_ids)
         plan, mask = None, None
         if like.device.type == "cpu":
-            plan = whole_rows(*like.shape) if sequence_ids is None else buckets(sequence_ids)
+            plan = full_rows(*like.shape) if sequence_ids is None else buckets(sequence_ids)
         elif sequence_ids is not None:
             mask = packed_mask(sequence_ids)
         return cls(rotations, plan, mask, sequence, sequences, counted, balance)
@@ -53,7 +53,7 @@ def packed_mask(sequence_ids: Tensor) -> Tensor:
 
 
 def number_sequences(sequence_ids: Tensor) -> tuple[Tensor, int]:
-    """Number the sequences of all rows 0, 1, .. (b s), keeping -1 for padding; and say how many there are."""
+    """Number the sequences of all rows 0, 1, .. (b s), keeping -1 for padding; and return their number."""
     rows = torch.arange(len(sequence_ids), device=sequence_ids.device)[:, None].expand_as(sequence_ids)
     inside = sequence_ids >= 0
     pairs = torch.stack([rows[inside], sequence_ids[inside]], dim=1)

@@ -1,0 +1,109 @@
+"""What a trainer, an engine and a checkpoint need of a policy, native or dense.
+
+`model.Transformer` and `model.dense.DensePolicy` are the two. Code that has a `Policy` never asks which: what
+only one of them has is an empty answer of the other, such as no MTP states and no router metrics.
+
+Axes    b rows, s tokens of a row, d width
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class PolicyConfig(Protocol):
+    """The part of a model's config that both kinds have."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sequence, tokens."""
+        ...
+
+
+class Policy(nn.Module):
+    """A causal language model over packed rows: states first, logits only where a caller needs them."""
+
+    engine: ClassVar[str]
+    """Name of the in-process engine that generates from this kind of policy, see `rollout.open`."""
+    config: PolicyConfig
+    lm_head: nn.Linear
+    """States (.. d) to logits (.. vocab)."""
+    recompute: bool
+    """Activation checkpointing: the backward computes each layer again (arXiv:1604.06174)."""
+    balance_alpha: float = 0.0
+    """Weight of the sequence-wise balance loss (DeepSeek-V3, Eq. 17), where the model has experts. 0 = it is
+    not computed. The paper: 1e-4."""
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "Policy":
+        """The policy in checkpoint directory `path`, in `dtype` on `device`.
+
+        Raises:
+            OSError, ValueError: no checkpoint there that this kind of policy reads.
+        """
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Logits, see `logits`."""
+        return self.logits(token_ids)
+
+    def logits(self, token_ids: Tensor) -> Tensor:
+        """Next-token logits (b s vocab) of `token_ids` (b s), a sequence a row."""
+        return self.lm_head(self.hidden(token_ids))
+
+    @abstractmethod
+    def hidden(
+        self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
+    ) -> Tensor:
+        """Final-normed states (b s d) of packed rows; `lm_head` turns them into logits.
+
+        Args:
+            token_ids: `b s`.
+            positions: `b s`, of a token in its own sequence. None = 0 .. s - 1 in every row.
+            sequence_ids: `b s`; a token sees the earlier tokens of its row with its own id. -1 = padding,
+                whose states mean nothing. None = a row is one sequence.
+        """
+
+    def hidden_and_mtp(
+        self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`hidden`, and the states of each multi-token-prediction module (b s d): none without modules."""
+        return self.hidden(token_ids, positions, sequence_ids), []
+
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Weights. `active`: those that one token meets; in a dense model all of them."""
+        return sum(p.numel() for p in self.parameters())
+
+    def after_update(self, gamma: float) -> dict[str, float]:
+        """What follows an optimizer update, and metrics of it by name.
+
+        Args:
+            gamma: step of a router's bias against its load; 0 = the bias stays.
+        """
+        return {}
+
+    def pop_balance_loss(self) -> Tensor:
+        """`balance_alpha` * balance loss, summed over layers and forwards since the last call; a scalar."""
+        return torch.zeros((), device=next(self.parameters()).device)
+
+    @abstractmethod
+    def public_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that generation needs, by the name in a public checkpoint, as views to read or write.
+
+        MTP modules and a head that is tied to the embedding are left out.
+        """
+
+    @abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write a directory that the policy's `load`, transformers and vLLM read."""

@@ -1,0 +1,114 @@
+"""Policies loaded from checkpoints, and the engines that generate from a policy in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from model.dense import DensePolicy
+from model.policy import Policy
+from model.transformer import Transformer
+from rollout.checkpoint import NATIVE_TYPES, model_type
+from rollout.dense.engine import DenseEngine
+from rollout.native.engine import NativeEngine
+from rollout.settings import LocalSettings, RolloutSettings
+from rollout.weights import DTYPES, InPlaceEngine
+
+Eos = int | Sequence[int] | None
+
+
+def engine_name(path: Path | str, engine: str = "auto") -> str:
+    """`engine`, or for `auto` the engine in this process that suits checkpoint `path`.
+
+    Raises:
+        FileNotFoundError, ValueError: no checkpoint there, or one that the native engine does not know.
+    """
+    kind = model_type(path)
+    if engine == "native" and kind not in NATIVE_TYPES:
+        raise ValueError(
+            f"{path} is a {kind} model; engine native is for {NATIVE_TYPES[0]}, use engine dense."
+        )
+    return engine if engine != "auto" else "native" if kind in NATIVE_TYPES else "dense"
+
+
+def load_policy(
+    path: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", engine: str = "auto"
+) -> Policy:
+    """The model of a checkpoint, as the class that `engine` generates from.
+
+    Raises:
+        FileNotFoundError, ValueError: as `engine_name`.
+        OSError, ValueError: tensors that cannot be read.
+    """
+    native = engine_name(path, engine) == "native"
+    return (Transformer if native else DensePolicy).load(path, dtype, device)
+
+
+def native_engine(
+    policy: Transformer, settings: LocalSettings, tokenizer: PreTrainedTokenizerFast | None, eos: Eos
+) -> NativeEngine:
+    """The engine of a native model.
+
+    Raises:
+        ValueError: speculation with a model that has no MTP module.
+    """
+    return NativeEngine(
+        policy,
+        max_batch=settings.max_batch or 512,
+        cache_bytes=int(settings.cache_gib * 2**30),
+        speculate=settings.speculate,
+        eos_token_id=eos,
+        tokenizer=tokenizer,
+    )
+
+
+def dense_engine(
+    policy: DensePolicy, settings: LocalSettings, tokenizer: PreTrainedTokenizerFast | None, eos: Eos
+) -> DenseEngine:
+    """The engine of a transformers model.
+
+    Raises:
+        ValueError: speculation.
+    """
+    if settings.speculate:
+        raise ValueError("speculate is for native models with an MTP module; this is a dense model.")
+    return DenseEngine(
+        policy,
+        max_batch=settings.max_batch or 256,
+        cache_bytes=int(settings.cache_gib * 2**30),
+        eos_token_id=eos,
+        tokenizer=tokenizer,
+    )
+
+
+LOCAL: dict[str, Callable[..., InPlaceEngine]] = {
+    Transformer.engine: native_engine,
+    DensePolicy.engine: dense_engine,
+}
+
+
+def open_local(
+    path: Path | str,
+    settings: RolloutSettings,
+    *,
+    device: str = "cpu",
+    policy: Policy | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    eos_token_id: Eos = None,
+) -> InPlaceEngine:
+    """The engine of `policy`; without one, of the policy that is loaded from `path` for it.
+
+    Args:
+        path: checkpoint; not read when there is a policy.
+        settings: `local`, and `engine` and `dtype` of the policy to load.
+        device: of the policy to load.
+        policy: the trainer's, generated from in place.
+        tokenizer: reads stop strings.
+        eos_token_id: ends a completion; None = the model's.
+    """
+    if policy is None:
+        policy = load_policy(path, DTYPES[settings.dtype], device, settings.engine)
+    return LOCAL[policy.engine](policy, settings.local, tokenizer, eos_token_id)
