@@ -164,6 +164,6 @@ def policy_loss(
 
 
 def k3(p: Tensor, q: Tensor) -> Tensor:
-    """Schulman's k3 estimate of KL(p || q) a token, from log-probabilities of tokens drawn from `p`."""
+    """Schulman's k3 estimate of KL(p || q) a token, from log-probabilities of tokens sampled from `p`."""
     gap = q - p
     return gap.expm1() - gap  # expm1: the gaps are tiny, and a KL estimate is never negative

@@ -3,9 +3,9 @@
 The only file that imports vllm. On a CPU the engine runs in this process and copies the trainer's tensors;
 on GPUs it runs in processes of its own, and weights travel by vLLM's own transfer API.
 
-Two faults of vLLM 0.32's CPU build are worked around here, and `rollout.self_test` would detect them: the
-rotary embedding's custom kernel is wrong for DeepSeek (it is switched off), and a mixture of experts is not
-repacked when its weights are loaded a second time (`repack_experts_on_reload`).
+Two faults of vLLM 0.32's CPU build are worked around here, and the self-test would detect them: the rotary
+embedding's custom kernel is wrong for DeepSeek (it is switched off), and a mixture of experts is not repacked
+when its weights are loaded a second time (`repack_experts_on_reload`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, eos_of, read_config, stored_shapes
 from rollout.engine import EngineDied, StaleWeights
-from rollout.self_test import self_test
 from rollout.settings import DtypeName, RolloutSettings
 from rollout.stopping import Stopper, check_prompts, stop_ids
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.vllm.options import llm_options, prepare_environment
 from rollout.vllm.outputs import Ends, to_rollout
+from rollout.vllm.self_test import self_test
 from rollout.weights import (
     DTYPES,
     MODULUS,

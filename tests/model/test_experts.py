@@ -38,7 +38,7 @@ def one_by_one(experts, u, ids, g):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "by turns"])
+@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "one at a time"])
 @pytest.mark.parametrize("align", [1, 64])
 def test_experts_equal_a_loop_over_tokens(align, turns, monkeypatch):
     monkeypatch.setattr(Experts, "by_expert", lambda self, u, pairs: turns)
@@ -53,7 +53,7 @@ def test_experts_equal_a_loop_over_tokens(align, turns, monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
-def test_experts_take_turns_where_each_has_work():
+def test_experts_run_one_at_a_time_where_each_has_work():
     experts, *_ = made()
     assert experts.by_expert(torch.zeros(1), 32 * BASE.n_routed_experts)
     assert not experts.by_expert(torch.zeros(1), 32 * BASE.n_routed_experts - 1)
@@ -69,7 +69,7 @@ def test_rows_are_filled_up_on_a_cpu_in_bf16_alone():
     assert experts.alignment(many.to("meta")) == 1
 
 
-@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "by turns"])
+@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "one at a time"])
 def test_bf16_experts_are_near_fp64(turns, monkeypatch):
     monkeypatch.setattr(Experts, "by_expert", lambda self, u, pairs: turns)
     experts, u, ids, g = made()
@@ -100,7 +100,7 @@ def test_the_plan_sends_every_pair_to_a_row_of_its_expert(align):
     assert torch.equal(owner[plan.slots], ids)
     assert torch.equal(plan.pair[plan.slots], torch.arange(6).view(3, 2))
     assert torch.equal(plan.token[plan.slots], torch.arange(3)[:, None].expand(3, 2))
-    assert (plan.token == 3).sum() == plan.rows.sum() - 6  # filling rows are nobody's
+    assert (plan.token == 3).sum() == plan.rows.sum() - 6  # padding rows
 
 
 def test_weighted_swiglu_has_the_gradient_of_its_formula():

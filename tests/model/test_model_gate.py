@@ -148,4 +148,4 @@ def test_ranks_step_the_bias_by_the_load_of_all(tmp_path):
     biases = [[float(x) for x in words[0].strip("[").split(",")] for words in said]
     # Loads of both: 3 2 1 1 1 2 1 1, mean 1.5.
     assert biases[0] == biases[1] == pytest.approx([-0.1, -0.1, 0.1, 0.1, 0.1, -0.1, 0.1, 0.1])
-    assert all(int(words[1]) == 0 for words in said)  # counted anew
+    assert all(int(words[1]) == 0 for words in said)  # set to 0

@@ -47,7 +47,7 @@ def tokens(rollouts):
 
 @pytest.fixture(scope="module")
 def plain(net, prompts):
-    """Every row drawn alone."""
+    """Every row generated alone."""
     return named(NativeEngine(net, max_batch=1).generate(prompts, SAMPLED))
 
 
@@ -89,26 +89,26 @@ def test_rollouts_are_the_same_whatever_the_room(
 
 
 def test_a_finished_row_is_refilled_at_once(net, prompts):
-    """Eight seats: as long as samples wait, every step draws eight tokens."""
+    """Eight seats: as long as samples wait, every step samples eight tokens."""
     engine = NativeEngine(net, max_batch=8)
     got = list(engine.generate(prompts, SAMPLED))
-    drawn = sum(len(r.token_ids) for r in got)
+    sampled = sum(len(r.token_ids) for r in got)
     # The first token of a rollout comes with its prefill, and only the last rows leave seats empty.
-    assert engine.stats.steps < (drawn - len(got)) / 8 + SAMPLED.max_tokens
+    assert engine.stats.steps < (sampled - len(got)) / 8 + SAMPLED.max_tokens
     ends = [(r.index, r.sample) for r in got]
     assert ends != sorted(ends), "rollouts stream out when they end"
 
 
 def oracle(right):
-    """A guess that is right where `right(place)` says so, from rollouts drawn before."""
+    """A guess from known rollouts, right where `right(position)` is true."""
 
     def install(monkeypatch, known):
         def guess(self, states, drafts):
             for draft in drafts:
-                place = len(draft.tokens)
+                position = len(draft.tokens)
                 want = known[draft.index, draft.sample].token_ids
-                token = want[place] if place < len(want) else 0
-                draft.guess = token if right(place) else (token + 1) % VOCAB
+                token = want[position] if position < len(want) else 0
+                draft.guess = token if right(position) else (token + 1) % VOCAB
 
         monkeypatch.setattr(native._Run, "_guess", guess)
 
@@ -213,7 +213,7 @@ def test_a_request_that_is_dropped_half_way_leaves_nothing_behind(net, prompts, 
     ],
 )
 @pytest.mark.parametrize("speculate", [False, True])
-def test_tokens_are_drawn_from_the_softmax(net, params, speculate):
+def test_tokens_follow_the_softmax(net, params, speculate):
     """20,000 rollouts of a prompt: first tokens, and second tokens behind the commonest first one, by
     chi-square. The bound is the 0.9999 quantile by Wilson and Hilferty's formula."""
     engine = NativeEngine(net, speculate=speculate)
@@ -221,11 +221,11 @@ def test_tokens_are_drawn_from_the_softmax(net, params, speculate):
     first = torch.tensor([r.token_ids[0] for r in got])
     common = int(first.bincount().argmax())
     second = torch.tensor([r.token_ids[1] for r in got if r.token_ids[0] == common])
-    for drawn, ids in ((first, [9, 4, 33]), (second, [9, 4, 33, common])):
+    for sampled, ids in ((first, [9, 4, 33]), (second, [9, 4, 33, common])):
         want = allowed(net.logits(torch.tensor([ids]))[0, -1].double() / params.temperature, params)
-        counts = drawn.bincount(minlength=VOCAB)
-        assert len(drawn) > 500 and not counts[want == 0].any()
-        expected = want * len(drawn)
+        counts = sampled.bincount(minlength=VOCAB)
+        assert len(sampled) > 500 and not counts[want == 0].any()
+        expected = want * len(sampled)
         rare = (want > 0) & (expected < 5)  # too few for the chi-square: counted as one
         terms = [((counts - expected) ** 2 / expected)[(want > 0) & ~rare].sum()]
         if rare.any():

@@ -33,7 +33,7 @@ def engine(pair):
     return pair[0](pair[1])
 
 
-def draw(engine, prompts, params):
+def named_rollouts(engine, prompts, params):
     """Rollouts by (index, sample)."""
     rollouts = list(engine.generate(prompts, params))
     named = {(r.index, r.sample): r for r in rollouts}
@@ -58,7 +58,7 @@ def teacher_forced(peer, rollout):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 def test_logprobs_are_those_of_teacher_forcing(pair, engine, prompts, temperature):
     params = replace(SAMPLED, temperature=temperature, ignore_eos=True)
-    for rollout in draw(engine, prompts, params).values():
+    for rollout in named_rollouts(engine, prompts, params).values():
         logits = teacher_forced(pair[2], rollout) / (temperature or 1)
         want = logits.log_softmax(-1).gather(1, torch.tensor(rollout.token_ids).unsqueeze(1)).squeeze(1)
         assert (torch.tensor(rollout.logprobs) - want).abs().max() < 1e-5
@@ -66,7 +66,7 @@ def test_logprobs_are_those_of_teacher_forcing(pair, engine, prompts, temperatur
 
 def test_truncated_logprobs_are_renormalized(pair, engine, prompts):
     """Top-3: the probabilities of exactly three tokens, summing to one."""
-    for rollout in draw(engine, prompts, replace(SAMPLED, top_k=3)).values():
+    for rollout in named_rollouts(engine, prompts, replace(SAMPLED, top_k=3)).values():
         best = teacher_forced(pair[2], rollout).topk(3)
         for step, (token, logprob) in enumerate(zip(rollout.token_ids, rollout.logprobs, strict=True)):
             at = best.indices[step].tolist().index(token)
@@ -74,7 +74,7 @@ def test_truncated_logprobs_are_renormalized(pair, engine, prompts):
 
 
 def test_greedy_is_transformers_generate(pair, engine, prompts):
-    for (index, _), rollout in draw(engine, prompts, GREEDY).items():
+    for (index, _), rollout in named_rollouts(engine, prompts, GREEDY).items():
         ids = torch.tensor([prompts[index].token_ids])
         out = pair[2].generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
@@ -89,33 +89,33 @@ def test_a_rollout_does_not_depend_on_its_company(pair, prompts, params, monkeyp
     """Nor on batch size, memory budget, compaction, or how many samples its prompt has."""
     kind, module, _ = pair
     params = replace(params, stop_token_ids=tuple(range(3, 12)))  # rows end at many different steps
-    want = tokens(draw(kind(module), prompts, params))
+    want = tokens(named_rollouts(kind(module), prompts, params))
     assert len({len(ids) for ids, _ in want.values()}) >= 4
     few_rows = 8 * 2**10 if kind is NativeEngine else 100 * 2**10
     for max_batch, cache_bytes in ((1, 1 << 30), (5, 1 << 30), (512, few_rows)):
         engine = kind(module, max_batch=max_batch, cache_bytes=cache_bytes)
-        assert tokens(draw(engine, prompts, params)) == want
+        assert tokens(named_rollouts(engine, prompts, params)) == want
     for ratio in (0.0, 1.0):  # never compact, at every chance
         monkeypatch.setattr(waves, "KEEP_RATIO", ratio)
-        assert tokens(draw(kind(module), prompts, params)) == want
-    few = tokens(draw(kind(module), prompts[:3], replace(params, n=1)))
+        assert tokens(named_rollouts(kind(module), prompts, params)) == want
+    few = tokens(named_rollouts(kind(module), prompts[:3], replace(params, n=1)))
     assert few == {name: got for name, got in want.items() if name[0] < 3 and name[1] == 0}
 
 
 def test_greedy_follows_prompts_when_they_move(engine, prompts):
-    want = tokens(draw(engine, prompts, GREEDY))
-    moved = tokens(draw(engine, prompts[::-1], GREEDY))
+    want = tokens(named_rollouts(engine, prompts, GREEDY))
+    moved = tokens(named_rollouts(engine, prompts[::-1], GREEDY))
     assert moved == {(len(prompts) - 1 - i, s): got for (i, s), got in want.items()}
 
 
 def test_samples_and_seeds_differ_and_repeat(engine, prompts):
     params = replace(SAMPLED, ignore_eos=True)
-    first = tokens(draw(engine, prompts, params))
-    assert len(set(first.values())) == len(first)  # the equal prompts 4 and 5 draw apart too
-    assert tokens(draw(engine, prompts, params)) == first
-    other = tokens(draw(engine, prompts, replace(params, seed=12)))
+    first = tokens(named_rollouts(engine, prompts, params))
+    assert len(set(first.values())) == len(first)  # the equal prompts 4 and 5 differ too
+    assert tokens(named_rollouts(engine, prompts, params)) == first
+    other = tokens(named_rollouts(engine, prompts, replace(params, seed=12)))
     assert not set(other.values()) & set(first.values())
-    short = tokens(draw(engine, prompts, replace(params, max_tokens=7)))
+    short = tokens(named_rollouts(engine, prompts, replace(params, max_tokens=7)))
     assert {name: ids for name, (ids, _) in short.items()} == {
         name: ids[:7] for name, (ids, _) in first.items()
     }
@@ -124,7 +124,7 @@ def test_samples_and_seeds_differ_and_repeat(engine, prompts):
 def test_stopping(pair, prompts):
     """Every row is the row that ignores eos, cut after its first stop token."""
     kind, module, _ = pair
-    endless = draw(kind(module), prompts, replace(SAMPLED, ignore_eos=True))
+    endless = named_rollouts(kind(module), prompts, replace(SAMPLED, ignore_eos=True))
     assert all(len(r.token_ids) == 20 and r.finish_reason == "length" for r in endless.values())
     cases = [
         (kind(module), (), {2}),
@@ -133,12 +133,12 @@ def test_stopping(pair, prompts):
         (kind(module, eos_token_id=[7, 8]), (9,), {7, 8, 9}),
     ]
     for engine, extra, stops in cases:
-        got = draw(engine, prompts, replace(SAMPLED, stop_token_ids=extra))
+        got = named_rollouts(engine, prompts, replace(SAMPLED, stop_token_ids=extra))
         for name, rollout in endless.items():
             at = next((i for i, token in enumerate(rollout.token_ids) if token in stops), None)
             want = (rollout.token_ids, "length") if at is None else (rollout.token_ids[: at + 1], "stop")
             assert (got[name].token_ids, got[name].finish_reason) == want
-    everything = draw(kind(module), prompts, replace(SAMPLED, stop_token_ids=tuple(range(VOCAB))))
+    everything = named_rollouts(kind(module), prompts, replace(SAMPLED, stop_token_ids=tuple(range(VOCAB))))
     assert all(len(r.token_ids) == 1 and r.finish_reason == "stop" for r in everything.values())
 
 
@@ -148,12 +148,12 @@ def test_the_position_range_caps_completions(pair, engine, prompts, ignore_eos):
     long = [prompt(*range(3, 3 + n)) for n in (POSITIONS - 1, POSITIONS - 5, POSITIONS - 12)]
     mixed = [*prompts, *long]
     params = replace(SAMPLED, ignore_eos=ignore_eos)
-    got = draw(engine, mixed, params)
+    got = named_rollouts(engine, mixed, params)
     if ignore_eos:
         room = {len(prompts): 1, len(prompts) + 1: 5, len(prompts) + 2: 12}
         assert all(len(r.token_ids) == room.get(r.index, 20) for r in got.values())
         assert all(r.finish_reason == "length" for r in got.values())
-    alone = tokens(draw(engine, prompts, params))
+    alone = tokens(named_rollouts(engine, prompts, params))
     assert {name: value for name, value in tokens(got).items() if name in alone} == alone
 
 
@@ -166,7 +166,7 @@ def test_the_position_range_caps_completions(pair, engine, prompts, ignore_eos):
         ((-1, 3), "prompt 1 has token id -1"),
     ],
 )
-def test_bad_prompts_are_refused_before_anything_is_drawn(engine, bad, message):
+def test_bad_prompts_are_refused_before_anything_is_generated(engine, bad, message):
     with pytest.raises(ValueError, match=message):
         engine.generate([prompt(3), prompt(*bad), prompt(4)], GREEDY)  # not even iterated over
 
@@ -204,17 +204,17 @@ def test_no_prompts_no_rollouts(engine):
     assert list(engine.generate([], SAMPLED)) == []
 
 
-def test_weights_are_drawn_from_in_place_and_versioned(pair, prompts):
+def test_weights_are_used_in_place_and_versioned(pair, prompts):
     kind, module, _ = pair
     engine = kind(module)
     assert {r.policy_version for r in engine.generate(prompts, GREEDY)} == {0}
-    before = tokens(draw(engine, prompts, GREEDY))
+    before = tokens(named_rollouts(engine, prompts, GREEDY))
     head = module.lm_head.weight
     with torch.no_grad():
         head.neg_()
     try:
         engine.load_weights(module, version=5)
-        changed = draw(engine, prompts, GREEDY)
+        changed = named_rollouts(engine, prompts, GREEDY)
         assert {r.policy_version for r in changed.values()} == {5} and tokens(changed) != before
     finally:
         with torch.no_grad():
@@ -231,7 +231,9 @@ def test_dense_serves_models_with_absolute_positions(prompts):
         eos_token_id=2, bos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     gpt2 = GPT2LMHeadModel(config).eval()
-    for rollout in draw(DenseEngine(DensePolicy(gpt2)), prompts, replace(SAMPLED, ignore_eos=True)).values():
+    for rollout in named_rollouts(
+        DenseEngine(DensePolicy(gpt2)), prompts, replace(SAMPLED, ignore_eos=True)
+    ).values():
         logprobs = teacher_forced(gpt2, rollout).log_softmax(-1)
         want = logprobs.gather(1, torch.tensor(rollout.token_ids).unsqueeze(1)).squeeze(1)
         assert (torch.tensor(rollout.logprobs) - want).abs().max() < 1e-5
@@ -244,7 +246,7 @@ def test_engines_agree_on_the_same_weights(deepseek, deepseek_dir, prompts):
         DenseEngine(DensePolicy(deepseek)),
     )
     for params in (GREEDY, SAMPLED, replace(SAMPLED, top_p=0.8)):
-        got, want = draw(ours, prompts, params), draw(peer, prompts, params)
+        got, want = named_rollouts(ours, prompts, params), named_rollouts(peer, prompts, params)
         assert tokens(got) == tokens(want)
         for name, rollout in got.items():
             assert rollout.logprobs == pytest.approx(want[name].logprobs, abs=2e-5)

@@ -70,7 +70,7 @@ def check_same(got, want):
         assert rollout.logprobs == pytest.approx(want[name].logprobs, abs=1e-5)
 
 
-def test_a_pool_draws_what_one_engine_draws(pool, net, prompts):
+def test_a_pool_returns_the_rollouts_of_one_engine(pool, net, prompts):
     got = list(pool.generate(prompts, SAMPLED))
     check_same(got, list(NativeEngine(net).generate(prompts, SAMPLED)))
     assert all(r.prompt is prompts[r.index] and r.policy_version == 0 for r in got)
@@ -81,7 +81,7 @@ def test_a_pool_draws_what_one_engine_draws(pool, net, prompts):
     assert list(pool.generate([], SAMPLED)) == []
 
 
-def test_every_worker_draws_from_the_newest_weights(pool, net, other, prompts):
+def test_every_worker_generates_from_the_newest_weights(pool, net, other, prompts):
     for version, policy in ((1, other), (2, net), (3, other)):
         pool.load_weights(policy, version)
         got = list(pool.generate(prompts, SAMPLED))
@@ -155,7 +155,7 @@ def test_nan_and_wrong_weights_are_errors_and_the_pool_goes_on(pool, net, prompt
     ("bad", "message"),
     [((), "prompt 1 has no tokens"), (range(3, 67), "prompt 1 has 64 tokens"), ((3, VOCAB), "token id 97")],
 )
-def test_bad_prompts_are_refused_before_anything_is_drawn(pool, bad, message):
+def test_bad_prompts_are_refused_before_anything_is_generated(pool, bad, message):
     with pytest.raises(ValueError, match=message):
         pool.generate([prompt(3), prompt(*bad)], SAMPLED)
 
@@ -175,9 +175,9 @@ def test_staleness_is_bounded(pool, net, prompts, monkeypatch, bound):
 
 
 def test_rollouts_that_come_back_twice_are_passed_on_once(pool, prompts):
-    member, drawn = Member(None), (0, 0, (5,), (-1.0,), "stop", pool.version)
+    member, finished = Member(None), (0, 0, (5,), (-1.0,), "stop", pool.version)
     member.task = Task(2, [prompts[2]], {(2, 0)})
-    assert len(list(pool._accept(member, [drawn, drawn], prompts, deque()))) == 1
+    assert len(list(pool._accept(member, [finished, finished], prompts, deque()))) == 1
     assert pool.counts.repeated == 1 and not member.task.missing
 
 

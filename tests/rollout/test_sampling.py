@@ -1,4 +1,4 @@
-"""Draws against closed-form distributions, worked out in plain Python from the definition."""
+"""Samples against closed-form distributions, worked out in plain Python from the definition."""
 
 import math
 
@@ -33,8 +33,8 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), SETTINGS)
-def test_draws_follow_the_distribution(temperature, top_k, top_p):
-    """Chi-square over 20,000 draws; the bound is the 0.9999 quantile by Wilson and Hilferty's formula."""
+def test_samples_follow_the_distribution(temperature, top_k, top_p):
+    """Chi-square over 20,000 samples; the bound is the 0.9999 quantile by Wilson and Hilferty's formula."""
     n = 20_000
     params = SamplingParams(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
     uniforms = torch.from_numpy(uniform_stream(7, 0, 0, n))
@@ -59,7 +59,7 @@ def test_greedy_takes_the_best_with_its_raw_logprob():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_uniforms_never_draw_the_impossible(dtype):
+def test_extreme_uniforms_never_sample_the_impossible(dtype):
     """u = 0 with an impossible first token, u just under 1 with impossible last ones."""
     logits = torch.full((2, 50), -1e4, dtype=dtype)
     logits[:, 10:40] = torch.linspace(-3, 3, 30).to(dtype)
@@ -75,9 +75,9 @@ def test_inputs_are_left_alone():
 
 
 def test_streams_are_uniform_apart_and_keyed():
-    draws = uniform_stream(3, 5, 2, 4000)
-    assert draws.dtype == np.float32 and draws.min() >= 0 and draws.max() < 1
-    assert abs(draws.mean() - 0.5) < 0.02 and abs(draws.var() - 1 / 12) < 0.01
-    assert np.array_equal(uniform_stream(3, 5, 2, 10), draws[:10])
+    uniforms = uniform_stream(3, 5, 2, 4000)
+    assert uniforms.dtype == np.float32 and uniforms.min() >= 0 and uniforms.max() < 1
+    assert abs(uniforms.mean() - 0.5) < 0.02 and abs(uniforms.var() - 1 / 12) < 0.01
+    assert np.array_equal(uniform_stream(3, 5, 2, 10), uniforms[:10])
     keys = [(3, 5, 2), (4, 5, 2), (3, 6, 2), (3, 5, 3), (3, 2, 5), (-3, 5, 2), (0, 0, 0), (2**63, 0, 1)]
     assert len({uniform_stream(*key, 4).tobytes() for key in keys}) == len(keys)

@@ -27,18 +27,18 @@ def opened(request, tokenizer):
     return NativeEngine(net, eos_token_id=(), tokenizer=tokenizer), net
 
 
-def draw(engine, prompts, params):
+def named_rollouts(engine, prompts, params):
     return {(r.index, r.sample): r for r in engine.generate(prompts, params)}
 
 
 def test_a_stop_string_ends_a_completion_at_the_token_that_completes_it(opened, prompts, tokenizer):
     engine, _ = opened
-    endless = draw(engine, prompts, SAMPLED)
+    endless = named_rollouts(engine, prompts, SAMPLED)
     texts = [tokenizer.decode(r.token_ids) for r in endless.values()]
     # Strings of two characters that some completions have somewhere, across tokens.
     found = sorted({t[i : i + 2] for t in texts[:9] for i in range(4, 8) if t[i : i + 2].isascii()} - {""})
     stops = tuple(s for s in found if len(s) == 2)[:12]
-    got = draw(engine, prompts, replace(SAMPLED, stop=stops))
+    got = named_rollouts(engine, prompts, replace(SAMPLED, stop=stops))
     cut = 0
     for name, rollout in endless.items():
         ids = rollout.token_ids
@@ -54,7 +54,7 @@ def test_min_tokens_keeps_stop_tokens_out_and_renormalizes(opened, prompts):
     engine, module = opened
     stops = tuple(range(3, 40))
     params = replace(SAMPLED, stop_token_ids=stops, min_tokens=6)
-    for rollout in draw(engine, prompts, params).values():
+    for rollout in named_rollouts(engine, prompts, params).values():
         ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
         with torch.no_grad():
             logits = module.logits(ids)
@@ -64,7 +64,7 @@ def test_min_tokens_keeps_stop_tokens_out_and_renormalizes(opened, prompts):
         assert (torch.tensor(rollout.logprobs) - want).abs().max() < 1e-5
         assert len(rollout.token_ids) > 6 and not set(rollout.token_ids[:6]) & set(stops)
         assert (rollout.token_ids[-1] in stops) == (rollout.finish_reason == "stop")
-    assert all(len(r.token_ids) > 6 for r in draw(engine, prompts, params).values())
+    assert all(len(r.token_ids) > 6 for r in named_rollouts(engine, prompts, params).values())
 
 
 def test_a_stop_string_that_is_whole_before_min_tokens_does_not_count(tokenizer):
@@ -90,7 +90,7 @@ def test_a_long_stop_string_of_wide_characters_fits_the_window(tokenizer):
 def test_ignore_eos_ignores_strings_too(opened, prompts):
     engine, _ = opened
     params = replace(SAMPLED, stop=("a", "e", " "), stop_token_ids=tuple(range(VOCAB)), ignore_eos=True)
-    assert all(len(r.token_ids) == 25 for r in draw(engine, prompts, params).values())
+    assert all(len(r.token_ids) == 25 for r in named_rollouts(engine, prompts, params).values())
 
 
 def test_what_cannot_be_is_refused(opened, prompts):

@@ -39,7 +39,7 @@ def test_chinese_punctuation_stands_alone_and_words_take_their_space(tokenizer):
 
 
 def strings():
-    draw = random.Random(0)
+    random_source = random.Random(0)
     code_points = [c for c in range(sys.maxunicode + 1) if not 0xD800 <= c <= 0xDFFF]  # no lone surrogates
     yield from (
         "",
@@ -51,7 +51,7 @@ def strings():
     )
     for low, high in ((0, 0x80), (0, 0x3000), (0x4E00, 0x9FFF), (0, len(code_points))):
         for _ in range(20):
-            yield "".join(map(chr, draw.choices(code_points[low:high], k=40)))
+            yield "".join(map(chr, random_source.choices(code_points[low:high], k=40)))
 
 
 def test_round_trip_is_exact(tokenizer):

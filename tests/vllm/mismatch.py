@@ -1,6 +1,6 @@
 """vLLM's bf16 beside the trainer's: `.venv-vllm/bin/python -m tests.vllm.mismatch` writes the figures.
 
-Completions are drawn at temperature 1 and scored, teacher-forced, by our model in bf16 and in fp32. An
+Completions are sampled at temperature 1 and scored, teacher-forced, by our model in bf16 and in fp32. An
 expert is flipped where the states that reach a gate in vLLM choose it and those in our model do not.
 """
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import model
 from model.transformer import Transformer
-from rollout.self_test import compare
+from rollout.settings import RolloutSettings
 from rollout.types import SamplingParams
 from rollout.vllm.engine import VllmEngine
+from rollout.vllm.self_test import compare
 from tests.bench.measure import record
 from tests.small import prompt, random_prompts
 from tests.vllm.networks import LATENT, LENGTHS, MOE, network
@@ -64,14 +65,14 @@ def flipped(engine: VllmEngine, net: Transformer, sequences: list[tuple[int, ...
 
 def measure(name: str, path: Path) -> dict[str, Any]:
     """One model's figures."""
-    engine = VllmEngine(path, dtype="bfloat16")
-    drawn = list(engine.generate(random_prompts(engine.vocab_size, LENGTHS), SAMPLING))
+    engine = VllmEngine(path, RolloutSettings(dtype="bfloat16"))
+    rollouts = list(engine.generate(random_prompts(engine.vocab_size, LENGTHS), SAMPLING))
     bf16, fp32 = (model.load(path, dtype=dtype).eval() for dtype in (torch.bfloat16, torch.float32))
-    sequences = [(*r.prompt.token_ids, *r.token_ids) for r in drawn[:8]]
+    sequences = [(*r.prompt.token_ids, *r.token_ids) for r in rollouts[:8]]
     out = {
         "model": name,
-        "against_bf16": asdict(compare(drawn, bf16, 1.0)),
-        "against_fp32": asdict(compare(drawn, fp32, 1.0)),
+        "against_bf16": asdict(compare(rollouts, bf16, 1.0)),
+        "against_fp32": asdict(compare(rollouts, fp32, 1.0)),
         "flipped_experts": flipped(engine, bf16, sequences),
     }
     engine.close()

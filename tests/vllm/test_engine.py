@@ -11,10 +11,10 @@ from networks import LENGTHS, MOE, network
 
 import model
 from rollout.engine import EngineDied, StaleWeights
-from rollout.self_test import compare
 from rollout.text.tokenizer import train_tokenizer
 from rollout.types import SamplingParams
-from rollout.weights import fingerprint, public_weights
+from rollout.vllm.self_test import compare
+from rollout.weights import fingerprint
 from tests.small import prompt, random_prompts
 
 SAMPLED = SamplingParams(max_tokens=20, n=3, seed=11)
@@ -38,7 +38,7 @@ def folder(policies, tmp_path_factory):
 def engine(folder, policies):
     from rollout.vllm.engine import VllmEngine
 
-    opened = VllmEngine(folder, reference=policies[0])
+    opened = VllmEngine(folder, policy=policies[0])
     yield opened
     opened.close()
     opened.close()
@@ -84,7 +84,7 @@ def test_stopping(engine):
 
 
 def test_more_prompt_tokens_than_a_step_reads(engine):
-    """Prompts are never read in parts: their generators could not take back what they drew between them."""
+    """Prompts are never read in parts: their generators cannot be rewound between them."""
     many = random_prompts(MOE.vocab_size, lengths=[400] * 30)
     params = replace(SAMPLED, n=1, max_tokens=4, ignore_eos=True)
     got = tokens(list(engine.generate(many, params)))
@@ -139,16 +139,16 @@ def test_the_context_caps_completions(engine):
         ((3, MOE.vocab_size), "prompt 1 has token id 640"),
     ],
 )
-def test_bad_prompts_are_refused_before_anything_is_drawn(engine, bad, message):
+def test_bad_prompts_are_refused_before_anything_is_generated(engine, bad, message):
     with pytest.raises(ValueError, match=message):
         engine.generate([prompt(3), prompt(*bad)], GREEDY)
 
 
 def test_updates_go_back_and_forth_and_are_proven_live(engine, policies):
-    """A -> B -> A -> B: each time vLLM draws as the policy would, and says which weights it holds."""
-    expected = [fingerprint(tensor for _, tensor in public_weights(p)) for p in policies]
+    """A -> B -> A -> B: each time vLLM generates as the policy would, and reports its weights."""
+    expected = [fingerprint(tensor for _, tensor in p.public_weights()) for p in policies]
     assert expected[0] != expected[1]
-    drawn = {}
+    by_policy = {}
     for version, which in enumerate((0, 1, 0, 1), start=1):
         engine.load_weights(policies[which], version)
         assert engine.version == version and engine.weights == engine.live_weights() == expected[which]
@@ -156,8 +156,8 @@ def test_updates_go_back_and_forth_and_are_proven_live(engine, policies):
         assert {r.policy_version for r in rollouts} == {version}
         found = compare(rollouts, policies[which])
         assert found.regret == 0 and found.worst < 1e-5
-        assert drawn.setdefault(which, tokens(rollouts)) == tokens(rollouts)
-    assert drawn[0] != drawn[1]
+        assert by_policy.setdefault(which, tokens(rollouts)) == tokens(rollouts)
+    assert by_policy[0] != by_policy[1]
 
 
 def test_one_changed_number_changes_the_fingerprint(engine, policies):
@@ -219,7 +219,7 @@ def test_the_trainers_process_is_left_as_it_was(folder, policies):
     want = torch.rand(3)
     torch.manual_seed(5)
     threads = torch.get_num_threads()
-    opened = VllmEngine(folder, reference=policies[0])
+    opened = VllmEngine(folder, policy=policies[0])
     opened.close()
     assert torch.get_num_threads() == threads
     torch.set_num_threads(threads + 1)
@@ -232,7 +232,7 @@ def test_the_trainers_process_is_left_as_it_was(folder, policies):
 def test_a_crash_in_the_middle_is_one_clear_error(folder, policies):
     from rollout.vllm.engine import VllmEngine
 
-    opened = VllmEngine(folder, reference=policies[0])
+    opened = VllmEngine(folder, policy=policies[0])
     core = opened.llm.llm_engine.engine_core.engine_core
     step, calls = core.step_fn, itertools.count()
 
@@ -247,7 +247,7 @@ def test_a_crash_in_the_middle_is_one_clear_error(folder, policies):
     with pytest.raises(EngineDied, match="open a new one"):
         opened.generate(PROMPTS, GREEDY)
     opened.close()
-    again = VllmEngine(folder, reference=policies[0])
+    again = VllmEngine(folder, policy=policies[0])
     assert compare(list(again.generate(PROMPTS, GREEDY)), policies[0]).worst < 1e-5
     again.close()
 

@@ -35,17 +35,11 @@ def pair(request, tmp_path_factory):
     theirs.close()
 
 
-def network_of(ours):
-    """The network that our engine draws from."""
-    return ours.net if hasattr(ours, "net") else ours.model
-
-
 def logits(net, rollout):
     """Raw logits (c v) of `net` at each completion token."""
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
     with torch.no_grad():
-        out = net(ids)
-    return getattr(out, "logits", out)[0, len(rollout.prompt.token_ids) - 1 : -1]
+        return net.logits(ids)[0, len(rollout.prompt.token_ids) - 1 : -1]
 
 
 def of_tokens(logprobs, rollout):
@@ -53,7 +47,7 @@ def of_tokens(logprobs, rollout):
     return logprobs.gather(1, torch.tensor(rollout.token_ids).unsqueeze(1)).squeeze(1)
 
 
-def draw(engine, prompts, params):
+def named_rollouts(engine, prompts, params):
     rollouts = list(engine.generate(prompts, params))
     named = {(r.index, r.sample): r for r in rollouts}
     assert len(named) == len(rollouts) == len(prompts) * params.n
@@ -66,7 +60,7 @@ def test_greedy_tokens_and_logprobs_are_ours(pair):
     prompts = random_prompts(
         min(theirs.vocab_size, 600), lengths=(3, 40, 1, 15) if name == "smollm2" else (3, 40, 1, 15, 7, 33)
     )
-    got, want = draw(theirs, prompts, GREEDY), draw(ours, prompts, GREEDY)
+    got, want = named_rollouts(theirs, prompts, GREEDY), named_rollouts(ours, prompts, GREEDY)
     for key, rollout in got.items():
         assert rollout.token_ids == want[key].token_ids
         assert rollout.finish_reason == "length" and rollout.policy_version == theirs.version
@@ -79,11 +73,11 @@ def test_greedy_tokens_and_logprobs_are_ours(pair):
 def test_vllm_is_as_near_fp64_as_we_are(pair):
     """What is left between the two is rounding: neither is the one that is wrong."""
     theirs, ours, _ = pair
-    net = network_of(ours)
+    net = ours.policy
     exact = copy.deepcopy(net).double()
-    drawn = draw(theirs, random_prompts(min(theirs.vocab_size, 600), lengths=(3, 40)), GREEDY)
+    rollouts = named_rollouts(theirs, random_prompts(min(theirs.vocab_size, 600), lengths=(3, 40)), GREEDY)
     gaps: dict[str, list[float]] = {"vllm": [], "ours": []}
-    for rollout in drawn.values():
+    for rollout in rollouts.values():
         want = of_tokens(logits(exact, rollout).log_softmax(-1), rollout)
         mine = of_tokens(logits(net, rollout).log_softmax(-1), rollout)
         gaps["vllm"] += (torch.tensor(rollout.logprobs) - want).abs().tolist()
@@ -97,8 +91,8 @@ def test_logprobs_are_of_the_sampling_distribution(pair, top_k, top_p):
     theirs, ours, name = pair
     prompts = random_prompts(min(theirs.vocab_size, 600), lengths=(5, 18))
     params = SamplingParams(max_tokens=16, temperature=0.7, top_k=top_k, top_p=top_p, n=2, seed=3)
-    for rollout in draw(theirs, prompts, params).values():
-        kept = truncate(logits(network_of(ours), rollout) / 0.7, top_k, top_p)
+    for rollout in named_rollouts(theirs, prompts, params).values():
+        kept = truncate(logits(ours.policy, rollout) / 0.7, top_k, top_p)
         want = of_tokens(kept.log_softmax(-1), rollout)
         assert want.isfinite().all(), "a token outside the truncated set"
         # Rounding moves the nucleus's edge by a token, whose mass is then shared out among the others.

@@ -11,8 +11,8 @@ from rollout.dense.engine import DenseEngine
 from rollout.engine import StaleWeights
 from rollout.local import load_policy
 from rollout.native.engine import NativeEngine
-from rollout.self_test import compare, probes, self_test
 from rollout.types import SamplingParams
+from rollout.vllm.self_test import compare, probes, self_test
 
 
 @pytest.fixture

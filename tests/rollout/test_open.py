@@ -1,0 +1,96 @@
+"""Which engine opens what, and what a checkpoint directory states."""
+
+from __future__ import annotations
+
+import json
+import typing
+
+import pytest
+import torch
+
+import model as native
+from model.dense import DensePolicy
+from model.transformer import Transformer
+from rollout import checkpoint
+from rollout.dense.engine import DenseEngine
+from rollout.local import LOCAL, load_policy
+from rollout.native.engine import NativeEngine
+from rollout.open import ENGINES, engine_for, open_engine, open_worker_engine
+from rollout.settings import EngineName, LocalSettings, RolloutSettings
+from rollout.weights import fingerprint
+
+
+@pytest.fixture(scope="module")
+def llama_dir(llama, tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(path)
+    return path
+
+
+def test_the_table_has_every_engine_name_and_every_policy_an_engine():
+    assert {"auto", *ENGINES} == set(typing.get_args(EngineName))
+    assert {Transformer.engine, DensePolicy.engine} == set(LOCAL) < set(ENGINES)
+
+
+def test_a_checkpoint_opens_as_its_type_or_as_asked(deepseek_dir, llama_dir):
+    settings = LocalSettings(max_batch=3, cache_gib=0.5)
+    for path, engine, expected in (
+        (deepseek_dir, "auto", NativeEngine),
+        (deepseek_dir, "native", NativeEngine),
+        (deepseek_dir, "dense", DenseEngine),
+        (llama_dir, "auto", DenseEngine),
+    ):
+        opened, tokenizer = open_engine(path, engine, "bfloat16", local=settings)
+        assert type(opened) is expected and tokenizer is None
+        assert opened.max_batch == 3 and opened.cache_bytes == 1 << 29
+        assert {p.dtype for p in opened.policy.parameters()} == {torch.bfloat16}
+    assert open_engine(deepseek_dir)[0].max_batch == 512 and open_engine(llama_dir)[0].max_batch == 256
+    with pytest.raises(
+        ValueError, match=r"is a llama model; engine native is for deepseek_v3, use engine dense"
+    ):
+        open_engine(llama_dir, "native")
+    with pytest.raises(ValueError, match="speculate is for native models"):
+        open_engine(llama_dir, local=LocalSettings(speculate=True))
+
+
+def test_a_policy_in_training_is_generated_from_in_place(deepseek_dir, llama_dir, tokenizer):
+    for path, kind, wrong in ((deepseek_dir, "native", "dense"), (llama_dir, "dense", "native")):
+        policy = load_policy(path)
+        assert policy.engine == kind
+        for name in ("auto", kind):
+            engine = engine_for(policy, tokenizer, RolloutSettings(engine=name))
+            assert engine.policy is policy and engine.eos_token_id == tokenizer.eos_token_id
+        with pytest.raises(ValueError, match=f"is a {kind} model, which rollout.engine = '{wrong}' does not"):
+            engine_for(policy, tokenizer, RolloutSettings(engine=wrong))
+
+
+def test_every_engine_of_a_worker_takes_named_tensors(deepseek_dir, llama_dir):
+    """What a worker asks of an engine, native or dense: copy weights in, and prove them."""
+    for path in (deepseek_dir, llama_dir):
+        engine = open_worker_engine(str(path), RolloutSettings(), "cpu", None)
+        sent = {name: tensor * 1.5 for name, tensor in load_policy(path).public_weights()}
+        expected = fingerprint(sent.values())
+        assert engine.live_weights() != expected
+        engine.load_tensors(sent.items(), 4)
+        assert engine.live_weights() == expected and engine.version == 4
+
+
+def test_facts_of_a_checkpoint(deepseek_dir, tmp_path):
+    assert checkpoint.model_type(deepseek_dir) == "deepseek_v3"
+    assert checkpoint.context_of(deepseek_dir) == 64
+    assert checkpoint.context_and_vocabulary(deepseek_dir, 10) == (10, 97)
+    assert checkpoint.eos_of(deepseek_dir) == native.load(deepseek_dir).config.eos_token_id == 2
+    (tmp_path / "config.json").write_text(json.dumps({"n_ctx": 32}))
+    assert checkpoint.context_of(tmp_path) == 32
+    with pytest.raises(ValueError, match="lacks max_position_embeddings or vocab_size"):
+        checkpoint.context_and_vocabulary(tmp_path, 0)
+    with pytest.raises(ValueError, match="is not a model config with a model_type"):
+        checkpoint.model_type(tmp_path)
+    (tmp_path / "config.json").write_text("[1")
+    with pytest.raises(ValueError, match="is not a model config"):
+        checkpoint.read_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        checkpoint.read_config(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no checkpoint directory"):
+        checkpoint.read_config(tmp_path / "absent")
