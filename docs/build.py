@@ -15,9 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
-from rollout.ranges import ranges
-
 from pipeline.table import COMMANDS, STAGES, Command, Stage
+from rollout.ranges import ranges
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "rollout", "rewards", "pipeline", "distill")

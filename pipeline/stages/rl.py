@@ -97,7 +97,7 @@ class Trainer:
         metrics["time/rollout_s"], metrics["time/reward_s"] = done.draw_s, done.grade_s
         metrics["time/train_s"] = time.monotonic() - trained
         if config.dynamic_sampling:
-            metrics["rollout/groups_drawn"] = done.drawn
+            metrics["rollout/groups_sampled"] = done.drawn
         if config.overlap:
             metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": waited}
         if not self.in_place:

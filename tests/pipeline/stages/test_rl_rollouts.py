@@ -141,7 +141,9 @@ def test_dynamic_sampling_refills_until_every_group_has_spread():
 
 def test_dynamic_sampling_ends_where_nothing_has_spread():
     flat = lambda rollouts: [Graded(r, "", {}, 1.0) for r in rollouts]  # noqa: E731
-    done = Collector(Counting(), prompts, flat, Plan(3, 2, dynamic=True, most_requests=2)).collect(0, SAMPLING)
+    done = Collector(Counting(), prompts, flat, Plan(3, 2, dynamic=True, most_requests=2)).collect(
+        0, SAMPLING
+    )
     assert ids(done) == [0, 1, 2] and done.drawn == 6
 
 
