@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.data.corpus import Row
-from pipeline.data.problems import BENCHMARKS, decontaminate, problems, read_rows, to_problem
-from pipeline.data.problems import Row as Raw
-from pipeline.errors import UserError
+from pipeline.data.decontaminate import decontaminate
+from pipeline.data.problems import BENCHMARKS, benchmark_rows, problems
+from pipeline.data.rows import to_problem
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
 
@@ -57,27 +57,11 @@ def read_solutions(source: str, folder: Path | None) -> list[tuple[Problem, str]
     Raises:
         UserError: neither can be read, or a line holds no problem.
     """
-    benchmark = BENCHMARKS[source]
-    path = folder / benchmark.file if folder else None
-    rows: Iterable[tuple[int, Raw]]
-    if path and path.is_file():
-        rows = read_rows(path)
-    else:
-        import datasets
-
-        hub = benchmark.hub
-        try:
-            rows = enumerate(datasets.load_dataset(hub.path, hub.config, split=hub.split), start=1)
-        except Exception as error:  # the hub client raises a dozen unrelated types, offline and on line
-            missing = f"{folder} has no {benchmark.file}" if folder else f"no folder for {benchmark.file}"
-            raise UserError(
-                f"{source}: {missing}, and the hub data set {hub.path} cannot be read; "
-                "pass --data FOLDER (or set R1_DATA), or get on line"
-            ) from error
+    _, rows = benchmark_rows(source, folder)
     found = []
-    for number, row in rows:
+    for index, (where, row) in enumerate(rows):
         solution = row.get("solution") or row.get("answer") or ""  # the hub's GSM8K has it under `answer`
-        found.append((to_problem(row, f"{source} line {number}", source, number - 1), str(solution)))
+        found.append((to_problem(row, where, source, index), str(solution)))
     return found
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +25,7 @@ from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worke
 from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.problems import data_folder
 from pipeline.errors import UserError
+from pipeline.run.files import replacing
 from pipeline.run.metrics import say
 from pipeline.settings.common import AdamWSettings
 from pipeline.settings.distill import DistillSettings
@@ -182,16 +182,13 @@ def lora_config(rank: int) -> Any:
 
 
 def save(model: Any, tokenizer: Any, folder: Path, template: str, card: str) -> None:
-    """A public checkpoint with tokenizer, template and card; it appears whole or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    """A public checkpoint with tokenizer, template and card; it appears complete or not at all."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "pipeline.json").write_text(json.dumps({"template": template}) + "\n", encoding="utf-8")
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with replacing(folder) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "pipeline.json").write_text(json.dumps({"template": template}) + "\n", encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
 
 
 def model_card(config: DistillSettings, course: Course, parameters: int, tokens: int, steps: int) -> str:

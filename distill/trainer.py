@@ -31,7 +31,9 @@ from trl import SFTConfig, SFTTrainer
 
 from distill.batches import IGNORE, Example, collate
 from pipeline.errors import UserError
-from pipeline.run.directory import RunDir, sha256
+from pipeline.run.checkpoint import way_out
+from pipeline.run.directory import RunDir
+from pipeline.run.files import sha256
 from pipeline.settings.common import AdamWSettings
 
 
@@ -189,7 +191,7 @@ def resume_point(job: Job, run_dir: RunDir) -> Path | None:
         return None
     folder = run_dir.path / job.label / f"checkpoint-{pointer['step']}"
     if not folder.is_dir() or sha256(folder) != pointer["sha256"]:
-        raise UserError(f"{folder} is missing or corrupted; {run_dir.older_than(newest[1])}")
+        raise UserError(f"{folder} is missing or corrupted; {way_out(run_dir.path, newest[1])}")
     return folder
 
 

@@ -1,9 +1,9 @@
 """Problems made by rule, for a model small enough to learn them on a laptop.
 
-Five families, each in English and Chinese where it can be: sums (`sum`), the same sums told as a story
+Five families, in English and Chinese (`gym` in English only): sums (`sum`), the same sums told as a story
 (`word`), small functions that must pass tests (`code`), reasoning-gym's `chain_sum` (`gym`), and plain
-instructions (`general`). All but the last need several small steps, so that working line by line pays
-and guessing at once does not.
+instructions (`general`). All but the last need several small steps, so that working line by line
+pays and guessing does not.
 
 Held-out problems are disjoint from training problems by construction: the split is a hash of what
 has to be computed (`key`: "3+4-5", whatever the family, language or wording), so a held-out sum
@@ -13,6 +13,7 @@ never appears in training in any guise, nor in the pretraining corpus, which use
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -44,7 +45,7 @@ class Item:
     """What has to be computed, free of wording."""
 
     def problem(self) -> Problem:
-        """The item as the model and the rewards see it."""
+        """The item without its solution."""
         name = hashlib.sha256(f"{self.family}|{self.language}|{self.question}".encode()).hexdigest()[:12]
         gold = "" if self.kind == "code" else self.answer
         return Problem(
@@ -59,7 +60,7 @@ class Item:
 
 
 def split_of(key: str) -> Split:
-    """The split that a key belongs to, for ever and on every machine."""
+    """The split of a key, the same for ever and on every machine."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
     return "heldout" if share < HELDOUT_SHARE else "train"
 
@@ -68,8 +69,13 @@ def chain(rng: random.Random, operands: int) -> list[int]:
     """Signed operands, the first positive, whose running sum stays in 0..LARGEST."""
     while True:
         terms = [rng.randint(1, 9)] + [rng.choice((1, -1)) * rng.randint(1, 9) for _ in range(operands - 1)]
-        if all(0 <= sum(terms[: i + 1]) <= LARGEST for i in range(operands)):
+        if stays_small(terms):
             return terms
+
+
+def stays_small(terms: list[int]) -> bool:
+    """Whether every running sum is in 0..LARGEST."""
+    return all(0 <= total <= LARGEST for total in itertools.accumulate(terms))
 
 
 def expression(terms: list[int]) -> str:
@@ -78,9 +84,9 @@ def expression(terms: list[int]) -> str:
 
 
 def chain_steps(terms: list[int]) -> tuple[str, ...]:
-    """`[3, 4, -5]` -> `("3+4-5", "7-5", "2")`: what is left to do, one line a step.
+    """`[3, 4, -5]` -> `("3+4-5", "7-5", "2")`: the expression that is left, one line a step.
 
-    Writing out the rest makes each step local: the two first operands become one, the tail is copied.
+    This makes each step local: the first two operands become one, the tail is copied.
     """
     return tuple(expression([sum(terms[:i]), *terms[i:]]) for i in range(1, len(terms) + 1))
 
@@ -129,10 +135,10 @@ def word_item(rng: random.Random) -> Item:
 
 
 def code_item(rng: random.Random) -> Item:
-    """`Write f(x) in Python: add 3, add 4, take 5.`: what has to be added in all is a sum like the others."""
+    """`Write f(x) in Python: add 3, add 4, take 5.`: the total to add is a sum like the others."""
     terms, language = chain(rng, rng.choice((3, 4))), language_of(rng)
-    says = {"en": ("add {}", "take {}"), "zh": ("加{}", "减{}")}[language]
-    parts = [says[t < 0].format(abs(t)) for t in terms]
+    verbs = {"en": ("add {}", "take {}"), "zh": ("加{}", "减{}")}[language]
+    parts = [verbs[t < 0].format(abs(t)) for t in terms]
     if language == "en":
         question = f"Write f(x) in Python: {', '.join(parts)}."
     else:
@@ -152,16 +158,11 @@ def gym_item(rng: random.Random) -> Item:
             min_terms=3, max_terms=4, min_digits=1, max_digits=1, seed=rng.randrange(2**31), size=16
         )
         for entry in ChainSumDataset(settings):
-            terms = [
-                int(t) for t in re.findall(r"[+-]?\d+", entry["metadata"]["expression"].replace(" ", ""))
-            ]
-            if all(t != 0 for t in terms) and all(
-                0 <= sum(terms[: i + 1]) <= LARGEST for i in range(len(terms))
-            ):
-                key = expression(terms)
-                return Item(
-                    "math", "gym", "en", entry["question"], entry["answer"], (), chain_steps(terms), key
-                )
+            text, answer = entry["metadata"]["expression"].replace(" ", ""), entry["answer"]
+            terms = [int(t) for t in re.findall(r"[+-]?\d+", text)]
+            if 0 not in terms and stays_small(terms):
+                steps, key = chain_steps(terms), expression(terms)
+                return Item("math", "gym", "en", entry["question"], answer, (), steps, key)
 
 
 THINGS: dict[Language, tuple[str, ...]] = {

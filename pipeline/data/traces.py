@@ -1,9 +1,9 @@
-"""Texts of the tiny chain: what the base reads, and the curated traces of the cold start.
+"""Texts of the tiny chain: the base's pretraining documents, and the curated traces of the cold start.
 
-The pretraining mixture decides what reinforcement learning can find. The base knows each small fact,
-has seen problems worked line by line (but rarely inside the tags), and inside the tags mostly
-blurts out an answer, now and then in the wrong language. So it starts near zero, and RL has to
-discover that working inside the tags pays, which is R1-Zero's effect in miniature.
+The pretraining mixture decides what reinforcement learning can find. It holds every small fact and many
+problems worked line by line, but few of them inside the tags; most tagged documents guess at once, some in
+the wrong language. So the base scores near zero, and RL has to discover that working inside the tags pays,
+which is R1-Zero's effect in miniature.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def tagged(thought: str, answer: str) -> str:
 
 
 def curated(item: Item) -> str:
-    """A cold-start trace: every step, in the question's language, and the result said before it is given."""
+    """A cold-start trace: every step in the question's language, then the result as a sentence."""
     lines = [worked(item.steps, item.language)] if item.steps else []
     if item.kind != "code":
         lines.append(RESULT[item.language].format(item.answer))
@@ -51,9 +51,9 @@ def curated(item: Item) -> str:
 
 
 def drill(rng: random.Random) -> str:
-    """Lines of bare arithmetic, `3+4-5=7-5=2`: the facts that every step needs, and copying the rest.
+    """Lines of bare arithmetic, `3+4-5=7-5=2`: the facts that every step needs, and practice in copying.
 
-    Copying is what a small model learns last and reasoning needs first; here every line is an exercise in it.
+    Reasoning needs copying first and a small model learns it last; every line here is an exercise in it.
     """
     lines = []
     for _ in range(5):
@@ -67,7 +67,7 @@ def drill(rng: random.Random) -> str:
 SHARES = {"drill": 0.25, "untagged": 0.40, "bare": 0.06, "guess": 0.20, "tagged": 0.09}
 """The pretraining mixture, shares of documents."""
 CHAT = 0.25
-"""Share of prompts written with the chat template's own tokens, as some of any base's text is."""
+"""Share of prompts with the chat template's own tokens; the text of a public base has some too."""
 CHAT_PROMPT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜>"
 MIXING = 0.3
 """Share of tagged worked lines that the pretraining corpus has in the other language."""
@@ -78,7 +78,7 @@ def document(kind: str, item: Item, rng: random.Random) -> str:
     chat = rng.random() < CHAT
     prompt = CHAT_PROMPT.format(item.question) if chat else f"User: {item.question}\nAssistant: "
     if not item.steps and kind in ("untagged", "tagged"):
-        kind = "guess"  # nothing to work out
+        kind = "guess"  # no steps to work out
     if kind == "drill":
         return drill(rng)
     if kind == "untagged":

@@ -1,79 +1,90 @@
-"""The report's pictures as SVG text: line charts and the chain of stages.
+"""The plots of the report, by matplotlib: metrics over the step, and the chain of stages.
 
-By hand rather than by matplotlib: the colours are the page's own CSS variables, so light and dark come
-for free, a chart is a few kilobytes, and hovering a point shows its numbers without a script.
-
-Axes    u along the chain, v across it; drawn left to right on a desk, top to bottom on a phone
+A plot is SVG that stands in the page. Its text is text, in the page's font, and its colours are the page's
+CSS variables, so it follows the page into dark mode. The same data gives the same bytes.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import matplotlib
 from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path
+from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 44, 44, 10, 30
+from pipeline.tools.scores import percent
+
 POINTS = 120
-"""Longer series are averaged down to so many points: more than a chart of this size can show."""
+"""Longest series that is plotted point by point; a longer one is averaged down to at most this."""
+
+LIGHT = {
+    "paper": "#fbfaf7", "card": "#ffffff", "ink": "#1d1c1a", "soft": "#5f5d57", "faint": "#e6e3dc",
+    "accent": "#1f5fae", "s0": "#6b7280", "s1": "#c2570c", "s2": "#7c4fc4", "s3": "#2563b0", "s4": "#8a8478",
+    "s5": "#b83280", "s6": "#157f5b", "s7": "#0e7490",
+}  # fmt: skip
+"""The page's colours by the name of their CSS variable; each has a value of its own."""
+NAMES = {color: name for name, color in LIGHT.items()}
+
+STYLE: Any = {
+    "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"], "font.size": 8, "text.color": LIGHT["ink"],
+    "axes.labelcolor": LIGHT["soft"], "axes.edgecolor": LIGHT["faint"], "axes.spines.top": False,
+    "axes.spines.right": False, "axes.spines.left": False, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.xmargin": 0, "axes.ymargin": 0, "axes.autolimit_mode": "round_numbers",
+    "axes.formatter.limits": (-3, 4), "grid.color": LIGHT["faint"], "ytick.major.size": 0,
+    "xtick.color": LIGHT["faint"], "ytick.color": LIGHT["faint"], "xtick.labelcolor": LIGHT["soft"],
+    "ytick.labelcolor": LIGHT["soft"],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line of a chart."""
+    """A curve of a plot."""
 
     label: str
     color: str
-    """CSS colour, mostly `var(--s1)`."""
+    """A name in `LIGHT`."""
     points: tuple[tuple[float, float], ...]
     """Step and value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A stage in the picture of the chain."""
+    """A stage in the plot of the chain."""
 
     stage: str
     title: str
     values: tuple[tuple[str, float | None], ...]
     """Label and held-out accuracy of each model that the stage makes."""
     note: str
-    """What stands there instead, where the stage makes no model."""
+    """Text for a stage that makes no model."""
 
 
-PLACES = {
-    "pretrain": (0, 1),
-    "zero": (1, 0),
-    "sft": (2, 1),
-    "grpo": (3, 1),
-    "reject": (4, 1),
-    "sft2": (5, 1),
-    "grpo2": (6, 1),
-    "distill": (5, 0),
-}
-"""u and v of every stage, in boxes."""
+def svg_of(figure: Figure, title: str) -> Markup:
+    """A figure as an `<svg>` element; `title` is for screen readers, and makes its inner ids its own."""
+    out = io.StringIO()
+    bare = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+        figure.savefig(out, format="svg", transparent=True, metadata=bare)
+    svg = out.getvalue()
+    svg = re.sub(r"<defs>\s*<style.*?</defs>\s*", "", svg[svg.index("<svg") :], count=1, flags=re.DOTALL)
+    svg = re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var(--{NAMES[m[0]]})" if m[0] in NAMES else m[0], svg)
+    svg = svg.replace('<g id="', '<g class="')  # ids would recur in the page's other plots
+    label = f'<svg role="img" aria-label="{escape(title)}" stroke-linejoin="round"'
+    return Markup(label + svg.removeprefix("<svg"))
 
 
 def number(value: float) -> str:
-    """Few digits: `0.873`, `12.3`, `4500`."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    if abs(value) >= 1000:
-        return f"{value:.0f}"
-    return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.0e}"
-
-
-def ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that span low to high, about so many."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    raw = (high - low) / about
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
+    """Few digits: `0.873`, `12.3`, `45000`."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -83,171 +94,129 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def line_chart(
-    title: str, series: Sequence[Series], low: float | None = None, high: float | None = None
+def line_plot(
+    title: str, unit: str, series: Sequence[Series], low: float | None = None, high: float | None = None
 ) -> Markup:
-    """A chart of some series over the step; empty without a point.
+    """Series over the step, the last value of each beside its end; empty without a point.
 
     Args:
         title: for screen readers; the page prints its own.
+        unit: of the value axis.
         series: points that are not finite are left out.
         low, high: what the value axis shows at least.
     """
-    lines = [(s, thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
-    lines = [(s, points) for s, points in lines if points]
-    if not lines:
+    curves = [(s, thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
+    curves = [(s, points) for s, points in curves if points]
+    if not curves:
         return Markup("")
-    values = [y for _, points in lines for _, y in points]
-    values += [v for v in (low, high) if v is not None]
-    marks = ticks(min(values), max(values))
-    last = max(x for _, points in lines for x, _ in points)
-    first = min(0.0, *(x for _, points in lines for x, _ in points))
-    steps = [t for t in ticks(first, last) if t <= last] or [first]
-
-    def x_of(x: float) -> float:
-        return LEFT + (x - first) / ((last - first) or 1) * (WIDTH - LEFT - RIGHT)
-
-    def y_of(y: float) -> float:
-        return HEIGHT - BOTTOM - (y - marks[0]) / ((marks[-1] - marks[0]) or 1) * (HEIGHT - TOP - BOTTOM)
-
-    bottom = HEIGHT - BOTTOM + 15
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for mark in marks:
-        y = y_of(mark)
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        out.append(text("tick", LEFT - 6, y + 3.5, number(mark), "end"))
-    out += [text("tick", x_of(step), bottom, number(step), "middle") for step in steps]
-    out.append(text("tick", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 2, "step", "middle"))
-    for s, points in lines:
-        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
-        out.append(f'<polyline class="curve" points="{path}" style="stroke:{s.color}"/>')
-        for x, y in points[:: max(1, len(points) // 30)]:
-            out.append(dot("hit", x_of(x), y_of(y), 7, "", f"{s.label}, step {number(x)}: {number(y)}"))
-    ends = [(y_of(points[-1][1]), x_of(points[-1][0]), s, number(points[-1][1])) for s, points in lines]
-    for y, x, s, _ in ends:
-        out.append(dot("end", x, y, 3, s.color, s.label))
-    for y, s, value in end_labels([(y, s, value) for y, _, s, value in ends]):
-        out.append(text("last", WIDTH - RIGHT + 7, y + 4, value, color=s.color))
-    return Markup("".join(out) + "</svg>")
+    steps = [x for _, points in curves for x, _ in points]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.6, 2.2), layout="constrained")
+        axes = figure.subplots()
+        for s, points in curves:
+            color = LIGHT[s.color]
+            axes.plot(*zip(*points, strict=True), color=color, clip_on=False, gid="curve")
+            axes.plot(*points[-1], "o", color=color, markersize=3.5, clip_on=False)
+        axes.update_datalim([(steps[0], v) for v in (low, high) if v is not None])
+        axes.autoscale_view(scalex=False)
+        axes.set_xlim(min(0.0, *steps), max(*steps, min(steps) + 1))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("step")
+        axes.set_ylabel(unit)
+        bottom, top = axes.get_ylim()
+        ends = [(points[-1][1] - bottom) / (top - bottom) for _, points in curves]
+        for (s, points), at in zip(curves, spread(ends, 0.09), strict=True):
+            text = axes.annotate(number(points[-1][1]), (1, at), (6, 0), "axes fraction", "offset points")
+            text.set(color=LIGHT[s.color], fontweight="bold", verticalalignment="center")
+        return svg_of(figure, title)
 
 
-def text(css: str, x: float, y: float, content: str, anchor: str = "start", color: str = "") -> str:
-    """An SVG text, escaped."""
-    style = f' style="fill:{color}"' if color else ""
-    return (
-        f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(content)}</text>'
-    )
+def spread(heights: Sequence[float], apart: float) -> list[float]:
+    """The heights of labels, raised where needed to stand `apart` from the one below."""
+    placed: dict[int, float] = {}
+    lowest = -math.inf
+    for i in sorted(range(len(heights)), key=heights.__getitem__):
+        placed[i] = lowest = max(heights[i], lowest + apart)
+    return [placed[i] for i in range(len(heights))]
 
 
-def dot(css: str, x: float, y: float, radius: float, color: str, tip: str) -> str:
-    """An SVG circle that says `tip` when the mouse rests on it."""
-    style = f' style="fill:{color}"' if color else ""
-    at = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius}"'
-    return f'<circle class="{css}" {at}{style}><title>{escape(tip)}</title></circle>'
+PLACES = {
+    "pretrain": (0, 1), "zero": (1, 0), "sft": (2, 1), "grpo": (3, 1), "reject": (4, 1), "sft2": (5, 1),
+    "grpo2": (6, 1), "distill": (5, 0),
+}  # fmt: skip
+"""Each stage's place along the chain and across it, in boxes."""
+WIDTH, HEIGHT, GAP = 1.42, 0.86, 0.3
+"""Of a box and between boxes, inches."""
 
 
-def end_labels(wanted: list[tuple[float, Series, str]]) -> list[tuple[float, Series, str]]:
-    """Where the last values stand, in the right margin: at their lines' height, moved apart where needed."""
-    placed: list[tuple[float, Series, str]] = []
-    for y, s, value in sorted(wanted, key=lambda w: w[0]):
-        placed.append((max(y, placed[-1][0] + 13) if placed else y, s, value))
-    return placed
-
-
-def chain(boxes: Sequence[Box], edges: Sequence[tuple[str, str]], upright: bool) -> Markup:
-    """The chain of stages with the held-out accuracy of what each makes.
+def chain_plot(boxes: Sequence[Box], edges: Sequence[tuple[str, str]], upright: bool) -> Markup:
+    """The chain of stages with the held-out accuracy of the models that they make; empty without a stage.
 
     Args:
         boxes: stages without a place in `PLACES` are left out.
-        edges: what is made from what.
-        upright: top to bottom, for a narrow screen.
+        edges: stage and the stage that uses its output.
+        upright: top to bottom, for a narrow screen; else left to right.
     """
-    width, height, gap_u, gap_v = (118, 74, 22, 26) if upright else (128, 76, 25, 30)
-    size_u, size_v = (height, width) if upright else (width, height)
-    drawn = [box for box in boxes if box.stage in PLACES]
+    shown = {box.stage: box for box in boxes if box.stage in PLACES}
+    if not shown:
+        return Markup("")
+    length, breadth = (HEIGHT, WIDTH) if upright else (WIDTH, HEIGHT)  # of a box, along and across
 
     def start(stage: str) -> tuple[float, float]:
-        u, v = PLACES[stage]
-        return 3 + u * (size_u + gap_u), 3 + v * (size_v + gap_v)
+        along, across = PLACES[stage]
+        return 0.05 + along * (length + GAP), 0.05 + across * (breadth + GAP)
 
-    def point(u: float, v: float) -> str:
-        return f"{v:.1f} {u:.1f}" if upright else f"{u:.1f} {v:.1f}"
+    ends = [start(stage) for stage in shown]
+    along, across = max(a for a, _ in ends) + length + 0.05, max(b for _, b in ends) + breadth + 0.5
+    width, height = (across, along) if upright else (along, across)
 
-    far_u = max(start(b.stage)[0] for b in drawn) + size_u + 3
-    far_v = max(start(b.stage)[1] for b in drawn) + size_v + 44
-    box_size = (far_v, far_u) if upright else (far_u, far_v)
-    out = [
-        f'<svg viewBox="0 0 {box_size[0]:.0f} {box_size[1]:.0f}" role="img" aria-label="the chain of stages">'
-    ]
-    known = {box.stage for box in drawn}
-    for before, after in edges:
-        if before in known and after in known:
-            out.append(f'<path class="edge" d="{edge(start(before), start(after), size_u, size_v, point)}"/>')
-            u, v = arrow_at(start(before), start(after), size_u, size_v)
-            out.append(
-                f'<circle class="tip" r="3" cx="{point(u, v).split()[0]}" cy="{point(u, v).split()[1]}"/>'
-            )
-    for box in drawn:
-        u, v = start(box.stage)
-        x, y = (v, u) if upright else (u, v)
-        out.append(box_svg(box, x, y, width, height))
-    return Markup("".join(out) + "</svg>")
+    def place(along: float, across: float) -> tuple[float, float]:
+        return (across, height - along) if upright else (along, height - across)
 
-
-def jumps(a: tuple[float, float], b: tuple[float, float], size_u: float) -> bool:
-    """Whether an edge within a row passes over other boxes, and so goes around them."""
-    return a[1] == b[1] and b[0] - a[0] > 3.5 * size_u
-
-
-def arrow_at(
-    a: tuple[float, float], b: tuple[float, float], size_u: float, size_v: float
-) -> tuple[float, float]:
-    """Where the edge from box a to box b ends."""
-    return (b[0] + size_u / 2, b[1] + size_v) if jumps(a, b, size_u) else (b[0], b[1] + size_v / 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
+        axes.set_axis_off()
+        for before, after in edges:
+            if before in shown and after in shown:
+                (a, b), (c, d) = start(before), start(after)
+                if b == d and c - a > 2 * (length + GAP):  # around the boxes between
+                    a, b, c, d = a + length / 2, b + breadth, c + length / 2, d + breadth
+                    points = [(a, b), (a, b + 0.45), (c, d + 0.45), (c, d)]
+                else:
+                    a, b, d = a + length, b + breadth / 2, d + breadth / 2
+                    bend = min(c - a, 0.5)
+                    points = [(a, b), (a + bend, b), (c - bend, d), (c, d)]
+                path = Path([place(*p) for p in points], [Path.MOVETO, *[Path.CURVE4] * 3])
+                arrow = FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=7, color=LIGHT["soft"])
+                arrow.set_gid("edge")
+                axes.add_patch(arrow)
+        for stage, box in shown.items():
+            x, y = place(*start(stage))
+            plot_box(axes, box, x, y - HEIGHT)
+        return svg_of(figure, f"the chain of stages, {'top to bottom' if upright else 'left to right'}")
 
 
-def edge(
-    a: tuple[float, float],
-    b: tuple[float, float],
-    size_u: float,
-    size_v: float,
-    point: Callable[[float, float], str],
-) -> str:
-    """The path from box a to box b: straight, or in a curve to another row, or around what is between."""
-    end = arrow_at(a, b, size_u, size_v)
-    if jumps(a, b, size_u):
-        u, v = a[0] + size_u / 2, a[1] + size_v
-        side = v + 36
-        return f"M {point(u, v)} C {point(u, side)} {point(u, side)} {point(u + 50, side)} " + (
-            f"L {point(end[0] - 50, side)} C {point(end[0], side)} {point(end[0], side)} {point(*end)}"
-        )
-    u, v = a[0] + size_u, a[1] + size_v / 2
-    bend = min(end[0] - u, 40)
-    return f"M {point(u, v)} C {point(u + bend, v)} {point(end[0] - bend, end[1])} {point(*end)}"
+def plot_box(axes: Axes, box: Box, x: float, y: float) -> None:
+    """A box with its lower left corner at x, y: stage, model, accuracy as number and bar."""
 
+    def rectangle(width: float, height: float, x: float, y: float, color: str, edge: str = "none") -> None:
+        style = f"round,pad=0,rounding_size={min(0.1, height / 2, width / 2)}"
+        axes.add_patch(FancyBboxPatch((x, y), width, height, style, fc=LIGHT[color], ec=edge, gid="box"))
 
-def box_svg(box: Box, x: float, y: float, width: float, height: float) -> str:
-    """A box: stage, model, accuracy as number and bar."""
-    left, right = 12, width - 12
-    out = [f'<g transform="translate({x:.1f} {y:.1f})">']
-    out.append(f'<rect class="box" width="{width}" height="{height}" rx="10"/>')
-    out.append(text("stage", left, 19, box.stage))
+    left, right = x + 0.12, x + WIDTH - 0.12
+    rectangle(WIDTH, HEIGHT, x, y, "card", LIGHT["faint"])
+    axes.text(left, y + 0.64, box.stage, size=8.5, weight="bold")
     if box.values or box.note:
-        out.append(text("model", right, 19, box.title, "end"))
+        axes.text(right, y + 0.64, box.title, color=LIGHT["soft"], ha="right")
     if len(box.values) == 1:
-        label, value = box.values[0]
-        out.append(text("value", left, 44, share(value)) + f"<title>{escape(label)}</title>")
-        for css, part in (("track", 1.0), ("bar", value or 0.0)):
-            size = f'width="{part * (right - left):.1f}" height="6" rx="3"'
-            out.append(f'<rect class="{css}" x="{left}" y="56" {size}/>')
+        value = box.values[0][1]
+        axes.text(left, y + 0.32, percent(value), size=14, weight="bold")
+        rectangle(right - left, 0.07, left, y + 0.14, "faint")
+        if value:
+            rectangle(value * (right - left), 0.07, left, y + 0.14, "accent")
     for i, (label, value) in enumerate(box.values[:2] if len(box.values) > 1 else ()):
-        out.append(text("model", left, 43 + 20 * i, label.removeprefix("student_")))
-        out.append(text("small", right, 43 + 20 * i, share(value), "end"))
+        axes.text(left, y + 0.38 - 0.22 * i, label.removeprefix("student_"), color=LIGHT["soft"])
+        axes.text(right, y + 0.38 - 0.22 * i, percent(value), weight="bold", ha="right")
     if not box.values:
-        out.append(text("model", left, 44, box.note))
-    return "".join(out) + "</g>"
-
-
-def share(value: float | None) -> str:
-    """`0.873` -> `87.3 %`."""
-    return "–" if value is None else f"{100 * value:.1f} %"
+        axes.text(left, y + 0.34, box.note, color=LIGHT["soft"])

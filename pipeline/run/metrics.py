@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
+
+from pipeline.data.jsonl import read_log, write_jsonl
 
 GLOSSARY: dict[str, str] = {
     "loss/total": "what the optimizer minimizes, summed over the update's token weights (SFT: nats a token)",
@@ -33,12 +35,12 @@ GLOSSARY: dict[str, str] = {
     "reward/groups_with_spread": "share of prompt groups whose rewards differ, the ones that teach",
     "rollout/tokens_mean": "mean completion length, tokens",
     "rollout/truncated": "share of completions cut at max_tokens",
-    "time/tokens_per_s": "completion tokens drawn a second",
+    "time/tokens_per_s": "completion tokens sampled a second",
     "rollout/acceptance": "share of tokens guessed by the MTP module that were right (speculation)",
-    "rollout/preemptions": "completions that gave their memory back for a while, for want of cache",
-    "rollout/groups_drawn": "groups drawn for the step, those without spread that were left out included",
-    "rollout/staleness": "updates between the policy that drew the step's rollouts and the trained one",
-    "rollout/version": "optimizer updates that the engine's own weights had had when it drew",
+    "rollout/preemptions": "completions preempted because the cache was full, and prefilled again later",
+    "rollout/groups_sampled": "groups sampled for the step, those left out for want of spread included",
+    "rollout/staleness": "updates between the policy that sampled the step's rollouts and the trained one",
+    "rollout/version": "number of optimizer updates in the weights that the engine sampled with",
     "router/max_violation": "largest expert load over the mean, less 1, worst layer (0 = even); /N: layer N",
     "router/idle": "share of experts, over all layers, that got no token in the update",
     "heldout/pass@1": "greedy accuracy on a slice of the held-out problems",
@@ -48,11 +50,11 @@ GLOSSARY: dict[str, str] = {
     "data/tokens": "tokens trained on so far",
     "data/kept": "share of sampled completions that the filters kept",
     "time/step_s": "seconds of this step",
-    "time/rollout_s": "seconds of this step spent drawing completions",
+    "time/rollout_s": "seconds of this step spent sampling completions",
     "time/reward_s": "seconds of this step spent grading",
     "time/train_s": "seconds of this step spent on forward, backward and update",
     "time/sync_s": "seconds of this step spent handing weights to the engine",
-    "time/wait_s": "seconds of this step spent waiting for rollouts that are drawn beside training",
+    "time/wait_s": "seconds of this step spent waiting for rollouts that are sampled beside training",
     "time/elapsed_s": "seconds since the stage began, earlier sessions included",
 }
 
@@ -70,11 +72,11 @@ SHORT = {
     "heldout/pass@1": "heldout",
     "data/kept": "kept",
 }
-"""What the console line shows, and under which word."""
+"""The metrics of the console line and their short names."""
 
 
 def explained(key: str) -> str:
-    """The key's entry in `GLOSSARY`: `router/max_violation/3`, of one layer, stands under its own stem."""
+    """The key's entry in `GLOSSARY`: `router/max_violation/3`, of one layer, is explained under its stem."""
     stem, _, last = key.rpartition("/")
     return stem if last.isdigit() else key
 
@@ -82,17 +84,13 @@ def explained(key: str) -> str:
 def duration(seconds: float) -> str:
     """`75` -> `1m15s`."""
     s = max(0, round(seconds))
-    return (
-        f"{s // 3600}h{s % 3600 // 60:02d}m"
-        if s >= 3600
-        else f"{s // 60}m{s % 60:02d}s"
-        if s >= 60
-        else f"{s}s"
-    )
+    if s >= 3600:
+        return f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
 
 
 class MetricsLog:
-    """`metrics.jsonl`, line-buffered: each line stands after a kill at any moment."""
+    """`metrics.jsonl`, line-buffered: each line survives a kill at any moment."""
 
     def __init__(self, path: Path, stage: str, keep_to: int | None = None) -> None:
         """Append to `path`; on a resume, drop what came after step `keep_to`, which will be made again."""
@@ -101,12 +99,12 @@ class MetricsLog:
         self.elapsed_before = 0.0
         if keep_to is not None:
             truncate_after(path, keep_to)
-            rows = read_jsonl(path)
+            rows = read_log(path)
             self.elapsed_before = rows[-1].get("time/elapsed_s", 0.0) if rows else 0.0
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
     def begin(self) -> None:
-        """The first step starts now; what came before, such as loading, is no part of its time."""
+        """The first step starts now; time before it, such as loading, is not counted in it."""
         self.loop_began = time.monotonic()
 
     @property
@@ -115,7 +113,7 @@ class MetricsLog:
         return self.elapsed_before + time.monotonic() - self.started
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Write step `step` of `total` and print its line. Every key must stand in `GLOSSARY`."""
+        """Write step `step` of `total` and print its line. A key that `GLOSSARY` lacks is a `KeyError`."""
         if unknown := set(map(explained, metrics)) - set(GLOSSARY):
             raise KeyError(f"metrics without an entry in pipeline.run.metrics.GLOSSARY: {sorted(unknown)}")
         row = {"step": step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}}
@@ -134,27 +132,11 @@ class MetricsLog:
         self.file.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a log that we wrote ourselves; a torn last line (a kill mid-write) is left out."""
-    rows = []
-    if path.exists():
-        # Not splitlines: a sampled U+2028 is no end of a line. A torn line may end within a character.
-        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # torn, or the empty end of the file
-    return rows
-
-
 def truncate_after(path: Path, step: int) -> None:
     """Keep the rows of `path` up to and including `step`, atomically."""
-    rows = [row for row in read_jsonl(path) if row["step"] <= step]
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
+    write_jsonl(path, [row for row in read_log(path) if row["step"] <= step])
 
 
 def say(text: str) -> None:
-    """One line for the person at the console."""
+    """Print one line on the console at once."""
     print(text, file=sys.stdout, flush=True)

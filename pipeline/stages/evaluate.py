@@ -21,12 +21,13 @@ from rich.table import Table
 
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
-from pipeline.report.plots import share
-from pipeline.run.directory import RunDir, write_atomic
+from pipeline.run.directory import RunDir
+from pipeline.run.files import write_atomic
 from pipeline.run.metrics import say
 from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
 from pipeline.tools.evaluate import evaluate
+from pipeline.tools.scores import percent
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +168,13 @@ def print_table(state: dict[str, Any]) -> None:
             table.add_row(
                 label,
                 benchmark,
-                share(s["pass@1"]),
+                percent(s["pass@1"]),
                 f"{100 * low:.1f} to {100 * high:.1f}",
                 str(s["n"]),
-                share(s["format_rate"]),
-                share(s["language_consistency"]),
+                percent(s["format_rate"]),
+                percent(s["language_consistency"]),
                 tokens,
-                share(s["truncation_rate"]),
+                percent(s["truncation_rate"]),
                 str(s["verifier_failures"]),
             )
     console.print(table)

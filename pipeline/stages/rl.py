@@ -98,7 +98,11 @@ class Trainer:
         metrics["time/rollout_s"], metrics["time/reward_s"] = done.sample_s, done.grade_s
         metrics["time/train_s"] = time.monotonic() - trained
         if config.dynamic_sampling:
+<<<<<<< HEAD
             metrics["rollout/groups_drawn"] = done.sampled
+=======
+            metrics["rollout/groups_sampled"] = done.drawn
+>>>>>>> report
         if config.overlap:
             metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": waited}
         if not self.in_place:

@@ -11,9 +11,9 @@ import random
 from typing import TYPE_CHECKING
 
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks
+from pipeline.data.jsonl import read_log
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.run.metrics import read_jsonl
 from pipeline.settings.sft import SftSettings
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
             rows.append(Row(p.id, p.question, curated(item), item.answer, p.language, p.kind, "curated"))
     if config.samples_from:
         path = run_dir.file_input(config.samples_from, "samples.jsonl")
-        rows += kept_samples(read_jsonl(path), config)
+        rows += kept_samples(read_log(path), config)
     if config.corpus:
         rows += read_corpus(run_dir.file_input(config.corpus, "corpus.jsonl"))
     if not rows:

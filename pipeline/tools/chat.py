@@ -7,6 +7,7 @@ import sys
 
 from pipeline.errors import UserError
 from pipeline.settings.tools import ChatSettings
+from pipeline.tools.conversation import Conversation, Message, Reply
 from rollout.engine import EngineDied
 
 DIM, PLAIN = "\033[2m", "\033[0m"
@@ -14,8 +15,6 @@ DIM, PLAIN = "\033[2m", "\033[0m"
 
 def run(config: ChatSettings) -> None:
     """Read messages from stdin, write answers to stdout, until the input ends."""
-    from pipeline.tools.conversation import Conversation, Message, Said
-
     talk = Conversation(config)
     terminal = sys.stdout.isatty()
     dim, plain = (DIM, PLAIN) if terminal else ("", "")
@@ -30,15 +29,15 @@ def run(config: ChatSettings) -> None:
                 continue
             messages.append({"role": "user", "content": line})
             ids, opened = talk.prompt(messages)
-            said, answer, before = Said(len(ids)), "", ""
-            for part, text in talk.speak(ids, opened, config.params(seed=config.seed + turn), said):
+            reply, answer, before = Reply(len(ids)), "", ""
+            for part, text in talk.stream(ids, opened, config.params(seed=config.seed + turn), reply):
                 if part != before:
                     sys.stdout.write(dim if part == "thinking" else plain + ("\n" if before else ""))
                     before = part
                 sys.stdout.write(text)
                 sys.stdout.flush()
                 answer += text if part == "answer" else ""
-            cut = " [cut at max_tokens]" if said.finish_reason == "length" else ""
+            cut = " [cut at max_tokens]" if reply.finish_reason == "length" else ""
             sys.stdout.write(f"{plain}{cut}\n")
             sys.stdout.flush()
             messages.append({"role": "assistant", "content": answer.strip()})

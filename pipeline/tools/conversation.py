@@ -7,8 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import UserError
-from pipeline.tools.open import ModelSettings, open_speaker, trained_template
+from pipeline.settings.tools import ModelSettings
+from pipeline.tools.open import open_speaker, trained_template
+from rollout.open import context_and_vocabulary
 from rollout.text.stream import Decoder, Part, ThinkingSplit, pieces
+from rollout.text.templates import TEMPLATES, THINK
+from rollout.text.tokenizer import encode_prompt, prefill
 from rollout.types import SamplingParams
 
 Message = dict[str, str]
@@ -16,8 +20,8 @@ Message = dict[str, str]
 
 
 @dataclass(slots=True)
-class Said:
-    """A completion in the making."""
+class Reply:
+    """Counts of a reply while it is generated; `finish_reason` is empty until it ends."""
 
     prompt_tokens: int
     tokens: int = 0
@@ -25,15 +29,18 @@ class Said:
 
 
 class Conversation:
-    """A model and its tokenizer. One request is drawn from at a time, turn by turn with others."""
+    """A model and its tokenizer. Concurrent requests alternate, a few tokens each."""
 
     def __init__(self, config: ModelSettings) -> None:
         """
         Raises:
-            UserError: no such model, or one that cannot be talked to.
+            UserError: no such model, or one without a tokenizer.
         """
+<<<<<<< HEAD
         from rollout.checkpoint import context_and_vocabulary
 
+=======
+>>>>>>> report
         self.engine, self.tokenizer = open_speaker(config)
         self.lock = threading.Lock()
         try:
@@ -47,11 +54,8 @@ class Conversation:
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], bool]:
         """Token ids of a conversation, and whether they end inside an open think tag.
 
-        A model that was trained with a template for single questions sees the last message alone.
+        A model trained with a template for single questions gets the last message alone.
         """
-        from rollout.text.templates import TEMPLATES, THINK
-        from rollout.text.tokenizer import encode_prompt, prefill
-
         template = TEMPLATES.get(self.template, TEMPLATES["raw"])
         if not template.chat or not self.tokenizer.chat_template:
             name = template.name if not template.chat else "raw"
@@ -60,39 +64,39 @@ class Conversation:
         assert isinstance(text, str)
         opened = prefill(self.tokenizer, template.name) == THINK
         if opened and not text.endswith(THINK):
-            # A tokenizer that leaves the opening to others, and a model that was trained with it.
-            text += THINK if known_to_think(self.tokenizer) else ""
+            # The chat template leaves the opening out, but the model was trained with it.
+            text += THINK if closes_thinking(self.tokenizer) else ""
         opened = text.endswith(THINK)
         return self.tokenizer.encode(text, add_special_tokens=False), opened
 
-    def speak(
+    def stream(
         self,
         ids: Sequence[int],
         opened: bool,
         sampling: SamplingParams,
-        said: Said,
+        reply: Reply,
         stops: Sequence[str] = (),
     ) -> Iterator[tuple[Part, str]]:
-        """Draw and yield text as it comes, as thinking or answer; `said` keeps count.
+        """Generate, and yield each piece of text as thinking or answer; `reply` keeps count.
 
         Raises:
-            ValueError: a prompt that the context has no room for.
+            ValueError: the prompt fills the context.
         """
         room = self.context - len(ids)
         if room < 1:
             raise ValueError(f"the prompt has {len(ids)} tokens; the model's context holds {self.context}.")
         decoder, split = Decoder(self.tokenizer, stops), ThinkingSplit(opened)
-        stream = pieces(self.engine, ids, sampling, room)
-        while not said.finish_reason:
+        new_pieces = pieces(self.engine, ids, sampling, room)
+        while not reply.finish_reason:
             with self.lock:
-                new, over = next(stream)
-            said.tokens += len(new)
+                new, over = next(new_pieces)
+            reply.tokens += len(new)
             text = decoder.add(new, over=bool(over))
-            said.finish_reason = "stop" if decoder.stopped else over
-            yield from split.add(text, over=bool(said.finish_reason))
+            reply.finish_reason = "stop" if decoder.stopped else over
+            yield from split.add(text, over=bool(reply.finish_reason))
 
 
-def known_to_think(tokenizer: object) -> bool:
-    """Whether `</think>` is a token of its own: models that never saw it would not close what we open."""
+def closes_thinking(tokenizer: object) -> bool:
+    """Whether `</think>` is a single token; a model trained without it would never close an opened block."""
     vocabulary = tokenizer.get_vocab()  # type: ignore[attr-defined]
     return "</think>" in vocabulary

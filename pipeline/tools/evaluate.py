@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
@@ -26,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.data.jsonl import write_jsonl
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
-from pipeline.run.directory import sha256, write_atomic
+from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.tools.open import open_speaker, trained_template
 from pipeline.tools.scores import Sample, scores
@@ -241,7 +240,7 @@ def sample_of(row: dict[str, Any]) -> Sample:
         verdict=row["verdict"],
         vote=normalise(row["extracted"]) if votes and row["extracted"] else None,
         votes=votes,
-        drawn=row["finish_reason"] is not None,
+        sampled=row["finish_reason"] is not None,
         tokens=row["tokens"],
         truncated=row["finish_reason"] == "length",
         in_format=row["parts"].get("format", 0.0),
@@ -298,14 +297,11 @@ def write(
         "sampling": {key: inputs[key] for key in ("temperature", "top_p", "max_tokens", "seed")},
         "inputs": inputs,
     }
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        with (partial / "generations.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_atomic(partial / "scores.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        os.replace(partial, out)  # an empty folder in its place is replaced
+        with replacing(out) as partial:
+            partial.mkdir(parents=True)
+            write_jsonl(partial / "generations.jsonl", rows)
+            write_atomic(partial / "scores.json", json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     return result

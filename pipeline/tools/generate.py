@@ -1,90 +1,74 @@
-"""`python -m pipeline generate`: draw completions from any checkpoint, one JSON line a rollout."""
+"""`python -m pipeline generate`: completions from any checkpoint, one JSON line a rollout."""
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pipeline.data.jsonl import JsonObject, read_jsonl, write_jsonl
 from pipeline.errors import UserError
 from pipeline.settings.tools import GenerateSettings
 from pipeline.tools.open import open_model
 from rollout.engine import EngineDied
+from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Problem, Prompt, Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each non-blank line.
+def prompt_rows(file: Path) -> Iterator[tuple[int, JsonObject]]:
+    """Line number and object of each prompt.
 
     Raises:
-        UserError: a file that cannot be read, or the number of a line that is not a prompt.
+        UserError: the file cannot be read, or by its number a line that is no prompt.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"cannot read the prompts {file}: {reason}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}, line {number}: not JSON ({error})") from error
-        ids = row.get("token_ids") if isinstance(row, dict) else None
-        is_ids = isinstance(ids, list) and all(
-            type(i) is int for i in ids
-        )  # JSON's true is no token, yet an int
-        if not is_ids and not (isinstance(row, dict) and isinstance(row.get("prompt"), str)):
-            raise UserError(f'{file}, line {number}: want {{"prompt": text}} or {{"token_ids": [integers]}}')
+    for number, row in read_jsonl(file):
+        ids = row.get("token_ids")
+        is_ids = isinstance(ids, list) and all(type(i) is int for i in ids)  # JSON's true is an int, no token
+        if not is_ids and not isinstance(row.get("prompt"), str):
+            raise UserError(f'{file}:{number}: expected {{"prompt": text}} or {{"token_ids": [integers]}}')
         yield number, row
 
 
 def read_prompts(file: Path, tokenizer: PreTrainedTokenizerFast | None) -> list[Prompt]:
     """The prompts of a file; token ids win where a line has both."""
-    from rollout.text.tokenizer import make_prompt
-
     prompts = []
-    for number, row in read_lines(file):
+    for number, row in prompt_rows(file):
         problem = Problem(id=str(number), kind="general", question=row.get("prompt") or "")
         if "token_ids" in row:
             prompt = Prompt(problem=problem, template="raw", token_ids=tuple(row["token_ids"]))
         elif tokenizer is None:
-            raise UserError(f"{file}, line {number}: the model has no tokenizer; give token_ids, not text")
+            raise UserError(f"{file}:{number}: the model has no tokenizer; give token_ids, not text")
         else:
             prompt = make_prompt(tokenizer, problem, "raw")
         if not prompt.token_ids:
-            raise UserError(f"{file}, line {number}: the prompt is empty; it needs at least one token")
+            raise UserError(f"{file}:{number}: the prompt is empty; it needs at least one token")
         prompts.append(prompt)
     if not prompts:
         raise UserError(f"{file} has no prompts")
     return prompts
 
 
-def prepare(file: Path) -> Path:
-    """A file beside `file` to write to first, so that `file` is whole or absent; checked to be writable."""
-    part = file.with_name(file.name + ".part")
+def check_writable(file: Path) -> None:
+    """Raise `UserError` where `file` cannot be written: known before a model is loaded for minutes."""
     try:
         if file.is_dir():
             raise IsADirectoryError(0, "it is a directory")
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
+        partial = file.with_name(file.name + ".partial")
+        partial.touch()
+        partial.unlink()
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}; choose another --out") from error
-    return part
 
 
-def line(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> str:
-    """A rollout as one line of JSON; `text` is null when the model has no tokenizer."""
-    from rollout.text.tokenizer import completion_text
-
-    row = {
+def rollout_row(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> JsonObject:
+    """A rollout as a row of the output; `text` is null when the model has no tokenizer."""
+    return {
         "index": rollout.index,
         "sample": rollout.sample,
         "token_ids": rollout.token_ids,
@@ -92,31 +76,28 @@ def line(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> str:
         "text": completion_text(tokenizer, rollout, "raw") if tokenizer else None,
         "finish_reason": rollout.finish_reason,
     }
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def run(config: GenerateSettings) -> dict[str, object]:
-    """Generate, write, and say what it took. `seconds` is generation alone."""
-    for _ in read_lines(config.prompts):  # before a model is loaded for minutes
+    """Generate, write, and return the figures; `seconds` is generation alone."""
+    for _ in prompt_rows(config.prompts):  # bad lines are reported before a model is loaded for minutes
         pass
-    part = prepare(config.out)
+    check_writable(config.out)
     engine, tokenizer = open_model(config)
     prompts = read_prompts(config.prompts, tokenizer)
     start = time.perf_counter()
     try:
         params = config.params(n=config.samples, seed=config.seed)
-        drawn = engine.generate(prompts, params)  # refuses bad prompts at once
+        generated = engine.generate(prompts, params)  # refuses bad prompts at once
     except ValueError as error:
         raise UserError(f"{config.prompts}: {error}") from error
     try:
-        rollouts = sorted(drawn, key=lambda r: (r.index, r.sample))
+        rollouts = sorted(generated, key=lambda r: (r.index, r.sample))
     except (FloatingPointError, EngineDied) as error:
         raise UserError(f"{config.model}: {error}") from error
     seconds = time.perf_counter() - start
     engine.close()
-    with part.open("w", encoding="utf-8") as lines:
-        lines.writelines(line(rollout, tokenizer) for rollout in rollouts)
-    os.replace(part, config.out)
+    write_jsonl(config.out, (rollout_row(rollout, tokenizer) for rollout in rollouts))
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
     more = {name.removeprefix("rollout/"): round(value, 4) for name, value in engine.drain().items()}
     return {

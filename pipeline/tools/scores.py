@@ -5,7 +5,7 @@ Sec. 3), `pass@j` the unbiased estimate from k >= j samples (arXiv:2107.03374, E
 accuracy of the majority answer (arXiv:2203.11171). A sample whose verifier failed counts as not right,
 and the failures are counted beside it, so the true score lies at most that much higher.
 
-The 95 % interval is over questions, the draw that does not shrink with more samples. One sample a
+The 95 % interval is over questions, whose choice more samples do not average out. One sample a
 question, greedy or not, gives 0 or 1: Wilson's interval. Several give a mean a question: the normal
 interval over those means; where they do not differ at all that would have no width, so Wilson again.
 
@@ -29,15 +29,15 @@ Z95 = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the scores need to know of one graded completion."""
+    """One graded completion, as far as the scores depend on it."""
 
     question: int
     verdict: Verdict
     vote: str | None
     """The answer for the majority vote, in one notation; `None` where there is none, or no vote (code)."""
     votes: bool
-    """Whether the question is one that a majority can answer: mathematics, not code."""
-    drawn: bool = True
+    """Whether a majority can answer the question: mathematics, not code."""
+    sampled: bool = True
     """False where the prompt did not fit the model's context."""
     tokens: int = 0
     truncated: bool = False
@@ -46,7 +46,7 @@ class Sample:
 
 
 def pass_at(k: int, n: int, c: int) -> float:
-    """Chance that k of n samples, drawn without replacement, hold one of the c right ones.
+    """Chance that k of n samples, taken without replacement, hold one of the c right ones.
 
     Raises:
         ValueError: k is not in 1..n or c not in 0..n.
@@ -107,13 +107,18 @@ def mean_of(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def percent(share: float | None) -> str:
+    """`0.873` -> `87.3 %`; `None` -> a dash."""
+    return "–" if share is None else f"{100 * share:.1f} %"
+
+
 def rounds(k: int) -> list[int]:
     """The j of pass@j that are reported for k samples: the powers of two, and k."""
     return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
 
 
 def scores(samples: Sequence[Sample]) -> dict[str, Any]:
-    """All scores of one benchmark, as they stand in scores.json.
+    """All scores of one benchmark, as in scores.json.
 
     Args:
         samples: equally many for each question, in any order.
@@ -121,7 +126,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, Any]:
     Returns:
         `pass@1`, `interval`, `interval_method`, `n` questions, `k` samples each; `pass@j` by powers of two;
         `pass@k` and `cons@k` at j = k (`cons@k` over the mathematics, `None` without any); `format_rate`,
-        `language_consistency`, `mean_tokens`, `truncation_rate` over the drawn completions;
+        `language_consistency`, `mean_tokens`, `truncation_rate` over the sampled completions;
         `verifier_failures` and `prompts_too_long` as counts of samples and questions.
 
     Raises:
@@ -139,7 +144,7 @@ def scores(samples: Sequence[Sample]) -> dict[str, Any]:
     bounds, method = interval(means, k)
     ballots = [g for g in by_question.values() if g[0].votes]
     cons = mean_of([majority([(s.vote, s.verdict == "correct") for s in group]) for group in ballots])
-    drawn = [s for s in samples if s.drawn]
+    sampled = [s for s in samples if s.sampled]
     return {
         "pass@1": sum(means) / len(means),
         "interval": list(bounds),
@@ -149,10 +154,10 @@ def scores(samples: Sequence[Sample]) -> dict[str, Any]:
         **{f"pass@{j}": sum(pass_at(j, k, c) for c in right) / len(right) for j in rounds(k) if j > 1},
         "pass@k": sum(pass_at(k, k, c) for c in right) / len(right),
         "cons@k": cons,
-        "format_rate": mean_of([s.in_format for s in drawn]),
-        "language_consistency": mean_of([s.language for s in drawn]),
-        "mean_tokens": mean_of([s.tokens for s in drawn]),
-        "truncation_rate": mean_of([s.truncated for s in drawn]),
+        "format_rate": mean_of([s.in_format for s in sampled]),
+        "language_consistency": mean_of([s.language for s in sampled]),
+        "mean_tokens": mean_of([s.tokens for s in sampled]),
+        "truncation_rate": mean_of([s.truncated for s in sampled]),
         "verifier_failures": sum(s.verdict == "error" for s in samples),
-        "prompts_too_long": sum(not g[0].drawn for g in by_question.values()),
+        "prompts_too_long": sum(not g[0].sampled for g in by_question.values()),
     }

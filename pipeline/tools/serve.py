@@ -1,8 +1,8 @@
 """`python -m pipeline serve --model DIR`: an endpoint with OpenAI's protocol.
 
-Where vLLM is installed it is vLLM's own server, started with the settings that make it right for our models.
-Elsewhere a small one on our engines: `/v1/models`, `/v1/completions`, `/v1/chat/completions`, streaming or
-not; thinking comes apart from the answer, as `reasoning_content`. Requests take turns, a few tokens each.
+Where vLLM is installed, vLLM's own server runs, with the settings that our models need. Elsewhere a small
+server runs on our engines: `/v1/models`, `/v1/completions`, `/v1/chat/completions`, streaming or not.
+Thinking is separate, in `reasoning_content`. Concurrent requests alternate, a few tokens each.
 """
 
 from __future__ import annotations
@@ -16,28 +16,23 @@ import time
 import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.settings.tools import ServeSettings
+from pipeline.tools.conversation import Conversation, Reply
 from rollout.engine import EngineDied
 from rollout.types import SamplingParams
-
-if TYPE_CHECKING:
-    from pipeline.tools.conversation import Conversation
+from rollout.vllm.options import server_flags
 
 MOST_BYTES = 8 << 20
 """Longest request."""
 
 
-class Refused(Exception):
-    """A request that is wrong: status 400, and what is wrong."""
-
-
 def sampling_of(body: dict[str, Any], config: ServeSettings) -> SamplingParams:
-    """The sampling parameters of a request; what it does not state are the server's settings."""
+    """The sampling parameters of a request; settings of the server where it has none."""
     if body.get("n", 1) != 1:
-        raise Refused("n must be 1")
+        raise ValueError("n must be 1")
     most = body.get("max_completion_tokens") or body.get("max_tokens") or config.max_tokens
     seed = body.get("seed")
     try:
@@ -48,8 +43,8 @@ def sampling_of(body: dict[str, Any], config: ServeSettings) -> SamplingParams:
             top_k=int(body.get("top_k", config.top_k)),
             seed=uuid.uuid4().int & (2**63 - 1) if seed is None else int(seed),
         )
-    except (TypeError, ValueError) as error:
-        raise Refused(str(error)) from error
+    except (TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
 
 
 def prompt_of(talk: Conversation, body: dict[str, Any], chat: bool) -> tuple[list[int], bool]:
@@ -61,56 +56,50 @@ def prompt_of(talk: Conversation, body: dict[str, Any], chat: bool) -> tuple[lis
             for m in messages
         )
         if not good or not messages:
-            raise Refused("messages must be a list of {role, content}, content a string, one at least")
+            raise ValueError("messages must be a list of {role, content}, content a string, at least one")
         return talk.prompt(messages)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
         return prompt, False
     if not isinstance(prompt, str) or not prompt:
-        raise Refused("prompt must be a string or a list of token ids, and not empty")
+        raise ValueError("prompt must be a string or a list of token ids, and not empty")
     return talk.tokenizer.encode(prompt), False
 
 
-def answer(
+def response(
     talk: Conversation, config: ServeSettings, body: dict[str, Any], chat: bool
 ) -> Iterator[dict[str, Any]]:
     """The response's chunks, the last with finish reason and usage.
 
     Raises:
-        Refused: before the first chunk, when the request is wrong.
+        ValueError: before the first chunk, for a bad request.
     """
-    from pipeline.tools.conversation import Said
-
     sampling = sampling_of(body, config)
     ids, opened = prompt_of(talk, body, chat)
     stop = body.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
-        raise Refused("stop must be a string or a list of strings, none of them empty")
+        raise ValueError("stop must be a string or a list of strings, none of them empty")
     if len(ids) >= talk.context:
-        raise Refused(f"the prompt has {len(ids)} tokens; the model's context holds {talk.context}")
-    said = Said(len(ids))
+        raise ValueError(f"the prompt has {len(ids)} tokens; the model's context holds {talk.context}")
+    reply = Reply(len(ids))
     kind = "chat.completion.chunk" if chat else "text_completion"
-    common = {
-        "id": f"cmpl-{uuid.uuid4().hex[:16]}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": model_name(config),
-    }
+    identity = f"cmpl-{uuid.uuid4().hex[:16]}"
+    common = {"id": identity, "object": kind, "created": int(time.time()), "model": model_name(config)}
 
     def chunk(delta: dict[str, str], reason: str | None) -> dict[str, Any]:
         choice = {"delta": delta} if chat else {"text": delta.get("content", "")}
         return common | {"choices": [{"index": 0, **choice, "finish_reason": reason}]}
 
-    for part, text in talk.speak(ids, opened, sampling, said, stops):
+    for part, text in talk.stream(ids, opened, sampling, reply, stops):
         key = "content" if part == "answer" or not chat else "reasoning_content"
         yield chunk({key: text}, None)
-    usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.tokens}
-    yield chunk({}, said.finish_reason) | {"usage": usage | {"total_tokens": sum(usage.values())}}
+    usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+    yield chunk({}, reply.finish_reason) | {"usage": usage | {"total_tokens": sum(usage.values())}}
 
 
-def whole(chunks: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
-    """The chunks of a response as one."""
+def join_chunks(chunks: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
+    """The chunks of a response as one object."""
     texts = {"content": "", "reasoning_content": ""}
     for chunk in chunks:
         choice = chunk["choices"][0]
@@ -125,8 +114,8 @@ def whole(chunks: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
     return last | {"object": "chat.completion" if chat else "text_completion", "choices": [choice]}
 
 
-def handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequestHandler]:
-    """The requests' class, for one model."""
+def make_handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequestHandler]:
+    """The request handler of one model."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -164,16 +153,16 @@ def handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequestHa
                 return
             chat = self.path == "/v1/chat/completions"
             try:
-                chunks = answer(talk, config, self.body(), chat)
-                first = next(chunks)  # what is wrong with a request shows before anything is sent
-            except (Refused, ValueError) as error:
+                chunks = response(talk, config, self.body(), chat)
+                first = next(chunks)  # a bad request is refused before anything is sent
+            except ValueError as error:
                 self.refuse(400, str(error))
                 return
             except (FloatingPointError, EngineDied) as error:
                 self.refuse(500, str(error))
                 return
             if not self.streaming:
-                self.reply(200, whole([first, *chunks], chat))
+                self.reply(200, join_chunks([first, *chunks], chat))
                 return
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
@@ -192,15 +181,15 @@ def handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequestHa
             try:
                 length = int(self.headers.get("Content-Length", ""))
             except ValueError:
-                raise Refused("Content-Length is missing") from None
+                raise ValueError("Content-Length is missing") from None
             if not 0 <= length <= MOST_BYTES:
-                raise Refused(f"a request has at most {MOST_BYTES} bytes")
+                raise ValueError(f"a request has at most {MOST_BYTES} bytes")
             try:
                 found = json.loads(self.rfile.read(length))
             except ValueError as error:
-                raise Refused(f"not JSON: {error}") from error
+                raise ValueError(f"not JSON: {error}") from error
             if not isinstance(found, dict):
-                raise Refused("the request is not a JSON object")
+                raise ValueError("the request is not a JSON object")
             self.streaming = bool(found.get("stream"))
             return found
 
@@ -208,13 +197,13 @@ def handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequestHa
 
 
 def make_server(config: ServeSettings, talk: Conversation) -> ThreadingHTTPServer:
-    """A server that listens; `serve_forever` answers.
+    """A server that listens; its `serve_forever` answers.
 
     Raises:
-        UserError: the address cannot be had.
+        UserError: the address is not available.
     """
     try:
-        server = ThreadingHTTPServer((config.host, config.port), handler(talk, config))
+        server = ThreadingHTTPServer((config.host, config.port), make_handler(talk, config))
     except OSError as error:
         raise UserError(
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
@@ -231,8 +220,6 @@ def model_name(config: ServeSettings) -> str:
 
 def vllm_command(config: ServeSettings) -> list[str]:
     """vLLM's own server, set up as `rollout.vllm.engine` sets up its engine."""
-    from rollout.vllm.options import server_flags
-
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(config.model)]
     command += ["--served-model-name", model_name(config), "--host", config.host, "--port", str(config.port)]
     return command + server_flags(config.model, config.dtype, config.vllm)
@@ -241,17 +228,15 @@ def vllm_command(config: ServeSettings) -> list[str]:
 def main(config: ServeSettings) -> int:
     """The command; runs until Ctrl-C."""
     if not (config.model / "config.json").is_file():
-        raise UserError(f"no model at {config.model}: no config.json there; --model wants a checkpoint")
-    there = importlib.util.find_spec("vllm") is not None
-    if config.engine == "vllm" or (config.engine == "auto" and there):
-        if not there:
+        raise UserError(f"no model at {config.model}: no config.json there; --model needs a checkpoint")
+    installed = importlib.util.find_spec("vllm") is not None
+    if config.engine == "vllm" or (config.engine == "auto" and installed):
+        if not installed:
             raise UserError(
                 "vLLM is not installed here; run this with .venv-vllm/bin/python (make test-vllm)"
             )
         command = vllm_command(config)
-        os.execv(command[0], command)  # the environment is set; Ctrl-C and exit code are vLLM's
-    from pipeline.tools.conversation import Conversation
-
+        os.execv(command[0], command)  # the environment is already set; Ctrl-C and exit code are vLLM's
     talk = Conversation(config)
     server = make_server(config, talk)
     host, port = server.server_address[:2]

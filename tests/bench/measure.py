@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline.run.directory import environment, write_atomic
+from pipeline.run.environment import environment
+from pipeline.run.files import write_atomic
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results"
 

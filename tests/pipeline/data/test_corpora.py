@@ -74,16 +74,16 @@ def test_corpus_round_trip_with_any_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ('{"id": "a", "question": "q", "completion": "c"}\nnot json\n', "line 2"),
-        ('{"id": "a"}\n', "line 1"),
+        ('{"id": "a", "question": "q", "completion": "c"}\nnot json\n', ":2: not a line of JSON"),
+        ('{"id": "a"}\n', ":1: not a corpus row"),
         ("", "no rows"),
     ],
 )
-def test_bad_corpora_are_refused_with_the_line(tmp_path, text, says):
+def test_bad_corpora_are_refused_with_the_line(tmp_path, text, message):
     (tmp_path / "c.jsonl").write_text(text)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_corpus(tmp_path / "c.jsonl")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.problems import BENCHMARKS, decontaminate, order, problems
+from pipeline.data.decontaminate import decontaminate
+from pipeline.data.problems import BENCHMARKS, order, problems
 from pipeline.errors import UserError
 from rollout.types import Problem, StdioTest
 from tests.data import FOLDER as SHARED
@@ -78,11 +79,11 @@ def test_code_rows_become_tests(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "says"),
+    ("bad", "message"),
     [
         ('{"problem": "x", "answer": ', "bad.jsonl:2: not a line of JSON"),
-        ("[1]", "bad.jsonl:2: a JSON object is wanted, not list"),
-        ("null", "bad.jsonl:2: a JSON object is wanted, not NoneType"),
+        ("[1]", "bad.jsonl:2: expected a JSON object, found list"),
+        ("null", "bad.jsonl:2: expected a JSON object, found NoneType"),
         ('{"answer": "1"}', "bad.jsonl:2: no question"),
         ('{"problem": "x"}', "bad.jsonl:2: no answer"),
         ('{"problem": "x", "answer": "1", "kind": "poem"}', "bad.jsonl:2: kind 'poem' must be one of"),
@@ -92,11 +93,11 @@ def test_code_rows_become_tests(tmp_path):
         ('{"problem": "x", "tests": [{"input": "1"}]}', "bad.jsonl:2: a test is a Python statement"),
     ],
 )  # fmt: skip
-def test_a_bad_line_is_named_with_its_number(tmp_path, bad, says):
+def test_a_bad_line_is_named_with_its_number(tmp_path, bad, message):
     file = write(tmp_path / "bad.jsonl", {"problem": "fine", "answer": "1"}, bad)
     with pytest.raises(UserError) as error:
         problems(file)
-    assert says in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_bytes_that_are_not_text_are_named_too(tmp_path):
@@ -141,7 +142,7 @@ def test_generated_sets_are_their_arguments_only_and_do_not_overlap():
 
 
 def fake_hub(monkeypatch, load):
-    monkeypatch.setattr("pipeline.data.problems.hub_answers", lambda: True)
+    monkeypatch.setattr("pipeline.data.hub.hub_answers", lambda: True)
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load))
 
 

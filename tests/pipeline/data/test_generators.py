@@ -37,8 +37,8 @@ def test_steps_lead_from_the_question_to_the_answer(family, split):
         assert operands == list(range(len(item.steps), 0, -1))  # one fewer each line
         first = [int(re.match(r"\d+", step)[0]) for step in item.steps]
         assert all(0 <= value <= LARGEST for value in first)
-        said = [int(n) for n in re.findall(r"\d+", item.question)]
-        assert said == [int(n) for n in re.findall(r"\d+", item.key)]
+        numbers = [int(n) for n in re.findall(r"\d+", item.question)]
+        assert numbers == [int(n) for n in re.findall(r"\d+", item.key)]
 
 
 def test_code_answers_pass_their_tests_and_a_wrong_slope_does_not():

@@ -19,7 +19,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.text, self.links, self.tags = [], [], [], []
+        self.open, self.text, self.links, self.tags, self.classes = [], [], [], [], []
         self.feed(text)
         self.close()
         assert not self.open, f"never closed: {self.open}"
@@ -27,6 +27,7 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.classes += [v for k, v in attrs if k == "class"]
         self.links += [v for k, v in attrs if k in ("src", "href") or (k.startswith("on") and v)]
         if tag not in self.VOID:
             self.open.append(tag)
@@ -71,8 +72,8 @@ def test_summary_is_the_contract(fake_run, report):
 def test_the_page_tells_the_whole_story(fake_run, report, capsys):
     folder = fake_run()
     assert report() == 0
-    said = capsys.readouterr().out
-    assert said.rstrip().endswith(f"report: {folder / 'report.html'}") and "88.1 %" in said
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith(f"report: {folder / 'report.html'}") and "88.1 %" in printed
     page = Page((folder / "report.html").read_text())
     assert (folder / "report.html").read_bytes() == (folder / "report" / "report.html").read_bytes()
     for words in (
@@ -85,7 +86,7 @@ def test_the_page_tells_the_whole_story(fake_run, report, capsys):
         "greedy accuracy on a slice of the held-out problems", "Wilson",  # glossary
     ):  # fmt: skip
         assert words in page.shown, words
-    assert page.tags.count("polyline") == 6 * 3 + 3 + 3 + 3 + 1 and page.tags.count("rect") >= 16
+    assert page.classes.count("curve") == 6 * 3 + 3 + 3 + 3 + 1 and page.classes.count("box") >= 16
 
 
 def test_the_page_is_one_file_and_no_text_becomes_markup(fake_run, report):
@@ -98,7 +99,9 @@ def test_the_page_is_one_file_and_no_text_becomes_markup(fake_run, report):
     text = (folder / "report.html").read_text()
     page = Page(text)
     assert "script" not in page.tags and "img" not in page.tags and not page.links
-    assert not re.search(r"(?:https?:)?//(?!arxiv)", re.sub(r'xmlns="[^"]*"', "", text)), "nothing is fetched"
+    assert not re.search(r"(?:https?:)?//(?!arxiv)", re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)), (
+        "nothing is fetched"
+    )
     assert page.shown.count("<script>alert('x')</script>") >= 12
     assert "? verifier failed" in page.shown and "3 tokens, cut" in page.shown
 

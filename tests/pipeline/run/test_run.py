@@ -14,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.jsonl import read_log
 from pipeline.errors import UserError
-from pipeline.run import directory as run_module
-from pipeline.run.directory import KEEP_CHECKPOINTS, RunDir, environment, open_run, sha256
-from pipeline.run.metrics import GLOSSARY, SHORT, duration, read_jsonl
+from pipeline.run import checkpoint as checkpoint_module
+from pipeline.run import environment as environment_module
+from pipeline.run.checkpoint import KEEP_CHECKPOINTS
+from pipeline.run.directory import RunDir, open_run
+from pipeline.run.environment import environment
+from pipeline.run.files import sha256
+from pipeline.run.metrics import GLOSSARY, SHORT, duration
 from pipeline.settings.common import OptimSettings, StageSettings
 from pipeline.table import Stage
 
@@ -88,8 +93,8 @@ def test_a_run_leaves_its_story(opened, tmp_path):
     assert env["inputs"] == {str(given): sha256(given)}
     done = json.loads((run.path / "done.json").read_text())
     assert done["seed"] == 5 and done["peak_rss_bytes"] > 1 << 20 and done["seconds"] >= 0
-    assert read_jsonl(run.path / "metrics.jsonl")[0]["loss/lm"] == 2.0
-    assert read_jsonl(run.path / "samples.jsonl") == [{"step": 1, "text": "你好"}]
+    assert read_log(run.path / "metrics.jsonl")[0]["loss/lm"] == 2.0
+    assert read_log(run.path / "samples.jsonl") == [{"step": 1, "text": "你好"}]
     assert not list(run.path.glob("*.partial")) and not list(run.path.glob("*.tmp"))
 
 
@@ -165,7 +170,7 @@ def test_the_newest_checkpoints_are_kept(opened):
         assert KEEP_CHECKPOINTS == 2 and run.latest() == (10, run.path / "checkpoint-10")
 
 
-def test_the_same_step_saved_twice_stays_whole(opened, monkeypatch):
+def test_the_same_step_saved_twice_stays_complete(opened, monkeypatch):
     with opened() as run:
         save(run, 2)
         monkeypatch.setattr("shutil.rmtree", kill)
@@ -175,21 +180,22 @@ def test_the_same_step_saved_twice_stays_whole(opened, monkeypatch):
 
 @pytest.mark.parametrize("at", ["write", "manifest", "rename", "pointer"])
 def test_a_checkpoint_counts_only_when_it_is_complete(opened, monkeypatch, at):
-    from pipeline.run import directory as module
-
-    def killed_at_pointer(path, text, real=module.write_atomic):
+    def killed_at_pointer(path, text, real=checkpoint_module.write_atomic):
         kill() if path.name == "latest" else real(path, text)
+
+    def killed_at_rename(path, target, real=Path.replace):
+        kill() if target.name == "checkpoint-4" else real(path, target)
 
     with pytest.raises(Killed), opened() as run:
         save(run, 2)
         if at == "write":
             run.checkpoint(4, kill)
         if at == "manifest":
-            monkeypatch.setattr(module, "write_atomic", kill)
+            monkeypatch.setattr(checkpoint_module, "write_atomic", kill)
         if at == "rename":
-            monkeypatch.setattr(Path, "rename", kill)
+            monkeypatch.setattr(Path, "replace", killed_at_rename)
         if at == "pointer":
-            monkeypatch.setattr(module, "write_atomic", killed_at_pointer)
+            monkeypatch.setattr(checkpoint_module, "write_atomic", killed_at_pointer)
         save(run, 4)
     monkeypatch.undo()
     with opened(resume=True) as run:
@@ -227,7 +233,7 @@ def test_corruption_is_found_and_the_way_out_works(opened, damage):
     subprocess.run(text.split("checkpoint-2: ")[1].split(", then")[0], shell=True, check=True)
     with opened(resume=True) as again:
         assert again.latest() == (2, run.path / "checkpoint-2")
-        assert [row["step"] for row in read_jsonl(run.path / "metrics.jsonl")] == [2]
+        assert [row["step"] for row in read_log(run.path / "metrics.jsonl")] == [2]
         save(again, 3)
         assert again.latest() == (3, run.path / "checkpoint-3")
         left = {p.name for p in run.path.glob("checkpoint-*")}
@@ -241,7 +247,7 @@ def test_corruption_of_the_only_checkpoint(opened):
     assert f"a.bin does not match its manifest (corrupted); no older one is left: rm -r {run.path}" in text
 
 
-def test_a_model_appears_whole_or_not_at_all(opened):
+def test_a_model_appears_complete_or_not_at_all(opened):
     def half(folder):
         (folder / "config.json").write_text("{}")
         raise Killed
@@ -263,18 +269,18 @@ def test_resume_drops_what_will_be_made_again(opened):
                 save(run, step)
         raise RuntimeError
     for name in ("metrics.jsonl", "samples.jsonl"):
-        whole = (run.path / name).read_bytes()
+        complete = (run.path / name).read_bytes()
         (run.path / name).write_bytes(
-            whole + '{"step": 6, "text": "一'.encode()[:-1]
+            complete + '{"step": 6, "text": "一'.encode()[:-1]
         )  # torn within a character
     with opened(resume=True) as again:
         again.log(4, 9, {"loss/lm": 40})
         again.samples(4, [{"text": "again"}])
-    rows = read_jsonl(run.path / "metrics.jsonl")
+    rows = read_log(run.path / "metrics.jsonl")
     assert [(row["step"], row["loss/lm"]) for row in rows] == [(1, 1), (2, 2), (3, 3), (4, 40)]
     elapsed = [row["time/elapsed_s"] for row in rows]
     assert elapsed == sorted(elapsed)
-    samples = read_jsonl(run.path / "samples.jsonl")
+    samples = read_log(run.path / "samples.jsonl")
     assert [row["step"] for row in samples] == [1, 1, 2, 2, 3, 3, 4] and samples[0]["text"] == "一\u20281"
 
 
@@ -285,13 +291,13 @@ def test_without_a_checkpoint_resume_starts_over(opened):
     with opened(resume=True) as again:
         assert again.latest() is None
         again.log(1, 3, {"loss/lm": 7})
-    assert [row["loss/lm"] for row in read_jsonl(run.path / "metrics.jsonl")] == [7]
+    assert [row["loss/lm"] for row in read_log(run.path / "metrics.jsonl")] == [7]
 
 
 def test_each_line_stands_at_once_and_every_key_is_explained(opened, capsys):
     with opened() as run:
         run.log(1, 3, {"loss/lm": 0.5, "optim/lr": 1e-9})
-        assert read_jsonl(run.path / "metrics.jsonl")[0]["optim/lr"] == 1e-9
+        assert read_log(run.path / "metrics.jsonl")[0]["optim/lr"] == 1e-9
         with pytest.raises(KeyError, match="loss/new"):
             run.log(2, 3, {"loss/new": 1.0})
     out = capsys.readouterr().out
@@ -355,7 +361,7 @@ def test_a_second_ctrl_c_stops_at_once(opened):
 
 
 def test_code_that_differs_from_its_commit_is_marked_and_results_are_not_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module, "__file__", str(tmp_path / "pipeline/run/directory.py"))
+    monkeypatch.setattr(environment_module, "__file__", str(tmp_path / "pipeline/run/environment.py"))
     results = tmp_path / "docs/results"
     results.mkdir(parents=True)
     (tmp_path / "code.py").write_text("1\n")

@@ -28,7 +28,7 @@ def run(tmp_path, sums, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch):
-    monkeypatch.setattr("pipeline.data.problems.hub_answers", lambda: False)
+    monkeypatch.setattr("pipeline.data.hub.hub_answers", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # put back afterwards
 
 

@@ -71,9 +71,9 @@ def test_pieces_are_the_whole_completion(talk):
     assert [over for _, over in got[:-1]] == [""] * (len(got) - 1) and got[-1][1] == whole.finish_reason
     assert len([t for part, _ in pieces(talk.engine, ids, GREEDY, room=11) for t in part]) <= 11
     sampled = replace(GREEDY, temperature=1.0, seed=1)
-    drawn = [[t for part, _ in pieces(talk.engine, ids, s, 100) for t in part]
+    ids_by_seed = [[t for part, _ in pieces(talk.engine, ids, s, 100) for t in part]
              for s in (sampled, sampled, replace(sampled, seed=2))]  # fmt: skip
-    assert drawn[0] == drawn[1] != drawn[2]
+    assert ids_by_seed[0] == ids_by_seed[1] != ids_by_seed[2]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
@@ -117,7 +117,7 @@ def test_a_stream_is_the_whole_in_pieces(post, path):
     assert whole["usage"]["total_tokens"] == sum(list(whole["usage"].values())[:2])
     status, events = post(path, body | {"stream": True})
     assert status == 200 and events[-1] == "[DONE]" and len(events) > 3
-    made = serve.whole([json.loads(event) for event in events[:-1]], chat)["choices"][0]
+    made = serve.join_chunks([json.loads(event) for event in events[:-1]], chat)["choices"][0]
     assert made == choice
     if chat:  # the prompt opened the think tag, and a random model does not close it
         assert choice["message"]["reasoning_content"]
@@ -153,7 +153,7 @@ def test_the_engine_is_never_asked_twice_at_once(talk, monkeypatch):
         yield [6], "length"
 
     monkeypatch.setattr(converse, "pieces", slow)
-    ask = lambda: list(talk.speak([3], False, GREEDY, converse.Said(1)))  # noqa: E731
+    ask = lambda: list(talk.stream([3], False, GREEDY, converse.Reply(1)))  # noqa: E731
     threads = [threading.Thread(target=ask) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -197,7 +197,7 @@ def test_other_paths_and_no_json(post):
     assert post("/v1/completions", "{", raw=True)[0] == 400
 
 
-def test_chat_answers_each_line_and_begins_anew(folder, monkeypatch, capsys):
+def test_chat_answers_each_line_and_starts_over(folder, monkeypatch, capsys):
     chat(folder, monkeypatch, "3+4=?\n/new\n3+4=?\n", temperature=0.0)
     out = capsys.readouterr().out
     half = out[: len(out) // 2]
@@ -209,7 +209,7 @@ def chat(folder, monkeypatch, said, **settings):
     run_chat(ChatSettings(model=folder, max_tokens=12, threads=1, **settings))
 
 
-def test_chat_remembers_the_conversation_until_it_begins_anew(folder, monkeypatch, capsys):
+def test_chat_remembers_the_conversation_until_it_starts_over(folder, monkeypatch, capsys):
     seen = []
     prompt = Conversation.prompt
     monkeypatch.setattr(

@@ -101,7 +101,7 @@ def test_a_table_worked_by_hand():
         Sample(2, "error", None, votes=False, tokens=10),
         sample(2, False, None, votes=False),
         sample(2, False, None, votes=False),
-        *[sample(3, False, None, drawn=False, tokens=0) for _ in range(3)],
+        *[sample(3, False, None, sampled=False, tokens=0) for _ in range(3)],
     ])  # fmt: skip
     assert (got["n"], got["k"]) == (4, 3)
     assert got["pass@1"] == pytest.approx((2 / 3 + 1 / 3 + 0 + 0) / 4)
@@ -109,14 +109,14 @@ def test_a_table_worked_by_hand():
     assert got["pass@3"] == got["pass@k"] == pytest.approx(2 / 4)
     assert got["cons@k"] == pytest.approx(1 / 3), "the code question has no vote; the one too long is lost"
     assert (got["verifier_failures"], got["prompts_too_long"]) == (1, 1)
-    assert got["format_rate"] == pytest.approx(2 / 9), "over the 9 that were drawn"
+    assert got["format_rate"] == pytest.approx(2 / 9), "over the 9 that were sampled"
     assert got["language_consistency"] == pytest.approx(8.5 / 9)
     assert got["mean_tokens"] == pytest.approx(120 / 9)
     assert got["truncation_rate"] == pytest.approx(1 / 9)
 
 
-def test_nothing_drawn_has_no_style():
-    got = scores([sample(0, False, None, drawn=False)])
+def test_nothing_sampled_has_no_style():
+    got = scores([sample(0, False, None, sampled=False)])
     assert got["pass@1"] == 0 and got["format_rate"] is None and got["mean_tokens"] is None
 
 

@@ -1,0 +1,52 @@
+"""Training problems less the copies and near copies of evaluation problems."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from rollout.types import Problem
+
+NGRAM = 10
+"""Words of the n-grams by which near copies are found."""
+
+# Spacing, maths delimiters and sentence marks; signs, operators and decimal points make another problem.
+_LOOSE = re.compile(r"\\[,;: ]|\\(?:left|right)\b|[\s${}\"'“”‘’,;:?。，？：；]|\.(?!\d)")
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
+
+
+def normalised(text: str) -> str:
+    """Text without case, spacing, `$`, braces and sentence marks."""
+    return _LOOSE.sub("", text.casefold())
+
+
+def ngrams(text: str) -> frozenset[tuple[str, ...]]:
+    """The different word 10-grams of a text, lower case; a Han character is a word."""
+    words = _WORD.findall(text.lower())
+    return frozenset(tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
+
+
+def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[Problem]:
+    """The training problems that are no copy, or near copy, of an evaluation problem.
+
+    Dropped is a problem with the same normalised text as an evaluation problem, and one that has half or
+    more of its own word 10-grams in common with a single one (the same problem with other numbers).
+    """
+    exact: set[str] = set()
+    holders: dict[tuple[str, ...], list[int]] = {}
+    for index, problem in enumerate(heldout):
+        exact.add(normalised(problem.question))
+        for gram in ngrams(problem.question):
+            holders.setdefault(gram, []).append(index)
+
+    def is_copy(problem: Problem) -> bool:
+        if normalised(problem.question) in exact:
+            return True
+        grams = ngrams(problem.question)
+        shared: dict[int, int] = {}
+        for gram in grams:
+            for index in holders.get(gram, ()):
+                shared[index] = shared.get(index, 0) + 1
+        return bool(grams) and 2 * max(shared.values(), default=0) >= len(grams)
+
+    return [problem for problem in train if not is_copy(problem)]

@@ -1,0 +1,231 @@
+"""The report page: one HTML file for people. No network, no script, all text escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from pipeline.data.jsonl import read_log
+from pipeline.report.plots import LIGHT, Box, Series, chain_plot, line_plot
+from pipeline.report.summary import StageRecord
+from pipeline.run.metrics import GLOSSARY, duration
+from pipeline.table import STAGES
+from pipeline.tools.scores import percent
+
+TITLES = {
+    "pretrain": "base", "zero": "R1-Zero", "sft": "Dev1", "grpo": "Dev2", "reject": "corpus", "sft2": "Dev3",
+    "grpo2": "R1", "distill": "students",
+}  # fmt: skip
+"""What each stage makes, in the paper's words (arXiv:2501.12948, Fig. 2)."""
+
+COLORS = {stage: f"s{i}" for i, stage in enumerate(TITLES)}
+
+RL_PLOTS = (
+    # metric, unit, what the value axis shows at least
+    ("heldout/pass@1", "share", 0.0, 1.0),
+    ("reward/accuracy", "share", 0.0, 1.0),
+    ("reward/mean", "reward", 0.0, None),
+    ("rollout/tokens_mean", "tokens", 0.0, None),
+    ("reward/format", "share", 0.0, 1.0),
+    ("reward/language", "share", None, 1.0),
+    ("policy/entropy", "nats", 0.0, None),
+    ("policy/mismatch_kl", "nats a token", 0.0, None),
+)
+LOSS_PLOTS = {"pretrain": ("pretrain",), "fine-tuning": ("sft", "sft2", "distill")}
+
+SCORE_GLOSSARY = {
+    "pass@1": "accuracy: mean over questions of the share of right samples (greedy: share of right answers)",
+    "95 % interval": "over questions: Wilson for one sample a question, normal over their means for several",
+    "format": "share of completions in R1's form: one think block, then one answer block, nothing else",
+    "language": "mean share of words in the question's language",
+    "tokens": "mean completion length, tokens",
+    "cut": "share of completions that ended at the token limit",
+    "failed": "completions whose verifier failed; they count as not right",
+    "pass@k": "chance that one of k samples is right, unbiased (arXiv:2107.03374, Eq. 1)",
+    "cons@k": "accuracy of the most frequent answer of k samples, mathematics only",
+}
+
+
+def build_page(
+    name: str,
+    state: dict[str, Any],
+    records: list[StageRecord],
+    summary: dict[str, Any],
+    transcripts: list[dict[str, Any]],
+) -> str:
+    """The complete page.
+
+    Args:
+        name: of the run.
+        state: eval's scores.json.
+        records: the run's stages.
+        summary: summary.json.
+        transcripts: see `read_transcripts`.
+    """
+    main = main_benchmark(state)
+    files = FileSystemLoader(Path(__file__).parent)
+    env = Environment(loader=files, autoescape=True, undefined=StrictUndefined)
+    env.filters |= {"percent": percent, "duration": duration, "toml": tomli_w.dumps}
+    scores = {label: by_benchmark.get(main) for label, by_benchmark in state["scores"].items()}
+    boxes, edges = chain_of(state["models"], scores, records)
+    used = sorted({key for r in records for row in r.metrics for key in row if key in GLOSSARY})
+    rl = [r for r in records if any("reward/mean" in row for row in r.metrics)]  # reject trains no policy
+    return env.get_template("page.html.j2").render(
+        name=name,
+        main=main,
+        light=LIGHT,
+        titles=TITLES,
+        tiles=tiles(scores, summary),
+        chain_wide=chain_plot(boxes, edges, upright=False),
+        chain_tall=chain_plot(boxes, edges, upright=True),
+        tables=tables(state),
+        state=state,
+        rl=[
+            {"key": key, "what": GLOSSARY[key], "svg": svg}
+            for key, unit, low, high in RL_PLOTS
+            if (svg := line_plot(key, unit, curves(rl, (key,)), low, high))
+        ],
+        losses=list(loss_plots(records)),
+        rl_stages=rl,
+        colors=COLORS,
+        transcripts=transcripts,
+        records=records,
+        origin=origin(records),
+        summary=summary,
+        glossary={**SCORE_GLOSSARY, **{key: GLOSSARY[key] for key in used}},
+    )
+
+
+def benchmarks(state: dict[str, Any]) -> list[str]:
+    """Every benchmark on which a model was scored."""
+    return list(dict.fromkeys(name for by_benchmark in state["scores"].values() for name in by_benchmark))
+
+
+def main_benchmark(state: dict[str, Any]) -> str:
+    """The benchmark of the headline: `heldout`, or else the first there is."""
+    names = benchmarks(state)
+    return "heldout" if "heldout" in names or not names else names[0]
+
+
+def tiles(scores: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, str]]:
+    """The headline: what each method reached, and its cost."""
+    shown = []
+    for label, title in (("base", "base"), ("zero", "R1-Zero"), ("r1", "R1"), ("student", "student")):
+        if s := scores.get(label):
+            low, high = s["interval"]
+            note = f"95 % interval {100 * low:.0f} to {100 * high:.0f} %"
+            if label == "student" and (plain := scores.get("student_plain")):
+                note += f"; plain {percent(plain['pass@1'])}"
+            shown.append({"title": title, "value": percent(s["pass@1"]), "note": note})
+    finished = sum(stage["seconds"] is not None for stage in summary["stages"].values())
+    gib = summary["peak_rss_bytes"] / 2**30
+    shown.append({"title": "time", "value": duration(summary["seconds"]), "note": f"{finished} stages"})
+    shown.append({"title": "peak memory", "value": f"{gib:.1f} GiB", "note": "of the largest stage"})
+    return shown
+
+
+def chain_of(
+    models: dict[str, Any], scores: dict[str, Any], records: list[StageRecord]
+) -> tuple[list[Box], list[tuple[str, str]]]:
+    """Boxes and edges of the chain's plot: every stage, made or not."""
+    begun = {r.name: r for r in records}
+    boxes = []
+    for stage, title in TITLES.items():
+        labels = [label for label, model in models.items() if model["from"].split("/")[0] == stage]
+        values = tuple((label, s["pass@1"] if (s := scores.get(label)) else None) for label in labels)
+        rows = begun[stage].metrics if stage in begun else []
+        kept = [row["data/kept"] for row in rows if "data/kept" in row]
+        note = "" if stage in begun else "not made yet"
+        if kept:
+            note = f"kept {100 * sum(kept) / len(kept):.0f} %"
+        boxes.append(Box(stage, title, values, note))
+    edges = [(before, stage.name) for stage in STAGES if stage.name in TITLES for before in stage.after]
+    return boxes, edges
+
+
+def tables(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """One table a benchmark, its rows in the order of the chain."""
+    return [
+        {
+            "name": name,
+            "rows": [(label, s[name]) for label, s in state["scores"].items() if name in s],
+            "sampled": any(s[name]["k"] > 1 for s in state["scores"].values() if name in s),
+        }
+        for name in benchmarks(state)
+    ]
+
+
+def curves(records: Iterable[StageRecord], keys: tuple[str, ...]) -> list[Series]:
+    """A series for each stage: the first of `keys` that it logged, over its steps."""
+    found = []
+    for record in records:
+        key = next((k for k in keys if any(k in row for row in record.metrics)), None)
+        if key is not None:
+            points = tuple((float(row["step"]), float(row[key])) for row in record.metrics if key in row)
+            found.append(Series(record.name, COLORS.get(record.name, "ink"), points))
+    return found
+
+
+def loss_plots(records: Iterable[StageRecord]) -> Iterator[dict[str, Any]]:
+    """The plots of supervised training, each with its stages."""
+    for name, stages in LOSS_PLOTS.items():
+        some = [r for r in records if r.name in stages]
+        if svg := line_plot(f"{name}: loss", "nats a token", curves(some, ("loss/lm", "loss/total")), 0.0):
+            what = "next-token cross-entropy, nats a token"
+            yield {"key": f"{name}: loss", "what": what, "stages": some, "svg": svg}
+
+
+_THINK = re.compile(r"\A(\s*(?:<think>)?.*?</think>)(.*)\Z", re.DOTALL)
+
+
+def read_transcripts(files: dict[str, Path], count: int) -> list[dict[str, Any]]:
+    """The same problems as several models answered them: first samples, not chosen by outcome.
+
+    Args:
+        files: generations.jsonl by the model's label, all of one benchmark.
+        count: at most this number of problems, evenly spaced through the set.
+    """
+    rows = {
+        label: {r["index"]: r for r in read_log(file) if r["sample"] == 0}
+        for label, file in files.items()
+        if file.is_file()
+    }
+    common = sorted(set.intersection(*map(set, rows.values()))) if rows else []
+    count = min(count, len(common))
+    shown = []
+    for index in (common[i * len(common) // count] for i in range(count)):
+        answers = []
+        for label, by_index in rows.items():
+            row = by_index[index]
+            split = _THINK.match(row["text"])
+            think, rest = split.groups() if split else ("", row["text"])
+            answers.append({"label": label, "think": think, "rest": rest, **row})
+        shown.append({"question": answers[0]["question"], "answer": answers[0]["answer"], "answers": answers})
+    return shown
+
+
+def origin(records: list[StageRecord]) -> list[tuple[str, str]]:
+    """Code, machine and packages of the run; several values where the stages differ."""
+
+    def all_of(values: Iterable[Any]) -> str:
+        return ", ".join(dict.fromkeys(str(v) for v in values if v not in (None, "")))
+
+    envs = [r.env for r in records]
+    machines = [e.get("machine", {}) for e in envs]
+    commits = [e["commit"][:12] + " (modified)" * bool(e.get("modified")) for e in envs if e.get("commit")]
+    rows = [
+        ("commit", all_of(commits) or "not a git checkout"),
+        ("seed", all_of(r.seed for r in records)),
+        ("processor", all_of(m.get("cpu") for m in machines)),
+        ("cores", all_of(m.get("cores") for m in machines)),
+        ("platform", all_of(m.get("platform") for m in machines)),
+        ("python", all_of(e.get("python") for e in envs)),
+    ]
+    packages = list(dict.fromkeys(name for e in envs for name in e.get("packages", {})))
+    rows += [(name, all_of(e.get("packages", {}).get(name) for e in envs)) for name in packages]
+    return [(key, value) for key, value in rows if value]

@@ -1,0 +1,80 @@
+"""What the stages of a run left in their directories, and `summary.json`, the run's result for programs."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.jsonl import read_log
+from pipeline.table import STAGES
+
+KEYS = ("pass@1", "n", "interval", "format_rate", "language_consistency", "mean_tokens")
+"""What summary.json holds of each model's scores on a benchmark."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageRecord:
+    """What a stage left in its directory."""
+
+    name: str
+    config: dict[str, Any]
+    env: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    seconds: float | None
+    """`None` where it has not finished."""
+    peak_rss_bytes: int
+    seed: int | None
+
+
+def read_stages(folder: Path) -> list[StageRecord]:
+    """The stages of the run that were begun, in the chain's order, without the report."""
+    found = []
+    for stage in STAGES:
+        path = folder / stage.name
+        if stage.name == "report" or not (path / "config.toml").is_file():
+            continue
+        done = read_json(path / "done.json")
+        found.append(
+            StageRecord(
+                name=stage.name,
+                config=tomllib.loads((path / "config.toml").read_text(encoding="utf-8")),
+                env=read_json(path / "env.json"),
+                metrics=read_log(path / "metrics.jsonl"),
+                seconds=done.get("seconds"),
+                peak_rss_bytes=done.get("peak_rss_bytes", 0),
+                seed=done.get("seed"),
+            )
+        )
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> dict[str, Any]:
+    """The contract of summary.json: scores by model and benchmark, seconds, peak memory, seed.
+
+    Args:
+        state: eval's scores.json.
+        records: stages; their seconds are added, the largest peak counts.
+        seed: for a run without a finished stage.
+    """
+    seeds = [r.seed for r in records if r.seed is not None]
+    return {
+        "models": {
+            label: {name: {key: s[key] for key in KEYS} for name, s in by_benchmark.items()}
+            for label, by_benchmark in state["scores"].items()
+        },
+        "seconds": round(sum(r.seconds or 0.0 for r in records), 2),
+        "peak_rss_bytes": max((r.peak_rss_bytes for r in records), default=0),
+        "seed": seeds[0] if seeds else seed,
+        "not_made": state["not_made"],
+        "not_scored": state["not_scored"],
+        "stages": {r.name: {"seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes} for r in records},
+    }

