@@ -14,13 +14,14 @@ import json
 import re
 import tomllib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from pipeline.errors import UserError
 from pipeline.table import Stage
@@ -88,7 +89,7 @@ def flags(table: dict[str, Any], prefix: str = "--") -> list[str]:
     """A TOML table as flags, so that file and command line go through one parser and one set of errors."""
     out: list[str] = []
     for key, value in table.items():
-        name = key.replace("_", "-")
+        name = key if prefix == "--rewards." else key.replace("_", "-")
         if isinstance(value, dict):
             out += flags(value, f"{prefix}{name}.")
         elif isinstance(value, bool):
@@ -116,20 +117,54 @@ def refuse_unknown(config: type, args: list[str], where: str) -> None:
     known = [*known_flags(config), "--help", "-h"]
     for arg in args:
         key = arg.split("=", 1)[0].replace("_", "-")
+        if key.startswith("--rewards.") and "--rewards" in known:
+            continue
         if key.startswith("--") and key not in known:
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"{where}: unknown setting {key}{hint} (--help lists them all)")
 
 
+registry = ConstructorRegistry()
+
+
+@registry.primitive_rule
+def weights_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """A `Mapping[str, float]` is one flag whose value is JSON."""
+    if typing.get_origin(info.type) is not Mapping:
+        return None
+    return PrimitiveConstructorSpec(
+        1, ".NAME WEIGHT", lambda args: json.loads(args[0]), lambda value: True, lambda v: [json.dumps(v)]
+    )
+
+
+def with_weights(config: type, args: list[str]) -> list[str]:
+    """The flags `--rewards.NAME WEIGHT` as one flag, added to the config's default."""
+    if "--rewards" not in known_flags(config):
+        return args
+    weights = dict(next(f for f in dataclasses.fields(config) if f.name == "rewards").default_factory())  # type: ignore[misc]
+    rest, words = [], iter(args)
+    for word in words:
+        if not word.startswith("--rewards."):
+            rest.append(word)
+            continue
+        name, equals, value = word.removeprefix("--rewards.").partition("=")
+        value = value if equals else next(words, "")
+        try:
+            weights[name] = float(value)
+        except ValueError:
+            raise ValueError(f"the weight of reward {name!r} must be a finite number, not {value!r}.") from None
+    return [*rest, "--rewards", json.dumps(weights)]
+
+
 def parse(config: type, args: list[str], prog: str) -> Any:
     """Build `config` from flags. A bad value raises `UserError`, in one line; `--help` prints and exits 0."""
     said = io.StringIO()
     if "--help" in args or "-h" in args:
-        return tyro.cli(config, args=["--help"], prog=prog)
+        return tyro.cli(config, args=["--help"], prog=prog, registry=registry)
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(config, args=args, prog=prog)
+            return tyro.cli(config, args=with_weights(config, args), prog=prog, registry=registry)
     except ValueError as error:
         raise UserError(f"{prog}: {error}") from error
     except SystemExit as stop:
@@ -187,6 +222,8 @@ def to_dict(config: Any) -> dict[str, Any]:
             }
         if isinstance(value, tuple | list):
             return [plain(v) for v in value]
+        if isinstance(value, Mapping):
+            return {key: plain(v) for key, v in value.items()}
         return str(value) if isinstance(value, Path) else value
 
     return plain(config)
@@ -204,7 +241,10 @@ def to_toml(table: dict[str, Any], prefix: str = "") -> str:
             return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
         return repr(value)
 
-    lines = [f"{key} = {literal(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    def name(key: str) -> str:
+        return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else literal(key)
+
+    lines = [f"{name(key)} = {literal(value)}" for key, value in table.items() if not isinstance(value, dict)]
     for key, value in table.items():
         if isinstance(value, dict):
             lines += ["", f"[{prefix}{key}]", to_toml(value, f"{prefix}{key}.").rstrip()]

@@ -156,6 +156,7 @@ def draw(engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingPar
         RuntimeError: the engine lost a rollout, or gave one twice.
     """
     rollouts = sorted(engine.generate(prompts, sampling), key=lambda r: (r.index, r.sample))
+    rollouts = [replace(r, max_tokens=sampling.max_tokens) for r in rollouts]
     names = [(r.index, r.sample) for r in rollouts]
     want = [(i, s) for i in range(len(prompts)) for s in range(sampling.n)]
     if names != want:

@@ -107,6 +107,8 @@ class Rollout:
     routed_experts: Any | None = None
     """p + c - 1 x moe layers x k expert ids of prompt and completion, where the engine records them. The last
     token has none: nothing was computed from it."""
+    max_tokens: int = 0
+    """Limit of completion tokens that it was sampled under; 0 = not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +123,6 @@ class Graded:
     reward: float = 0.0
     """The weighted sum of `parts`; means nothing when the verdict is `error`."""
     verdict: Verdict = "incorrect"
-    """Of the accuracy reward. `error`: the verifier failed; the rollout is dropped and counted."""
+    """Of the accuracy reward. `error`: a verifier failed, of this or of another reward; the rollout is dropped
+    from the loss and counted."""
     detail: str = ""

@@ -10,7 +10,7 @@ Papers  GRPO  arXiv:2402.03300 Sec. 4.1; R1 arXiv:2501.12948 Sec. 2.2, 2.3.2, 2.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 from pipeline.arguments import OptimConfig, StageConfig
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from rewards.reward import RewardWeights
+from rewards.reward import check_weights
 from rollout.engine import EngineDied, StaleWeights
 from rollout.settings import RolloutSettings
 
@@ -60,10 +60,11 @@ class Config(StageConfig):
     """Draw a step's rollouts while the step before is trained on: they are one step off-policy."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The engine that draws, in the trainer's process or in workers."""
-    rewards: RewardWeights = field(default_factory=lambda: RewardWeights(accuracy=1.0, format=1.0))
-    """Weights of the reward's parts; they are summed (R1-Zero: accuracy and format, equal)."""
+    rewards: Mapping[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
+    """Weight of each reward by name, or by "module:function" for your own; the weighted values are summed
+    (R1-Zero: accuracy and format, equal)."""
     overlong_buffer: int = 0
-    """Tokens before `max_tokens` over which DAPO's soft punishment grows to -1 (Eq. 13); 0 = none."""
+    """Tokens before `max_tokens` over which the reward `overlong` falls to -1 (DAPO, Eq. 13)."""
     advantage_scale: Literal["std", "none"] = "std"
     """`std` divides a group's advantages by their deviation (GRPO), `none` does not (Dr. GRPO)."""
     loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
@@ -109,6 +110,17 @@ class Config(StageConfig):
             )
         if self.most_draws < 1:
             raise ValueError(f"most_draws={self.most_draws} must be at least 1.")
+        check_weights(self.rewards)
+        if not 0 <= self.overlong_buffer <= self.max_tokens:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} must lie in 0 .. max_tokens={self.max_tokens}."
+            )
+        if self.overlong_buffer and "overlong" not in self.rewards:
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} has no effect: give the reward overlong a weight."
+            )
+        if self.rewards.get("overlong") and not self.overlong_buffer:
+            raise ValueError("rewards.overlong has no effect: set overlong_buffer, the tokens of its ramp.")
         if self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} must be at least 2: a group is its own baseline.")
 

@@ -21,7 +21,7 @@ from pipeline.arguments import StageConfig, to_toml
 from pipeline.errors import UserError
 from pipeline.report.plots import Box, Series, chain, line_chart, share
 from pipeline.run.directory import RunDir, write_atomic
-from pipeline.run.metrics import GLOSSARY, duration, read_jsonl, say
+from pipeline.run.metrics import GLOSSARY, duration, glossary_of, read_jsonl, say
 from pipeline.stages.evaluate import print_table
 from pipeline.table import STAGES
 
@@ -198,7 +198,9 @@ def page(
         lstrip_blocks=True,
     )
     boxes, edges = chain_of(state, records, main)
-    used = sorted({key for r in records for row in r.metrics for key in row if key in GLOSSARY})
+    known = {key: line for r in records for key, line in glossary_of(folder / r.name).items()}
+    used = sorted({key for r in records for row in r.metrics for key in row if key in known})
+    own = [(key, None, None) for key in used if key not in GLOSSARY]
     return env.get_template("page.html.j2").render(
         name=config.name,
         main=main,
@@ -209,8 +211,8 @@ def page(
         not_made=state["not_made"],
         not_scored=state["not_scored"],
         rl=[
-            {"key": key, "what": GLOSSARY[key], "svg": svg}
-            for key, low, high in RL_CHARTS
+            {"key": key, "what": known[key], "svg": svg}
+            for key, low, high in (*RL_CHARTS, *own)
             if (svg := line_chart(key, curves(rl_stages(records), (key,)), low, high))
         ],
         losses=[
@@ -231,7 +233,7 @@ def page(
         environment=environment(records),
         summary=summary,
         total=duration(summary["seconds"]),
-        glossary={**SCORE_GLOSSARY, **{key: GLOSSARY[key] for key in used}},
+        glossary={**SCORE_GLOSSARY, **{key: known[key] for key in used}},
     )
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from rewards.maths.extract import answer_block, outside_think
-from rewards.outcome import Outcome
+from rewards.registry import Outcome
 from rewards.pool import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
 from rollout.types import StdioTest
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from rewards.maths.extract import final_answer
 from rewards.maths.grade import grade_math, normalise, quick_grade
-from rewards.outcome import Outcome
+from rewards.registry import Outcome
 from rewards.pool import WorkerPool
 from tests.bench._rewards import outcomes
 from tests.data import rows

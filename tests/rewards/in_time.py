@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from rewards.maths import grade as math_answer
-from rewards.outcome import Outcome
+from rewards.registry import Outcome
 from rewards.programs import grade as code
 
 GRACE_S = 1.0
