@@ -153,7 +153,9 @@ def with_weights(config: type, args: list[str]) -> list[str]:
         try:
             weights[name] = float(value)
         except ValueError:
-            raise ValueError(f"the weight of reward {name!r} must be a finite number, not {value!r}.") from None
+            raise ValueError(
+                f"the weight of reward {name!r} must be a finite number, not {value!r}."
+            ) from None
     return [*rest, "--rewards", json.dumps(weights)]
 
 

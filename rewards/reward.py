@@ -48,7 +48,9 @@ def weighted(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"the weight of reward {key!r} must be a finite number, not {weight!r}.")
         if entry.name in found:
-            raise ValueError(f"reward {key!r} has the name of another reward, {entry.name}: rename the function.")
+            raise ValueError(
+                f"reward {key!r} has the name of another reward, {entry.name}: rename the function."
+            )
         found[entry.name] = entry, float(weight)
     return list(found.values())
 

@@ -16,8 +16,9 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from rewards import wire
+from rewards.maths import engine
 from rewards.maths.solver import Solver
-from rewards.programs import run as sandbox
+from rewards.programs import run
 
 
 def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
@@ -28,26 +29,21 @@ def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
         case "math":
             return solver.compare(task["gold"], task["answer"], task["timeout_s"])
         case "asserts" | "stdio":
-            limits = sandbox.Limits(**task["limits"])
-            run = sandbox.run_asserts if task["op"] == "asserts" else sandbox.run_stdio
-            return run(task["code"], task["tests"], limits, task["stop_early"])
+            limits = run.Limits(**task["limits"])
+            tested = run.run_asserts if task["op"] == "asserts" else run.run_stdio
+            return tested(task["code"], task["tests"], limits, task["stop_early"])
     raise ValueError(f"unknown op {task['op']!r}")
 
 
 def _load(op: str) -> dict[str, Any]:
     if op == "math":
-        import logging
-
-        logging.disable(logging.WARNING)  # math-verify warns that its own timeouts are off; ours are on
-        from rewards.maths import engine as equivalence
-
-        equivalence.equivalent("\\frac{1}{2}", "0.5 x")  # builds its regexes and parser tables
-        in_force = ""
+        engine.load()
+        active = ""
     else:
-        in_force = sandbox.warm()
+        active = run.warm()
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"pid": os.getpid(), "in_force": in_force}
+    return {"pid": os.getpid(), "active": active}
 
 
 def _read(source: BinaryIO, length: int) -> bytes:
@@ -67,7 +63,7 @@ def main() -> int:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)  # whatever a library prints must not land among the replies
     os.dup2(nothing, 1)
-    sandbox.adopt_orphans(requests.fileno())
+    run.adopt_orphans(requests.fileno())
     solver = Solver(requests.fileno())
 
     while True:

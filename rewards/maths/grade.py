@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from rewards.maths.compare import Undecided, compare, quick_leaf
 from rewards.maths.notation import compact, normalise, unjoined
-from rewards.registry import Outcome
 from rewards.pool import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.registry import Outcome
 
 __all__ = ["LONGEST_ANSWER", "grade_math", "normalise", "quick_grade"]
 

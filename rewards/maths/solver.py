@@ -19,7 +19,8 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from rewards import wire
-from rewards.programs import isolate as confine
+from rewards.maths.engine import equivalent
+from rewards.programs import isolate
 
 
 class Solver:
@@ -34,7 +35,7 @@ class Solver:
         self._pid = 0
 
     def compare(self, gold: str, answer: str, timeout_s: float) -> dict[str, Any]:
-        """`value` and `detail` of `equivalence.equivalent`, or `error` with `kind`, `stage` and `cpu_s`."""
+        """`value` and `detail` of `equivalent`, or `error` with `kind`, `stage` and `cpu_s`."""
         if not self._pid:
             self._start()
         stage, stage_cpu_s = "", 0.0
@@ -104,21 +105,19 @@ class Solver:
 
 def _serve(requests: int, replies: int) -> NoReturn:
     """In the fork: compare until the worker is gone."""
-    from rewards.maths import engine as equivalence
-
     try:
-        confine.die_with_parent()
+        isolate.die_with_parent()
         gc.freeze()
         with open(requests, "rb") as source:
             while len(head := source.read(wire.HEAD_BYTES)) == wire.HEAD_BYTES:
                 task = json.loads(source.read(wire.length_of(head)))
                 _limit_cpu(task["cpu_s"])
-                wire.write(replies, _answer(equivalence.equivalent, task, replies))
+                wire.write(replies, _answer(task, replies))
     finally:
         os._exit(0)
 
 
-def _answer(equivalent: Any, task: dict[str, Any], replies: int) -> dict[str, Any]:
+def _answer(task: dict[str, Any], replies: int) -> dict[str, Any]:
     def stage(name: str) -> None:
         wire.write(replies, {"stage": name, "cpu_s": time.process_time()})
 

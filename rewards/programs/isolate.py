@@ -1,4 +1,4 @@
-"""What the kernel can take away from an untrusted program, and which of it is in force here.
+"""What the kernel can take away from an untrusted program, and which of it is active here.
 
 In order of strength, each used where the machine has it:
 
@@ -69,7 +69,7 @@ _machine = _ARCHITECTURES.get(platform.machine()) if _linux else None
 
 
 @dataclass
-class _InForce:
+class _Active:
     """What `enter` and the first program found to work in this process."""
 
     namespaces: bool = False
@@ -77,14 +77,14 @@ class _InForce:
     why_not: str = ""
 
 
-in_force = _InForce()
+active = _Active()
 
 
 def describe() -> str:
     """One line: what holds a program that this process runs."""
-    parts = ["namespaces (user, mount, pid, network, ipc)"] if in_force.namespaces else []
-    parts += ["seccomp"] if in_force.seccomp else []
-    missing = f"; no namespaces: {in_force.why_not}" if not in_force.namespaces else ""
+    parts = ["namespaces (user, mount, pid, network, ipc)"] if active.namespaces else []
+    parts += ["seccomp"] if active.seccomp else []
+    missing = f"; no namespaces: {active.why_not}" if not active.namespaces else ""
     return ", ".join([*parts, "rlimits", "audit hook"]) + missing
 
 
@@ -93,9 +93,9 @@ def enter(project: Path) -> None:
 
     Where that is not possible the process stays as it was, and `describe` says why.
     """
-    in_force.seccomp = _seccomp_available()
+    active.seccomp = _seccomp_available()
     if _libc is None or _machine is None:
-        in_force.why_not = f"not supported on {platform.system()} {platform.machine()}"
+        active.why_not = f"not supported on {platform.system()} {platform.machine()}"
         return
     # Tried in a child first: half a move could not be undone.
     probe = os.fork()
@@ -109,10 +109,10 @@ def enter(project: Path) -> None:
             os._exit(1)
     _, status = os.waitpid(probe, 0)
     if status:
-        in_force.why_not = os.strerror(os.waitstatus_to_exitcode(status))
+        active.why_not = os.strerror(os.waitstatus_to_exitcode(status))
         return
     _enter(project)
-    in_force.namespaces = True
+    active.namespaces = True
 
 
 def _check(result: int) -> int:
@@ -204,8 +204,8 @@ def _make_read_only(target: str) -> None:
 
 
 def fork_program() -> int:
-    """`os.fork`, the child in a process-id namespace of its own where namespaces are in force."""
-    if not in_force.namespaces:
+    """`os.fork`, the child in a process-id namespace of its own where namespaces are active."""
+    if not active.namespaces:
         return os.fork()
     assert _libc_with_gil is not None and _machine is not None
     ctypes.pythonapi.PyOS_BeforeFork()
@@ -223,8 +223,8 @@ def fork_program() -> int:
 
 
 def fresh_scratch() -> str | None:
-    """An empty folder in memory for one program; `None` where only a folder on disk is to be had."""
-    if not in_force.namespaces:
+    """An empty folder in memory for one program; `None` where only a folder on disk is available."""
+    if not active.namespaces:
         return None
     _mount("scratch", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, SCRATCH_OPTIONS)
     return SCRATCH
@@ -278,10 +278,10 @@ def give_up_privileges() -> None:
     if _libc is None:
         return
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if in_force.namespaces:
+    if active.namespaces:
         header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
         _libc.capset(header, bytes(24))
-    if in_force.seccomp:
+    if active.seccomp:
         _check(_libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(_Filter.build()), 0, 0))
 
 

@@ -10,7 +10,7 @@ The program gets what `isolate` and `hook` leave it, an empty working folder tha
 afterwards, an empty environment, and no open files but those named. At its end it is killed, and with it
 every process it made.
 
-What remains: where namespaces are not to be had, native code that goes around the audit hook could read files
+What remains: where namespaces are not available, native code that goes around the audit hook could read files
 and fill the disk, one file of limited size after the other, until its time is up. A test that calls a second
 function of the program's believes that function. And a program may know a public benchmark by heart.
 """
@@ -29,8 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rewards.programs import isolate as confine
-from rewards.programs import judge
+from rewards.programs import isolate, judge
 from rewards.programs.zygote import LINK_FD, Limits, Zygote, keep, seed
 
 __all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]
@@ -67,15 +66,15 @@ def warm() -> str:
     """Import what programs commonly import, confine this process, and fork the zygote.
 
     Returns:
-        What is in force, in words.
+        The measures that are active, in words.
     """
     global _zygote
     if _zygote is None:
         for name in WARM_MODULES:
             import_module(name)
-        confine.enter(Path(__file__).resolve().parents[2])
+        isolate.enter(Path(__file__).resolve().parents[2])
         _zygote = Zygote()
-    return confine.describe()
+    return isolate.describe()
 
 
 def adopt_orphans(parent: int) -> None:
@@ -136,13 +135,13 @@ def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Lim
 def _become_judge(link: int, result: int, tests: list[str], stop_early: bool, limits: Limits) -> NoReturn:
     """In the fork: keep the two pipes, then run the tests. Never returns."""
     try:
-        confine.die_with_parent()
-        confine.hide_memory()
+        isolate.die_with_parent()
+        isolate.hide_memory()
         os.setsid()
         nothing = os.open(os.devnull, os.O_RDWR)
         keep([nothing, nothing, nothing, link, result])
         sys.stdin, sys.stdout, sys.stderr = (open(os.devnull, mode) for mode in ("r", "w", "w"))  # noqa: SIM115
-        confine.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
+        isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
         sys.set_int_max_str_digits(0)
         seed()
         judge.judge(

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rewards.pool import WorkerPool
-from rewards.programs.grade import run_tests, sandbox_in_force
+from rewards.programs.grade import active_sandbox, run_tests
 from tests.bench.measure import interleave
 from tests.data import checked_programs
 
@@ -35,7 +35,7 @@ def run() -> dict[str, Any]:
             assert all(outcome.value == 1 for outcome in done)
 
         timing = interleave({"humaneval": once}, rounds=ROUNDS)["humaneval"]
-        in_force = sandbox_in_force(pool)
+        sandbox = active_sandbox(pool)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "claims": [
@@ -47,7 +47,7 @@ def run() -> dict[str, Any]:
             }
         ],
         "programs": len(programs),
-        "in_force": in_force,
+        "sandbox": sandbox,
         "pass": timing.report(),
         "cpu_s_a_program": (used.ru_utime + used.ru_stime) / (len(programs) * passes),
         "user_s_a_program": used.ru_utime / (len(programs) * passes),

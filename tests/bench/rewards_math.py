@@ -16,8 +16,8 @@ from typing import Any
 
 from rewards.maths.extract import final_answer
 from rewards.maths.grade import grade_math, normalise, quick_grade
-from rewards.registry import Outcome
 from rewards.pool import WorkerPool
+from rewards.registry import Outcome
 from tests.bench._rewards import outcomes
 from tests.data import rows
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from rewards.maths import grade as math_answer
-from rewards.registry import Outcome
 from rewards.programs import grade as code
+from rewards.registry import Outcome
 
 GRACE_S = 1.0
 TRIES = 3

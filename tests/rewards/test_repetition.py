@@ -2,8 +2,8 @@
 
 import pytest
 
-from rewards.repetition import repetition
-from rewards.reward import RewardWeights, Scorer
+from rewards.reward import Scorer
+from rewards.style import repetition
 from rollout.types import Problem, Prompt, Rollout
 
 
@@ -29,7 +29,7 @@ def test_the_scorer_subtracts_it_by_its_weight():
     text = (
         "<think>" + "so it must be four because two and two are four. " * 20 + "</think>\n<answer>4</answer>"
     )
-    with Scorer(RewardWeights(accuracy=1.0)) as plain, Scorer(RewardWeights(repetition=0.5)) as strict:
+    with Scorer({"accuracy": 1.0}) as plain, Scorer({"accuracy": 1.0, "repetition": 0.5}) as strict:
         kept, cut = plain.grade(rollout, text), strict.grade(rollout, text)
     assert kept.reward == 1.0 and kept.parts["repetition"] == cut.parts["repetition"] < -0.8
     assert cut.reward == pytest.approx(1.0 + 0.5 * cut.parts["repetition"])

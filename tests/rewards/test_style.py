@@ -2,10 +2,7 @@
 
 import pytest
 
-from rewards.format import in_format
-from rewards.language import language_consistency
-from rewards.length import soft_overlong
-from rewards.reward import Format, Language
+from rewards.style import format_reward, in_format, language_consistency, language_reward, soft_overlong
 from rollout.types import Problem
 
 
@@ -30,7 +27,7 @@ from rollout.types import Problem
 )
 def test_format(completion, good):
     assert in_format(completion) is good
-    assert Format()(Problem("", "math", ""), completion).value == float(good)
+    assert format_reward(Problem("", "math", ""), completion) == float(good)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +55,7 @@ def test_language(text, target, share):
 def test_code_answers_say_nothing_about_the_language():
     text = "<think>我们用循环 for while</think><answer>def add(first, second): return first</answer>"
     problem = Problem("", "code", "", language="zh")
-    assert Language()(problem, text).value == 1.0
+    assert language_reward(problem, text) == 1.0
     assert language_consistency(text, "zh") < 0.6
 
 

@@ -12,8 +12,7 @@ from pipeline.run.directory import open_run
 from pipeline.stages.grpo import Config
 from pipeline.stages.rl import Trainer, rollout_metrics
 from pipeline.table import STAGES
-from rewards.length import soft_overlong
-from rewards.reward import RewardWeights
+from rewards.style import soft_overlong
 from tests.small import random_policy
 
 STAGE = next(stage for stage in STAGES if stage.name == "zero")
@@ -36,7 +35,7 @@ def trainer(policy, tmp_path):
                 "runs": tmp_path, "init_from": str(policy), "template": "r1-zero-short", "pool": 6,
                 "problems": ("generator:sum",), "eval_every": 0, "prompts_per_step": 4, "group_size": 4,
                 "max_tokens": LONGEST, "row_tokens": 128, "kl_coef": 0.0, "threads": 1,
-                "rewards": RewardWeights(language=1.0), "optim": OptimConfig(lr=1e-3), **settings,
+                "rewards": {"accuracy": 1.0, "language": 1.0}, "optim": OptimConfig(lr=1e-3), **settings,
             }
         )  # fmt: skip
         run = open_run(STAGE, config, "make zero")
@@ -77,16 +76,17 @@ def test_rollouts_of_other_weights_stop_the_run(trainer):
 
 
 def test_the_length_punishment_is_part_of_the_reward(trainer):
+    weights = {"accuracy": 1.0, "language": 1.0, "overlong": 0.5}
     plain, punished = (
         drawn(trainer(name="plain")),
-        drawn(trainer(name="punished", overlong_buffer=LONGEST - 2)),
+        drawn(trainer(name="punished", rewards=weights, overlong_buffer=LONGEST - 2)),
     )
     assert any(g.parts["overlong"] < 0 for g in punished)
     for without, graded in zip(plain, punished, strict=True):
         assert without.rollout.token_ids == graded.rollout.token_ids and "overlong" not in without.parts
         want = soft_overlong(len(graded.rollout.token_ids), LONGEST, LONGEST - 2)
         assert graded.parts["overlong"] == want
-        assert graded.reward == pytest.approx(without.reward + want)
+        assert graded.reward == pytest.approx(without.reward + 0.5 * want)
 
 
 def test_the_reference_stays_until_it_is_refreshed(trainer):
