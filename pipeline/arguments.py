@@ -142,7 +142,8 @@ def with_weights(config: type, args: list[str]) -> list[str]:
     """The flags `--rewards.NAME WEIGHT` as one flag, added to the config's default."""
     if "--rewards" not in known_flags(config):
         return args
-    weights = dict(next(f for f in dataclasses.fields(config) if f.name == "rewards").default_factory())  # type: ignore[misc]
+    default: Any = next(f for f in dataclasses.fields(config) if f.name == "rewards").default_factory
+    weights = default()
     rest, words = [], iter(args)
     for word in words:
         if not word.startswith("--rewards."):
@@ -153,9 +154,7 @@ def with_weights(config: type, args: list[str]) -> list[str]:
         try:
             weights[name] = float(value)
         except ValueError:
-            raise ValueError(
-                f"the weight of reward {name!r} must be a finite number, not {value!r}."
-            ) from None
+            raise ValueError(f"the weight of reward {name!r} must be a number, not {value!r}.") from None
     return [*rest, "--rewards", json.dumps(weights)]
 
 

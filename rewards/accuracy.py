@@ -36,7 +36,7 @@ class Accuracy:
         return grade_math(problem.answer, extracted, pool=self.pool)
 
     def quick(self, problem: Problem, completion: str) -> tuple[Outcome | None, str | None]:
-        """The outcome where microseconds and no worker suffice, else `None`; and the answer that was found."""
+        """The outcome where it takes microseconds and no worker, else `None`; and the answer found."""
         if problem.kind == "code":
             code = extract_code(completion)
             return (Outcome(0.0, "no program") if code is None else None), code

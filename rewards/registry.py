@@ -3,9 +3,8 @@
     @reward("format", "share of rollouts in the think/answer format")
     def format_reward(problem: Problem, completion: str) -> float: ...
 
-It returns a float, or an `Outcome` where there is more to say. A third parameter named `rollout` receives the
-`Rollout`, for rewards that need tokens, finish reason or limits. Rewards are pure: the same arguments give the
-same value.
+It returns a float, or an `Outcome` with a detail. A third parameter named `rollout` receives the `Rollout`, for
+rewards that need tokens, finish reason or limits. Rewards are pure: equal arguments give equal values.
 
 A reward has three outcomes: a value, which may be 0, or *the verifier failed*. A failure is never a silent 0:
 the rollout is dropped from the loss and counted (`verdict == "error"`).
@@ -99,15 +98,15 @@ def find(name: str) -> Reward:
     """The registered reward `name`, or the user's function "module:function".
 
     Raises:
-        ValueError: There is none, or its parameters are not a reward's. One line, with the nearest right name.
+        ValueError: There is none, or its parameters are not a reward's; in one line with the nearest name.
     """
     if name in REWARDS:
         return REWARDS[name]
     if ":" not in name:
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
         raise ValueError(
-            f"no reward {name!r}; did you mean {near[0]}? Registered: {', '.join(REWARDS)}; a function of your "
-            'own is "module:function".'
+            f"no reward {name!r}; did you mean {near[0]}? Registered: {', '.join(REWARDS)}; "
+            'a function of your own is "module:function".'
         )
     where, _, attribute = name.partition(":")
     module = _imported(name, where)
@@ -154,7 +153,7 @@ def _takes_rollout(name: str, function: Function) -> bool:
         except (TypeError, ValueError):
             has = "parameters that Python cannot read"
         raise ValueError(
-            f"reward {name!r} has {has}; a reward takes (problem, completion) or (problem, completion, rollout)."
+            f"reward {name!r} takes {has}; expected (problem, completion) or (problem, completion, rollout)."
         ) from None
     return takes_rollout
 

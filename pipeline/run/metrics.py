@@ -132,7 +132,7 @@ class MetricsLog:
         return self.elapsed_before + time.monotonic() - self.started
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Write step `step` of `total` and print its line. Every key must stand in `GLOSSARY` or `explain`."""
+        """Write step `step` of `total` and print its line. A key that is not explained is a `KeyError`."""
         if unknown := set(map(explained, metrics)) - set(GLOSSARY) - set(self.own):
             raise KeyError(f"metrics without an entry in pipeline.run.metrics.GLOSSARY: {sorted(unknown)}")
         row = {"step": step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}}
