@@ -3,8 +3,8 @@
     @reward("format", "share of rollouts in the think/answer format")
     def format_reward(problem: Problem, completion: str) -> float: ...
 
-It returns a float, or an `Outcome` with a detail. A third parameter named `rollout` receives the `Rollout`, for
-rewards that need tokens, finish reason or limits. Rewards are pure: equal arguments give equal values.
+It returns a float, or an `Outcome` with a detail. A third parameter named `rollout` receives the `Rollout`,
+for rewards that need tokens, finish reason or limits. Rewards are pure: equal arguments give equal values.
 
 A reward has three outcomes: a value, which may be 0, or *the verifier failed*. A failure is never a silent 0:
 the rollout is dropped from the loss and counted (`verdict == "error"`).

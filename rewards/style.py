@@ -30,7 +30,7 @@ def format_reward(problem: Problem, completion: str) -> float:
 def in_format(completion: str) -> bool:
     """Whether `completion` is `<think>…</think> <answer>…</answer>`, both non-empty.
 
-    The template's prefill is part of it, so one rule serves whether the template or the model wrote `<think>`.
+    The template's prefill is part of it: it does not matter whether template or model wrote `<think>`.
     """
     if any(completion.count(tag) != 1 for tag in _TAGS):
         return False  # with each tag there exactly once, the greedy pattern below cannot backtrack far
@@ -79,8 +79,8 @@ def language_reward(problem: Problem, completion: str) -> float:
 def language_consistency(completion: str, target: Language, *, code: bool = False) -> float:
     """Share of words in the target language, 0 .. 1; 1 where there are no words at all.
 
-    A word is a run of letters of one alphabet, or a single Han character. Single-letter variables and names of
-    functions (`sin`) are not counted.
+    A word is a run of letters of one alphabet, or a single Han character. Single-letter variables and names
+    of functions (`sin`) are not counted.
 
     Args:
         completion: The complete completion, tags included.

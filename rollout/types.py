@@ -123,6 +123,5 @@ class Graded:
     reward: float = 0.0
     """The weighted sum of `parts`; means nothing when the verdict is `error`."""
     verdict: Verdict = "incorrect"
-    """Of the accuracy reward. `error`: a verifier failed, of this or of another reward; the rollout is dropped
-    from the loss and counted."""
+    """Of the accuracy reward. `error`: a reward's verifier failed; the rollout is dropped and counted."""
     detail: str = ""
