@@ -22,7 +22,7 @@ from rewards.programs import run
 
 
 def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
-    """The reply to one request; `op` names what is asked."""
+    """The reply to one request; `op` names the task."""
     match task["op"]:
         case "load":
             return _load(task["for"])
@@ -54,7 +54,7 @@ def _read(source: BinaryIO, length: int) -> bytes:
 
 
 def main() -> int:
-    """Serve until the parent closes our input."""
+    """Serve until the parent closes the input."""
     memory = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -69,7 +69,7 @@ def main() -> int:
     while True:
         try:
             task = json.loads(_read(requests, wire.length_of(_read(requests, wire.HEAD_BYTES))))
-        except EOFError:  # the parent is gone, and may not have had the time to tidy up
+        except EOFError:  # the parent is gone, and may have left the folder
             shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
             return 0
         try:
@@ -80,7 +80,7 @@ def main() -> int:
             reply = {"error": "recursion too deep", "kind": "memory"}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
-        with suppress(BrokenPipeError):  # the parent is gone: the next read says so too
+        with suppress(BrokenPipeError):  # the parent is gone: the next read ends the loop
             wire.write(replies, reply)
 
 

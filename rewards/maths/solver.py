@@ -2,7 +2,7 @@
 
 Importing sympy takes half a second and more on a busy machine; a fork of a process that has it takes a few
 milliseconds. So the worker holds the clock of each comparison itself, and one that hangs costs its own limit
-and nothing on top.
+and no more.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rewards.programs import isolate
 
 
 class Solver:
-    """The fork that works, and the worker's two pipes to it.
+    """The fork that compares, and the worker's two pipes to it.
 
     Args:
         parent: A descriptor that hangs up when the worker's own parent is gone; -1 for none.
@@ -53,7 +53,7 @@ class Solver:
             return {"error": why, "kind": "time", "stage": stage, "cpu_s": spent}
         except (EOFError, BrokenPipeError):
             self._stop()
-            return {"error": "the process at work died", "kind": "died", "stage": stage, "cpu_s": 0.0}
+            return {"error": "the comparing process died", "kind": "died", "stage": stage, "cpu_s": 0.0}
         if "error" in reply:  # its memory may be in any state
             self._stop()
             reply |= {"stage": stage, "cpu_s": 0.0}
@@ -71,7 +71,7 @@ class Solver:
         os.close(their_out)
 
     def _stop(self) -> float:
-        """Kill the fork; the CPU seconds that it used in all."""
+        """Kill the fork; the CPU seconds that it used."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         _, _, usage = os.wait4(self._pid, 0)
@@ -133,6 +133,6 @@ def _answer(task: dict[str, Any], replies: int) -> dict[str, Any]:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let this process use `seconds` more of CPU: it then ends by itself, even with nobody to kill it."""
+    """Let this process use `seconds` more of CPU: the kernel ends it then, even if the worker is gone."""
     limit = math.ceil(time.process_time() + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

@@ -1,9 +1,9 @@
-"""The process that programs are forked from: it has never seen a test.
+"""The process that programs are forked from: its memory never held a test.
 
 A fork inherits its parent's memory. The worker's holds the tests and their expected outputs, so the worker
-does not fork programs itself: when it is loaded, before any task, it forks this process, which is told
-nothing but programs, and hands over their input and output as open files. A program that searches its own
-memory finds Python, and itself.
+does not fork programs itself: when it is loaded, before any task, it forks this process, which receives
+nothing but programs, with their input and output as open files. A program that searches its own memory finds
+Python, and itself.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LINK_FD = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one run of a program may use."""
+    """Limits of one run of a program."""
 
     timeout_s: float
     """Wall clock, seconds; CPU time is limited to a second more."""
@@ -43,7 +43,7 @@ class Limits:
     file_bytes: int = 16 << 20
     """The largest file it may write."""
     processes: int = 4096
-    """Processes and threads of this user; the system does not hold root to it, seccomp and the hook do."""
+    """Processes and threads of this user; the kernel exempts root, seccomp and the hook do not."""
 
 
 class Zygote:
@@ -213,7 +213,7 @@ def keep(wanted: list[int]) -> None:
 
 
 def seed() -> None:
-    """The same draws in every run, so that verdicts repeat."""
+    """The same random numbers in every run, so that verdicts repeat."""
     if random := sys.modules.get("random"):
         random.seed(0)
 

@@ -1,4 +1,4 @@
-"""What the rewards say, where it is known what they should: nothing is timed here, all is counted.
+"""Verdicts of the rewards where the right one is known: nothing is timed here, all is counted.
 
 Our own labelled pairs; golds of ten benchmarks (read from R1_DATA) against themselves, against the published
 solutions that end in them and against another row's gold; HumanEval's and MBPP's programs, right and broken;

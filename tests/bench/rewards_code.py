@@ -20,7 +20,7 @@ AT_LEAST, ROUNDS = 60.0, 5
 
 
 def run() -> dict[str, Any]:
-    """Time whole passes over the 164 programs; nothing is remembered from one to the next."""
+    """Time complete passes over the 164 programs; nothing is remembered from one to the next."""
     programs = checked_programs("humaneval")
     passes = 0
     with WorkerPool(2) as pool, ThreadPoolExecutor(2) as threads:

@@ -49,7 +49,7 @@ def rollout(tokens: int = 2, finish_reason: str = "stop", **fields) -> Rollout:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "reported"),
     [
         ("acuracy", "no reward 'acuracy'; did you mean accuracy?"),
         ("zzz", "Registered: accuracy, format, language, repetition, overlong; "),
@@ -65,10 +65,10 @@ def rollout(tokens: int = 2, finish_reason: str = "stop", **fields) -> Rollout:
         ("own_rewards:format", "has the name of another reward, format"),
     ],
 )
-def test_a_name_that_does_not_fit_is_refused_in_one_line(name, says):
+def test_a_name_that_does_not_fit_is_refused_in_one_line(name, reported):
     with pytest.raises(ValueError) as refused:
         check_weights({"accuracy": 1.0, name: 0.5})
-    assert says in str(refused.value) and "\n" not in str(refused.value)
+    assert reported in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("weight", [math.nan, math.inf, "0.5", None, True])
@@ -89,14 +89,14 @@ def test_each_registered_reward_is_explained_and_gives_an_outcome():
 def test_a_users_own_reward_is_a_part_of_the_sum():
     weights = {"accuracy": 1.0, "own_rewards:brevity": 2.0, "own_rewards:cut": -0.5, "own_rewards:truth": 0.0}
     with Scorer(weights) as scorer:
-        whole, cut = scorer.grade_all([(rollout(), RIGHT), (rollout(finish_reason="length"), RIGHT)])
+        full, cut = scorer.grade_all([(rollout(), RIGHT), (rollout(finish_reason="length"), RIGHT)])
         assert scorer.glossary()["reward/brevity"] == "mean of 1 / (1 + characters)"
         assert scorer.glossary()["reward/cut"] == "mean of own_rewards:cut, which has no docstring"
     short = 1 / (1 + len(RIGHT))
-    assert list(whole.parts) == ["accuracy", "format", "language", "repetition", "brevity", "cut", "truth"]
-    assert whole.parts["brevity"] == short and whole.parts["cut"] == 0 and whole.parts["truth"] == 1
-    assert whole.reward == pytest.approx(1 + 2 * short) and cut.reward == pytest.approx(0.5 + 2 * short)
-    assert whole.verdict == cut.verdict == "correct"
+    assert list(full.parts) == ["accuracy", "format", "language", "repetition", "brevity", "cut", "truth"]
+    assert full.parts["brevity"] == short and full.parts["cut"] == 0 and full.parts["truth"] == 1
+    assert full.reward == pytest.approx(1 + 2 * short) and cut.reward == pytest.approx(0.5 + 2 * short)
+    assert full.verdict == cut.verdict == "correct"
 
 
 @pytest.mark.parametrize(
