@@ -81,7 +81,7 @@ def test_right_programs_pass_whatever_they_return(pool):
 
 
 def test_without_namespaces_the_rest_still_holds(tmp_path):
-    """Where the kernel gives neither namespaces nor seccomp, that is reported, and no attack of these passes."""
+    """Without namespaces and seccomp the description tells so, and no attack of these passes."""
     script = (
         "import json, sys\nfrom rewards.programs import isolate, run\n"
         "isolate.enter = lambda project: setattr(isolate.active, 'why_not', 'taken away by the test')\n"

@@ -89,6 +89,21 @@ def test_the_length_punishment_is_part_of_the_reward(trainer):
         assert graded.reward == pytest.approx(without.reward + 0.5 * want)
 
 
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"overlong_buffer": 97}, "overlong_buffer=97 must lie in 0 .. max_tokens=96"),
+        ({"overlong_buffer": -1}, "overlong_buffer=-1 must lie in"),
+        ({"overlong_buffer": 8}, "overlong_buffer=8 has no effect: give the reward overlong a weight"),
+        ({"rewards": {"overlong": 1.0}}, "rewards.overlong has no effect: set overlong_buffer"),
+        ({"rewards": {"acuracy": 1.0}}, "did you mean accuracy"),
+    ],
+)
+def test_rewards_that_cannot_be_are_refused_with_the_settings(settings, error):
+    with pytest.raises(ValueError, match=error):
+        Config(**settings)
+
+
 def test_the_reference_stays_until_it_is_refreshed(trainer):
     it = trainer(kl_coef=0.01, ref_refresh_steps=2, steps=2)
     start = weights(it.policy)
