@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The task got no reply: its child ran out of time, died, or raised. The message says which.
+    """The task got no reply: its child ran out of time, died, or raised. The message tells which.
 
     Args:
         message: What happened, one line.
@@ -54,7 +54,7 @@ class WorkerPool:
     """Up to `size` children, started when first needed, each running one task at a time.
 
     Args:
-        size: Most children at once; default min(2, cpus).
+        size: At most this many children at once; default min(2, cpus).
         memory_bytes: Address space of a child; programs under test have their own, smaller limit.
     """
 
@@ -150,7 +150,7 @@ class _Child:
         # Nothing of the trainer's environment reaches a child; a fixed hash seed keeps verdicts repeatable.
         self._folder = tempfile.mkdtemp(
             prefix="r1-worker-"
-        )  # outlives a killed child, so it is ours to delete
+        )  # a killed child leaves it, so the parent deletes it
         environment = {"PATH": os.defpath, "PYTHONPATH": root, "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
         environment["TMPDIR"] = self._folder
         self.process = subprocess.Popen(
@@ -159,7 +159,7 @@ class _Child:
             stdout=subprocess.PIPE,
             bufsize=0,
             env=environment,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
+            start_new_session=True,  # the parent handles Ctrl-C
         )
         assert self.process.stdin is not None and self.process.stdout is not None
         self._in, self._out = self.process.stdin, self.process.stdout
@@ -227,7 +227,7 @@ class _Child:
 
 
 class Memo(Generic[T]):
-    """Least recently used results by key, shared by threads; `keep` decides what is worth remembering."""
+    """Least recently used results by key, shared by threads; `keep` decides which results are kept."""
 
     def __init__(self, size: int, keep: Callable[[T], bool]) -> None:
         self._size, self._keep = size, keep

@@ -22,7 +22,7 @@ def length_of(head: bytes) -> int:
 
 
 def write(fd: int, message: Any) -> None:
-    """Send a message, however much of it the pipe takes at once."""
+    """Send a complete message, in as many writes as the pipe needs."""
     data = frame(message)
     while data:
         data = data[os.write(fd, data) :]

@@ -16,38 +16,34 @@ from contextlib import suppress
 from typing import Any, BinaryIO
 
 from rewards import wire
+from rewards.maths import engine
 from rewards.maths.solver import Solver
-from rewards.programs import run as sandbox
+from rewards.programs import run
 
 
 def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
-    """The reply to one request; `op` names what is asked."""
+    """The reply to one request; `op` names the task."""
     match task["op"]:
         case "load":
             return _load(task["for"])
         case "math":
             return solver.compare(task["gold"], task["answer"], task["timeout_s"])
         case "asserts" | "stdio":
-            limits = sandbox.Limits(**task["limits"])
-            run = sandbox.run_asserts if task["op"] == "asserts" else sandbox.run_stdio
-            return run(task["code"], task["tests"], limits, task["stop_early"])
+            limits = run.Limits(**task["limits"])
+            tested = run.run_asserts if task["op"] == "asserts" else run.run_stdio
+            return tested(task["code"], task["tests"], limits, task["stop_early"])
     raise ValueError(f"unknown op {task['op']!r}")
 
 
 def _load(op: str) -> dict[str, Any]:
     if op == "math":
-        import logging
-
-        logging.disable(logging.WARNING)  # math-verify warns that its own timeouts are off; ours are on
-        from rewards.maths import engine as equivalence
-
-        equivalence.equivalent("\\frac{1}{2}", "0.5 x")  # builds its regexes and parser tables
-        in_force = ""
+        engine.load()
+        active = ""
     else:
-        in_force = sandbox.warm()
+        active = run.warm()
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"pid": os.getpid(), "in_force": in_force}
+    return {"pid": os.getpid(), "active": active}
 
 
 def _read(source: BinaryIO, length: int) -> bytes:
@@ -58,7 +54,7 @@ def _read(source: BinaryIO, length: int) -> bytes:
 
 
 def main() -> int:
-    """Serve until the parent closes our input."""
+    """Serve until the parent closes the input."""
     memory = int(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -67,13 +63,13 @@ def main() -> int:
     nothing = os.open(os.devnull, os.O_RDWR)
     os.dup2(nothing, 0)  # whatever a library prints must not land among the replies
     os.dup2(nothing, 1)
-    sandbox.adopt_orphans(requests.fileno())
+    run.adopt_orphans(requests.fileno())
     solver = Solver(requests.fileno())
 
     while True:
         try:
             task = json.loads(_read(requests, wire.length_of(_read(requests, wire.HEAD_BYTES))))
-        except EOFError:  # the parent is gone, and may not have had the time to tidy up
+        except EOFError:  # the parent is gone, and may have left the folder
             shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
             return 0
         try:
@@ -84,7 +80,7 @@ def main() -> int:
             reply = {"error": "recursion too deep", "kind": "memory"}
         except Exception as error:
             reply = {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
-        with suppress(BrokenPipeError):  # the parent is gone: the next read says so too
+        with suppress(BrokenPipeError):  # the parent is gone: the next read ends the loop
             wire.write(replies, reply)
 
 

@@ -158,6 +158,7 @@ def sample_groups(
         RuntimeError: the engine lost a rollout, or returned one twice.
     """
     rollouts = sorted(engine.generate(prompts, sampling), key=lambda r: (r.index, r.sample))
+    rollouts = [replace(r, max_tokens=sampling.max_tokens) for r in rollouts]
     names = [(r.index, r.sample) for r in rollouts]
     expected = [(i, s) for i in range(len(prompts)) for s in range(sampling.n)]
     if names != expected:

@@ -107,6 +107,8 @@ class Rollout:
     routed_experts: Any | None = None
     """p + c - 1 x moe layers x k expert ids of prompt and completion, where the engine records them. The last
     token has none, because no layer read it."""
+    max_tokens: int = 0
+    """Limit of completion tokens that it was sampled under; 0 = not recorded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,5 +123,5 @@ class Graded:
     reward: float = 0.0
     """The weighted sum of `parts`; undefined when the verdict is `error`."""
     verdict: Verdict = "incorrect"
-    """Of the accuracy reward. `error`: the verifier failed; the rollout is dropped and counted."""
+    """Of the accuracy reward. `error`: a reward's verifier failed; the rollout is dropped and counted."""
     detail: str = ""

@@ -73,7 +73,9 @@ def build_page(
     env.filters |= {"percent": percent, "duration": duration, "toml": tomli_w.dumps}
     scores = {label: by_benchmark.get(main) for label, by_benchmark in state["scores"].items()}
     boxes, edges = chain_of(state["models"], scores, records)
-    used = sorted({key for r in records for row in r.metrics for key in row if key in GLOSSARY})
+    known = {key: line for r in records for key, line in r.glossary.items()}
+    used = sorted({key for r in records for row in r.metrics for key in row if key in known})
+    own = [(key, "", None, None) for key in used if key not in GLOSSARY]  # of a user's rewards
     rl = [r for r in records if any("reward/mean" in row for row in r.metrics)]  # reject trains no policy
     return env.get_template("page.html.j2").render(
         name=name,
@@ -86,8 +88,8 @@ def build_page(
         tables=tables(state),
         state=state,
         rl=[
-            {"key": key, "what": GLOSSARY[key], "svg": svg}
-            for key, unit, low, high in RL_PLOTS
+            {"key": key, "what": known[key], "svg": svg}
+            for key, unit, low, high in (*RL_PLOTS, *own)
             if (svg := line_plot(key, unit, curves(rl, (key,)), low, high))
         ],
         losses=list(loss_plots(records)),
@@ -97,7 +99,7 @@ def build_page(
         records=records,
         origin=origin(records),
         summary=summary,
-        glossary={**SCORE_GLOSSARY, **{key: GLOSSARY[key] for key in used}},
+        glossary={**SCORE_GLOSSARY, **{key: known[key] for key in used}},
     )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.data.jsonl import read_log, write_jsonl
+from pipeline.run.files import write_atomic
+from rewards.reward import REWARDS
 
 GLOSSARY: dict[str, str] = {
     "loss/total": "what the optimizer minimizes, summed over the update's token weights (SFT: nats a token)",
@@ -26,11 +28,7 @@ GLOSSARY: dict[str, str] = {
     "optim/grad_norm": "global gradient norm before clipping",
     "optim/skipped": "updates skipped so far because the loss or a gradient was not finite",
     "reward/mean": "mean weighted reward of the step's rollouts",
-    "reward/accuracy": "share of rollouts whose answer is right",
-    "reward/format": "share of rollouts in the think/answer format",
-    "reward/language": "mean share of words in the target language",
-    "reward/repetition": "less the mean share of 8-grams that a completion repeats, -1 to 0",
-    "reward/overlong": "mean soft punishment of completions near max_tokens (DAPO Eq. 13), 0 to -1",
+    **{f"reward/{entry.name}": entry.summary for entry in REWARDS.values()},
     "reward/errors": "rollouts whose verifier failed; they are dropped from the loss",
     "reward/groups_with_spread": "share of prompt groups whose rewards differ, the ones that teach",
     "rollout/tokens_mean": "mean completion length, tokens",
@@ -75,6 +73,19 @@ SHORT = {
 """The metrics of the console line and their short names."""
 
 
+GLOSSARY_FILE = "glossary.json"
+"""In a stage's directory: what the metrics of a user's own rewards mean."""
+
+
+def glossary_of(folder: Path) -> dict[str, str]:
+    """`GLOSSARY` and what the stage in `folder` added to it."""
+    try:
+        own = json.loads((folder / GLOSSARY_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        own = {}
+    return {**GLOSSARY, **own}
+
+
 def explained(key: str) -> str:
     """The key's entry in `GLOSSARY`: `router/max_violation/3`, of one layer, is explained under its stem."""
     stem, _, last = key.rpartition("/")
@@ -97,11 +108,17 @@ class MetricsLog:
         self.stage, self.first, self.started = stage, keep_to or 0, time.monotonic()
         self.loop_began = self.started
         self.elapsed_before = 0.0
+        self.own: dict[str, str] = {}
+        self.glossary_file = path.with_name(GLOSSARY_FILE)
         if keep_to is not None:
             truncate_after(path, keep_to)
             rows = read_log(path)
             self.elapsed_before = rows[-1].get("time/elapsed_s", 0.0) if rows else 0.0
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+
+    def explain(self, glossary: Mapping[str, str]) -> None:
+        """Accept the metrics of `glossary`, name: one line, too. Its new lines go to GLOSSARY_FILE."""
+        self.own = {key: line for key, line in glossary.items() if key not in GLOSSARY}
 
     def begin(self) -> None:
         """The first step starts now; time before it, such as loading, is not counted in it."""
@@ -113,13 +130,16 @@ class MetricsLog:
         return self.elapsed_before + time.monotonic() - self.started
 
     def log(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """Write step `step` of `total` and print its line. A key that `GLOSSARY` lacks is a `KeyError`."""
-        if unknown := set(map(explained, metrics)) - set(GLOSSARY):
+        """Write step `step` of `total` and print its line. A key that is not explained is a `KeyError`."""
+        if unknown := set(map(explained, metrics)) - set(GLOSSARY) - set(self.own):
             raise KeyError(f"metrics without an entry in pipeline.run.metrics.GLOSSARY: {sorted(unknown)}")
         row = {"step": step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}}
         row["time/elapsed_s"] = round(self.elapsed_s, 3)
+        if self.own and not self.glossary_file.exists():
+            write_atomic(self.glossary_file, json.dumps(self.own, indent=2) + "\n")
         self.file.write(json.dumps(row) + "\n")
-        shown = [f"{SHORT[k]} {v:.3g}" for k, v in metrics.items() if k in SHORT]
+        short = SHORT | {key: key.removeprefix("reward/") for key in self.own}
+        shown = [f"{short[k]} {v:.3g}" for k, v in metrics.items() if k in short]
         a_step = (time.monotonic() - self.loop_began) / max(1, step - self.first)
         left = duration(a_step * (total - step))
         print(

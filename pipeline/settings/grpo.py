@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.settings.common import OptimSettings, Sampling, StageSettings
+from rewards.reward import check_weights
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 from rollout.settings import RolloutSettings
 from rollout.text.templates import template_named
@@ -94,7 +95,13 @@ class GrpoSettings(Sampling, StageSettings):
                 f"minibatches={self.minibatches} does not divide prompts_per_step={self.prompts_per_step}; "
                 f"the nearest that does is {nearest}."
             )
+        check_weights(self.rewards)
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(
                 f"overlong_buffer={self.overlong_buffer} must be at most max_tokens={self.max_tokens}."
+            )
+        if bool(self.overlong_buffer) != bool(self.rewards.get("overlong")):
+            raise ValueError(
+                f"overlong_buffer={self.overlong_buffer} and the weight of the reward overlong "
+                f"({self.rewards.get('overlong', 0.0):g}) have an effect only together: set both or neither."
             )

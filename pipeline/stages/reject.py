@@ -20,14 +20,14 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     from pipeline.stages.grpo import mean
     from pipeline.stages.rl import record
     from pipeline.train.policy import load_policy, set_up
-    from rewards.reward import RewardWeights, Scorer
+    from rewards.reward import Scorer
     from rollout.open import engine_for
     from rollout.text.tokenizer import completion_text, make_prompt
     from rollout.types import Problem, SamplingParams
 
     set_up(config.seed, config.threads)
     policy, tokenizer = load_policy(run_dir.model_input(config.init_from))
-    engine, scorer = engine_for(policy, tokenizer), Scorer(RewardWeights())
+    engine, scorer = engine_for(policy, tokenizer), Scorer({"accuracy": 1.0})
     pool: list[Problem] = []
     for source in config.problems:
         pool += problems(source, count=config.pool, split="train", seed=config.seed + 2, data_dir=config.data)

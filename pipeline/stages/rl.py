@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,8 +19,7 @@ from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.pack import Example, pack, rollout_weights
 from pipeline.train.policy import load_policy, set_up
-from rewards.length import soft_overlong
-from rewards.reward import RewardWeights, Scorer
+from rewards.reward import Scorer
 from rollout.collect import Collector, Plan, Round, sample_groups
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import engine_for
@@ -41,7 +39,8 @@ class Trainer:
             self.engine: RolloutEngine = engine_for(self.policy, self.tokenizer, config.rollout, start)
         except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
             raise UserError(str(error)) from error
-        self.scorer = Scorer(RewardWeights(**config.rewards))
+        self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer)
+        run_dir.metrics.explain(self.scorer.glossary())
         self.synced = 0  # updates that the engine's weights have had
         self.cursor = 0  # problems used up
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
@@ -98,11 +97,7 @@ class Trainer:
         metrics["time/rollout_s"], metrics["time/reward_s"] = done.sample_s, done.grade_s
         metrics["time/train_s"] = time.monotonic() - trained
         if config.dynamic_sampling:
-<<<<<<< HEAD
-            metrics["rollout/groups_drawn"] = done.sampled
-=======
-            metrics["rollout/groups_sampled"] = done.drawn
->>>>>>> report
+            metrics["rollout/groups_sampled"] = done.sampled
         if config.overlap:
             metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": waited}
         if not self.in_place:
@@ -141,16 +136,9 @@ class Trainer:
         self.synced = self.learner.updates
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
-        """Grade every rollout by rule; add the length punishment where it is on."""
+        """Grade every rollout by rule."""
         texts = [completion_text(self.tokenizer, r, r.prompt.template) for r in rollouts]
-        graded = self.scorer.grade_all(zip(rollouts, texts, strict=True))
-        if not self.config.overlong_buffer:
-            return graded
-        out = []
-        for g in graded:
-            cut = soft_overlong(len(g.rollout.token_ids), self.config.max_tokens, self.config.overlong_buffer)
-            out.append(dataclasses.replace(g, parts={**g.parts, "overlong": cut}, reward=g.reward + cut))
-        return out
+        return self.scorer.grade_all(zip(rollouts, texts, strict=True))
 
     def update(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> dict[str, float]:
         """One update a minibatch of groups; the metrics of the last, engine mismatch the worst of all.
@@ -209,7 +197,7 @@ class Trainer:
         sampling = SamplingParams(max_tokens=self.config.max_tokens, temperature=0.0)
         graded = self.grade(sample_groups(self.engine, prompts, sampling))
         return {
-            "heldout/pass@1": mean([float(g.verdict == "correct") for g in graded]),
+            "heldout/pass@1": mean([float(g.parts.get("accuracy") == 1) for g in graded]),
             "heldout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
             "heldout/format": mean([g.parts["format"] for g in graded]),
         }
@@ -279,9 +267,9 @@ def rollout_metrics(
         "rollout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
         "rollout/truncated": mean([float(g.rollout.finish_reason == "length") for g in graded]),
     }
-    for name in ("format", "language", "repetition", "overlong"):
-        if values := [g.parts[name] for g in valid if name in g.parts]:
-            out[f"reward/{name}"] = mean(values)
+    for name in valid[0].parts if valid else ():
+        if name != "accuracy":
+            out[f"reward/{name}"] = mean([g.parts[name] for g in valid])
     return out
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pipeline.errors import UserError
 from pipeline.settings.tools import ModelSettings
 from pipeline.tools.open import open_speaker, trained_template
-from rollout.open import context_and_vocabulary
+from rollout.checkpoint import context_and_vocabulary
 from rollout.text.stream import Decoder, Part, ThinkingSplit, pieces
 from rollout.text.templates import TEMPLATES, THINK
 from rollout.text.tokenizer import encode_prompt, prefill
@@ -36,11 +36,6 @@ class Conversation:
         Raises:
             UserError: no such model, or one without a tokenizer.
         """
-<<<<<<< HEAD
-        from rollout.checkpoint import context_and_vocabulary
-
-=======
->>>>>>> report
         self.engine, self.tokenizer = open_speaker(config)
         self.lock = threading.Lock()
         try:

@@ -34,7 +34,7 @@ from pipeline.tools.scores import Sample, scores
 from rewards.maths.extract import final_answer
 from rewards.maths.grade import normalise
 from rewards.programs.grade import extract_code
-from rewards.reward import RewardWeights, Scorer
+from rewards.reward import Scorer
 from rollout.engine import EngineDied
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 
@@ -180,7 +180,7 @@ def grade(
     from rollout.text.tokenizer import completion_text
 
     rows = []
-    with Scorer(RewardWeights(accuracy=1.0), mode="lenient") as scorer, progress() as bar:
+    with Scorer({"accuracy": 1.0}, mode="lenient") as scorer, progress() as bar:
         task = bar.add_task(f"{label}: grading", total=len(drawn))
         for start in range(0, len(drawn), GRADED_AT_ONCE):
             some = drawn[start : start + GRADED_AT_ONCE]

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from pipeline.settings.tools import GradeSettings
 from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool
-from rewards.programs.grade import sandbox_in_force
+from rewards.programs.grade import active_sandbox
 from rewards.reward import Accuracy, Outcome, verdict_of
 from rollout.types import Problem, StdioTest
 
@@ -80,7 +80,7 @@ def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "le
             programs = programs or "tests" in row
             bar.update(task, advance=size, lines=done)
         if programs and kind != "math":
-            bar.console.print(f"grade: programs were held by {sandbox_in_force(pool)}", soft_wrap=True)
+            bar.console.print(f"grade: programs were confined by {active_sandbox(pool)}", soft_wrap=True)
     return dict(counts)
 
 

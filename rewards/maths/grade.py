@@ -4,26 +4,25 @@ Three layers. `notation` and `numbers` settle numbers and equal notation in micr
 exactly; `compare` takes structure apart by stated rules; what is left, single expressions that need
 algebra, goes to math-verify in a killable child (`engine`).
 
-Three outcomes: 1, 0, or `None` where the verifier failed. An answer may not buy itself out of being wrong:
-when time or memory runs out *after* the gold was parsed, and the child did work on the answer for a
-good part of its limit (CPU time, so a busy machine is not mistaken for it), the answer is too costly to be
-one, and wrong.
-Everything else (the gold does not parse or is too costly itself, the child died, the machine was too busy) is
-the verifier's failure.
+Three outcomes: 1, 0, or `None` where the verifier failed. An answer that is too expensive to check counts as
+wrong, not as a verifier failure: time or memory ran out *after* the gold was parsed, and the child worked on
+the answer for a good part of its limit (CPU time, so that a busy machine does not count against an answer).
+Everything else (the gold does not parse or is too expensive itself, the child died, the machine was too busy)
+is a verifier failure.
 """
 
 from __future__ import annotations
 
 from rewards.maths.compare import Undecided, compare, quick_leaf
 from rewards.maths.notation import compact, normalise, unjoined
-from rewards.outcome import Outcome
 from rewards.pool import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.registry import Outcome
 
 __all__ = ["LONGEST_ANSWER", "grade_math", "normalise", "quick_grade"]
 
 LONGEST_ANSWER = 2000  # characters; longer ones are not answers, and would only cost parsing time
 LONGEST_GOLD = 10_000
-COSTLY = 0.2  # share of the limit in CPU time on the answer: 1 s of 5, where comparisons take milliseconds
+EXPENSIVE = 0.2  # share of the limit in CPU time on the answer: 1 s of 5, where comparisons take milliseconds
 
 _results: Memo[Outcome] = Memo(size=16384, keep=lambda outcome: outcome.value is not None)
 
@@ -31,7 +30,7 @@ _results: Memo[Outcome] = Memo(size=16384, keep=lambda outcome: outcome.value is
 def grade_math(
     gold: str, answer: str, *, pool: WorkerPool | None = None, timeout_s: float = DEFAULT_LIMIT_S
 ) -> Outcome:
-    """1 where `answer` equals `gold`, 0 where it does not, `None` where that could not be found out.
+    """1 where `answer` equals `gold`, 0 where it does not, `None` where the verifier failed.
 
     Args:
         gold: The right answer, text or LaTeX, as the data set gives it.
@@ -76,9 +75,9 @@ def _slow_grade(gold: str, answer: str, pool: WorkerPool, timeout_s: float) -> O
         reply = pool.call(task, timeout_s + 5)
     except TaskFailed as failure:
         blame = failure.stage == "answer" and (
-            failure.kind == "memory" or (failure.kind == "time" and failure.cpu_s >= COSTLY * timeout_s)
+            failure.kind == "memory" or (failure.kind == "time" and failure.cpu_s >= EXPENSIVE * timeout_s)
         )
         if blame:
-            return Outcome(0.0, f"the answer is too costly to compare: {failure}", answer)
+            return Outcome(0.0, f"the answer is too expensive to compare: {failure}", answer)
         return Outcome(None, str(failure), answer)
     return Outcome(reply["value"], reply["detail"], answer)

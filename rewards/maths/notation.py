@@ -1,6 +1,6 @@
 r"""One notation for what is written alike: the strings that answers are compared as.
 
-`normalise` takes away what carries no value (spacing, delimiters, `\left`, `\dfrac`, text wrappers, degree
+`normalise` removes what carries no value (spacing, delimiters, `\left`, `\dfrac`, text wrappers, degree
 signs, ordinal endings, full-width digits); `split_unit` takes a unit off an expression.
 """
 

@@ -1,4 +1,4 @@
-"""Plain numbers with their units, exactly: the fast path for most answers there are.
+"""Plain numbers with their units, exactly: the fast path for most answers.
 
 Integers, decimals, fractions, mixed numbers, thousands separators, powers of ten, percent, money, simple
 units, number words. All arithmetic is in fractions; nothing is rounded but where `equal_numbers` says so.
@@ -112,15 +112,15 @@ def _value(match: re.Match[str]) -> Fraction:
 
 
 def unit_conflict(gold: str, answer: str) -> bool:
-    """Whether both units are ones we know, and not the same. A unit may be left out, but not be another."""
+    """Whether both units are known and differ. A unit may be missing, but not differ."""
     names = {_UNIT_NAMES.get(unit.split("^")[0].strip()) for unit in (gold, answer)} - {None}
     return len(names) == 2
 
 
 def equal_numbers(gold: Number, answer: Number) -> bool:
-    """Whether two plain numbers say the same.
+    """Whether two plain numbers are equal.
 
-    `50%` equals 50 and 0.5 (the sign may be meant as either; a number without one is what it says), so 100
+    `50%` equals 50 and 0.5 (both readings of the sign occur; a number without one has one reading), so 100
     is not 1. A decimal of six digits or more equals what rounds to it.
     """
     if unit_conflict(gold.unit, answer.unit):

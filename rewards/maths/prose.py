@@ -36,7 +36,7 @@ _CUT_CHARACTERS = "=+-−*/^_({[,:;\\&<>~，、：≈×÷"
 _LABEL_ONLY = re.compile(
     r"(?:\\(?:triangle|angle|overline|overrightarrow|vec|mathbf|mathrm|text)\s*)*\{?[A-Za-z](?:[A-Z]{0,3}|_\{?\w\}?|'*)\}?"
 )
-# "Thus Tim makes 120 dollars in 2 weeks": what a preposition leads in is said of the answer, not the answer.
+# "Thus Tim makes 120 dollars in 2 weeks": what follows a preposition describes the answer.
 _CONTEXT = re.compile(
     r"(?:(?<!total )(?<!sum )(?<!cost )(?<!price )(?<!profit )(?<!average )(?<!balance )(?<!amount )(?<!score )"  # noqa: E501
     r"(?<!length )(?<!area )(?<!speed )(?<!value )(?<!answer )(?<!maximum )(?<!minimum )\bof|"
@@ -155,7 +155,7 @@ def _tail(text: str) -> str:
 
 
 def _main(text: str, tokens: list[Span]) -> Span:
-    """The last of a sentence's expressions that is said for itself and not in a phrase about it."""
+    """The last expression of a sentence that is not in a phrase after a preposition."""
     for token in tokens[::-1]:
         if "=" in token.content:
             return token
@@ -166,7 +166,7 @@ def _main(text: str, tokens: list[Span]) -> Span:
 
 
 def _bold(content: str) -> str | None:
-    """What bold text says, without the words before its value: `**Total: 18 dollars**`."""
+    """The value of bold text, without the words before it: `**Total: 18 dollars**`."""
     content = _trim(content)
     if spans := maths(content):
         return spans[-1].content

@@ -2,7 +2,7 @@
 
 Importing sympy takes half a second and more on a busy machine; a fork of a process that has it takes a few
 milliseconds. So the worker holds the clock of each comparison itself, and one that hangs costs its own limit
-and nothing on top.
+and no more.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from rewards import wire
-from rewards.programs import isolate as confine
+from rewards.maths.engine import equivalent
+from rewards.programs import isolate
 
 
 class Solver:
-    """The fork that works, and the worker's two pipes to it.
+    """The fork that compares, and the worker's two pipes to it.
 
     Args:
         parent: A descriptor that hangs up when the worker's own parent is gone; -1 for none.
@@ -34,7 +35,7 @@ class Solver:
         self._pid = 0
 
     def compare(self, gold: str, answer: str, timeout_s: float) -> dict[str, Any]:
-        """`value` and `detail` of `equivalence.equivalent`, or `error` with `kind`, `stage` and `cpu_s`."""
+        """`value` and `detail` of `equivalent`, or `error` with `kind`, `stage` and `cpu_s`."""
         if not self._pid:
             self._start()
         stage, stage_cpu_s = "", 0.0
@@ -52,7 +53,7 @@ class Solver:
             return {"error": why, "kind": "time", "stage": stage, "cpu_s": spent}
         except (EOFError, BrokenPipeError):
             self._stop()
-            return {"error": "the process at work died", "kind": "died", "stage": stage, "cpu_s": 0.0}
+            return {"error": "the comparing process died", "kind": "died", "stage": stage, "cpu_s": 0.0}
         if "error" in reply:  # its memory may be in any state
             self._stop()
             reply |= {"stage": stage, "cpu_s": 0.0}
@@ -70,7 +71,7 @@ class Solver:
         os.close(their_out)
 
     def _stop(self) -> float:
-        """Kill the fork; the CPU seconds that it used in all."""
+        """Kill the fork; the CPU seconds that it used."""
         with suppress(ProcessLookupError):
             os.kill(self._pid, signal.SIGKILL)
         _, _, usage = os.wait4(self._pid, 0)
@@ -104,21 +105,19 @@ class Solver:
 
 def _serve(requests: int, replies: int) -> NoReturn:
     """In the fork: compare until the worker is gone."""
-    from rewards.maths import engine as equivalence
-
     try:
-        confine.die_with_parent()
+        isolate.die_with_parent()
         gc.freeze()
         with open(requests, "rb") as source:
             while len(head := source.read(wire.HEAD_BYTES)) == wire.HEAD_BYTES:
                 task = json.loads(source.read(wire.length_of(head)))
                 _limit_cpu(task["cpu_s"])
-                wire.write(replies, _answer(equivalence.equivalent, task, replies))
+                wire.write(replies, _answer(task, replies))
     finally:
         os._exit(0)
 
 
-def _answer(equivalent: Any, task: dict[str, Any], replies: int) -> dict[str, Any]:
+def _answer(task: dict[str, Any], replies: int) -> dict[str, Any]:
     def stage(name: str) -> None:
         wire.write(replies, {"stage": name, "cpu_s": time.process_time()})
 
@@ -134,6 +133,6 @@ def _answer(equivalent: Any, task: dict[str, Any], replies: int) -> dict[str, An
 
 
 def _limit_cpu(seconds: float) -> None:
-    """Let this process use `seconds` more of CPU: it then ends by itself, even with nobody to kill it."""
+    """Let this process use `seconds` more of CPU: the kernel ends it then, even if the worker is gone."""
     limit = math.ceil(time.process_time() + seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

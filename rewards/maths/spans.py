@@ -52,7 +52,7 @@ _LABELS = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A piece of a text: `text[start:end]`, which says `content` between its delimiters."""
+    """A piece of a text: `text[start:end]`, with `content` between its delimiters."""
 
     start: int
     end: int

@@ -7,8 +7,8 @@ import re
 from collections.abc import Sequence
 
 from rewards.maths.extract import answer_block, outside_think
-from rewards.outcome import Outcome
 from rewards.pool import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.registry import Outcome
 from rollout.types import StdioTest
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -58,9 +58,9 @@ def run_tests(
     return _results.get(key, lambda: _run(code, tests, timeout_s, partial_credit, pool or shared_pool()))
 
 
-def sandbox_in_force(pool: WorkerPool | None = None) -> str:
-    """What holds a program on this machine, in words: namespaces, seccomp, rlimits, audit hook."""
-    return str((pool or shared_pool()).call({"op": "load", "for": "asserts"}, START_LIMIT_S)["in_force"])
+def active_sandbox(pool: WorkerPool | None = None) -> str:
+    """What confines a program on this machine, in words: namespaces, seccomp, rlimits, audit hook."""
+    return str((pool or shared_pool()).call({"op": "load", "for": "asserts"}, START_LIMIT_S)["active"])
 
 
 def _run(

@@ -1,7 +1,7 @@
-"""Python's own refusals in a program under test: the layer that is there on every system.
+"""What Python itself refuses to a program under test: the layer that works on every system.
 
-An audit hook sees what Python's functions do, and cannot be removed. Native code could go around it, which is
-why ctypes is refused too; where the kernel has namespaces and seccomp, `isolate` is what holds.
+An audit hook sees what Python's functions do, and cannot be removed. Native code could bypass it, so ctypes
+is refused too; where the kernel has namespaces and seccomp, `isolate` confines native code as well.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def forbid(folder: str) -> None:
-    """Refuse, for good, what a solution never needs: processes, the network, ctypes, files elsewhere.
+    """Refuse permanently what a solution never needs: processes, the network, ctypes, files elsewhere.
 
-    It may read what Python itself is made of, and read and write in `folder`.
+    It may read Python's own files, and read and write in `folder`.
     """
     home = os.path.realpath(folder)
     inside = home + os.sep

@@ -1,16 +1,16 @@
-"""What the kernel can take away from an untrusted program, and which of it is in force here.
+"""Kernel measures against an untrusted program, and which of them are active here.
 
 In order of strength, each used where the machine has it:
 
   namespaces  user, mount, network, IPC, host name, and a process-id namespace for each program: it sees
               Python's own folders, read-only, and an empty scratch folder in memory; no /proc, no network, no
-              other process. (What bubblewrap sets up; done here by the system calls it makes, since a warm
-              server must not start a program for each program.)
+              other process. (As bubblewrap does it, by the same system calls: starting bubblewrap
+              for each program would cost more than the program's fork.)
   seccomp     new processes, sockets, signals to others, ptrace, mounts and the like fail with EPERM.
   rlimits     CPU, address space, file size, processes, core dumps. Always.
   audit hook  writing or reading outside, processes, sockets, ctypes fail in Python itself. Always.
 
-Linux on x86-64 and aarch64; elsewhere the last two remain, and `describe` says so.
+Linux on x86-64 and aarch64; elsewhere the last two remain, and `describe` reports it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SCRATCH = "/scratch"
 SCRATCH_OPTIONS = b"size=67108864,nr_inodes=4096,mode=0700"
 STACK_BYTES = 64 << 20  # deep recursion is a legitimate way to write a solution
 
-# Not for programs, by kernel name: x86-64's number, aarch64's number.
+# Refused to programs, by kernel name: x86-64's number, aarch64's number.
 _DENIED = {
     "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),  # noqa: E501
     "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),  # noqa: E501
@@ -69,7 +69,7 @@ _machine = _ARCHITECTURES.get(platform.machine()) if _linux else None
 
 
 @dataclass
-class _InForce:
+class _Active:
     """What `enter` and the first program found to work in this process."""
 
     namespaces: bool = False
@@ -77,25 +77,25 @@ class _InForce:
     why_not: str = ""
 
 
-in_force = _InForce()
+active = _Active()
 
 
 def describe() -> str:
-    """One line: what holds a program that this process runs."""
-    parts = ["namespaces (user, mount, pid, network, ipc)"] if in_force.namespaces else []
-    parts += ["seccomp"] if in_force.seccomp else []
-    missing = f"; no namespaces: {in_force.why_not}" if not in_force.namespaces else ""
+    """One line: the measures that confine a program of this process."""
+    parts = ["namespaces (user, mount, pid, network, ipc)"] if active.namespaces else []
+    parts += ["seccomp"] if active.seccomp else []
+    missing = f"; no namespaces: {active.why_not}" if not active.namespaces else ""
     return ", ".join([*parts, "rlimits", "audit hook"]) + missing
 
 
 def enter(project: Path) -> None:
     """Move this process, single-threaded, into namespaces where only Python's folders are left, read-only.
 
-    Where that is not possible the process stays as it was, and `describe` says why.
+    Where that is not possible the process stays as it was, and `describe` tells why.
     """
-    in_force.seccomp = _seccomp_available()
+    active.seccomp = _seccomp_available()
     if _libc is None or _machine is None:
-        in_force.why_not = f"not supported on {platform.system()} {platform.machine()}"
+        active.why_not = f"not supported on {platform.system()} {platform.machine()}"
         return
     # Tried in a child first: half a move could not be undone.
     probe = os.fork()
@@ -109,10 +109,10 @@ def enter(project: Path) -> None:
             os._exit(1)
     _, status = os.waitpid(probe, 0)
     if status:
-        in_force.why_not = os.strerror(os.waitstatus_to_exitcode(status))
+        active.why_not = os.strerror(os.waitstatus_to_exitcode(status))
         return
     _enter(project)
-    in_force.namespaces = True
+    active.namespaces = True
 
 
 def _check(result: int) -> int:
@@ -204,8 +204,8 @@ def _make_read_only(target: str) -> None:
 
 
 def fork_program() -> int:
-    """`os.fork`, the child in a process-id namespace of its own where namespaces are in force."""
-    if not in_force.namespaces:
+    """`os.fork`, the child in a process-id namespace of its own where namespaces are active."""
+    if not active.namespaces:
         return os.fork()
     assert _libc_with_gil is not None and _machine is not None
     ctypes.pythonapi.PyOS_BeforeFork()
@@ -223,15 +223,15 @@ def fork_program() -> int:
 
 
 def fresh_scratch() -> str | None:
-    """An empty folder in memory for one program; `None` where only a folder on disk is to be had."""
-    if not in_force.namespaces:
+    """An empty folder in memory for one program; `None` where only a folder on disk is available."""
+    if not active.namespaces:
         return None
     _mount("scratch", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, SCRATCH_OPTIONS)
     return SCRATCH
 
 
 def drop_scratch() -> None:
-    """Take the folder away, with whatever is in it."""
+    """Unmount the folder with its contents."""
     assert _libc is not None
     with suppress(OSError):
         _check(_libc.umount2(os.fsencode(SCRATCH), MNT_DETACH))
@@ -274,14 +274,14 @@ def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> Non
 
 
 def give_up_privileges() -> None:
-    """In the program's process: no capabilities, and only harmless system calls. For good."""
+    """In the program's process: no capabilities, and only harmless system calls, permanently."""
     if _libc is None:
         return
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    if in_force.namespaces:
+    if active.namespaces:
         header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
         _libc.capset(header, bytes(24))
-    if in_force.seccomp:
+    if active.seccomp:
         _check(_libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(_Filter.build()), 0, 0))
 
 
@@ -304,10 +304,10 @@ class _Filter(ctypes.Structure):
         for numbers in _DENIED.values():
             if numbers[arch] >= 0:
                 program += [(equal, 0, 1, numbers[arch]), (give, 0, 0, refuse)]
-        program += [(equal, 0, 1, _CLONE3[arch]), (give, 0, 0, absent)]  # libc then takes clone
+        program += [(equal, 0, 1, _CLONE3[arch]), (give, 0, 0, absent)]  # libc then uses clone
         program += [(equal, 0, 4, _CLONE[arch]), (load, 0, 0, 16), (bits, 1, 0, _CLONE_THREAD)]
         program += [(give, 0, 0, refuse), (give, 0, 0, allow)]
-        # A signal to itself ends it: the first process of a namespace would not hear it.
+        # A signal to itself kills it here: the kernel ignores one to the first process of a namespace.
         for number in (_KILL[arch], _TGKILL[arch]):
             program += [(equal, 0, 4, number), (load, 0, 0, 16), (equal, 1, 0, os.getpid())]
             program += [(give, 0, 0, refuse), (give, 0, 0, kill)]
@@ -320,5 +320,5 @@ class _Filter(ctypes.Structure):
 def _seccomp_available() -> bool:
     if _libc is None or _machine is None:
         return False
-    # Asks for a filter at address 0: a kernel that has filters says "bad address", one without "invalid".
+    # A filter at address 0: a kernel that has filters returns EFAULT, one without EINVAL.
     return _libc.prctl(PR_SET_SECCOMP, 2, 0, 0, 0) < 0 and ctypes.get_errno() == 14

@@ -1,14 +1,14 @@
-"""Assert-style tests in one process, the program in another: the verdict is never the program's to give.
+"""Assert-style tests in one process, the program in another, so that the program cannot give the verdict.
 
 `judge` runs the tests. In their namespace the program's functions are `Remote` stand-ins: a call goes over a
 pipe to `serve` in the program's process, and its answer comes back as data (`values`). So expected
-values, the tests' source and the verdict exist only where the program is not: it cannot read them from
+values, the tests' source and the verdict exist only outside the program's process: it cannot read them from
 frames, the heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
 
 What a test asks of the program's own objects, the program answers: `==` between two of its objects, a helper
-function of its own that the test calls. Nothing else is: a stand-in never equals plain data, never turns into
-a number, and built-in and library names in a test mean the real ones even where the program redefined them
-(unless the test uses no other name of the program, as for a program that is about its own `sum`).
+function of its own that the test calls. It answers nothing else: a stand-in never equals plain data and never
+turns into a number, and built-in and library names in a test mean the real ones even where the program
+redefined them (unless the test uses no other name of the program, as for a program about its own `sum`).
 
 Known differences from running in one process: a module-level variable is copied when the tests begin; an
 argument changed in place is seen by the test when the call returns.
@@ -33,7 +33,7 @@ LONGEST_MESSAGE = 64 << 20
 
 
 class ProgramGone(Exception):
-    """The program's process ended, or said what is no message."""
+    """The program's process ended, or sent something that is no message."""
 
 
 class Pipe:
@@ -54,7 +54,7 @@ class Pipe:
         try:
             return json.loads(self._exactly(length))
         except (ValueError, RecursionError):
-            raise ProgramGone("the program sent what is no message") from None
+            raise ProgramGone("the program sent something that is no message") from None
 
     def _exactly(self, length: int) -> bytes:
         parts = []
@@ -86,7 +86,7 @@ class Link:
         self.gone = ""
 
     def ask(self, operation: str, *args: Any) -> Any:
-        """Have the program do something; its value, or its exception raised here."""
+        """Run an operation in the program; return its value, or raise its exception here."""
         if self.gone:
             raise ProgramGone(self.gone)
         try:
@@ -102,7 +102,7 @@ class Link:
                 if kind == "raised":
                     raise _exception(str(rest[0]), str(rest[1]), rest[2])
                 if kind != "own":
-                    raise ProgramGone("the program sent what is no message")
+                    raise ProgramGone("the program sent something that is no message")
                 self.pipe.send(self._called(*rest))
         except (Malformed, ValueError, TypeError, OSError, ProgramGone) as error:
             if getattr(error, "from_program", False):
@@ -163,7 +163,7 @@ def _exception(name: str, text: str, bases: Any) -> BaseException:
 
 
 class Remote:
-    """An object of the program's, by reference."""
+    """An object of the program, by reference."""
 
     __slots__ = ("_id", "_link")
 
@@ -260,7 +260,7 @@ def _plain(value: Any, kind: type) -> Any:
 def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
     def operator(self: Remote, other: Any) -> Any:
         value = _ask(self, "operator", name, other)
-        # A result of the program's own kind; a plain one could be made up to be what the test hopes for.
+        # A result of the program's own type; a plain one could be forged to match the test.
         both = isinstance(other, Remote)
         return value if isinstance(value, Remote) or (both and type(value) is bool) else NotImplemented
 
@@ -274,7 +274,7 @@ for _name in "add sub mul matmul truediv".split():  # noqa: SIM905
 
 
 def _change(old: Any, new: Any) -> None:
-    """Make `old` what the program made of its copy."""
+    """Give `old` the contents that the program gave its copy."""
     if isinstance(old, (list, bytearray)) and isinstance(new, type(old)):
         old[:] = new
     elif isinstance(old, (dict, set)) and isinstance(new, (dict, set)):

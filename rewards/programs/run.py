@@ -1,18 +1,17 @@
-"""Run an untrusted Python program against its tests, and learn honestly whether it passed.
+"""Run an untrusted Python program against its tests, with a verdict that it cannot forge.
 
 Runs inside `rewards.worker` only, as three processes: the worker, which has the tests and the clock; the
-program, forked from `zygote`, which has never seen a test; and for assert-style tests the judge
-(`judge`), a fork of the worker that runs them against the program over a socket. Only the judge holds
-the pipe that the verdict comes by, and stdin/stdout cases are compared here, so no program can give itself
-one. Forks of warm interpreters cost milliseconds.
+program, forked from `zygote`, whose memory never held a test; and for assert-style tests the judge
+(`judge`), a fork of the worker that runs them against the program over a socket. Only the judge holds the
+pipe of the verdict, and stdin/stdout cases are compared here. Forks of warm interpreters cost milliseconds.
 
 The program gets what `isolate` and `hook` leave it, an empty working folder that is deleted
 afterwards, an empty environment, and no open files but those named. At its end it is killed, and with it
 every process it made.
 
-What remains: where namespaces are not to be had, native code that goes around the audit hook could read files
+Known limits: where namespaces are not available, native code that bypasses the audit hook could read files
 and fill the disk, one file of limited size after the other, until its time is up. A test that calls a second
-function of the program's believes that function. And a program may know a public benchmark by heart.
+function of the program trusts that function. And a program may reproduce a public benchmark from memory.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rewards.programs import isolate as confine
-from rewards.programs import judge
+from rewards.programs import isolate, judge
 from rewards.programs.zygote import LINK_FD, Limits, Zygote, keep, seed
 
 __all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]
@@ -50,8 +48,8 @@ class _Run:
     """A process that is running, or has run."""
 
     pid: int
-    status: int = 0  # as waitpid gives it
-    killed: str = ""  # why we killed it, or ""
+    status: int = 0  # waitpid's
+    killed: str = ""  # why it was killed, or ""
     output: dict[int, bytearray] = field(default_factory=dict)  # by descriptor
 
     def failure(self) -> str:
@@ -67,19 +65,19 @@ def warm() -> str:
     """Import what programs commonly import, confine this process, and fork the zygote.
 
     Returns:
-        What is in force, in words.
+        The measures that are active, in words.
     """
     global _zygote
     if _zygote is None:
         for name in WARM_MODULES:
             import_module(name)
-        confine.enter(Path(__file__).resolve().parents[2])
+        isolate.enter(Path(__file__).resolve().parents[2])
         _zygote = Zygote()
-    return confine.describe()
+    return isolate.describe()
 
 
 def adopt_orphans(parent: int) -> None:
-    """`parent` is the pipe from our own parent: when it hangs up, a program that is running is stopped."""
+    """`parent` is the pipe from the worker's parent: when it hangs up, a running program is stopped."""
     global _parent
     _parent = parent
 
@@ -136,13 +134,13 @@ def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Lim
 def _become_judge(link: int, result: int, tests: list[str], stop_early: bool, limits: Limits) -> NoReturn:
     """In the fork: keep the two pipes, then run the tests. Never returns."""
     try:
-        confine.die_with_parent()
-        confine.hide_memory()
+        isolate.die_with_parent()
+        isolate.hide_memory()
         os.setsid()
         nothing = os.open(os.devnull, os.O_RDWR)
         keep([nothing, nothing, nothing, link, result])
         sys.stdin, sys.stdout, sys.stderr = (open(os.devnull, mode) for mode in ("r", "w", "w"))  # noqa: SIM115
-        confine.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
+        isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
         sys.set_int_max_str_digits(0)
         seed()
         judge.judge(
@@ -208,7 +206,7 @@ def same_output(got: str, want: str) -> bool:
 
 
 def _collect(run: _Run, pipes: list[int], limits: Limits, *, until_exit: bool) -> None:
-    """Read the pipes until the process ends (or only until they close), time is up, or it said too much."""
+    """Read the pipes until the process ends (or only until they close), or exceeds its limits."""
     deadline = time.monotonic() + limits.timeout_s
     run.output = {fd: bytearray() for fd in pipes}
     poll = select.poll()
@@ -244,7 +242,7 @@ def _collect(run: _Run, pipes: list[int], limits: Limits, *, until_exit: bool) -
 
 
 def _read_some(run: _Run, fd: int, limits: Limits) -> bool:
-    """Whether something came; at the end of the stream nothing does."""
+    """Read what is there; `False` at the end of the stream."""
     try:
         part = os.read(fd, 1 << 16)
     except BlockingIOError:

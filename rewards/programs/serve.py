@@ -1,7 +1,7 @@
-"""The program's end of the judge's socket: run the program, then do with its objects what the judge asks.
+"""The program's end of the judge's socket: run the program, then the judge's operations on its objects.
 
-All of this runs in the program's own process, so none of it is trusted: a program may take it over entirely
-and can then say nothing more than a program that answers could.
+All of this runs in the program's own process, so none of it is trusted: a program that takes it over can send
+nothing that a program that answers could not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Served:
         return decode(data, lambda kind, rest: self.objects[rest[0]] if kind == "o" else _Own(self, rest[0]))
 
     def until_answered(self) -> Any:
-        """Do what is asked until an answer to our own question comes; its value, or its exception raised."""
+        """Run requests until the answer to our own arrives; return its value or raise its exception."""
         while True:
             operation, *rest = self.pipe.receive()
             if operation == "value":
@@ -84,7 +84,7 @@ class _Served:
 
 
 class _Own:
-    """A function or object of the test's that the program was given."""
+    """A function or object of the test that was passed to the program."""
 
     def __init__(self, served: _Served, number: int) -> None:
         self._served, self._number = served, number
@@ -141,7 +141,7 @@ def module(name: str) -> dict[str, Any]:
 
 
 def serve(fd: int, code: str) -> None:
-    """Run the program, then answer until the judge has heard enough.
+    """Run the program, then answer until the judge closes the socket.
 
     The program is not `__main__` here, so its own demonstration under that guard stays out.
     """

@@ -32,7 +32,7 @@ Dereference = Callable[[str, Any], Any]
 
 
 class Malformed(Exception):
-    """What arrived is no value."""
+    """The data stand for no value."""
 
 
 def encode(value: Any, reference: Reference) -> Any:

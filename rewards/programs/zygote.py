@@ -1,13 +1,14 @@
-"""The process that programs are forked from: it has never seen a test.
+"""The process that programs are forked from: its memory never held a test.
 
 A fork inherits its parent's memory. The worker's holds the tests and their expected outputs, so the worker
-does not fork programs itself: when it is loaded, before any task, it forks this process, which is told
-nothing but programs, and hands over their input and output as open files. A program that searches its own
-memory finds Python, and itself.
+does not fork programs itself: when it is loaded, before any task, it forks this process, which receives
+nothing but programs, with their input and output as open files. A program that searches its own memory finds
+Python, and itself.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -23,9 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from rewards import wire
-from rewards.programs import hook as audit
-from rewards.programs import isolate as confine
-from rewards.programs import serve
+from rewards.programs import hook, isolate, serve
 from rewards.programs.judge import words
 
 LINK_FD = 3
@@ -33,7 +32,7 @@ LINK_FD = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one run of a program may use."""
+    """Limits of one run of a program."""
 
     timeout_s: float
     """Wall clock, seconds; CPU time is limited to a second more."""
@@ -44,7 +43,7 @@ class Limits:
     file_bytes: int = 16 << 20
     """The largest file it may write."""
     processes: int = 4096
-    """Processes and threads of this user; the system does not hold root to it, seccomp and the hook do."""
+    """Processes and threads of this user; the kernel exempts root, seccomp and the hook do not."""
 
 
 class Zygote:
@@ -107,8 +106,8 @@ def _exactly(channel: socket.socket, length: int) -> bytes:
 def _serve_forks(channel: socket.socket) -> NoReturn:
     """In the zygote: start and end programs, one at a time, until the worker is gone."""
     try:
-        confine.die_with_parent()
-        confine.reap_orphans()
+        isolate.die_with_parent()
+        isolate.reap_orphans()
         fd = channel.fileno()
         os.closerange(0, fd)
         os.closerange(fd + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
@@ -137,12 +136,12 @@ def _serve_forks(channel: socket.socket) -> NoReturn:
 
 def _folder() -> str:
     """An empty folder for one program."""
-    return confine.fresh_scratch() or tempfile.mkdtemp(prefix="program-")
+    return isolate.fresh_scratch() or tempfile.mkdtemp(prefix="program-")
 
 
 def _drop(folder: str) -> None:
-    if confine.in_force.namespaces:
-        confine.drop_scratch()
+    if isolate.active.namespaces:
+        isolate.drop_scratch()
         return
     shutil.rmtree(folder, ignore_errors=True)
     if os.path.exists(folder):  # folders without permissions, or nested too deep for Python
@@ -153,7 +152,7 @@ def _drop(folder: str) -> None:
 def _end(pid: int) -> int:
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
-    if confine.in_force.namespaces:  # the first process of a namespace takes the others with it
+    if isolate.active.namespaces:  # the first process of a namespace takes the others with it
         return os.waitpid(pid, 0)[1]
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)
@@ -178,12 +177,12 @@ def _children() -> list[int]:
 
 
 def _fork(message: dict[str, Any], fds: list[int], folder: str) -> int:
-    pid = confine.fork_program()
+    pid = isolate.fork_program()
     if pid:
         return pid
     try:
         limits = Limits(**message["limits"])
-        confine.die_with_parent()
+        isolate.die_with_parent()
         os.setsid()
         keep(fds)
         os.chdir(folder)
@@ -195,9 +194,9 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str) -> int:
         sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         seed()
-        confine.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
-        confine.give_up_privileges()
-        audit.forbid(folder)
+        isolate.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
+        isolate.give_up_privileges()
+        hook.forbid(folder)
         run: Callable[[str], None] = _script if message["kind"] == "stdio" else _served
         run(message["code"])
     finally:
@@ -206,8 +205,6 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str) -> int:
 
 def keep(wanted: list[int]) -> None:
     """Make `wanted` the descriptors 0, 1, 2, … and close all others."""
-    import fcntl
-
     # Above the final numbers first, so that no dup2 overwrites a descriptor still to be moved.
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 32) for fd in wanted]
     for target, source in enumerate(high):
@@ -216,7 +213,7 @@ def keep(wanted: list[int]) -> None:
 
 
 def seed() -> None:
-    """The same draws in every run, so that verdicts repeat."""
+    """The same random numbers in every run, so that verdicts repeat."""
     if random := sys.modules.get("random"):
         random.seed(0)
 

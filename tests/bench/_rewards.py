@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from rewards.outcome import Outcome
 from rewards.pool import WorkerPool
+from rewards.registry import Outcome
 from rewards.reward import Accuracy
 from rollout.types import Problem
 

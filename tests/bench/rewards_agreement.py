@@ -1,4 +1,4 @@
-"""What the rewards say, where it is known what they should: nothing is timed here, all is counted.
+"""Verdicts of the rewards where the right one is known: nothing is timed here, all is counted.
 
 Our own labelled pairs; golds of ten benchmarks (read from R1_DATA) against themselves, against the published
 solutions that end in them and against another row's gold; HumanEval's and MBPP's programs, right and broken;
@@ -13,7 +13,7 @@ from typing import Any
 from rewards.maths.grade import grade_math
 from rewards.maths.spans import boxes
 from rewards.pool import WorkerPool
-from rewards.programs.grade import run_tests, sandbox_in_force
+from rewards.programs.grade import active_sandbox, run_tests
 from tests import data
 from tests.bench._rewards import outcomes
 from tests.rewards import answers, completions
@@ -137,5 +137,5 @@ def run() -> dict[str, Any]:
     with WorkerPool(2) as pool, ThreadPoolExecutor(2) as threads:
         for part in (mathematics, programs, attacks):
             part(tally, pool, threads)
-        in_force = sandbox_in_force(pool)
-    return {"claims": tally.claims, "counts": tally.counts, "missed": tally.missed, "in_force": in_force}
+        sandbox = active_sandbox(pool)
+    return {"claims": tally.claims, "counts": tally.counts, "missed": tally.missed, "sandbox": sandbox}

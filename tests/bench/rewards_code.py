@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rewards.pool import WorkerPool
-from rewards.programs.grade import run_tests, sandbox_in_force
+from rewards.programs.grade import active_sandbox, run_tests
 from tests.bench.measure import interleave
 from tests.data import checked_programs
 
@@ -20,7 +20,7 @@ AT_LEAST, ROUNDS = 60.0, 5
 
 
 def run() -> dict[str, Any]:
-    """Time whole passes over the 164 programs; nothing is remembered from one to the next."""
+    """Time complete passes over the 164 programs; nothing is remembered from one to the next."""
     programs = checked_programs("humaneval")
     passes = 0
     with WorkerPool(2) as pool, ThreadPoolExecutor(2) as threads:
@@ -35,7 +35,7 @@ def run() -> dict[str, Any]:
             assert all(outcome.value == 1 for outcome in done)
 
         timing = interleave({"humaneval": once}, rounds=ROUNDS)["humaneval"]
-        in_force = sandbox_in_force(pool)
+        sandbox = active_sandbox(pool)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
         "claims": [
@@ -47,7 +47,7 @@ def run() -> dict[str, Any]:
             }
         ],
         "programs": len(programs),
-        "in_force": in_force,
+        "sandbox": sandbox,
         "pass": timing.report(),
         "cpu_s_a_program": (used.ru_utime + used.ru_stime) / (len(programs) * passes),
         "user_s_a_program": used.ru_utime / (len(programs) * passes),

@@ -16,8 +16,8 @@ from typing import Any
 
 from rewards.maths.extract import final_answer
 from rewards.maths.grade import grade_math, normalise, quick_grade
-from rewards.outcome import Outcome
 from rewards.pool import WorkerPool
+from rewards.registry import Outcome
 from tests.bench._rewards import outcomes
 from tests.data import rows
 
@@ -38,16 +38,16 @@ _GSM8K = (
 
 def pairs() -> list[tuple[str, str]]:
     """(gold, completion): two of three from MATH, one from GSM8K; half of them with a wrong answer."""
-    draw = random.Random(0)
+    choose = random.Random(0)
     maths, grade_school = ([row["answer"] for row in rows(name)] for name in ("math_train", "gsm8k_train"))
     made = []
     for i in range(PAIRS):
         golds, templates = (grade_school, _GSM8K + _TEMPLATES[:1]) if i % 3 == 0 else (maths, _TEMPLATES)
-        gold = draw.choice(golds)
-        said = gold if draw.random() < 0.5 else draw.choice(golds)
-        if draw.random() < 0.3 and "\\left" not in said:  # written in another way
+        gold = choose.choice(golds)
+        said = gold if choose.random() < 0.5 else choose.choice(golds)
+        if choose.random() < 0.3 and "\\left" not in said:  # written in another way
             said = said.replace("\\frac", "\\dfrac").replace("(", "\\left(").replace(")", "\\right)")
-        made.append((gold, draw.choice(templates).format(said)))
+        made.append((gold, choose.choice(templates).format(said)))
     return made
 
 

@@ -10,8 +10,8 @@ import pytest
 from distill.corpus import apart_from, plain_rows, read_solutions, worked_rows, worked_steps
 from pipeline.data.corpus import Row
 from pipeline.errors import UserError
-from rewards.format import in_format
 from rewards.maths.extract import final_answer
+from rewards.style import in_format
 
 CLIPS = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n\nShe sold 48+24 = <<48+24=72>>72 clips.\n#### 72"
 GSM8K = {

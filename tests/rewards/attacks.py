@@ -80,7 +80,7 @@ HARMFUL = {
 
 
 def outlasting(name: str) -> bool:
-    """Whether an attack takes its whole time limit."""
+    """Whether an attack takes its complete time limit."""
     slow = (
         "loop",
         "bomb",

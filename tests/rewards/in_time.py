@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from rewards.maths import grade as math_answer
-from rewards.outcome import Outcome
 from rewards.programs import grade as code
+from rewards.registry import Outcome
 
 GRACE_S = 1.0
 TRIES = 3
@@ -15,7 +15,7 @@ TRIES = 3
 
 
 def outcomes_in_time(grade: Callable[[], Outcome], limit_s: float) -> list[Outcome]:
-    """What `grade` says, nothing remembered, until it says so within `limit_s` and a second; three tries."""
+    """Outcomes of `grade`, nothing remembered, until one comes within `limit_s` and a second; three tries."""
     outcomes, took = [], []
     while len(outcomes) < TRIES:
         for memo in (code._results, math_answer._results):

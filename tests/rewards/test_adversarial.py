@@ -14,7 +14,7 @@ from rewards.pool import TaskFailed, WorkerPool
 from tests.rewards.in_time import outcomes_in_time
 
 LIMIT_S = 2.0
-COSTLY = {
+EXPENSIVE = {
     "power tower": "9^{9^{9^{9^{9}}}}",
     "power": "123456789^{123456789}",
     "factorials": "((9!)!)!",
@@ -68,10 +68,10 @@ def pool():
 
 
 @pytest.mark.parametrize(
-    ("name", "gold"), [(name, "\\sqrt{7}") for name in [*COSTLY, *ODD]] + [(name, "7") for name in ODD]
+    ("name", "gold"), [(name, "\\sqrt{7}") for name in [*EXPENSIVE, *ODD]] + [(name, "7") for name in ODD]
 )
 def test_answered_in_time_and_never_correct(pool, name, gold):
-    answer = {**COSTLY, **ODD}[name]
+    answer = {**EXPENSIVE, **ODD}[name]
     for outcome in outcomes_in_time(lambda: grade_math(gold, answer, pool=pool, timeout_s=LIMIT_S), LIMIT_S):
         assert outcome.value != 1, outcome.detail
         assert outcome.detail
@@ -81,11 +81,11 @@ def test_the_pool_works_on_after_it(pool):
     assert grade_math("\\sqrt{50}", "5 \\cdot \\sqrt{2}", pool=pool).value == 1
 
 
-def test_a_costly_answer_is_wrong_and_a_costly_gold_an_error(pool):
+def test_an_expensive_answer_is_wrong_and_an_expensive_gold_an_error(pool):
     """An answer must not buy itself out; a gold that cannot be checked is the verifier's failure."""
     tower = "2 + 9^{9^{9^{9^{9}}}}"
     wrong = grade_math("\\sqrt{7}", tower, pool=pool, timeout_s=LIMIT_S)
-    assert wrong.value == 0 and "too costly" in wrong.detail
+    assert wrong.value == 0 and "too expensive" in wrong.detail
     failed = grade_math(tower, "\\sqrt{7}", pool=pool, timeout_s=LIMIT_S)
     assert failed.value is None
 

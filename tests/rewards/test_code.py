@@ -132,13 +132,13 @@ def test_verifier_failures(pool):
 
 
 def test_verdicts_repeat_and_are_remembered(pool):
-    draws = (
+    randoms = (
         "import random\nv = [random.random(), hash('a'), list({'b', 'c', 'd'})]\ndef f(): return v\nprint(v)"
     )
-    outcome = run_tests(draws, ["open('x', 'w').write(str(f())); raise ValueError(str(f()))"], pool=pool)
+    outcome = run_tests(randoms, ["open('x', 'w').write(str(f())); raise ValueError(str(f()))"], pool=pool)
     code_module._results.clear()
     with WorkerPool(1) as fresh:
-        again = run_tests(draws, ["open('x', 'w').write(str(f())); raise ValueError(str(f()))"], pool=fresh)
+        again = run_tests(randoms, ["open('x', 'w').write(str(f())); raise ValueError(str(f()))"], pool=fresh)
     assert outcome.detail == again.detail
     slow = "import time\ntime.sleep(0.4)\n" + RIGHT
     run_tests(slow, TESTS, pool=pool)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rewards.pool import WorkerPool
-from rewards.programs.grade import run_tests, sandbox_in_force
+from rewards.programs.grade import active_sandbox, run_tests
 from rollout.types import StdioTest
 from tests.rewards.attacks import FORGERIES, HARMFUL, TESTS, folders, left_behind, outlasting
 from tests.rewards.in_time import outcomes_in_time
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def pool():
     with WorkerPool(1) as pool:
-        sandbox_in_force(pool)
+        active_sandbox(pool)
         yield pool
 
 
@@ -81,16 +81,16 @@ def test_right_programs_pass_whatever_they_return(pool):
 
 
 def test_without_namespaces_the_rest_still_holds(tmp_path):
-    """Where the kernel gives neither namespaces nor seccomp, it says so, and no attack of these passes."""
+    """Without namespaces and seccomp the description tells so, and no attack of these passes."""
     script = (
-        "import json, sys\nfrom rewards.programs import isolate as confine, run as sandbox\n"
-        "confine.enter = lambda project: setattr(confine.in_force, 'why_not', 'taken away by the test')\n"
-        "said = sandbox.warm()\n"  # forks the zygote, which must not have seen a test
+        "import json, sys\nfrom rewards.programs import isolate, run\n"
+        "isolate.enter = lambda project: setattr(isolate.active, 'why_not', 'taken away by the test')\n"
+        "active = run.warm()\n"  # forks the zygote, which must not have seen a test
         "programs, tests = json.loads(sys.stdin.read())\n"
-        "limits = sandbox.Limits(timeout_s=2)\n"
-        "out = [sandbox.run_asserts(p, tests, limits, False)['passed'] for p in programs]\n"
-        "out.append(sandbox.run_stdio('print(int(input()) * 2)', [['2', '4']], limits, True)['passed'])\n"
-        "print(json.dumps([said, out]))\n"
+        "limits = run.Limits(timeout_s=2)\n"
+        "out = [run.run_asserts(p, tests, limits, False)['passed'] for p in programs]\n"
+        "out.append(run.run_stdio('print(int(input()) * 2)', [['2', '4']], limits, True)['passed'])\n"
+        "print(json.dumps([active, out]))\n"
     )
     programs = [text for name, text in {**FORGERIES, **HARMFUL}.items() if not outlasting(name)]
     right = "def f(x): return x + 1"
@@ -99,8 +99,8 @@ def test_without_namespaces_the_rest_still_holds(tmp_path):
         [sys.executable, "-c", script], input=json.dumps([[*programs, right], TESTS]), env=env, capture_output=True, text=True,  # noqa: E501
         timeout=100, check=True,
     )  # fmt: skip
-    said, passed = json.loads(done.stdout)
-    assert said == "rlimits, audit hook; no namespaces: taken away by the test"
+    active, passed = json.loads(done.stdout)
+    assert active == "rlimits, audit hook; no namespaces: taken away by the test"
     assert passed == [0] * len(programs) + [len(TESTS), 1]
     assert os.listdir(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""Our own labelled set: answers and whole completions with the verdicts they deserve, each with its reason."""  # noqa: E501
+"""Our own labelled set: answers and completions with the verdicts they deserve, each with its reason."""
 
 import random
 

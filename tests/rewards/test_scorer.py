@@ -2,7 +2,7 @@
 
 import pytest
 
-from rewards.reward import RewardWeights, Scorer
+from rewards.reward import Scorer
 from rollout.types import Problem, Prompt, Rollout
 
 MATH = Problem("m", "math", "3+4?", answer="7")
@@ -20,7 +20,7 @@ def r1(answer: str) -> str:
 
 
 def test_sum_and_parts():
-    with Scorer(RewardWeights(accuracy=1.0, format=0.5, language=3.0)) as scorer:
+    with Scorer({"accuracy": 1.0, "format": 0.5, "language": 3.0}) as scorer:
         graded = scorer.grade(rollout(MATH), r1("7"))
         assert graded.verdict == "correct"
         assert graded.parts == pytest.approx(
@@ -34,7 +34,7 @@ def test_sum_and_parts():
 
 
 def test_a_failed_verifier_is_an_error_and_has_no_part():
-    with Scorer(RewardWeights()) as scorer:
+    with Scorer({"accuracy": 1.0}) as scorer:
         graded = scorer.grade(rollout(BROKEN), r1("7"))
         assert graded.verdict == "error"
         assert "accuracy" not in graded.parts and "format" in graded.parts
@@ -43,10 +43,10 @@ def test_a_failed_verifier_is_an_error_and_has_no_part():
 
 def test_partial_credit_is_not_correct():
     program = r1("def f(x): return x + 1")
-    with Scorer(RewardWeights(), partial_credit=True) as scorer:
+    with Scorer({"accuracy": 1.0}, partial_credit=True) as scorer:
         graded = scorer.grade(rollout(CODE), program)
         assert graded.reward == 0.5 and graded.verdict == "incorrect"
-    with Scorer(RewardWeights()) as scorer:
+    with Scorer({"accuracy": 1.0}) as scorer:
         assert scorer.grade(rollout(CODE), program).reward == 0
 
 
@@ -62,7 +62,7 @@ def test_grade_all_keeps_the_order_and_agrees_with_grade():
             (BROKEN, "1"),
         ]
     ]
-    with Scorer(RewardWeights(format=0.1), mode="lenient") as scorer:
+    with Scorer({"accuracy": 1.0, "format": 0.1}, mode="lenient") as scorer:
         together = scorer.grade_all(iter(pairs))
         assert together == [scorer.grade(*pair) for pair in pairs]
     assert [graded.rollout is pair[0] for graded, pair in zip(together, pairs, strict=True)] == [True] * len(

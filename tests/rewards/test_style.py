@@ -1,12 +1,17 @@
-"""Format, language and length: tables, and DAPO Eq. 13 read off the page."""
+"""Format, language, repetition and length: tables, and DAPO Eq. 13 read off the page."""
 
 import pytest
 
-from rewards.format import in_format
-from rewards.language import language_consistency
-from rewards.length import soft_overlong
-from rewards.reward import Format, Language
-from rollout.types import Problem
+from rewards.reward import Scorer
+from rewards.style import (
+    format_reward,
+    in_format,
+    language_consistency,
+    language_reward,
+    repetition,
+    soft_overlong,
+)
+from rollout.types import Problem, Prompt, Rollout
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,7 @@ from rollout.types import Problem
 )
 def test_format(completion, good):
     assert in_format(completion) is good
-    assert Format()(Problem("", "math", ""), completion).value == float(good)
+    assert format_reward(Problem("", "math", ""), completion) == float(good)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,7 @@ def test_language(text, target, share):
 def test_code_answers_say_nothing_about_the_language():
     text = "<think>我们用循环 for while</think><answer>def add(first, second): return first</answer>"
     problem = Problem("", "code", "", language="zh")
-    assert Language()(problem, text).value == 1.0
+    assert language_reward(problem, text) == 1.0
     assert language_consistency(text, "zh") < 0.6
 
 
@@ -74,3 +79,31 @@ def test_soft_overlong_is_dapo_eq13():
     assert soft_overlong(100, 100, 0) == 0 and soft_overlong(101, 100, 0) == -1
     with pytest.raises(ValueError, match="buffer_tokens=200"):
         soft_overlong(1, 100, 200)
+
+
+def test_a_loop_is_nearly_all_repetition_and_a_solution_is_none():
+    assert repetition("Wait, let me check that again from the start. " * 50) > 0.9
+    assert repetition("再检查一遍这个算式到底对不对。" * 30) > 0.9
+    assert repetition("First 3+4-5. Then 7-5. So the result is 2. The answer is 2.") == 0.0
+    assert repetition("") == repetition("one two") == 0.0
+
+
+def test_it_is_the_share_of_ngrams_seen_before():
+    assert repetition("a b c d a b c d", n=2) == pytest.approx(3 / 7)  # ab bc cd da ab bc cd
+    assert repetition("1 1 1 1", n=1) == 0.75
+
+
+def test_it_is_linear_in_length():
+    assert repetition("x1+ " * 200_000) > 0.99
+
+
+def test_the_scorer_subtracts_it_by_its_weight():
+    problem = Problem("p", "math", "2+2=?", "4", (), "own", "en")
+    rollout = Rollout(Prompt(problem, "r1", (1,)), 0, 0, (2,), (0.0,), "stop", 0)
+    text = (
+        "<think>" + "so it must be four because two and two are four. " * 20 + "</think>\n<answer>4</answer>"
+    )
+    with Scorer({"accuracy": 1.0}) as plain, Scorer({"accuracy": 1.0, "repetition": 0.5}) as strict:
+        kept, cut = plain.grade(rollout, text), strict.grade(rollout, text)
+    assert kept.reward == 1.0 and kept.parts["repetition"] == cut.parts["repetition"] < -0.8
+    assert cut.reward == pytest.approx(1.0 + 0.5 * cut.parts["repetition"])

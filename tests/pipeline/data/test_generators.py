@@ -6,8 +6,7 @@ import pytest
 
 from pipeline.data.generators import FAMILIES, LARGEST, generate, items, split_of
 from pipeline.data.traces import curated, document
-from rewards.format import in_format
-from rewards.language import language_consistency
+from rewards.style import in_format, language_consistency
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -12,7 +12,7 @@ from pipeline.settings.common import OptimSettings
 from pipeline.settings.grpo import GrpoSettings
 from pipeline.stages.rl import Trainer, rollout_metrics
 from pipeline.table import STAGES
-from rewards.length import soft_overlong
+from rewards.style import soft_overlong
 from tests.small import random_policy
 
 STAGE = next(stage for stage in STAGES if stage.name == "zero")
@@ -76,16 +76,32 @@ def test_rollouts_of_other_weights_stop_the_run(trainer):
 
 
 def test_the_length_punishment_is_part_of_the_reward(trainer):
+    weights = {"accuracy": 1.0, "language": 1.0, "overlong": 0.5}
     plain, punished = (
         drawn(trainer(name="plain")),
-        drawn(trainer(name="punished", overlong_buffer=LONGEST - 2)),
+        drawn(trainer(name="punished", rewards=weights, overlong_buffer=LONGEST - 2)),
     )
     assert any(g.parts["overlong"] < 0 for g in punished)
     for without, graded in zip(plain, punished, strict=True):
         assert without.rollout.token_ids == graded.rollout.token_ids and "overlong" not in without.parts
         want = soft_overlong(len(graded.rollout.token_ids), LONGEST, LONGEST - 2)
         assert graded.parts["overlong"] == want
-        assert graded.reward == pytest.approx(without.reward + want)
+        assert graded.reward == pytest.approx(without.reward + 0.5 * want)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"overlong_buffer": 97}, "overlong_buffer=97 must lie in 0 .. max_tokens=96"),
+        ({"overlong_buffer": -1}, "overlong_buffer=-1 must lie in"),
+        ({"overlong_buffer": 8}, "overlong_buffer=8 has no effect: give the reward overlong a weight"),
+        ({"rewards": {"overlong": 1.0}}, "rewards.overlong has no effect: set overlong_buffer"),
+        ({"rewards": {"acuracy": 1.0}}, "did you mean accuracy"),
+    ],
+)
+def test_rewards_that_cannot_be_are_refused_with_the_settings(settings, error):
+    with pytest.raises(ValueError, match=error):
+        GrpoSettings(**settings)
 
 
 def test_the_reference_stays_until_it_is_refreshed(trainer):

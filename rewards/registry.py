@@ -1,0 +1,162 @@
+"""A reward: a function of a problem and a completion, registered under a name with one line that explains it.
+
+    @reward("format", "share of rollouts in the think/answer format")
+    def format_reward(problem: Problem, completion: str) -> float: ...
+
+It returns a float, or an `Outcome` with a detail. A third parameter named `rollout` receives the `Rollout`,
+for rewards that need tokens, finish reason or limits. Rewards are pure: equal arguments give equal values.
+
+A reward has three outcomes: a value, which may be 0, or *the verifier failed*. A failure is never a silent 0:
+the rollout is dropped from the loss and counted (`verdict == "error"`).
+
+A user's own function needs no registration: `"module:function"` names it, and the first line of its docstring
+explains it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from rollout.types import Problem, Rollout, Verdict
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a reward found for one completion."""
+
+    value: float | None
+    """`None`: the verifier failed (the gold does not parse, time or memory ran out)."""
+    detail: str = ""
+    """One line: why."""
+    extracted: str | None = None
+    """The final answer that was read out of the completion, where there is one."""
+
+
+def verdict_of(outcome: Outcome) -> Verdict:
+    """`correct` only for full marks; partial credit is a reward, not a verdict."""
+    if outcome.value is None:
+        return "error"
+    return "correct" if outcome.value == 1 else "incorrect"
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A function with its name; calling it always gives an `Outcome`."""
+
+    name: str
+    """Name of its part in samples.jsonl and, behind `reward/`, of its metric."""
+    summary: str
+    """What its mean over a step says, one line of the glossary."""
+    function: Function
+    takes_rollout: bool
+
+    def __call__(self, problem: Problem, completion: str, rollout: Rollout) -> Outcome:
+        """The outcome. An exception, or a value that is no finite number, is a failure of the verifier."""
+        named = {"rollout": rollout} if self.takes_rollout else {}
+        try:
+            result = self.function(problem, completion, **named)
+            outcome = result if isinstance(result, Outcome) else Outcome(_number(result))
+            if outcome.value is not None and not math.isfinite(outcome.value):
+                return Outcome(None, f"{self.name} returned {outcome.value}, which is no finite number")
+        except Exception as error:
+            return Outcome(None, _one_line(f"{self.name} raised {type(error).__name__}: {error}"))
+        return outcome
+
+
+def _number(value: Any) -> float:
+    if value is None or isinstance(value, str):
+        raise TypeError(f"a reward returns a number or an Outcome, not {value!r}")
+    return float(value)
+
+
+REWARDS: dict[str, Reward] = {}
+"""The registered rewards by name."""
+
+
+def reward(name: str, summary: str) -> Callable[[Function], Function]:
+    """Register the function below under `name`. `summary` says in one line what the mean of its values is."""
+
+    def register(function: Function) -> Function:
+        REWARDS[name] = Reward(name, summary, function, _takes_rollout(name, function))
+        return function
+
+    return register
+
+
+def find(name: str) -> Reward:
+    """The registered reward `name`, or the user's function "module:function".
+
+    Raises:
+        ValueError: There is none, or its parameters are not a reward's; in one line with the nearest name.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    if ":" not in name:
+        near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
+        raise ValueError(
+            f"no reward {name!r}; did you mean {near[0]}? Registered: {', '.join(REWARDS)}; "
+            'a function of your own is "module:function".'
+        )
+    where, _, attribute = name.partition(":")
+    module = _imported(name, where)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        near = difflib.get_close_matches(attribute, functions, n=1, cutoff=0.0)
+        hint = f"; did you mean {where}:{near[0]}?" if near else ", nor any other"
+        raise ValueError(f"reward {name!r}: {where} has no function {attribute!r}{hint}")
+    takes_rollout = _takes_rollout(name, function)
+    summary = (inspect.getdoc(function) or f"mean of {name}, which has no docstring").strip().splitlines()[0]
+    return Reward(attribute, summary, function, takes_rollout)
+
+
+def _imported(name: str, where: str) -> ModuleType:
+    """The module `where`: a file of the working directory, or else an installed module."""
+    here = os.getcwd()  # on the path already under `python -m`, but not under every launcher
+    sys.path.insert(0, here)
+    try:
+        return import_module(where)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == where:
+            why = f"no file {where.replace('.', '/')}.py in {here}, and no installed module of this name"
+        else:
+            why = f"module {where} cannot be imported: {type(error).__name__}: {error}"
+        raise ValueError(_one_line(f"reward {name!r}: {why}")) from error
+    finally:
+        sys.path.remove(here)
+
+
+def _takes_rollout(name: str, function: Function) -> bool:
+    """Whether the function has the third parameter `rollout`.
+
+    Raises:
+        ValueError: It cannot be called with a problem and a completion, nor with those and a rollout.
+    """
+    try:
+        signature = inspect.signature(function)
+        takes_rollout = "rollout" in signature.parameters
+        signature.bind("problem", "completion", **({"rollout": None} if takes_rollout else {}))
+    except (TypeError, ValueError):
+        try:
+            has = str(inspect.signature(function).replace(return_annotation=inspect.Signature.empty))
+        except (TypeError, ValueError):
+            has = "parameters that Python cannot read"
+        raise ValueError(
+            f"reward {name!r} takes {has}; expected (problem, completion) or (problem, completion, rollout)."
+        ) from None
+    return takes_rollout
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:500]
