@@ -14,10 +14,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 WINDOW = 16  # micro-batches whose rows are sorted together: fewer pad more, more mix less
 IGNORE = -100  # label of a token outside the loss; torch's cross-entropy and TRL agree on it
@@ -92,8 +91,6 @@ def cut_evenly(window: list[int], lengths: Sequence[int], width: int) -> list[li
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """Rows side by side, padded on the right: input_ids, labels, attention_mask, each b x t."""
-    import torch
-
     width = max(map(len, examples))
     ids = torch.full((len(examples), width), pad_id)
     labels = torch.full_like(ids, IGNORE)

@@ -18,23 +18,26 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
+from distill.trainer import Job, quiet, train
 from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.problems import data_folder
+from pipeline.data.traces import corpus
 from pipeline.errors import UserError
+from pipeline.run.directory import RunDir
 from pipeline.run.files import replacing
 from pipeline.run.metrics import say
 from pipeline.settings.common import AdamWSettings
 from pipeline.settings.distill import DistillSettings
+from pipeline.train.policy import set_up
 from rollout.text.templates import template_named
 from rollout.text.tokenizer import encode_example, load_tokenizer
-
-if TYPE_CHECKING:
-    from distill.trainer import Job
-    from pipeline.run.directory import RunDir
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,6 @@ class Lesson:
 
     def job(self, first: int, total: int, config: DistillSettings) -> Job:
         """The updates, planned; they are steps `first + 1` .. of the stage's `total`."""
-        from distill.trainer import Job
-
         lengths = [len(example) for example in self.course.examples]
         budget = self.tokens_per_step // self.micro_batches
         return Job(
@@ -126,8 +127,6 @@ def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: D
 
 def documents(config: DistillSettings, tokenizer: Any) -> Course:
     """Pretraining documents for every update of the base, each token scored."""
-    from pipeline.data.traces import corpus
-
     wanted = config.base.steps * config.base.tokens_per_step
     examples: list[Example] = []
     tokens = 0
@@ -145,9 +144,6 @@ def documents(config: DistillSettings, tokenizer: Any) -> Course:
 
 def first_weights(config: DistillSettings, tokenizer: Any, init: Path | None) -> Any:
     """The student before training; the same bits each time it is called."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(config.seed)
     if init is not None:
         return AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
@@ -216,9 +212,6 @@ def model_card(config: DistillSettings, course: Course, parameters: int, tokens:
 
 def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
-    from distill.trainer import quiet, train
-    from pipeline.train.policy import set_up
-
     set_up(config.seed, config.threads)
     quiet()
     lora = lora_config(config.lora_rank)

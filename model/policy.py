@@ -6,10 +6,11 @@ only one of them has is an empty answer of the other, such as no MTP states and 
 Axes    b rows, s tokens of a row, d width
 """
 
+import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,10 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and the states of each multi-token-prediction module (b s d): none without modules."""
         return self.hidden(token_ids, positions, sequence_ids), []
+
+    def frozen(self) -> Self:
+        """A copy that no update touches, for scoring."""
+        return copy.deepcopy(self).eval().requires_grad_(False)
 
     def num_parameters(self, *, active: bool = False) -> int:
         """Weights. `active`: those that one token meets; in a dense model all of them."""

@@ -108,20 +108,30 @@ def find(name: str) -> Reward:
             f"no reward {name!r}; did you mean {near[0]}? Registered: {', '.join(REWARDS)}; "
             'a function of your own is "module:function".'
         )
+    function = own_function(name, "reward")
+    takes_rollout = _takes_rollout(name, function)
+    summary = (inspect.getdoc(function) or f"mean of {name}, which has no docstring").strip().splitlines()[0]
+    return Reward(name.partition(":")[2], summary, function, takes_rollout)
+
+
+def own_function(name: str, what: str = "loss") -> Function:
+    """The user's function "module:function", from a file of the working directory or an installed module.
+
+    Raises:
+        ValueError: in one line, with the nearest name; `what` says what the function is for.
+    """
     where, _, attribute = name.partition(":")
-    module = _imported(name, where)
-    function = getattr(module, attribute, None)
-    if not callable(function):
+    module = _imported(name, where, what)
+    found: Function | None = getattr(module, attribute, None)
+    if found is None or not callable(found):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = difflib.get_close_matches(attribute, functions, n=1, cutoff=0.0)
         hint = f"; did you mean {where}:{near[0]}?" if near else ", nor any other"
-        raise ValueError(f"reward {name!r}: {where} has no function {attribute!r}{hint}")
-    takes_rollout = _takes_rollout(name, function)
-    summary = (inspect.getdoc(function) or f"mean of {name}, which has no docstring").strip().splitlines()[0]
-    return Reward(attribute, summary, function, takes_rollout)
+        raise ValueError(f"{what} {name!r}: {where} has no function {attribute!r}{hint}")
+    return found
 
 
-def _imported(name: str, where: str) -> ModuleType:
+def _imported(name: str, where: str, what: str) -> ModuleType:
     """The module `where`: a file of the working directory, or else an installed module."""
     here = os.getcwd()  # on the path already under `python -m`, but not under every launcher
     sys.path.insert(0, here)
@@ -132,7 +142,7 @@ def _imported(name: str, where: str) -> ModuleType:
             why = f"no file {where.replace('.', '/')}.py in {here}, and no installed module of this name"
         else:
             why = f"module {where} cannot be imported: {type(error).__name__}: {error}"
-        raise ValueError(_one_line(f"reward {name!r}: {why}")) from error
+        raise ValueError(_one_line(f"{what} {name!r}: {why}")) from error
     finally:
         sys.path.remove(here)
 

@@ -14,8 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from model.policy import Policy
 from rollout.engine import RolloutEngine
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams, StdioTest
+from rollout.weights import InPlaceEngine
 
 REFILL_SEED = 0x9E3779B1
 """Between the seeds of a round's refills, so that they use other random numbers."""
@@ -50,6 +52,10 @@ class Round:
     """Completion tokens that were sampled, those left out included."""
     engine: dict[str, float] = field(default_factory=dict)
     """The engine's metrics, by name."""
+    sync_s: float = 0.0
+    """Until the engine had the policy's weights."""
+    wait_s: float = 0.0
+    """Until the round was complete, after that."""
 
     def versions(self) -> tuple[int, int]:
         """Oldest and newest policy among its rollouts."""
@@ -75,8 +81,8 @@ def _graded(values: dict[str, Any]) -> Graded:
     return Graded(**values | {"rollout": made})
 
 
-class Collector:
-    """Fills rounds from an engine."""
+class RolloutSource:
+    """Rounds of graded rollouts, one after the other, from an engine that is given the policy's weights."""
 
     def __init__(
         self,
@@ -93,8 +99,45 @@ class Collector:
             plan: of a round.
         """
         self.engine, self.prompts, self.grade, self.plan = engine, prompts, grade, plan
+        self.cursor = 0  # problems used so far
+        self.synced = 0  # optimizer updates in the engine's own weights
         self.thread: ThreadPoolExecutor | None = None
         self.pending: Future[Round] | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the engine generates from the trainer's own tensors."""
+        return isinstance(self.engine, InPlaceEngine)
+
+    def sync(self, policy: Policy, version: int) -> None:
+        """Have the engine generate from `policy`, which has had `version` optimizer updates."""
+        if self.in_place or self.synced != version:
+            self.engine.load_weights(policy, version)
+        self.synced = version
+
+    def next(
+        self, policy: Policy, version: int, sampling: SamplingParams, then: SamplingParams | None = None
+    ) -> Round:
+        """The next round.
+
+        Args:
+            policy: sampled from, unless the round was begun ahead.
+            version: its optimizer updates.
+            sampling: of this round.
+            then: of the round after, which is begun in the background from the weights as they are now.
+        """
+        began = time.monotonic()
+        done, sync_s = self.take(), 0.0
+        if done is None:
+            self.sync(policy, version)
+            sync_s = time.monotonic() - began
+            done = self.collect(self.cursor, sampling)
+        wait_s = time.monotonic() - began - sync_s
+        self.cursor = done.cursor
+        if then is not None:
+            self.sync(policy.frozen() if self.in_place else policy, version)
+            self.begin(self.cursor, then)
+        return replace(done, sync_s=sync_s, wait_s=wait_s)
 
     def collect(self, cursor: int, sampling: SamplingParams) -> Round:
         """Generate and grade a round whose problems begin at index `cursor`."""
@@ -138,15 +181,23 @@ class Collector:
         done, self.pending = self.settle(), None
         return done
 
-    def put(self, done: Round) -> None:
-        """Make a round from a checkpoint the pending one."""
-        self.pending = Future()
-        self.pending.set_result(done)
+    def state_dict(self) -> dict[str, Any]:
+        """What the next round depends on, a pending round included: its weights are gone at resume."""
+        ahead = self.settle()
+        return {"cursor": self.cursor} | ({} if ahead is None else {"ahead": ahead.plain()})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.cursor = state["cursor"]
+        if "ahead" in state:
+            self.pending = Future()
+            self.pending.set_result(Round.from_plain(state["ahead"]))
 
     def close(self) -> None:
-        """Wait for the pending round and drop it."""
+        """Wait for the pending round and drop it; stop the engine."""
         if self.thread is not None:
             self.thread.shutdown(wait=True, cancel_futures=True)
+        self.engine.close()
 
 
 def sample_groups(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -153,6 +153,13 @@ def benchmark_rows(
             f"{name}: {missing}, and {error}; put {bench.file} in a folder and pass --data FOLDER (or set "
             f"R1_DATA), or go online so that the hub data set {hub.path} can be downloaded"
         ) from error
+
+
+def pooled(
+    sources: Sequence[str], *, count: int, split: Split, seed: int, data_dir: Path | None
+) -> list[Problem]:
+    """`problems` of several sources, one after the other."""
+    return [p for s in sources for p in problems(s, count=count, split=split, seed=seed, data_dir=data_dir)]
 
 
 def order(n: int, seed: int, epoch: int) -> list[int]:

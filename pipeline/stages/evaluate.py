@@ -11,11 +11,11 @@ with the reason, a model that is not there yet with the command that makes it.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -42,8 +42,6 @@ class Source:
 def run(config: EvalSettings, run_dir: RunDir) -> None:
     """The stage."""
     if config.threads:
-        import torch
-
         torch.set_num_threads(config.threads)
     made, missing = find_models(config, run_dir)
     sources, unread = find_benchmarks(config)
@@ -136,15 +134,9 @@ def score_pair(
         max_batch=config.max_batch,
         dtype=config.dtype,
     )
-    kept = (out / "scores.json").exists()
-    try:
-        result = evaluate(pair, model["sha256"])
-    except UserError:
-        if not kept:
-            raise
-        kept = False  # made by this stage from another model or other settings: ours to replace
-        shutil.rmtree(out)
-        result = evaluate(pair, model["sha256"])
+    before = (out / "scores.json").stat().st_mtime_ns if (out / "scores.json").exists() else None
+    result = evaluate(pair, model["sha256"], replace_changed=True)
+    kept = before == (out / "scores.json").stat().st_mtime_ns
     low, high = result["interval"]
     note = "  (kept: nothing changed)" if kept else ""
     say(f"eval     {label:14} {source.label:10} {result['pass@1']:6.1%}  [{low:.1%}, {high:.1%}]{note}")

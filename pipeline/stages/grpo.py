@@ -1,8 +1,14 @@
 """Stages `zero`, `grpo` and `grpo2`: reinforcement learning with group-relative advantages.
 
-One loop: draw a group of completions for each prompt, grade them by rule, judge each against its group,
-update. R1-Zero starts from the base with accuracy and format alone; the first RL stage of R1 starts
-from the cold start and adds the language reward; the second covers all scenarios.
+R1-Zero starts from the base with accuracy and format alone; the first RL stage of R1 starts from the cold
+start and adds the language reward; the second covers all scenarios. `Trainer.step` is DeepSeekMath's
+Algorithm 1:
+
+    a batch of questions; G outputs of each, sampled from the policy       lines 5 to 7   source.next
+    a reward for each output                                               line 8         grade
+    its advantage over the other outputs of its group                      line 9         advantages
+    updates that maximize the GRPO objective                               lines 10, 11   batches, update
+    every `ref_refresh_steps` the reference becomes the policy             line 3
 
 Papers  GRPO  arXiv:2402.03300 Sec. 4.1; R1 arXiv:2501.12948 Sec. 2.2, 2.3.2, 2.3.4; DAPO arXiv:2503.14476
 """
@@ -11,25 +17,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from pipeline.data.problems import order, pooled, problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.grpo import GrpoSettings
+from pipeline.train.advantages import group_advantages
+from pipeline.train.learner import Learner, PolicyObjective, score
+from pipeline.train.losses import loss_named, takes_settings
+from pipeline.train.pack import Batch, Per, pack, rollout_weights
+from pipeline.train.policy import load_policy, open_rollouts, save_policy, set_up
+from pipeline.train.rollouts import example, mean, rollout_metrics, transcript
+from rewards.reward import Scorer
+from rollout.collect import Plan, RolloutSource, sample_groups
 from rollout.engine import EngineDied, StaleWeights
-
-if TYPE_CHECKING:
-    from pipeline.stages.rl import Trainer
+from rollout.text.tokenizer import completion_text, make_prompt
+from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 
 def run(config: GrpoSettings, run_dir: RunDir) -> None:
     """Train; leave `model/`."""
-    from pipeline.stages.rl import Trainer
-    from pipeline.train.policy import save_policy
-
     trainer = Trainer(config, run_dir)
     try:
-        loop(config, run_dir, trainer)
+        first = trainer.restore() + 1
+        run_dir.metrics.begin()
+        for step in range(first, config.steps + 1):
+            began = time.monotonic()
+            metrics, records = trainer.step(step)
+            if config.eval_every and (step % config.eval_every == 0 or step == 1):
+                metrics |= trainer.heldout()
+            metrics["time/step_s"] = time.monotonic() - began
+            run_dir.samples(step, records)
+            run_dir.log(step, config.steps, metrics)
+            if step % config.checkpoint_every == 0 and step < config.steps:
+                trainer.checkpoint(step)
+            run_dir.stop_if_interrupted(lambda at=step: trainer.checkpoint(at))  # type: ignore[misc]
     except (EngineDied, StaleWeights) as error:
         raise UserError(f"{error} To go on from the last checkpoint: {run_dir.command} --resume") from error
     finally:
@@ -38,23 +64,176 @@ def run(config: GrpoSettings, run_dir: RunDir) -> None:
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
 
 
-def loop(config: GrpoSettings, run_dir: RunDir, trainer: Trainer) -> None:
-    """The steps, logged, checkpointed, and interruptible between any two."""
-    first = trainer.restore() + 1
-    run_dir.metrics.begin()
-    for step in range(first, config.steps + 1):
+class Trainer:
+    """Policy, reference, source of rollouts, rewards and learner of one RL stage."""
+
+    def __init__(self, config: GrpoSettings, run_dir: RunDir) -> None:
+        """
+        Raises:
+            UserError: a loss, model, engine or problem source that cannot be used.
+        """
+        self.config, self.run_dir = config, run_dir
+        try:
+            self.loss = loss_named(config.loss)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        set_up(config.seed, config.threads)
+        start = run_dir.model_input(config.init_from)
+        self.policy, self.tokenizer = load_policy(start)
+        engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start)
+        self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer)
+        run_dir.metrics.explain(self.scorer.glossary())
+        plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
+        self.source = RolloutSource(engine, self.prompts, self.grade, plan)
+        data: dict[str, Any] = {"data_dir": config.data}
+        self.problems = pooled(config.problems, count=config.pool, split="train", seed=config.seed, **data)
+        self.heldout_problems = (
+            problems(config.eval_source, count=config.eval_problems, split="heldout", seed=1, **data)
+            if config.eval_every
+            else []
+        )
+        updates = config.steps * config.minibatches
+        self.learner = Learner(self.policy, config.optim, updates, micro_rows=config.micro_rows)
+        self.reference = self.policy.frozen() if config.kl_coef else None
+        settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
+        self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
+
+    # ---- one step
+
+    def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
+        config, version = self.config, self.learner.updates
+        ahead = self.sampling(step + 1) if config.overlap and step < config.steps else None
+        done = self.source.next(self.policy, version, self.sampling(step), ahead)
         began = time.monotonic()
-        metrics, records = trainer.step(step)
-        if config.eval_every and (step % config.eval_every == 0 or step == 1):
-            metrics |= trainer.heldout()
-        metrics["time/step_s"] = time.monotonic() - began
-        run_dir.samples(step, records)
-        run_dir.log(step, config.steps, metrics)
-        if step % config.checkpoint_every == 0 and step < config.steps:
-            trainer.checkpoint(step)
-        run_dir.stop_if_interrupted(lambda at=step: trainer.checkpoint(at))  # type: ignore[misc]
+        graded, advantages = done.graded, self.advantages(done.graded)
+        metrics = self.update(self.batches(graded, advantages))
+        if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
+            self.reference = self.policy.frozen()
+        groups = [advantages[i : i + config.group_size] for i in range(0, len(graded), config.group_size)]
+        metrics |= rollout_metrics(graded) | done.engine
+        metrics["reward/groups_with_spread"] = mean([float(any(group)) for group in groups])
+        metrics["time/tokens_per_s"] = done.tokens / done.sample_s
+        metrics["time/rollout_s"], metrics["time/reward_s"] = done.sample_s, done.grade_s
+        metrics["time/train_s"] = time.monotonic() - began
+        if config.dynamic_sampling:
+            metrics["rollout/groups_sampled"] = done.sampled
+        if config.overlap:
+            metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": done.wait_s}
+        if not self.source.in_place:
+            metrics |= {"time/sync_s": done.sync_s, "rollout/version": done.versions()[1]}
+        stride = max(1, len(graded) // max(1, config.log_samples))
+        shown = zip(graded[::stride], advantages[::stride], strict=True) if config.log_samples else ()
+        return metrics, [transcript(g, a) for g, a in shown]
 
+    def sampling(self, step: int) -> SamplingParams:
+        """How the completions of step `step` are sampled."""
+        return self.config.params(n=self.config.group_size, seed=self.config.seed * 1_000_003 + step)
 
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean; 0 of nothing."""
-    return sum(values) / len(values) if values else 0.0
+    def prompts(self, place: int, count: int) -> list[Prompt]:
+        """`count` problems from index `place` on: each once an epoch, in an order set by seed and epoch."""
+        n, places = len(self.problems), range(place, place + count)
+        orders = {epoch: order(n, self.config.seed, epoch) for epoch in {at // n for at in places}}
+        picked = [self.problems[orders[at // n][at % n]] for at in places]
+        return [make_prompt(self.tokenizer, p, self.config.template) for p in picked]
+
+    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
+        """Every rollout with its rewards."""
+        texts = [completion_text(self.tokenizer, r, r.prompt.template) for r in rollouts]
+        return self.scorer.grade_all(zip(rollouts, texts, strict=True))
+
+    def advantages(self, graded: Sequence[Graded]) -> list[float | None]:
+        """Each rollout's advantage over its group; None where its verifier failed."""
+        size, out = self.config.group_size, list[float | None]()
+        for start in range(0, len(graded), size):
+            rewards = [None if g.verdict == "error" else g.reward for g in graded[start : start + size]]
+            out += group_advantages(rewards, self.config.advantage_scale)
+        return out
+
+    def batches(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> list[Batch]:
+        """Packed rows, a batch a minibatch of groups; a minibatch in which no rollout counts has none.
+
+        A rollout without advantage changes nothing unless there is a KL penalty, and is left out of the
+        forward; it still counts in the denominator of the loss.
+        """
+        config = self.config
+        share = len(graded) // config.minibatches
+        per: Per = getattr(self.loss, "per", "rollout")
+        out = []
+        for start in range(0, len(graded), share):
+            both = zip(graded[start : start + share], advantages[start : start + share], strict=True)
+            pairs = [(g, a) for g, a in both if a is not None]
+            lengths = [len(g.rollout.token_ids) for g, _ in pairs]
+            weights = rollout_weights(lengths, per, config.max_tokens) if pairs else []
+            examples = [
+                example(g.rollout, a, w)
+                for (g, a), w in zip(pairs, weights, strict=True)
+                if a != 0 or config.kl_coef
+            ]
+            if examples:
+                out.append(pack(examples, config.row_tokens))
+        return out
+
+    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
+
+        Raises:
+            RuntimeError: the engine sampled from other weights than the policy's.
+        """
+        config = self.config
+        old: list[list[torch.Tensor] | None] = [None] * len(batches)
+        if len(batches) > 1:  # later updates move away from the policy that sampled
+            old = [
+                [score(self.policy, part, config.temperature) for part in b.micro_batches(config.micro_rows)]
+                for b in batches
+            ]
+        metrics: dict[str, float] = {}
+        mismatch = 0.0
+        for batch, logprobs in zip(batches, old, strict=True):
+            metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
+            mismatch = max(mismatch, metrics["policy/mismatch_kl"])
+        if mismatch > config.max_mismatch_kl:
+            raise RuntimeError(
+                f"engine and trainer differ by {mismatch:.3g} nats a token (bound {config.max_mismatch_kl}): "
+                "the rollouts do not come from these weights"
+            )
+        return metrics
+
+    # ---- around it
+
+    def heldout(self) -> dict[str, float]:
+        """Greedy accuracy on a slice of the held-out problems."""
+        self.source.settle()  # one request at a time
+        self.source.sync(self.policy, self.learner.updates)
+        prompts = [make_prompt(self.tokenizer, p, self.config.template) for p in self.heldout_problems]
+        greedy = SamplingParams(max_tokens=self.config.max_tokens, temperature=0.0)
+        graded = self.grade(sample_groups(self.source.engine, prompts, greedy))
+        return {
+            "heldout/pass@1": mean([float(g.parts.get("accuracy") == 1) for g in graded]),
+            "heldout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
+            "heldout/format": mean([g.parts["format"] for g in graded]),
+        }
+
+    def checkpoint(self, step: int) -> None:
+        """Save all that the next step depends on."""
+        reference = None if self.reference is None else self.reference.state_dict()
+        state = {"learner": self.learner.state_dict(), "reference": reference, **self.source.state_dict()}
+        self.run_dir.checkpoint(step, lambda folder: torch.save(state, folder / "state.pt"))
+
+    def restore(self) -> int:
+        """Go on from the newest checkpoint; the steps it stands for."""
+        newest = self.run_dir.latest()
+        if newest is None:
+            return 0
+        step, folder = newest
+        state = torch.load(Path(folder) / "state.pt", weights_only=True)
+        self.learner.load_state_dict(state["learner"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        self.source.load_state_dict(state)
+        return step
+
+    def close(self) -> None:
+        """Stop engine and graders."""
+        self.source.close()
+        self.scorer.close()

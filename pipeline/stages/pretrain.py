@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from transformers import PreTrainedTokenizerBase
+
+from model import TINY
+from model.transformer import Transformer
+from pipeline.data.generators import items
+from pipeline.data.traces import SHARES, corpus, document
 from pipeline.run.directory import RunDir
 from pipeline.settings.pretrain import PretrainSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.train.pack import Batch
+from pipeline.train.learner import Learner
+from pipeline.train.pack import Batch, Example, mean_weights, pack
+from pipeline.train.policy import save_policy, set_up
+from pipeline.train.supervised import train_loop
+from rollout.text.tokenizer import train_tokenizer
 
 
 def batches(config: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
-    from pipeline.data.generators import items
-    from pipeline.data.traces import SHARES, document
-    from pipeline.train.pack import Example, mean_weights, pack
-
     known = items(config.task, config.pool, "train", config.seed)
     budget = config.rows * config.row_tokens
     for step in range(config.steps):
@@ -44,17 +47,6 @@ def batches(config: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Ite
 
 def run(config: PretrainSettings, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
-    import dataclasses
-    import itertools
-
-    from model import TINY
-    from model.transformer import Transformer
-    from pipeline.data.traces import corpus
-    from pipeline.train.learner import Learner
-    from pipeline.train.policy import save_policy, set_up
-    from pipeline.train.supervised import train_loop
-    from rollout.text.tokenizer import train_tokenizer
-
     set_up(config.seed, config.threads)
     texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)
     tokenizer = train_tokenizer(texts, config.vocab_size)

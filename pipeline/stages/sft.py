@@ -8,29 +8,28 @@ the corpus that rejection sampling kept.
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
-from pipeline.data.corpus import Row, read_corpus, readable, split_blocks
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
+from pipeline.data.generators import items
 from pipeline.data.jsonl import read_log
+from pipeline.data.traces import curated, tagged
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.sft import SftSettings
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from transformers import PreTrainedTokenizerFast
-
-    from pipeline.train.pack import Batch, Example
+from pipeline.train.learner import Learner
+from pipeline.train.pack import Batch, Example, mean_weights, pack
+from pipeline.train.policy import load_policy, save_policy, set_up
+from pipeline.train.supervised import train_loop
+from rollout.text.tokenizer import encode_example
 
 
 def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
     """The corpus: curated traces, RL samples, rows of a file, in this order."""
     rows: list[Row] = []
     if config.curated:
-        from pipeline.data.generators import items
-        from pipeline.data.traces import curated
-
         for item in items(config.curated_task, config.curated, "train", config.seed + 1):
             p = item.problem()
             rows.append(Row(p.id, p.question, curated(item), item.answer, p.language, p.kind, "curated"))
@@ -48,8 +47,6 @@ def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
 
 def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
     """Right, in format, in one language, without repetition: R1-Zero's samples in the canonical form."""
-    from pipeline.data.traces import tagged
-
     rows: list[Row] = []
     seen: set[str] = set()
     for s in reversed(samples):
@@ -70,8 +67,6 @@ def examples(
     rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings
 ) -> list[tuple[list[int], list[bool]]]:
     """Token ids and which of them are scored: the completion, its end included."""
-    from rollout.text.tokenizer import encode_example
-
     out = []
     for row in rows:
         prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
@@ -84,8 +79,6 @@ def examples(
 
 def batches(encoded: list[tuple[list[int], list[bool]]], config: SftSettings) -> Iterator[Batch]:
     """Packed updates, epoch after epoch; the order depends on seed and epoch alone."""
-    from pipeline.train.pack import Example, mean_weights, pack
-
     budget = config.rows * config.row_tokens
     for epoch in range(config.epochs):
         order = list(range(len(encoded)))
@@ -102,11 +95,6 @@ def batches(encoded: list[tuple[list[int], list[bool]]], config: SftSettings) ->
 
 def run(config: SftSettings, run_dir: RunDir) -> None:
     """Train; leave `model/` and the corpus that it saw."""
-    from pipeline.data.corpus import write_corpus
-    from pipeline.train.learner import Learner
-    from pipeline.train.policy import load_policy, save_policy, set_up
-    from pipeline.train.supervised import train_loop
-
     set_up(config.seed, config.threads)
     policy, tokenizer = load_policy(run_dir.model_input(config.init_from))
     rows = gather(config, run_dir)

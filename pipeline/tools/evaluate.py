@@ -19,10 +19,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.jsonl import write_jsonl
 from pipeline.data.problems import problems
@@ -35,13 +36,11 @@ from rewards.maths.extract import final_answer
 from rewards.maths.grade import normalise
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer
-from rollout.engine import EngineDied
+from rollout.checkpoint import context_of
+from rollout.engine import EngineDied, RolloutEngine
+from rollout.text.templates import THINK
+from rollout.text.tokenizer import completion_text, make_prompt, prefill, template_hash
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from rollout.engine import RolloutEngine
 
 ROOM = 16
 """Tokens that a prompt must leave free in the model's context."""
@@ -57,12 +56,15 @@ class Batched(Protocol):
     max_batch: int
 
 
-def evaluate(config: EvaluateSettings, model_hash: str | None = None) -> dict[str, Any]:
+def evaluate(
+    config: EvaluateSettings, model_hash: str | None = None, replace_changed: bool = False
+) -> dict[str, Any]:
     """Score a model on a benchmark, or read the scores that `config.out` already holds.
 
     Args:
         config: what to score, and how.
         model_hash: sha256 of the model directory, where the caller knows it.
+        replace_changed: scores with other inputs are replaced, once the new ones are complete.
 
     Returns:
         What stands in scores.json.
@@ -75,7 +77,7 @@ def evaluate(config: EvaluateSettings, model_hash: str | None = None) -> dict[st
     count, seed = config.limit, config.problems_seed
     found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data)
     inputs = inputs_of(config, found, model_hash or sha256(config.model))
-    if (earlier := earlier_scores(config.out, inputs)) is not None:
+    if (earlier := earlier_scores(config.out, inputs, replace_changed)) is not None:
         return earlier
     rows, templates = complete(config, found)
     return write(config.out, rows, inputs, templates)
@@ -83,8 +85,6 @@ def evaluate(config: EvaluateSettings, model_hash: str | None = None) -> dict[st
 
 def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Draw and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
-    from rollout.checkpoint import context_of
-
     engine, tokenizer = opened(config)
     try:
         prompts = make_prompts(config, found, tokenizer)
@@ -123,9 +123,6 @@ def make_prompts(
     config: EvaluateSettings, found: list[Problem], tokenizer: PreTrainedTokenizerFast
 ) -> list[Prompt]:
     """The problems as the model sees them, by `config.template`."""
-    from rollout.text.templates import THINK
-    from rollout.text.tokenizer import make_prompt, prefill
-
     name = config.template
     if name == "auto":
         name = trained_template(config.model) or "auto"
@@ -140,8 +137,6 @@ def make_prompts(
 
 def templates_used(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """Name and hash of each template among the prompts."""
-    from rollout.text.tokenizer import template_hash
-
     return {name: template_hash(tokenizer, name) for name in sorted({p.template for p in prompts})}
 
 
@@ -177,8 +172,6 @@ def grade(
     drawn: list[Rollout], places: list[int], tokenizer: PreTrainedTokenizerFast, label: str
 ) -> list[dict[str, Any]]:
     """The completions as rows of generations.jsonl; `places` maps a prompt's index to its problem's."""
-    from rollout.text.tokenizer import completion_text
-
     rows = []
     with Scorer({"accuracy": 1.0}, mode="lenient") as scorer, progress() as bar:
         task = bar.add_task(f"{label}: grading", total=len(drawn))
@@ -254,7 +247,8 @@ def sample_of(row: dict[str, Any]) -> Sample:
 def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: str) -> dict[str, Any]:
     """Whatever changes the scores; scores with equal inputs are the same scores."""
     digest = hashlib.sha256(json.dumps([asdict(p) for p in found]).encode()).hexdigest()
-    settings = ("engine", "samples", "template", "temperature", "top_p", "max_tokens", "seed", "dtype")
+    sampling = ("temperature", "top_p", "top_k", "max_tokens", "seed")
+    settings = ("engine", "samples", "template", "dtype", *sampling)
     return {
         "benchmark": config.benchmark,
         "problems": len(found),
@@ -265,8 +259,8 @@ def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: st
     }
 
 
-def earlier_scores(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
-    """The scores in `out`, if they have the same inputs; `None` where there is nothing yet.
+def earlier_scores(out: Path, inputs: dict[str, Any], replace_changed: bool) -> dict[str, Any] | None:
+    """The scores in `out`, if they have the same inputs; `None` where there are none, or some to replace.
 
     Raises:
         UserError: `out` holds anything else.
@@ -280,6 +274,8 @@ def earlier_scores(out: Path, inputs: dict[str, Any]) -> dict[str, Any] | None:
         raise UserError(f"{out} exists and holds no scores of ours; take another --out") from None
     # Where the model lies does not matter, only what it is.
     for key in (k for k in inputs if k != "model" and before.get(k) != inputs[k]):
+        if replace_changed:
+            return None
         found, wanted = before.get(key), inputs[key]
         raise UserError(f"{out} holds scores with {key} {found!r}, not {wanted!r}; take another --out")
     return earlier

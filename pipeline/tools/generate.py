@@ -6,7 +6,8 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.jsonl import JsonObject, read_jsonl, write_jsonl
 from pipeline.errors import UserError
@@ -15,9 +16,6 @@ from pipeline.tools.open import open_model
 from rollout.engine import EngineDied
 from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Problem, Prompt, Rollout
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def prompt_rows(file: Path) -> Iterator[tuple[int, JsonObject]]:

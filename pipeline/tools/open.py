@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.settings.tools import ModelSettings
-from rollout.engine import StaleWeights
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-    from rollout.engine import RolloutEngine
+from rollout.engine import RolloutEngine, StaleWeights
+from rollout.open import open_engine
 
 
 def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
@@ -22,10 +20,6 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenize
     Raises:
         UserError: no such model, an engine that is not for it or not installed here, or one that is wrong.
     """
-    import torch
-
-    from rollout.open import open_engine
-
     if config.threads:
         torch.set_num_threads(config.threads)
     device = config.device

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from model.policy import Policy
 from pipeline.settings.common import OptimSettings
 from pipeline.train import heap
-from pipeline.train.losses import k3, policy_loss, token_logprobs
+from pipeline.train.logprobs import token_logprobs
+from pipeline.train.losses import Loss, Tokens, k3
 from pipeline.train.pack import Batch
 from pipeline.train.precision import Masters, Own, load_optimizer_state, optimizer, optimizer_state
 
@@ -26,11 +27,11 @@ MAX_SKIPPED = 5
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective:
-    """The RL loss's settings that an update needs; see `pipeline.stages.grpo.Config` for what they mean."""
+    """What an RL update minimizes; `pipeline.settings.grpo` says what the settings mean."""
 
-    clip_low: float
-    clip_high: float
-    kl_coef: float
+    loss: Loss
+    settings: dict[str, float]
+    """Those that the loss takes."""
     temperature: float
     tis_cap: float
 
@@ -75,7 +76,7 @@ class Learner:
         self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
         self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
         self.mtp_late_from = mtp_late_from
-        policy.recompute = optim.recompute
+        policy.recompute, policy.balance_alpha = optim.recompute, optim.balance_alpha
         if next(policy.parameters()).device.type == "cpu":
             heap.keep_freed()
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
@@ -98,6 +99,7 @@ class Learner:
                 add(sums, {"loss/mtp": mtp.detach()})
                 late = self.updates >= self.mtp_late_from * self.total_updates
                 loss = loss + (self.mtp_coef_late if late else self.mtp_coef) * mtp
+            loss = loss + self._balance(part, batch, sums)
             loss.backward()
             add(sums, {"loss/total": loss.detach()})
         return self._step(sums)
@@ -109,11 +111,11 @@ class Learner:
         old_logprobs: list[Tensor] | None,
         reference: Policy | None,
     ) -> dict[str, float]:
-        """One update on the clipped surrogate.
+        """One update on a policy loss.
 
         Args:
             batch: rollouts with advantages; tokens without weight are not scored.
-            objective: clip range, KL weight, temperature of sampling, cap of the importance correction.
+            objective: the loss and its settings, temperature of sampling, cap of the importance correction.
             old_logprobs: one tensor a micro-batch from `score`, or None when this update is the first since
                 sampling: then the old policy is the current one.
             reference: model of the KL penalty; None when its weight is 0.
@@ -122,24 +124,24 @@ class Learner:
         for i, part in enumerate(batch.micro_batches(self.micro_rows)):
             mask = part.scored
             hidden = self.policy.hidden(part.token_ids, part.positions, part.sequence_ids)[:, :-1][mask]
-            targets, weights = part.token_ids[:, 1:][mask], part.weights[:, 1:][mask]
+            targets = part.token_ids[:, 1:][mask]
             logprobs, entropy = token_logprobs(hidden, self.policy.lm_head, targets, objective.temperature)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[i]
             sampled = part.rollout_logprobs[:, 1:][mask]
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             # The ratio corrects where the engine sampled with other probabilities than the trainer's.
             correction = (old - sampled).exp().clamp(max=objective.tis_cap)
-            loss, metrics = policy_loss(
-                logprobs,
-                old,
-                ref,
-                part.advantages[:, 1:][mask] * correction,
-                weights,
-                clip_low=objective.clip_low,
-                clip_high=objective.clip_high,
-                kl_coef=objective.kl_coef,
+            tokens = Tokens(
+                logprobs=logprobs,
+                old_logprobs=old,
+                rollout_logprobs=sampled,
+                ref_logprobs=ref,
+                advantages=part.advantages[:, 1:][mask] * correction,
+                weights=part.weights[:, 1:][mask],
+                rollout=part.sequence_index[:, 1:][mask],
             )
-            loss.backward()
+            loss, metrics = objective.loss(tokens, **objective.settings)
+            (loss + self._balance(part, batch, sums)).backward()
             scored = mask.sum()
             add(sums, metrics | {"loss/policy": loss.detach(), "policy/entropy": entropy.sum()})
             add(sums, {"policy/mismatch_kl": k3(sampled, old).sum(), "scored": scored})
@@ -155,6 +157,14 @@ class Learner:
         if self.mtp_coef:
             return self.policy.hidden_and_mtp(part.token_ids, part.positions, part.sequence_ids)
         return self.policy.hidden(part.token_ids, part.positions, part.sequence_ids), []
+
+    def _balance(self, part: Batch, batch: Batch, sums: dict[str, Tensor]) -> Tensor | float:
+        """The micro-batch's share of the weighted balance loss, a mean over sequences (Eq. 17)."""
+        if not self.optim.balance_alpha:
+            return 0.0
+        loss = self.policy.pop_balance_loss() * (part.sequences() / batch.sequences())
+        add(sums, {"loss/balance": loss.detach() / self.optim.balance_alpha})
+        return loss
 
     def _cross_entropy(self, hidden: Tensor, part: Batch, ahead: int) -> Tensor:
         """Weighted cross-entropy of the token `ahead` positions later, within the same sequence."""

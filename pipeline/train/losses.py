@@ -1,166 +1,139 @@
-"""Losses on packed rows: log-probabilities in chunks, and the clipped policy gradient.
+"""Policy losses on packed rollouts: a function a paper, by name or as `"module:function"`.
 
-`policy_loss` serves GRPO, DAPO and Dr. GRPO alike. Those differ in how much each token counts, and
-`pipeline.train.pack.rollout_weights` settles that once, when a batch is packed. Weights are shares of the
-global batch, so micro-batches simply add up.
+A loss is `f(tokens, *, clip_low, clip_high, kl_coef) -> (scalar, metrics)`; it takes those settings that it
+names. How much each token counts is settled once, when a batch is packed (`pack.rollout_weights`): a loss
+states by `@weighted_per` what it averages over. Weights are shares of the global batch, so micro-batches and
+their metrics simply add up.
 
-Papers  GRPO  arXiv:2402.03300  Eq. 3 (objective), Eq. 4 (KL estimator)
-        DAPO  arXiv:2503.14476  Eq. 8 (token-level mean, asymmetric clip)
-        TIS   truncated importance sampling between engine and trainer, as in verl and TRL
-Axes    n scored tokens of a micro-batch; d hidden size; v vocabulary
-Units   log-probabilities, entropy and KL in nats
+Papers  GRPO      arXiv:2402.03300  Eq. 3 (objective), Eq. 4 (KL estimator)
+        DAPO      arXiv:2503.14476  Eq. 8 (token-level mean, asymmetric clip)
+        Dr. GRPO  arXiv:2503.20783  Sec. 3.2 (constant normalizer)
+Axes    n scored tokens of a micro-batch, rollouts laid end to end
+Units   log-probabilities and KL in nats
 """
 
 from __future__ import annotations
 
-from typing import Any
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
 
-from model.kernels.cpu import linear
+from pipeline.train.pack import Per
+from rewards.registry import own_function
 
-CHUNK_BYTES = 64 << 20
-"""Most bytes of fp32 logits alive at once; their softmax takes as many again."""
-CPU_ROWS = 512
-"""Most rows of a chunk on a CPU: between its passes a chunk should stay in the cache."""
-SMALL = 1e-30
-"""Probabilities below this are not read off the softmax: fp32 loses digits from 1e-38 on, all at 1e-45."""
+Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+SETTINGS = ("clip_low", "clip_high", "kl_coef")
+"""Settings of an RL stage that a loss may take as keywords."""
 
 
-def token_logprobs(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float = 1.0, entropy: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and the entropy there, without the whole logits ever existing.
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a loss sees of the scored tokens; every tensor is `n`."""
 
-    Args:
-        hidden: `n d`, final-normed states at the positions before the targets.
-        head: output projection, `d -> v`.
-        targets: `n`, token ids.
-        temperature: that of the sampling distribution; logits are divided by it.
-        entropy: whether to compute it; zeros otherwise.
-
-    Returns:
-        `n` log-probabilities with gradient; `n` entropies without.
-    """
-    chosen: Tensor
-    entropies: Tensor
-    chosen, entropies = _TokenLogprobs.apply(hidden, head.weight, targets, temperature, entropy)
-    return chosen, entropies
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """As `token_logprobs`, chunk by chunk in both directions; the logits' gradient takes the softmax's place.
-
-        z = logits / temperature       p = softmax z       log p_target       dz = d (onehot - p)
-
-    The softmax is one pass over memory; a maximum, a difference, an exponential and a sum are four. What fits
-    into CHUNK_BYTES is kept for the backward as p, more is computed again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        keep = any(ctx.needs_input_grad) and len(hidden) <= rows
-        rows = min(rows, CPU_ROWS) if hidden.device.type == "cpu" else rows
-        chosen = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        entropies = torch.zeros_like(chosen)
-        kept = []
-        for begin in range(0, len(hidden), rows):
-            part = slice(begin, begin + rows)
-            z = _scaled_logits(hidden[part], weight, temperature)
-            p = z.softmax(1)
-            at_target = z.gather(1, targets[part, None]).squeeze(1)
-            chosen[part] = _log(p.gather(1, targets[part, None]).squeeze(1), at_target, z)
-            if entropy:  # -sum p log p = log sum exp z - sum p z
-                entropies[part] = at_target - chosen[part] - torch.linalg.vecdot(p, z)
-            if keep:
-                kept.append(p)
-        ctx.mark_non_differentiable(entropies)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(hidden, weight, targets)
-            ctx.rows, ctx.temperature, ctx.kept = rows, temperature, kept
-        return chosen, entropies
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=d.dtype) if ctx.needs_input_grad[1] else None
-        kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second backward computes it again
-        for begin in range(0, len(hidden), ctx.rows):
-            part = slice(begin, begin + ctx.rows)
-            p = next(kept, None)
-            if p is None:
-                p = _scaled_logits(hidden[part], weight, ctx.temperature).softmax(1)
-            scale = (d[part] / ctx.temperature)[:, None]
-            gradient = p.mul_(-scale).scatter_add_(1, targets[part, None], scale).to(weight.dtype)
-            d_hidden[part] = linear.times_transposed(gradient, weight.T)
-            if d_weight is not None:
-                if d_weight.dtype == gradient.dtype:
-                    d_weight.addmm_(gradient.T, hidden[part])
-                else:
-                    d_weight += gradient.T @ hidden[part]
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+    logprobs: Tensor
+    """Current policy; the only one that carries gradient."""
+    old_logprobs: Tensor
+    """The policy that sampled, as the trainer (not the engine) scores it."""
+    rollout_logprobs: Tensor
+    """The policy that sampled, as the engine reported it."""
+    ref_logprobs: Tensor
+    """Frozen reference policy; `logprobs` without gradient where there is none."""
+    advantages: Tensor
+    """A rollout's advantage on each of its tokens, times the correction between engine and trainer."""
+    weights: Tensor
+    """Each token's share of the loss."""
+    rollout: Tensor
+    """Index of each token's rollout in the micro-batch, from 0."""
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits (n v) in at least fp32, divided by the temperature."""
-    logits = linear.times_transposed(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1 else logits.div_(temperature)
+def weighted_per(per: Per) -> Callable[[Loss], Loss]:
+    """Mark a loss with what its mean is over: `rollout`, `token` or `constant` (`pack.rollout_weights`)."""
+
+    def mark(loss: Loss) -> Loss:
+        loss.per = per  # type: ignore[attr-defined]
+        return loss
+
+    return mark
 
 
-def _log(p: Tensor, at_target: Tensor, z: Tensor) -> Tensor:
-    """Logarithms of probabilities `p` (n), of logits `at_target` (n) among `z` (n v).
-
-    As precise as their fp32, but for those so small that the softmax has rounded them to 0 or nearly: these
-    are computed from the logits.
-    """
-    log_p, small = p.log(), p < SMALL
-    if small.any():
-        log_p[small] = at_target[small] - z[small].logsumexp(1)
-    return log_p
-
-
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    ref_logprobs: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
+@weighted_per("rollout")
+def grpo(
+    tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate less a KL penalty, negated for a minimizer (GRPO Eq. 3).
+    """Clipped surrogate less a KL penalty, negated for a minimizer (GRPO, Eq. 3).
+
+    The mean is over the tokens of a rollout, then over rollouts.
 
         rho  = exp(logprobs - old_logprobs)
         k3   = exp(ref - logprobs) - (ref - logprobs) - 1                             (Eq. 4)
         loss = -sum w (min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_coef k3)
 
-    Args:
-        logprobs: `n`, current policy; the only input that carries gradient.
-        old_logprobs: `n`, the policy that sampled, as the trainer (not the engine) scores it.
-        ref_logprobs: `n`, frozen reference policy; pass `logprobs.detach()` when there is none.
-        advantages: `n`, a rollout's advantage repeated over its tokens.
-        weights: `n`, each token's share of the loss.
-
     Returns:
         Scalar loss; metrics that, like the loss, add up over micro-batches.
     """
-    rho = (logprobs - old_logprobs).exp()
+    advantages, weights = tokens.advantages, tokens.weights
+    rho = (tokens.logprobs - tokens.old_logprobs).exp()
     surrogate = torch.minimum(rho * advantages, rho.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    kl = k3(logprobs, ref_logprobs)
+    kl = k3(tokens.logprobs, tokens.ref_logprobs)
     loss = -(weights * (surrogate - kl_coef * kl)).sum()
     with torch.no_grad():
         clipped = (surrogate < rho * advantages).to(weights)
         return loss, {"loss/clip_frac": weights @ clipped, "loss/kl_ref": weights @ kl}
+
+
+@weighted_per("token")
+def dapo(tokens: Tokens, **settings: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's surrogate as a mean over all tokens: rollouts count by their length (DAPO, Eq. 8)."""
+    return grpo(tokens, **settings)
+
+
+@weighted_per("constant")
+def dr_grpo(tokens: Tokens, **settings: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """GRPO's surrogate divided by a constant, so that length is neither rewarded nor punished (Dr. GRPO)."""
+    return grpo(tokens, **settings)
+
+
+LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (grpo, dapo, dr_grpo)}
+
+
+def loss_named(name: str) -> Loss:
+    """The loss of that name, or the function of "module:function".
+
+    Raises:
+        ValueError: no such loss (with the nearest), or a function that does not take `tokens` first, or takes
+            settings that RL stages do not have.
+    """
+    if ":" in name:
+        found: Loss = own_function(name)
+    elif name in LOSSES:
+        return LOSSES[name]
+    else:
+        near = difflib.get_close_matches(name, LOSSES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f'unknown loss {name!r}; {hint}There are: {", ".join(LOSSES)}, or "module:function".'
+        )
+    takes_settings(found, name)
+    return found
+
+
+def takes_settings(loss: Loss, name: str) -> set[str]:
+    """The settings that a loss takes by keyword.
+
+    Raises:
+        ValueError: it takes others too, or not `tokens` alone by position.
+    """
+    rest = list(inspect.signature(loss).parameters.values())[1:]
+    if any(p.kind is p.VAR_KEYWORD for p in rest):
+        return set(SETTINGS)
+    unknown = [p.name for p in rest if p.name not in SETTINGS and p.default is p.empty]
+    if unknown:
+        raise ValueError(f"loss {name!r} takes {unknown[0]}; a loss is f(tokens, *, {', '.join(SETTINGS)}).")
+    return {p.name for p in rest} & set(SETTINGS)
 
 
 def k3(p: Tensor, q: Tensor) -> Tensor:

@@ -12,9 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Per = Literal["rollout", "token", "constant"]
+"""What a policy loss averages over, see `rollout_weights`."""
 
 PADDING = -1
 """Sequence id of padding; tokens attend only within their own id."""
@@ -50,6 +54,16 @@ class Batch:
     def scored(self) -> Tensor:
         """Mask `r l-1` over states: the next token has weight."""
         return self.weights[:, 1:] != 0
+
+    @property
+    def sequence_index(self) -> Tensor:
+        """`r l`: index of each token's sequence in the batch, row after row; padding continues the last."""
+        starts = (self.positions == 0) & (self.sequence_ids != PADDING)
+        return (starts.flatten().cumsum(0) - 1).view_as(starts)
+
+    def sequences(self) -> int:
+        """Sequences, padding left out."""
+        return int(((self.positions == 0) & (self.sequence_ids != PADDING)).sum())
 
     def tokens(self) -> int:
         """Real tokens, padding left out."""
@@ -110,22 +124,23 @@ def mean_weights(scored: Sequence[Sequence[bool]]) -> list[list[float]]:
     return [[0.0, *(float(flag) / max(total, 1) for flag in flags[1:])] for flags in scored]
 
 
-def rollout_weights(lengths: Sequence[int], kind: str, max_tokens: int) -> list[float]:
+def rollout_weights(lengths: Sequence[int], per: Per, max_tokens: int) -> list[float]:
     """Share of the loss that each token of each rollout has.
 
     Args:
         lengths: completion tokens of every rollout of the update, those without advantage included:
             they count in the denominator.
-        kind: `grpo` averages within a rollout, then over rollouts (arXiv:2402.03300 Eq. 3); `dapo` averages
-            over all tokens (arXiv:2503.14476 Eq. 8); `dr_grpo` divides by a constant (arXiv:2503.20783).
-        max_tokens: the constant of `dr_grpo`, the longest completion.
+        per: `rollout` averages within a rollout, then over rollouts (GRPO, arXiv:2402.03300, Eq. 3); `token`
+            averages over all tokens (DAPO, arXiv:2503.14476, Eq. 8); `constant` divides by a constant a
+            rollout (Dr. GRPO, arXiv:2503.20783, Sec. 3.2).
+        max_tokens: that constant, the longest completion.
 
     Returns:
-        One weight a rollout, to be given to each of its tokens.
+        One weight a rollout, which each of its tokens has.
     """
     n, total = len(lengths), sum(lengths)
-    if kind == "grpo":
+    if per == "rollout":
         return [1 / (n * length) for length in lengths]
-    if kind == "dapo":
+    if per == "token":
         return [1 / total] * n
     return [1 / (n * max_tokens)] * n

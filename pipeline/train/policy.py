@@ -13,6 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from model.policy import Policy
 from pipeline.errors import UserError
 from rollout import local
+from rollout.engine import EngineDied, RolloutEngine, StaleWeights
+from rollout.open import engine_for
+from rollout.settings import RolloutSettings
 from rollout.text.tokenizer import load_tokenizer
 
 
@@ -36,6 +39,20 @@ def load_policy(path: Path) -> tuple[Policy, PreTrainedTokenizerFast]:
         return local.load_policy(path).train(), load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model at {path}: {error}") from error
+
+
+def open_rollouts(
+    policy: Policy, tokenizer: PreTrainedTokenizerFast, settings: RolloutSettings, path: Path
+) -> RolloutEngine:
+    """The engine that generates from a policy loaded from `path`.
+
+    Raises:
+        UserError: an engine that is not for it, not installed here, or wrong about it.
+    """
+    try:
+        return engine_for(policy, tokenizer, settings, path)
+    except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
+        raise UserError(str(error)) from error
 
 
 def save_policy(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from model import TINY, Transformer
-from pipeline.train.losses import token_logprobs
+from pipeline.train.logprobs import token_logprobs
 from tests.bench.measure import RESULTS
 
 SUMMARY = "router balancing by bias alone, from a skewed start, 300 steps"

@@ -12,7 +12,7 @@ TOKENS, WIDTH, VOCABULARY = 2048, 64, 129_280
 PASS = f"""
 import sys, torch
 from torch import nn
-from pipeline.train.losses import token_logprobs
+from pipeline.train.logprobs import token_logprobs
 from tests.bench.measure import peak_bytes
 torch.set_num_threads(1)
 torch.manual_seed(0)

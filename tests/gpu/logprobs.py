@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from pipeline.train import losses
+from pipeline.train import logprobs as module
 from tests.gpu._compare import measured, seconds
 
 SUMMARY = "log-probabilities at a vocabulary of 152k: time and memory by the size of a chunk"
@@ -38,7 +38,7 @@ def run(
     weights = torch.full((tokens,), 1 / tokens, device=device)
 
     def work() -> object:
-        logprobs, _ = losses.token_logprobs(states, head, targets)
+        logprobs, _ = module.token_logprobs(states, head, targets)
         return torch.autograd.grad(weights @ logprobs, (states, head.weight))
 
     claims: list[dict[str, Any]] = []
@@ -48,7 +48,7 @@ def run(
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
-        with mock.patch.object(losses, "CHUNK_BYTES", chunk):
+        with mock.patch.object(module, "CHUNK_BYTES", chunk):
             times[chunk] = seconds(work, device, rounds=5, warmup=2)
         claims.append(measured(name, times[chunk], "s"))
         if device.type == "cuda":

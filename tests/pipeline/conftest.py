@@ -48,7 +48,7 @@ def scripted(tokenizer, monkeypatch):
             engines.append(Scripted(tokenizer, says))
             return engines[-1], tokenizer
 
-        monkeypatch.setattr("rollout.open.open_engine", open_engine)
+        monkeypatch.setattr("pipeline.tools.open.open_engine", open_engine)
         return engines
 
     return install

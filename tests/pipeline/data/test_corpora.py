@@ -7,8 +7,8 @@ import pytest
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
 from pipeline.errors import UserError
 from pipeline.settings.sft import SftSettings
-from pipeline.stages.rl import rollout_metrics
 from pipeline.stages.sft import kept_samples
+from pipeline.train.rollouts import rollout_metrics
 from rollout.types import Graded, Problem, Prompt, Rollout
 
 GOOD = "<think>\nFirst 3+4.\nSo 7.\n</think>\n<answer>7</answer>"
@@ -95,10 +95,9 @@ def graded(reward, verdict, tokens, reason="stop"):
 
 def test_failed_verifiers_are_counted_and_have_no_say_in_the_means():
     step = [graded(1.0, "correct", 4), graded(0.0, "incorrect", 8, "length"), graded(9.0, "error", 6)]
-    metrics = rollout_metrics([*step, *step[:2], step[1]], [0.5, -0.5, None, 0.0, 0.0, 0.0], 3)
+    metrics = rollout_metrics([*step, *step[:2], step[1]])
     assert metrics["reward/errors"] == 1
     assert metrics["reward/mean"] == pytest.approx(2 / 5)
     assert metrics["reward/accuracy"] == pytest.approx(2 / 5)
-    assert metrics["reward/groups_with_spread"] == 0.5
     assert metrics["rollout/truncated"] == pytest.approx(3 / 6)
     assert metrics["rollout/tokens_mean"] == pytest.approx((4 + 8 + 6 + 4 + 8 + 8) / 6)

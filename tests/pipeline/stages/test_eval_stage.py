@@ -71,6 +71,27 @@ def test_run_again_it_keeps_what_holds_and_adds_what_is_new(run, stub, scripted,
     assert "samples = 2" in (tmp_path / "runs/t/eval/config.toml").read_text()
 
 
+def test_finished_scores_stay_until_new_ones_are_complete(run, stub, scripted, tmp_path, capsys):
+    """A model that changed and then cannot be sampled costs no score that there was."""
+    scripted(lambda question, sample: RIGHT)
+    base = stub("runs/t/pretrain/model", template="r1-zero-short")
+    assert run() == 0
+    pair = tmp_path / "runs/t/eval/base/sums"
+    before = {file.name: file.read_bytes() for file in pair.iterdir()}
+    assert set(before) == {"generations.jsonl", "scores.json"}
+
+    def broken(question, sample):
+        raise FloatingPointError("logits are NaN")
+
+    scripted(broken)
+    (base / "weights").write_text("trained on")
+    assert run() == 2 and "logits are NaN" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in pair.iterdir()} == before
+    scripted(lambda question, sample: "wrong")
+    assert run() == 0
+    assert (pair / "generations.jsonl").read_bytes() != before["generations.jsonl"]
+
+
 def test_no_model_at_all_is_an_error_that_says_what_to_make(run, capsys):
     assert run() == 2
     assert "make pretrain ARGS='--name t'" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.__main__ import main
-from rollout.collect import Collector, Plan, Round, has_spread, sample_groups
+from rollout.collect import Plan, RolloutSource, Round, has_spread, sample_groups
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 from tests.small import random_policy
 
@@ -130,19 +130,19 @@ SAMPLING = SamplingParams(max_tokens=4, n=2, seed=7)
 
 def test_dynamic_sampling_refills_until_every_group_has_spread():
     engine = Counting()
-    collector = Collector(engine, prompts, even_places_teach, Plan(4, 2, dynamic=True, most_requests=5))
+    collector = RolloutSource(engine, prompts, even_places_teach, Plan(4, 2, dynamic=True, most_requests=5))
     done = collector.collect(10, SAMPLING)
     assert ids(done) == [10, 12, 14, 16] and done.sampled == 7 and done.cursor == 17
     assert all(has_spread(done.graded[i : i + 2]) for i in range(0, 8, 2))
     assert [n for n, _ in engine.requests] == [4, 2, 1] and len({seed for _, seed in engine.requests}) == 3
-    plain = Collector(engine, prompts, even_places_teach, Plan(4, 2)).collect(10, SAMPLING)
+    plain = RolloutSource(engine, prompts, even_places_teach, Plan(4, 2)).collect(10, SAMPLING)
     assert ids(plain) == [10, 11, 12, 13] and plain.cursor == 14
 
 
 def test_dynamic_sampling_ends_where_nothing_has_spread():
     flat = lambda rollouts: [Graded(r, "", {}, 1.0) for r in rollouts]  # noqa: E731
     plan = Plan(3, 2, dynamic=True, most_requests=2)
-    done = Collector(Counting(), prompts, flat, plan).collect(0, SAMPLING)
+    done = RolloutSource(Counting(), prompts, flat, plan).collect(0, SAMPLING)
     assert ids(done) == [0, 1, 2] and done.sampled == 6
 
 
@@ -155,7 +155,7 @@ def test_a_verifier_that_failed_is_no_spread():
 
 
 def test_a_round_survives_a_checkpoint():
-    done = Collector(Counting(), prompts, even_places_teach, Plan(2, 2)).collect(0, SAMPLING)
+    done = RolloutSource(Counting(), prompts, even_places_teach, Plan(2, 2)).collect(0, SAMPLING)
     assert Round.from_plain(done.plain()) == done
 
 

@@ -10,8 +10,9 @@ import torch
 from pipeline.run.directory import open_run
 from pipeline.settings.common import OptimSettings
 from pipeline.settings.grpo import GrpoSettings
-from pipeline.stages.rl import Trainer, rollout_metrics
+from pipeline.stages.grpo import Trainer
 from pipeline.table import STAGES
+from pipeline.train.rollouts import rollout_metrics
 from rewards.style import soft_overlong
 from tests.small import random_policy
 
@@ -53,7 +54,7 @@ def weights(net):
 
 
 def drawn(it, step=1):
-    return list(it.collector.collect(0, it.sampling(step)).graded)
+    return list(it.source.collect(0, it.sampling(step)).graded)
 
 
 def spread(graded):
@@ -64,7 +65,7 @@ def spread(graded):
 def test_rollouts_of_other_weights_stop_the_run(trainer):
     it = trainer(max_mismatch_kl=1e-3)
     graded = drawn(it)
-    it.update(graded, spread(graded))  # its own: no word
+    it.update(it.batches(graded, spread(graded)))  # its own: no word
     off = [
         dataclasses.replace(
             g, rollout=dataclasses.replace(g.rollout, logprobs=tuple(x - 1 for x in g.rollout.logprobs))
@@ -72,7 +73,7 @@ def test_rollouts_of_other_weights_stop_the_run(trainer):
         for g in graded
     ]
     with pytest.raises(RuntimeError, match="do not come from these weights"):
-        it.update(off, spread(off))
+        it.update(it.batches(off, spread(off)))
 
 
 def test_the_length_punishment_is_part_of_the_reward(trainer):
@@ -92,10 +93,10 @@ def test_the_length_punishment_is_part_of_the_reward(trainer):
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"overlong_buffer": 97}, "overlong_buffer=97 must lie in 0 .. max_tokens=96"),
-        ({"overlong_buffer": -1}, "overlong_buffer=-1 must lie in"),
-        ({"overlong_buffer": 8}, "overlong_buffer=8 has no effect: give the reward overlong a weight"),
-        ({"rewards": {"overlong": 1.0}}, "rewards.overlong has no effect: set overlong_buffer"),
+        ({"overlong_buffer": 97}, "overlong_buffer=97 must be at most max_tokens=96"),
+        ({"overlong_buffer": -1}, "overlong_buffer=-1 must be at least 0"),
+        ({"overlong_buffer": 8}, "overlong_buffer=8 and the weight of the reward overlong .* only together"),
+        ({"rewards": {"overlong": 1.0}}, "overlong_buffer=0 and the weight of the reward overlong .* only together"),
         ({"rewards": {"acuracy": 1.0}}, "did you mean accuracy"),
     ],
 )
@@ -128,8 +129,16 @@ def test_a_step_takes_one_update_a_minibatch(trainer, minibatches):
     it = trainer(minibatches=minibatches)
     graded = drawn(it)
     before = weights(it.policy)
-    it.update(graded, spread(graded))
+    it.update(it.batches(graded, spread(graded)))
     assert it.learner.updates == minibatches and not torch.equal(weights(it.policy), before)
+
+
+def test_groups_whose_rewards_differ_are_counted(trainer):
+    it = trainer()
+    metrics, records = it.step(1)
+    groups = [{r["advantage"] for r in records[at : at + 4]} - {0.0, None} for at in range(0, 16, 4)]
+    assert len(records) == 16
+    assert metrics["reward/groups_with_spread"] == pytest.approx(sum(map(bool, groups)) / 4)
 
 
 def test_what_the_verifier_failed_on_teaches_nothing_and_is_counted(trainer):
@@ -137,8 +146,8 @@ def test_what_the_verifier_failed_on_teaches_nothing_and_is_counted(trainer):
     graded = [dataclasses.replace(g, verdict="error") if at < 4 else g for at, g in enumerate(drawn(it))]
     advantages = [None] * 4 + [0.0] * 12
     before = weights(it.policy)
-    it.update(graded, advantages)  # nothing is left that could teach
+    it.update(it.batches(graded, advantages))  # nothing is left that could teach
     assert torch.equal(weights(it.policy), before) and it.learner.updates == 0
-    metrics = rollout_metrics(graded, advantages, 4)
-    assert metrics["reward/errors"] == 4 and metrics["reward/groups_with_spread"] == 0
+    metrics = rollout_metrics(graded)
+    assert metrics["reward/errors"] == 4
     assert metrics["reward/mean"] == pytest.approx(sum(g.reward for g in graded[4:]) / 12)

@@ -20,7 +20,7 @@ def asked(monkeypatch):
         calls.append((*args, torch.get_num_threads()))
         return "engine", None
 
-    monkeypatch.setattr("rollout.open.open_engine", open_engine)
+    monkeypatch.setattr("pipeline.tools.open.open_engine", open_engine)
     yield calls
     torch.set_num_threads(1)
 
@@ -49,7 +49,7 @@ def test_what_cannot_be_opened_is_named(monkeypatch, tmp_path, error):
     def refuse(*args):
         raise error("for a reason")
 
-    monkeypatch.setattr("rollout.open.open_engine", refuse)
+    monkeypatch.setattr("pipeline.tools.open.open_engine", refuse)
     with pytest.raises(UserError, match="for a reason") as said:
         open_model(ModelSettings(model=tmp_path))
     assert str(tmp_path) in str(said.value)

@@ -10,6 +10,7 @@ from model.moe import load_metrics
 from model.transformer import Transformer
 from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, score
+from pipeline.train.losses import grpo
 from pipeline.train.pack import Example, mean_weights, pack, rollout_weights
 
 MICRO = dataclasses.replace(
@@ -26,7 +27,8 @@ MICRO = dataclasses.replace(
     qk_rope_head_dim=8,
     v_head_dim=8,
 )
-OBJECTIVE = PolicyObjective(clip_low=0.2, clip_high=0.2, kl_coef=0.0, temperature=1.0, tis_cap=2.0)
+CLIP = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}
+OBJECTIVE = PolicyObjective(grpo, CLIP, temperature=1.0, tis_cap=2.0)
 
 
 def learner(micro_rows=64, mtp_coef=0.0, gamma=0.0, lr=1e-3):
@@ -107,7 +109,7 @@ def test_the_kl_penalty_pulls_back_to_the_reference():
     reference = Transformer(MICRO, seed=0).eval().requires_grad_(False)
     batch = rollouts(it)
     it.policy_update(batch, OBJECTIVE, None, None)
-    strong = dataclasses.replace(OBJECTIVE, kl_coef=100.0)
+    strong = dataclasses.replace(OBJECTIVE, settings=CLIP | {"kl_coef": 100.0})
     first = it.policy_update(batch, strong, None, reference)["loss/kl_ref"]
     for _ in range(5):
         last = it.policy_update(batch, strong, None, reference)["loss/kl_ref"]
@@ -200,3 +202,28 @@ def test_load_metrics_tell_of_each_layer_that_was_trained():
         "router/idle": 0.25,
     }
     assert load_metrics(torch.zeros(0, 4)) == {"router/max_violation": 0.0}
+
+
+@pytest.mark.parametrize("micro_rows", [64, 1])
+def test_the_balance_loss_is_a_mean_over_sequences_whatever_the_micro_batches(micro_rows):
+    """Eq. 17 with its weight: part of the loss of SFT and of RL, the same however the batch is cut."""
+    texts = sequences()
+    net = Transformer(MICRO, seed=0).train()
+    net.balance_alpha = 1.0
+    alone = []
+    for text in texts:
+        net.hidden(torch.tensor([text]))
+        alone.append(net.pop_balance_loss().item())
+    for alpha in (0.0, 0.01):
+        optim = OptimSettings(lr=1e-3, router_bias_gamma=0.0, balance_alpha=alpha)
+        it = Learner(Transformer(MICRO, seed=0).train(), optim, 10, micro_rows=micro_rows)
+        metrics = it.supervised_update(supervised(30, texts))
+        if alpha:
+            want = sum(alone) / len(alone)
+            assert metrics["loss/balance"] == pytest.approx(want, rel=1e-4)
+            assert metrics["loss/total"] == pytest.approx(metrics["loss/lm"] + alpha * want, rel=1e-5)
+            moved = parameters(it)
+        else:
+            assert "loss/balance" not in metrics
+            still = parameters(it)
+    assert not torch.equal(moved, still)

@@ -12,7 +12,7 @@ from model.transformer import Transformer
 from pipeline.errors import UserError
 from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import MAX_SKIPPED, Learner
-from pipeline.train.losses import token_logprobs
+from pipeline.train.logprobs import token_logprobs
 from pipeline.train.precision import HalfMomentAdamW, memory_order
 from tests.small import llama
 

@@ -1,0 +1,56 @@
+"""From graded rollouts to what a step trains on and what it logs: examples, metrics, transcripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pipeline.train.pack import Example
+from rollout.types import Graded, Rollout
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean; 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def example(rollout: Rollout, advantage: float, weight: float) -> Example:
+    """Prompt and completion as one sequence; only the completion has weight."""
+    prompt = rollout.prompt.token_ids
+    return Example(
+        token_ids=(*prompt, *rollout.token_ids),
+        weights=(*[0.0] * len(prompt), *[weight] * len(rollout.token_ids)),
+        rollout_logprobs=(*[0.0] * len(prompt), *rollout.logprobs),
+        advantage=advantage,
+    )
+
+
+def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
+    """Means over rollouts of reward, its parts and length; verifier failures count in `errors` alone."""
+    valid = [g for g in graded if g.verdict != "error"]
+    names = dict.fromkeys(name for g in valid for name in g.parts)
+    return {
+        "reward/mean": mean([g.reward for g in valid]),
+        "reward/accuracy": mean([float(g.verdict == "correct") for g in valid]),
+        "reward/errors": len(graded) - len(valid),
+        "rollout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
+        "rollout/truncated": mean([float(g.rollout.finish_reason == "length") for g in graded]),
+    } | {f"reward/{name}": mean([g.parts[name] for g in valid]) for name in names if name != "accuracy"}
+
+
+def transcript(graded: Graded, advantage: float | None) -> dict[str, Any]:
+    """A line of samples.jsonl."""
+    problem = graded.rollout.prompt.problem
+    return {
+        "id": problem.id,
+        "question": problem.question,
+        "kind": problem.kind,
+        "language": problem.language,
+        "text": graded.text,
+        "verdict": graded.verdict,
+        "reward": round(graded.reward, 6),
+        "parts": dict(graded.parts),
+        "advantage": advantage,
+        "tokens": len(graded.rollout.token_ids),
+        "finish_reason": graded.rollout.finish_reason,
+    }
