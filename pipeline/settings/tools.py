@@ -1,4 +1,4 @@
-"""Settings of the commands beside the chain: grade, generate, chat, serve."""
+"""Settings of the commands beside the chain: up, grade, generate, chat, serve."""
 
 from __future__ import annotations
 
@@ -30,6 +30,28 @@ class ModelSettings(Settings):
     """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpSettings(Settings):
+    """Make stages and, first, the stages that they need and that are not made yet.
+
+    Every other --key value goes to the named stages alone. After Ctrl-C the running stages finish their step and
+    save; --resume goes on from there. When a stage fails, the running ones finish and no other starts.
+    """
+
+    stages: tuple[str, ...]
+    """Stages by name; `r1` or `all` = the complete preset."""
+    preset: str = ""
+    """Folder of configs/ with a TOML file for each stage; empty = tiny, or smollm2 for the stage smollm2."""
+    name: str = ""
+    """Name of the run; empty = the preset's. Holds, like seed and runs, for the needed stages too."""
+    seed: Seed | None = None
+    """Seed of the run; None = that of each config."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    jobs: Count = 1
+    """Most stages side by side, their lines with the name in front. Each uses every core, or its `threads`."""
 
 
 @dataclass(frozen=True, kw_only=True)

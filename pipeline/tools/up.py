@@ -1,0 +1,253 @@
+"""`python -m pipeline up STAGE`: make a stage and, first, the stages that it needs. `make STAGE` calls it.
+
+The graph is `Stage.after` in the stage table, less the stages that a preset has no config for. The configs alone
+do not define it: `report` reads the scores of `eval` without a setting for it, and `eval` scores the models that
+exist. A test holds the two together: a stage that a config names (`init_from`, `corpus`, ...) is in `after`.
+
+A stage is made when its done.json exists. Age does not count. Each stage runs in a process of its own, which
+returns its memory and passes on its exit code.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from pipeline.arguments import load, read_toml
+from pipeline.errors import UserError, command_line
+from pipeline.run.metrics import say
+from pipeline.table import STAGES, Stage
+
+TABLE = {stage.name: stage for stage in STAGES}
+ALL = ("r1", "all")
+HELP = f"""usage: python -m pipeline up STAGE [STAGE ...] [--key value ...]
+
+Make STAGE and, first, the stages that it needs and that are not made yet. `r1` or `all`: the complete preset.
+
+  STAGE         {" ".join(TABLE)} | r1
+  --preset P    folder of configs/ with a TOML file for each stage (default: tiny; for smollm2: smollm2)
+  --name N      name of the run (default: the preset's), for STAGE and the stages that it needs
+  --seed S      seed of the run, likewise
+  --runs DIR    folder of all runs (default: runs), likewise
+  --jobs J      at most J stages side by side, with the stage's name before each line (default: 1).
+                A stage uses every core unless its setting `threads` is set.
+  --key value   any other setting, for STAGE alone; r1 has none
+
+Ctrl-C: the running stages finish their step and save. With --resume, the same command goes on from there.
+When a stage fails, the running ones finish, no other starts, and its exit code is returned.
+Every setting of a stage: python -m pipeline STAGE --help"""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the command line asks for."""
+
+    goals: list[str]
+    preset: str
+    jobs: int
+    shared: dict[str, str]
+    """--name, --seed, --runs: for the goals and for the stages that they need. `name` is always there."""
+    flags: list[str]
+    """Everything else, for the goals alone."""
+
+    @property
+    def run(self) -> Path:
+        """The run's directory."""
+        return Path(self.shared.get("runs", "runs"), self.shared["name"])
+
+    @property
+    def whole(self) -> str:
+        """`r1` or `all` where it is a goal, else empty."""
+        return next((goal for goal in self.goals if goal in ALL), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage to run: `python -m pipeline ARGV`, and the line that announces it."""
+
+    stage: Stage
+    argv: list[str]
+    announcement: str
+
+
+def read_request(argv: Sequence[str]) -> Request:
+    """Read the command line; `UserError` for a bad value, or settings without a single stage to go to."""
+    goals: list[str] = []
+    flags: list[str] = []
+    given: dict[str, str] = {}
+    args = iter(argv)
+    for arg in args:
+        key, equals, value = arg.partition("=")
+        if key in ("--name", "--seed", "--runs", "--preset", "--jobs"):
+            value = value if equals else next(args, "")
+            if not value or value.startswith("--"):
+                raise UserError(f"{key} needs a value (python -m pipeline up --help)")
+            given[key[2:]] = value
+        else:
+            (flags if flags or arg.startswith("-") else goals).append(arg)
+    if not goals:
+        raise UserError("up needs a STAGE, such as: python -m pipeline up r1 (--help lists them)")
+    if unknown := [goal for goal in goals if goal not in (*TABLE, *ALL)]:
+        near = difflib.get_close_matches(unknown[0], [*TABLE, *ALL], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {' '.join(TABLE)} r1"
+        raise UserError(f"unknown stage {unknown[0]!r}; {hint}")
+    preset = given.pop("preset", "smollm2" if "smollm2" in goals else "tiny")
+    if not re.fullmatch("[1-9][0-9]*", jobs := given.pop("jobs", "1")):
+        raise UserError(f"--jobs {jobs}: expected a number of stages, 1 or more")
+    if not re.fullmatch(r"\w[\w.-]*", name := given.setdefault("name", preset)):
+        raise UserError(f"--name {name}: a run's name has only letters, digits and . _ -")
+    request = Request(goals, preset, int(jobs), given, flags)
+    if request.whole and (others := " ".join(flag for flag in flags if flag != "--resume")):
+        raise UserError(
+            f"{request.whole} takes --name, --seed, --runs and --jobs, not {others}; change "
+            f"configs/{preset}/STAGE.toml, or run the one stage: make STAGE ARGS='{others}'"
+        )
+    return request
+
+
+def stages_of(preset: str) -> list[Stage]:
+    """The stages that a preset has a config for, in the table's order; `UserError` for an unknown preset."""
+    found = sorted({file.parent.name for file in Path("configs").glob("*/*.toml")})
+    if preset not in found:
+        raise UserError(
+            f"no preset {preset!r}; there are: {' '.join(found) or 'none in configs/ of this folder'}"
+        )
+    return [stage for stage in STAGES if Path("configs", preset, f"{stage.name}.toml").is_file()]
+
+
+def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
+    """What must be made before `stage` in a preset with the stages `here`."""
+    before = [other for other in here if other.name in stage.after]
+    return [other for other in before if other.public] or before
+
+
+def plan(request: Request) -> list[Step]:
+    """The steps in the table's order: goals in any case, other stages where their done.json is missing.
+
+    Raises:
+        UserError: preset or stage is absent, a setting is wrong, or the run was begun with another seed.
+    """
+    here, whole = stages_of(request.preset), request.whole
+    goals = [goal for goal in request.goals if goal not in ALL]
+    if absent := " ".join(goal for goal in goals if TABLE[goal] not in here):
+        has = " ".join(stage.name for stage in here)
+        raise UserError(f"preset {request.preset} has no stage {absent}; it has: {has}")
+    if seed := request.shared.get("seed"):
+        for file in sorted(request.run.glob("*/config.toml")):
+            if (begun := str(read_toml(file).get("seed"))) != seed:
+                raise UserError(f"{file} has seed {begun}, not {seed}; take another --name")
+    wanted = here[:] if whole else [TABLE[goal] for goal in goals]
+    for stage in wanted:
+        wanted += [other for other in needs(stage, here) if other not in wanted]
+    shared = [word for key, value in sorted(request.shared.items()) for word in (f"--{key}", value)]
+    steps = []
+    for stage in (s for s in here if s in wanted):
+        goal = stage.name in goals
+        if goal or not (request.run / stage.name / "done.json").exists():
+            config = Path("configs", request.preset, f"{stage.name}.toml")
+            flags = [*shared, *(request.flags if goal else ["--resume"])]
+            load(stage, config, flags)  # refuse a wrong setting before the first stage takes its minutes
+            needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
+            announcement = f"{whole}: {stage.name}" if whole else needed
+            steps.append(Step(stage, [stage.name, "--config", str(config), *flags], announcement))
+    return steps
+
+
+class Children:
+    """Running stages, each in a process of its own, and the signal that they get."""
+
+    def __init__(self, prefixed: bool) -> None:
+        self.prefixed = prefixed
+        self.running: list[subprocess.Popen[str]] = []
+        self.signal = 0  # the first one received, or 0
+
+    def run(self, step: Step) -> int:
+        """Run a step to its end; its exit code, 128 + n for a signal n."""
+        argv = [sys.executable, "-m", "pipeline", *step.argv]
+        if self.prefixed:
+            env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+            pipe, errors = subprocess.PIPE, subprocess.STDOUT
+            process = subprocess.Popen(argv, env=env, stdout=pipe, stderr=errors, text=True, errors="replace")
+        else:
+            process = subprocess.Popen(argv, text=True)
+        self.running.append(process)
+        if self.signal:
+            self.forward(process)
+        for line in process.stdout or ():
+            sys.stdout.write(f"{step.stage.name:8} | {line.rstrip()}\n")  # one write: lines stay whole
+            sys.stdout.flush()
+        code = process.wait()
+        return 128 + (self.signal or -code) if code < 0 else code
+
+    def forward(self, process: subprocess.Popen[str]) -> None:
+        """Pass the signal on. A terminal's Ctrl-C reaches a stage by itself; SIGUSR1 then changes nothing."""
+        process.send_signal(signal.SIGUSR1 if self.signal == signal.SIGINT else self.signal)
+
+    def on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Pass the first signal on, and start nothing more."""
+        if not self.signal:
+            self.signal = signum
+            for process in self.running:
+                self.forward(process)
+
+
+def make(steps: list[Step], jobs: int) -> tuple[Step, int] | None:
+    """Run the steps, at most `jobs` at once, each after those that its stage may read.
+
+    Returns:
+        The first step that failed, or that a signal kept from starting, and the exit code; None = all made.
+    """
+    children, pending = Children(jobs > 1), list(steps)
+    active: dict[Future[int], Step] = {}
+    failed = None
+    before = {s: signal.signal(s, children.on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            while True:
+                unfinished = {step.stage.name for step in (*pending, *active.values())}
+                ready = [step for step in pending if not unfinished & set(step.stage.after)]
+                for step in () if failed or children.signal else ready[: jobs - len(active)]:
+                    pending.remove(step)
+                    if step.announcement:
+                        say(step.announcement)
+                    active[pool.submit(children.run, step)] = step
+                if not active:
+                    break
+                for future in wait(active, return_when=FIRST_COMPLETED).done:
+                    step, code = active.pop(future), future.result()
+                    failed = failed or ((step, code) if code else None)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return failed or ((pending[0], 128 + children.signal) if pending else None)
+
+
+def main(argv: list[str]) -> int:
+    """Make what the command line names; the exit code."""
+    if {"--help", "-h"} & set(argv):
+        print(HELP)
+        return 0
+    request = read_request(argv)
+    steps = plan(request)
+    if failed := make(steps, request.jobs):
+        step, code = failed
+        again = command_line("up", *(arg for arg in argv if arg != "--resume"), "--resume")
+        what = "interrupted" if code == 130 else f"{step.stage.name} ended with exit code {code}"
+        print(f"{what}; go on with: {again}", file=sys.stderr)
+        return code
+    if request.whole:
+        state = "is finished" if steps else "was finished already"
+        say(
+            f"{request.whole}: {request.run} {state}: summary.json, report.html. "
+            "For another run: make r1 ARGS='--name NAME --seed N'"
+        )
+    return 0
