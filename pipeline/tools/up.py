@@ -1,8 +1,8 @@
 """`python -m pipeline up STAGE`: make a stage and, first, the stages that it needs. `make STAGE` calls it.
 
-The graph is `Stage.after` in the stage table, less the stages that a preset has no config for. The configs alone
-do not define it: `report` reads the scores of `eval` without a setting for it, and `eval` scores the models that
-exist. A test holds the two together: a stage that a config names (`init_from`, `corpus`, ...) is in `after`.
+The graph is `Stage.after` in the stage table, less the stages that a preset has no config for. The configs
+alone do not define it: `report` reads the scores of `eval` without a setting for it, and `eval` scores the
+models that exist. A test holds the two together: what a config names (`init_from`, `corpus`, ...) is in `after`.
 
 A stage is made when its done.json exists. Age does not count. Each stage runs in a process of its own, which
 returns its memory and passes on its exit code.
