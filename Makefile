@@ -1,4 +1,4 @@
-# The whole recipe by name. `make help` lists what there is; every target sets up what it needs first.
+# The complete recipe by name. `make help` lists what there is; every target sets up what it needs first.
 #
 #   make r1                                         the complete chain, from nothing to a report
 #   make STAGE [PRESET=tiny] [ARGS="--key value"]   one stage; the stages that it needs are made first

@@ -2,7 +2,7 @@
 
 The graph is `Stage.after` in the stage table, less the stages that a preset has no config for. The configs
 alone do not define it: `report` reads the scores of `eval` without a setting for it, and `eval` scores the
-models that exist. A test holds the two together: what a config names (`init_from`, `corpus`, ...) is in `after`.
+models that exist. A test holds the two together: what a config names (`init_from`, ...) is in `after`.
 
 A stage is made when its done.json exists. Age does not count. Each stage runs in a process of its own, which
 returns its memory and passes on its exit code.
@@ -65,7 +65,7 @@ class Request:
         return Path(self.shared.get("runs", "runs"), self.shared["name"])
 
     @property
-    def whole(self) -> str:
+    def complete(self) -> str:
         """`r1` or `all` where it is a goal, else empty."""
         return next((goal for goal in self.goals if goal in ALL), "")
 
@@ -106,9 +106,9 @@ def read_request(argv: Sequence[str]) -> Request:
     if not re.fullmatch(r"\w[\w.-]*", name := given.setdefault("name", preset)):
         raise UserError(f"--name {name}: a run's name has only letters, digits and . _ -")
     request = Request(goals, preset, int(jobs), given, flags)
-    if request.whole and (others := " ".join(flag for flag in flags if flag != "--resume")):
+    if request.complete and (others := " ".join(flag for flag in flags if flag != "--resume")):
         raise UserError(
-            f"{request.whole} takes --name, --seed, --runs and --jobs, not {others}; change "
+            f"{request.complete} takes --name, --seed, --runs and --jobs, not {others}; change "
             f"configs/{preset}/STAGE.toml, or run the one stage: make STAGE ARGS='{others}'"
         )
     return request
@@ -136,7 +136,7 @@ def plan(request: Request) -> list[Step]:
     Raises:
         UserError: preset or stage is absent, a setting is wrong, or the run was begun with another seed.
     """
-    here, whole = stages_of(request.preset), request.whole
+    here, complete = stages_of(request.preset), request.complete
     goals = [goal for goal in request.goals if goal not in ALL]
     if absent := " ".join(goal for goal in goals if TABLE[goal] not in here):
         has = " ".join(stage.name for stage in here)
@@ -145,7 +145,7 @@ def plan(request: Request) -> list[Step]:
         for file in sorted(request.run.glob("*/config.toml")):
             if (begun := str(read_toml(file).get("seed"))) != seed:
                 raise UserError(f"{file} has seed {begun}, not {seed}; take another --name")
-    wanted = here[:] if whole else [TABLE[goal] for goal in goals]
+    wanted = here[:] if complete else [TABLE[goal] for goal in goals]
     for stage in wanted:
         wanted += [other for other in needs(stage, here) if other not in wanted]
     shared = [word for key, value in sorted(request.shared.items()) for word in (f"--{key}", value)]
@@ -157,7 +157,7 @@ def plan(request: Request) -> list[Step]:
             flags = [*shared, *(request.flags if goal else ["--resume"])]
             load(stage, config, flags)  # refuse a wrong setting before the first stage takes its minutes
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
-            announcement = f"{whole}: {stage.name}" if whole else needed
+            announcement = f"{complete}: {stage.name}" if complete else needed
             steps.append(Step(stage, [stage.name, "--config", str(config), *flags], announcement))
     return steps
 
@@ -183,7 +183,7 @@ class Children:
         if self.signal:
             self.forward(process)
         for line in process.stdout or ():
-            sys.stdout.write(f"{step.stage.name:8} | {line.rstrip()}\n")  # one write: lines stay whole
+            sys.stdout.write(f"{step.stage.name:8} | {line.rstrip()}\n")  # one write: no line is split
             sys.stdout.flush()
         code = process.wait()
         return 128 + (self.signal or -code) if code < 0 else code
@@ -244,10 +244,10 @@ def main(argv: list[str]) -> int:
         what = "interrupted" if code == 130 else f"{step.stage.name} ended with exit code {code}"
         print(f"{what}; go on with: {again}", file=sys.stderr)
         return code
-    if request.whole:
+    if request.complete:
         state = "is finished" if steps else "was finished already"
         say(
-            f"{request.whole}: {request.run} {state}: summary.json, report.html. "
+            f"{request.complete}: {request.run} {state}: summary.json, report.html. "
             "For another run: make r1 ARGS='--name NAME --seed N'"
         )
     return 0

@@ -172,21 +172,21 @@ def test_a_goal_is_run_even_when_it_is_done(up):
     assert up("sft --resume")[1] == ["sft --config configs/tiny/sft.toml --name tiny --resume"]
 
 
-@pytest.mark.parametrize("whole", ["r1", "all"])
-def test_r1_goes_on_where_it_stopped_and_reports_when_it_is_done(up, whole):
-    code, calls, out = up(f"{whole} --name x --seed 0", fail="grpo 3")
+@pytest.mark.parametrize("goal", ["r1", "all"])
+def test_r1_goes_on_where_it_stopped_and_reports_when_it_is_done(up, goal):
+    code, calls, out = up(f"{goal} --name x --seed 0", fail="grpo 3")
     assert code == 3 and names(calls) == ["pretrain", "zero", "sft", "grpo"]
     assert all(call.endswith("--name x --seed 0 --resume") for call in calls)
-    assert f"{whole}: grpo\n" in out
+    assert f"{goal}: grpo\n" in out
     assert (
-        f"grpo ended with exit code 3; go on with: python -m pipeline up {whole} --name x --seed 0 --resume"
+        f"grpo ended with exit code 3; go on with: python -m pipeline up {goal} --name x --seed 0 --resume"
         in out
     )
-    code, calls, out = up(f"{whole} --name x --seed 0 --resume")
+    code, calls, out = up(f"{goal} --name x --seed 0 --resume")
     assert code == 0 and names(calls) == CHAIN[CHAIN.index("grpo") :], out
-    assert f"{whole}: runs/x is finished" in out
-    code, calls, out = up(f"{whole} --name=x --resume")
-    assert code == 0 and not calls and f"{whole}: runs/x was finished already" in out
+    assert f"{goal}: runs/x is finished" in out
+    code, calls, out = up(f"{goal} --name=x --resume")
+    assert code == 0 and not calls and f"{goal}: runs/x was finished already" in out
 
 
 def test_several_goals_are_run_once_each_in_order(up):
