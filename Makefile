@@ -3,8 +3,8 @@
 #   make r1                                         the complete chain, from nothing to a report
 #   make STAGE [PRESET=tiny] [ARGS="--key value"]   one stage; the stages that it needs are made first
 #
-# Both are one call of `python -m pipeline up`, which has the graph and says what ARGS can hold. R1_DATA=folder reaches
-# the stages, as every variable of the command line does. Plain GNU make, 3.81 (macOS) or later.
+# Both are one call of `python -m pipeline up`, which holds the graph; its --help lists what ARGS can hold.
+# R1_DATA=folder reaches the stages, as every variable of the command line does. GNU make 3.81 (macOS) or later.
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL: # stages side by side: ARGS="--jobs N"

@@ -140,7 +140,7 @@ case "$*" in *--dry-run*) exit $NO_CPU_BUILD ;; esac
 
 
 @pytest.mark.parametrize(
-    ("gpu", "cpu_build", "args", "torch", "says"),
+    ("gpu", "cpu_build", "args", "torch", "message"),
     [
         (False, True, [], "torch==PIN+cpu", "no GPU found: installing torch PIN+cpu, the CPU build"),
         (False, False, [], "torch==PIN", "the larger CUDA build"),
@@ -149,7 +149,7 @@ case "$*" in *--dry-run*) exit $NO_CPU_BUILD ;; esac
         (True, True, ["TORCH_INDEX=u"], "torch>=2.11 --index-url u", "found a GPU"),
     ],
 )
-def test_setup_picks_the_build_of_torch_and_says_so(make, tmp_path, gpu, cpu_build, args, torch, says):
+def test_setup_picks_the_build_of_torch_and_reports_it(make, tmp_path, gpu, cpu_build, args, torch, message):
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (
@@ -163,7 +163,7 @@ def test_setup_picks_the_build_of_torch_and_says_so(make, tmp_path, gpu, cpu_bui
     pin = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
     code, calls, out = make("setup", *args, f"PYTHON={sys.executable}", path=tools)
     assert code == 0, out
-    assert says.replace("PIN", pin) in out
+    assert message.replace("PIN", pin) in out
     installs = [call.split(" install -qq ")[1] for call in calls if "--dry-run" not in call]
     assert installs[0] == torch.replace("PIN", pin)
     assert installs[1] == "-e .[dev] -c .venv/constraints.txt" and len(installs) == 2

@@ -145,12 +145,12 @@ def plan(request: Request) -> list[Step]:
         for file in sorted(request.run.glob("*/config.toml")):
             if (begun := str(read_toml(file).get("seed"))) != seed:
                 raise UserError(f"{file} has seed {begun}, not {seed}; take another --name")
-    wanted = here[:] if complete else [TABLE[goal] for goal in goals]
-    for stage in wanted:
-        wanted += [other for other in needs(stage, here) if other not in wanted]
+    planned = here[:] if complete else [TABLE[goal] for goal in goals]
+    for stage in planned:
+        planned += [other for other in needs(stage, here) if other not in planned]
     shared = [word for key, value in sorted(request.shared.items()) for word in (f"--{key}", value)]
     steps = []
-    for stage in (s for s in here if s in wanted):
+    for stage in (s for s in here if s in planned):
         goal = stage.name in goals
         if goal or not (request.run / stage.name / "done.json").exists():
             config = Path("configs", request.preset, f"{stage.name}.toml")
