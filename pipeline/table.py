@@ -126,9 +126,7 @@ STAGES = (
 )
 
 COMMANDS = (
-    Command(
-        "up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True
-    ),
+    Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True),
     Command(
         "grade", GradeSettings, "pipeline.tools.grade", "grade saved completions: IN.jsonl -> OUT.jsonl", True
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,8 +37,8 @@ class ModelSettings(Settings):
 class UpSettings(Settings):
     """Make stages and, first, the stages that they need and that are not made yet.
 
-    Every other --key value goes to the named stages alone. After Ctrl-C the running stages finish their step and
-    save; --resume goes on from there. When a stage fails, the running ones finish and no other starts.
+    Every other --key value goes to the named stages alone. After Ctrl-C the running stages finish their step
+    and save; after a failure they finish. No other starts, and the command that goes on from there is shown.
     """
 
     stages: tuple[str, ...]
@@ -51,7 +52,17 @@ class UpSettings(Settings):
     runs: Path = Path("runs")
     """Folder of all runs."""
     jobs: Count = 1
-    """Most stages side by side, their lines with the name in front. Each uses every core, or its `threads`."""
+    """Stages side by side, their lines with the name in front. Each uses every core, or its `threads`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stages:
+            raise ValueError("up needs a STAGE, such as: python -m pipeline up r1.")
+        preset = self.preset or ("smollm2" if "smollm2" in self.stages else "tiny")
+        object.__setattr__(self, "preset", preset)
+        object.__setattr__(self, "name", self.name or preset)
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name={self.name!r} must be letters, digits and . _ - (it becomes a folder).")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,7 @@ returns its memory and passes on its exit code.
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -22,52 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from pipeline.arguments import load, read_toml
+from pipeline.arguments import HELP, known_flags, load, nearest, parse, read_toml
 from pipeline.errors import UserError, command_line
 from pipeline.run.metrics import say
+from pipeline.settings.tools import UpSettings
 from pipeline.table import STAGES, Stage
 
 TABLE = {stage.name: stage for stage in STAGES}
 ALL = ("r1", "all")
-HELP = f"""usage: python -m pipeline up STAGE [STAGE ...] [--key value ...]
-
-Make STAGE and, first, the stages that it needs and that are not made yet. `r1` or `all`: the complete preset.
-
-  STAGE         {" ".join(TABLE)} | r1
-  --preset P    folder of configs/ with a TOML file for each stage (default: tiny; for smollm2: smollm2)
-  --name N      name of the run (default: the preset's), for STAGE and the stages that it needs
-  --seed S      seed of the run, likewise
-  --runs DIR    folder of all runs (default: runs), likewise
-  --jobs J      at most J stages side by side, with the stage's name before each line (default: 1).
-                A stage uses every core unless its setting `threads` is set.
-  --key value   any other setting, for STAGE alone; r1 has none
-
-Ctrl-C: the running stages finish their step and save. With --resume, the same command goes on from there.
-When a stage fails, the running ones finish, no other starts, and its exit code is returned.
-Every setting of a stage: python -m pipeline STAGE --help"""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What the command line asks for."""
-
-    goals: list[str]
-    preset: str
-    jobs: int
-    shared: dict[str, str]
-    """--name, --seed, --runs: for the goals and for the stages that they need. `name` is always there."""
-    flags: list[str]
-    """Everything else, for the goals alone."""
-
-    @property
-    def run(self) -> Path:
-        """The run's directory."""
-        return Path(self.shared.get("runs", "runs"), self.shared["name"])
-
-    @property
-    def complete(self) -> str:
-        """`r1` or `all` where it is a goal, else empty."""
-        return next((goal for goal in self.goals if goal in ALL), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,39 +39,26 @@ class Step:
     announcement: str
 
 
-def read_request(argv: Sequence[str]) -> Request:
-    """Read the command line; `UserError` for a bad value, or settings without a single stage to go to."""
-    goals: list[str] = []
-    flags: list[str] = []
-    given: dict[str, str] = {}
-    args = iter(argv)
-    for arg in args:
-        key, equals, value = arg.partition("=")
-        if key in ("--name", "--seed", "--runs", "--preset", "--jobs"):
-            value = value if equals else next(args, "")
-            if not value or value.startswith("--"):
-                raise UserError(f"{key} needs a value (python -m pipeline up --help)")
-            given[key[2:]] = value
-        else:
-            (flags if flags or arg.startswith("-") else goals).append(arg)
-    if not goals:
-        raise UserError("up needs a STAGE, such as: python -m pipeline up r1 (--help lists them)")
-    if unknown := [goal for goal in goals if goal not in (*TABLE, *ALL)]:
-        near = difflib.get_close_matches(unknown[0], [*TABLE, *ALL], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {' '.join(TABLE)} r1"
-        raise UserError(f"unknown stage {unknown[0]!r}; {hint}")
-    preset = given.pop("preset", "smollm2" if "smollm2" in goals else "tiny")
-    if not re.fullmatch("[1-9][0-9]*", jobs := given.pop("jobs", "1")):
-        raise UserError(f"--jobs {jobs}: expected a number of stages, 1 or more")
-    if not re.fullmatch(r"\w[\w.-]*", name := given.setdefault("name", preset)):
-        raise UserError(f"--name {name}: a run's name has only letters, digits and . _ -")
-    request = Request(goals, preset, int(jobs), given, flags)
-    if request.complete and (others := " ".join(flag for flag in flags if flag != "--resume")):
-        raise UserError(
-            f"{request.complete} takes --name, --seed, --runs and --jobs, not {others}; change "
-            f"configs/{preset}/STAGE.toml, or run the one stage: make STAGE ARGS='{others}'"
-        )
-    return request
+def read_line(argv: Sequence[str]) -> tuple[UpSettings, list[str]]:
+    """The settings of `up` itself, and the flags for the named stages; `UserError` for a wrong value."""
+    own, flags = ["--stages"], list[str]()
+    into, known = own, {*known_flags(UpSettings), *HELP}
+    for arg in argv:
+        if arg.startswith("--") or arg in HELP:
+            into = own if arg.partition("=")[0] in known else flags
+        into.append(arg)
+    up = parse(UpSettings, own, "python -m pipeline up", positional=True)
+    others = " ".join(flag for flag in flags if flag != "--resume")
+    for goal in up.stages:
+        if goal not in (*TABLE, *ALL):
+            hint = nearest(goal, [*TABLE, *ALL]) or f"; there are: {' '.join(TABLE)} r1"
+            raise UserError(f"unknown stage {goal!r}{hint}")
+        if goal in ALL and others:
+            raise UserError(
+                f"{goal} takes --name, --seed, --runs and --jobs, not {others}; change "
+                f"configs/{up.preset}/STAGE.toml, or run the one stage: make STAGE ARGS='{others}'"
+            )
+    return up, flags
 
 
 def stages_of(preset: str) -> list[Stage]:
@@ -130,35 +77,36 @@ def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
     return [other for other in before if other.public] or before
 
 
-def plan(request: Request) -> list[Step]:
+def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     """The steps in the table's order: goals in any case, other stages where their done.json is missing.
 
     Raises:
         UserError: preset or stage is absent, a setting is wrong, or the run was begun with another seed.
     """
-    here, complete = stages_of(request.preset), request.complete
-    goals = [goal for goal in request.goals if goal not in ALL]
+    here, run = stages_of(up.preset), up.runs / up.name
+    complete = next((goal for goal in up.stages if goal in ALL), "")
+    goals = [goal for goal in up.stages if goal not in ALL]
     if absent := " ".join(goal for goal in goals if TABLE[goal] not in here):
         has = " ".join(stage.name for stage in here)
-        raise UserError(f"preset {request.preset} has no stage {absent}; it has: {has}")
-    if seed := request.shared.get("seed"):
-        for file in sorted(request.run.glob("*/config.toml")):
-            if (begun := str(read_toml(file).get("seed"))) != seed:
-                raise UserError(f"{file} has seed {begun}, not {seed}; take another --name")
+        raise UserError(f"preset {up.preset} has no stage {absent}; it has: {has}")
+    for file in sorted(run.glob("*/config.toml")) if up.seed is not None else ():
+        if (begun := read_toml(file).get("seed")) != up.seed:
+            raise UserError(f"{file} has seed {begun}, not {up.seed}; take another --name")
     planned = here[:] if complete else [TABLE[goal] for goal in goals]
     for stage in planned:
         planned += [other for other in needs(stage, here) if other not in planned]
-    shared = [word for key, value in sorted(request.shared.items()) for word in (f"--{key}", value)]
+    shared = ["--name", up.name, "--runs", str(up.runs)]
+    shared += [] if up.seed is None else ["--seed", str(up.seed)]
     steps = []
     for stage in (s for s in here if s in planned):
         goal = stage.name in goals
-        if goal or not (request.run / stage.name / "done.json").exists():
-            config = Path("configs", request.preset, f"{stage.name}.toml")
-            flags = [*shared, *(request.flags if goal else ["--resume"])]
-            load(stage, config, flags)  # refuse a wrong setting before the first stage takes its minutes
+        if goal or not (run / stage.name / "done.json").exists():
+            config = Path("configs", up.preset, f"{stage.name}.toml")
+            settings = [*shared, *(flags if goal else ["--resume"])]
+            load(stage, config, settings)  # refuse a wrong one before the first stage takes its minutes
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
             announcement = f"{complete}: {stage.name}" if complete else needed
-            steps.append(Step(stage, [stage.name, "--config", str(config), *flags], announcement))
+            steps.append(Step(stage, [stage.name, "--config", str(config), *settings], announcement))
     return steps
 
 
@@ -233,21 +181,18 @@ def make(steps: list[Step], jobs: int) -> tuple[Step, int] | None:
 
 def main(argv: list[str]) -> int:
     """Make what the command line names; the exit code."""
-    if {"--help", "-h"} & set(argv):
-        print(HELP)
-        return 0
-    request = read_request(argv)
-    steps = plan(request)
-    if failed := make(steps, request.jobs):
+    up, flags = read_line(argv)
+    steps = plan(up, flags)
+    if failed := make(steps, up.jobs):
         step, code = failed
         again = command_line("up", *(arg for arg in argv if arg != "--resume"), "--resume")
         what = "interrupted" if code == 130 else f"{step.stage.name} ended with exit code {code}"
         print(f"{what}; go on with: {again}", file=sys.stderr)
         return code
-    if request.complete:
+    for goal in set(up.stages) & set(ALL):
         state = "is finished" if steps else "was finished already"
         say(
-            f"{request.complete}: {request.run} {state}: summary.json, report.html. "
+            f"{goal}: {up.runs / up.name} {state}: summary.json, report.html. "
             "For another run: make r1 ARGS='--name NAME --seed N'"
         )
     return 0

@@ -117,9 +117,9 @@ def test_a_stage_comes_after_what_the_table_says(up, stage):
     for i, name in enumerate(got):
         assert {before for before in TABLE[name].after if before in CHAIN} <= set(got[:i])
     for call in calls[:-1]:
-        assert call.endswith("--name tiny --resume")
+        assert call.endswith("--name tiny --runs runs --resume")
         assert f"{stage} needs {call.split()[0]}: making it first" in out
-    assert calls[-1] == f"{stage} --config configs/tiny/{stage}.toml --name tiny"
+    assert calls[-1] == f"{stage} --config configs/tiny/{stage}.toml --name tiny --runs runs"
 
 
 @pytest.mark.parametrize("preset", sorted(file.name for file in (ROOT / "configs").iterdir()))
@@ -138,7 +138,9 @@ def test_the_graph_has_what_the_configs_name(monkeypatch, preset):
 
 def test_smollm2_needs_only_the_public_model(up):
     assert names(up("smollm2")[1]) == ["smollm2"]
-    assert up("eval --preset smollm2")[1] == ["eval --config configs/smollm2/eval.toml --name smollm2"]
+    assert up("eval --preset smollm2")[1] == [
+        "eval --config configs/smollm2/eval.toml --name smollm2 --runs runs"
+    ]
     for goal, expected in (
         ("distill", ["smollm2", "distill"]),
         ("report", ["smollm2", "eval", "report"]),
@@ -169,14 +171,14 @@ def test_a_goal_is_run_even_when_it_is_done(up):
     assert code == 0 and names(calls) == ["eval"], out
     code, calls, out = up("sft")
     assert code == 2 and names(calls) == ["sft"] and out.count("error: in use") == 1
-    assert up("sft --resume")[1] == ["sft --config configs/tiny/sft.toml --name tiny --resume"]
+    assert up("sft --resume")[1] == ["sft --config configs/tiny/sft.toml --name tiny --runs runs --resume"]
 
 
 @pytest.mark.parametrize("goal", ["r1", "all"])
 def test_r1_goes_on_where_it_stopped_and_reports_when_it_is_done(up, goal):
     code, calls, out = up(f"{goal} --name x --seed 0", fail="grpo 3")
     assert code == 3 and names(calls) == ["pretrain", "zero", "sft", "grpo"]
-    assert all(call.endswith("--name x --seed 0 --resume") for call in calls)
+    assert all(call.endswith("--name x --runs runs --seed 0 --resume") for call in calls)
     assert f"{goal}: grpo\n" in out
     assert (
         f"grpo ended with exit code 3; go on with: python -m pipeline up {goal} --name x --seed 0 --resume"
@@ -206,8 +208,8 @@ def test_settings_go_to_the_goal_but_name_and_seed_to_all(up, name, flags):
     code, calls, out = up(f"zero {flags}")
     assert code == 0, out
     assert calls == [
-        f"pretrain --config configs/tiny/pretrain.toml --name {name} --seed 7 --resume",
-        f"zero --config configs/tiny/zero.toml --name {name} --seed 7 --optim.lr 1e-3",
+        f"pretrain --config configs/tiny/pretrain.toml --name {name} --runs runs --seed 7 --resume",
+        f"zero --config configs/tiny/zero.toml --name {name} --runs runs --seed 7 --optim.lr 1e-3",
     ]
 
 
@@ -226,13 +228,14 @@ def test_runs_elsewhere_and_quotes(up):
         ("r1 --preset tinny", "no preset 'tinny'"),
         ("sft --preset smollm2", "preset smollm2 has no stage sft; it has: smollm2 distill eval report"),
         ("r1 --group-size 4", "r1 takes --name, --seed, --runs and --jobs, not --group-size 4"),
-        ("sft --name a/b", "--name a/b"),
-        ("sft --name ..", "--name .."),
+        ("sft --name a/b", "name='a/b'"),
+        ("sft --name ..", "name='..'"),
         ("sft --name", "--name needs a value"),
+        ("sft --preset micro tiny", "unexpected argument 'tiny'"),
         ("sft --name --seed 1", "--name needs a value"),
-        ("sft --seed=", "--seed needs a value"),
-        ("sft --jobs 0", "--jobs 0: expected a number of stages, 1 or more"),
-        ("sft --jobs many", "--jobs many"),
+        ("sft --seed=", "--seed cannot be ''"),
+        ("sft --jobs 0", "jobs=0 must be at least 1"),
+        ("sft --jobs many", "--jobs cannot be 'many'"),
         ("", "up needs a STAGE"),
         ("--preset tiny", "up needs a STAGE"),
         ("grpoo", "unknown stage 'grpoo'; did you mean grpo"),
