@@ -123,7 +123,7 @@ def test_an_unknown_target_is_one_clear_line(make):
 
 def test_make_help_comes_from_the_table_before_anything_is_set_up(make, tmp_path):
     shutil.rmtree(tmp_path / ".venv")
-    for package in ("pipeline", "rollout"):
+    for package in ("pipeline", "rollout", "rewards"):
         shutil.copytree(ROOT / package, tmp_path / package)
     for target in ([], ["help"]):
         start = time.monotonic()
