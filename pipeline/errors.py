@@ -1,5 +1,18 @@
-"""The one exception that means: the user's input is wrong."""
+"""Errors that a user can cause, and what to type next."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
 
 
 class UserError(Exception):
     """Bad input. The message is one line that says what was found and what to do; the exit code is 2."""
+
+
+def command_line(*argv: str) -> str:
+    """What to type to run this, with this environment's Python when it lies below the working directory."""
+    python = Path(sys.executable)
+    here = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    return shlex.join([str(here), "-m", "pipeline", *argv])

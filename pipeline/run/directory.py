@@ -123,6 +123,11 @@ class RunDir:
         self.interrupted = True
         say("\nCtrl-C: finishing this step, then saving (again to stop now)")
 
+    def on_sigusr1(self, signum: int, frame: FrameType | None) -> None:
+        """Like a first Ctrl-C, however often it comes: `up` and batch systems send it."""
+        if not self.interrupted:
+            self.on_sigint(signum, frame)
+
 
 def resolved(config: StageSettings) -> dict[str, Any]:
     """The settings that decide the result: all but `resume` and `runs`."""
@@ -178,6 +183,7 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         with locked(run.path):
             begin(run, resume=used)
             before = signal.signal(signal.SIGINT, run.on_sigint)
+            usr1 = signal.signal(signal.SIGUSR1, run.on_sigusr1)
             try:
                 yield run
                 finish(run)
@@ -186,6 +192,7 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                 raise
             finally:
                 signal.signal(signal.SIGINT, before)
+                signal.signal(signal.SIGUSR1, usr1)
                 run.metrics.close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

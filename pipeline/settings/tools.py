@@ -1,7 +1,8 @@
-"""Settings of the commands beside the chain: grade, generate, chat, serve."""
+"""Settings of the commands beside the chain: up, grade, generate, chat, serve."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,6 +31,38 @@ class ModelSettings(Settings):
     """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpSettings(Settings):
+    """Make stages and, first, the stages that they need and that are not made yet.
+
+    Every other --key value goes to the named stages alone. After Ctrl-C the running stages finish their step
+    and save; after a failure they finish. No other starts, and the command that goes on from there is shown.
+    """
+
+    stages: tuple[str, ...]
+    """Stages by name; `r1` or `all` = the complete preset."""
+    preset: str = ""
+    """Folder of configs/ with a TOML file for each stage; empty = tiny, or smollm2 for the stage smollm2."""
+    name: str = ""
+    """Name of the run; empty = the preset's. Holds, like seed and runs, for the needed stages too."""
+    seed: Seed | None = None
+    """Seed of the run; None = that of each config."""
+    runs: Path = Path("runs")
+    """Folder of all runs."""
+    jobs: Count = 1
+    """Stages side by side, their lines with the name in front. Each uses every core, or its `threads`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.stages:
+            raise ValueError("up needs a STAGE, such as: python -m pipeline up r1.")
+        preset = self.preset or ("smollm2" if "smollm2" in self.stages else "tiny")
+        object.__setattr__(self, "preset", preset)
+        object.__setattr__(self, "name", self.name or preset)
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name={self.name!r} must be letters, digits and . _ - (it becomes a folder).")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,7 +207,7 @@ def test_every_number_has_a_range_and_is_refused_outside_it(entry, tmp_path, mon
     """In one line with exit code 2, and before anything is opened: no run directory appears."""
     monkeypatch.chdir(tmp_path)
     Path("stage.toml").write_text("")
-    needed = {"model": "m", "benchmark": "b", "out": "o", "prompts": "p", "source": "s"}
+    needed = {"model": "m", "benchmark": "b", "out": "o", "prompts": "p", "source": "s", "stages": "r1"}
     required = [
         part
         for field in dataclasses.fields(entry.settings)

@@ -352,6 +352,21 @@ def test_ctrl_c_saves_then_says_how_to_go_on(opened):
         assert again.latest() == (1, run.path / "checkpoint-1")
 
 
+def test_sigusr1_saves_too_and_does_not_add_up(opened):
+    """A batch system's notice, and what `up` sends beside a terminal's Ctrl-C."""
+    handler = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(KeyboardInterrupt, match="everything is saved"), opened() as run:
+        for signum in (signal.SIGUSR1, signal.SIGUSR1):
+            os.kill(os.getpid(), signum)
+        run.stop_if_interrupted(lambda: save(run, 1))
+        pytest.fail("went on")
+    assert signal.getsignal(signal.SIGUSR1) is handler
+    with pytest.raises(KeyboardInterrupt, match="everything is saved"), opened(resume=True) as run:
+        for signum in (signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), signum)
+        run.stop_if_interrupted()
+
+
 def test_a_second_ctrl_c_stops_at_once(opened):
     with pytest.raises(KeyboardInterrupt, match="stopped at once"), opened() as run:
         for _ in range(2):
