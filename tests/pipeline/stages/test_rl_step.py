@@ -96,7 +96,10 @@ def test_the_length_punishment_is_part_of_the_reward(trainer):
         ({"overlong_buffer": 97}, "overlong_buffer=97 must be at most max_tokens=96"),
         ({"overlong_buffer": -1}, "overlong_buffer=-1 must be at least 0"),
         ({"overlong_buffer": 8}, "overlong_buffer=8 and the weight of the reward overlong .* only together"),
-        ({"rewards": {"overlong": 1.0}}, "overlong_buffer=0 and the weight of the reward overlong .* only together"),
+        (
+            {"rewards": {"overlong": 1.0}},
+            "overlong_buffer=0 and the weight of the reward overlong .* only together",
+        ),
         ({"rewards": {"acuracy": 1.0}}, "did you mean accuracy"),
     ],
 )
