@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.policy import Policy
+from pipeline.errors import UserError
 from pipeline.settings.common import OptimSettings
 from pipeline.train import heap
 from pipeline.train.logprobs import token_logprobs
@@ -76,7 +77,10 @@ class Learner:
         self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
         self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
         self.mtp_late_from = mtp_late_from
-        policy.recompute, policy.balance_alpha = optim.recompute, optim.balance_alpha
+        try:
+            policy.recompute, policy.balance_alpha = optim.recompute, optim.balance_alpha
+        except ValueError as error:
+            raise UserError(f"{error} Switch it off: --optim.recompute False") from error
         if next(policy.parameters()).device.type == "cpu":
             heap.keep_freed()
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.

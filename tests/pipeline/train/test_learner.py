@@ -4,14 +4,18 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from model import TINY
+from model.dense import DensePolicy
 from model.moe import load_metrics
 from model.transformer import Transformer
+from pipeline.errors import UserError
 from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, score
 from pipeline.train.losses import grpo
 from pipeline.train.pack import Example, mean_weights, pack, rollout_weights
+from tests.small import llama
 
 MICRO = dataclasses.replace(
     TINY,
@@ -187,10 +191,14 @@ def test_the_mtp_weight_falls_at_its_share_of_the_updates():
         )
 
 
-def test_recompute_reaches_the_model():
-    net = Transformer(MICRO, seed=0)
-    Learner(net, OptimSettings(lr=1e-3, recompute=True), 1, micro_rows=1)
-    assert net.recompute
+@pytest.mark.parametrize("recompute", [True, False])
+def test_recompute_reaches_the_model_or_is_refused(recompute, monkeypatch):
+    for policy in (Transformer(MICRO, seed=0), DensePolicy(llama())):
+        Learner(policy, OptimSettings(lr=1e-3, recompute=recompute), 1, micro_rows=1)
+        assert policy.recompute is recompute
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(UserError, match=r"does not support .* --optim\.recompute False"):
+        Learner(DensePolicy(llama()), OptimSettings(lr=1e-3, recompute=True), 1, micro_rows=1)
 
 
 def test_load_metrics_tell_of_each_layer_that_was_trained():
