@@ -17,17 +17,12 @@ from torch import Tensor, nn
 
 
 class PolicyConfig(Protocol):
-    """The part of a model's config that both kinds have."""
+    """The part of the config that both kinds have: rows of the head, and the longest sequence in tokens."""
 
     @property
-    def vocab_size(self) -> int:
-        """Rows of the output head."""
-        ...
-
+    def vocab_size(self) -> int: ...
     @property
-    def max_position_embeddings(self) -> int:
-        """Longest sequence, tokens."""
-        ...
+    def max_position_embeddings(self) -> int: ...
 
 
 class Policy(nn.Module):

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,25 +167,9 @@ class Transformer(Policy):
         balance = learning and self.balance_alpha > 0
         return Layout.of(rotations, token_ids, sequence_ids, learning, balance)
 
-    def new_cache(
-        self,
-        rows: int,
-        max_tokens: int,
-        *,
-        pages: int | None = None,
-        record_routes: bool = False,
-        drafts: bool = False,
-    ) -> LatentCache:
-        """An empty cache for `rows` of up to `max_tokens`, see `LatentCache.empty`."""
-        return LatentCache.empty(
-            self.config,
-            rows,
-            max_tokens,
-            self.norm.weight,
-            pages=pages,
-            record_routes=record_routes,
-            drafts=drafts,
-        )
+    def new_cache(self, rows: int, max_tokens: int, **options: Any) -> LatentCache:
+        """An empty cache for `rows` of up to `max_tokens`; `options` as in `LatentCache.empty`."""
+        return LatentCache.empty(self.config, rows, max_tokens, self.norm.weight, **options)
 
     @torch.no_grad()
     def prefill(

@@ -14,10 +14,13 @@ from model.transformer import Transformer
 from rollout.checkpoint import NATIVE_TYPES, model_type
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
-from rollout.settings import LocalSettings, RolloutSettings
+from rollout.settings import RolloutSettings
 from rollout.weights import DTYPES, InPlaceEngine
 
-Eos = int | Sequence[int] | None
+LOCAL: dict[str, Callable[..., InPlaceEngine]] = {
+    Transformer.engine: NativeEngine,
+    DensePolicy.engine: DenseEngine,
+}
 
 
 def engine_name(path: Path | str, engine: str = "auto") -> str:
@@ -47,49 +50,6 @@ def load_policy(
     return (Transformer if native else DensePolicy).load(path, dtype, device)
 
 
-def native_engine(
-    policy: Transformer, settings: LocalSettings, tokenizer: PreTrainedTokenizerFast | None, eos: Eos
-) -> NativeEngine:
-    """The engine of a native model.
-
-    Raises:
-        ValueError: speculation with a model that has no MTP module.
-    """
-    return NativeEngine(
-        policy,
-        max_batch=settings.max_batch or 512,
-        cache_bytes=int(settings.cache_gib * 2**30),
-        speculate=settings.speculate,
-        eos_token_id=eos,
-        tokenizer=tokenizer,
-    )
-
-
-def dense_engine(
-    policy: DensePolicy, settings: LocalSettings, tokenizer: PreTrainedTokenizerFast | None, eos: Eos
-) -> DenseEngine:
-    """The engine of a transformers model.
-
-    Raises:
-        ValueError: speculation.
-    """
-    if settings.speculate:
-        raise ValueError("speculate is for native models with an MTP module; this is a dense model.")
-    return DenseEngine(
-        policy,
-        max_batch=settings.max_batch or 256,
-        cache_bytes=int(settings.cache_gib * 2**30),
-        eos_token_id=eos,
-        tokenizer=tokenizer,
-    )
-
-
-LOCAL: dict[str, Callable[..., InPlaceEngine]] = {
-    Transformer.engine: native_engine,
-    DensePolicy.engine: dense_engine,
-}
-
-
 def open_local(
     path: Path | str,
     settings: RolloutSettings,
@@ -97,7 +57,7 @@ def open_local(
     device: str = "cpu",
     policy: Policy | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    eos_token_id: Eos = None,
+    eos_token_id: int | Sequence[int] | None = None,
 ) -> InPlaceEngine:
     """The engine of `policy`; without one, of the policy that is loaded from `path` for it.
 
@@ -108,7 +68,18 @@ def open_local(
         policy: the trainer's, generated from in place.
         tokenizer: reads stop strings.
         eos_token_id: ends a completion; None = the model's.
+
+    Raises:
+        ValueError: speculation with a model that has no MTP module.
     """
     if policy is None:
         policy = load_policy(path, DTYPES[settings.dtype], device, settings.engine)
-    return LOCAL[policy.engine](policy, settings.local, tokenizer, eos_token_id)
+    local = settings.local
+    return LOCAL[policy.engine](
+        policy,
+        **({"max_batch": local.max_batch} if local.max_batch else {}),
+        cache_bytes=int(local.cache_gib * 2**30),
+        speculate=local.speculate,
+        eos_token_id=eos_token_id,
+        tokenizer=tokenizer,
+    )

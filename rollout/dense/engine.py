@@ -92,6 +92,7 @@ class DenseEngine(InPlaceEngine):
         *,
         max_batch: int = 256,
         cache_bytes: int = 4 << 30,
+        speculate: bool = False,
         eos_token_id: int | Sequence[int] | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
@@ -100,9 +101,15 @@ class DenseEngine(InPlaceEngine):
             policy: generated from in place.
             max_batch: rows that decode together, at most.
             cache_bytes: largest memory for keys and values, unless a single row needs more.
+            speculate: refused; for native models alone.
             eos_token_id: ends a completion; `None` = that of the generation config, which may list several.
             tokenizer: reads stop strings; not needed without them.
+
+        Raises:
+            ValueError: speculation.
         """
+        if speculate:
+            raise ValueError("speculate is for native models with an MTP module; this is a dense model.")
         self.policy = policy
         self.max_batch, self.cache_bytes, self.tokenizer = max_batch, cache_bytes, tokenizer
         generation = policy.network.generation_config
