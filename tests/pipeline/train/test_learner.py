@@ -84,9 +84,9 @@ def rollouts(it, row_tokens=40):
         with torch.no_grad():
             logits = it.policy.eval().logits(torch.tensor([text]))[0].log_softmax(-1)
         it.policy.train()
-        drawn = [logits[t - 1, text[t]].item() for t in range(len(text) - 4, len(text))]
+        sampled = [logits[t - 1, text[t]].item() for t in range(len(text) - 4, len(text))]
         zeros = [0.0] * (len(text) - 4)
-        examples.append(Example(text, [*zeros, *[weight] * 4], [*zeros, *drawn], advantage=(-1.0) ** i))
+        examples.append(Example(text, [*zeros, *[weight] * 4], [*zeros, *sampled], advantage=(-1.0) ** i))
     return pack(examples, row_tokens)
 
 

@@ -173,7 +173,7 @@ def test_a_policy_update_works_in_every_precision(precision):
     batch = rollouts(it)
     metrics = it.policy_update(batch, OBJECTIVE, None, None)
     assert metrics["optim/skipped"] == 0 and metrics["optim/grad_norm"] > 0
-    assert metrics["policy/mismatch_max"] < 0.1  # drawn and trained on in the same arithmetic
+    assert metrics["policy/mismatch_max"] < 0.1  # sampled and trained on in the same arithmetic
 
 
 def test_a_gpu_without_fp8_is_refused_before_anything_changes(monkeypatch):
