@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data.jsonl import read_log
-from pipeline.run.metrics import glossary_of
+from pipeline.run.metrics import GLOSSARY, GLOSSARY_FILE
 from pipeline.table import STAGES
 
 KEYS = ("pass@1", "n", "interval", "format_rate", "language_consistency", "mean_tokens")
@@ -46,7 +46,7 @@ def read_stages(folder: Path) -> list[StageRecord]:
                 config=tomllib.loads((path / "config.toml").read_text(encoding="utf-8")),
                 env=read_json(path / "env.json"),
                 metrics=read_log(path / "metrics.jsonl"),
-                glossary=glossary_of(path),
+                glossary=GLOSSARY | read_json(path / GLOSSARY_FILE),
                 seconds=done.get("seconds"),
                 peak_rss_bytes=done.get("peak_rss_bytes", 0),
                 seed=done.get("seed"),

@@ -77,15 +77,6 @@ GLOSSARY_FILE = "glossary.json"
 """In a stage's directory: what the metrics of a user's own rewards mean."""
 
 
-def glossary_of(folder: Path) -> dict[str, str]:
-    """`GLOSSARY` and what the stage in `folder` added to it."""
-    try:
-        own = json.loads((folder / GLOSSARY_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        own = {}
-    return {**GLOSSARY, **own}
-
-
 def explained(key: str) -> str:
     """The key's entry in `GLOSSARY`: `router/max_violation/3`, of one layer, is explained under its stem."""
     stem, _, last = key.rpartition("/")
@@ -117,7 +108,7 @@ class MetricsLog:
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
     def explain(self, glossary: Mapping[str, str]) -> None:
-        """Accept the metrics of `glossary`, name: one line, too. Its new lines go to GLOSSARY_FILE."""
+        """Accept the metrics of `glossary`, name: one line, too. Its new lines go to `GLOSSARY_FILE`."""
         self.own = {key: line for key, line in glossary.items() if key not in GLOSSARY}
 
     def begin(self) -> None:
