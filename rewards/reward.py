@@ -26,21 +26,15 @@ ALWAYS = ("accuracy", "format", "language", "repetition")
 """Rewards that are computed and logged whatever their weight, in this order."""
 
 
-def check_weights(weights: Mapping[str, float]) -> None:
+def check_weights(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
     """Check `[rewards]`, name = weight; a user's module is imported for it, torch is not.
+
+    Returns:
+        Rewards and weights in the order of the sum: those of `ALWAYS`, then the others as `weights` has them.
 
     Raises:
         ValueError: In one line: no such reward, module or function, parameters that are not a reward's, two
             rewards of one name, or a weight that is no finite number.
-    """
-    weighted(weights)
-
-
-def weighted(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
-    """Rewards and weights in the order of the sum: those of `ALWAYS`, then the others as `weights` has them.
-
-    Raises:
-        ValueError: See `check_weights`.
     """
     found: dict[str, tuple[Reward, float]] = {}
     for key, weight in {**dict.fromkeys(ALWAYS, 0.0), **weights}.items():
@@ -80,7 +74,7 @@ class Scorer:
         ramp = partial(overlong_reward, buffer_tokens=overlong_buffer)
         self._rewards = [
             (dataclasses.replace(entry, function=ramp) if entry.name == "overlong" else entry, weight)
-            for entry, weight in weighted(weights)
+            for entry, weight in check_weights(weights)
         ]
         self._pool = WorkerPool(workers)
         self._threads: ThreadPoolExecutor | None = None

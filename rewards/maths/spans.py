@@ -181,12 +181,8 @@ def _is_label(text: str, match: re.Match[str]) -> bool:
         return False
     word = found[0].strip().lower()
     after = text[match.end() : match.end() + 2]
-    if word in (
-        "",
-        "(",
-        "[",
-        "#",
-    ):  # "1. First", "(1)", "[1]"; but "(18 dollars)" and a line "18" are numbers
+    if word in ("", "(", "[", "#"):
+        # "1. First", "(1)", "[1]"; but "(18 dollars)" and a line "18" are numbers
         return bool(re.match(r"[.):\]]\s|[\])]", after + " ")) and (
             word != "" or not _ends(text, match.end())
         )

@@ -19,6 +19,7 @@ import ctypes
 import os
 import platform
 import resource
+import signal
 import struct
 import sys
 from contextlib import suppress
@@ -26,13 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = (
-    1,
-    4,
-    22,
-    36,
-    38,
-)
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
+PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
@@ -154,21 +150,12 @@ def _enter(project: Path) -> None:
 
 def _visible(project: Path) -> list[str]:
     """The folders that Python needs, without those that lie in others of them."""
-    wanted = [sys.base_prefix, sys.prefix, sys.base_exec_prefix, os.path.dirname(os.__file__)]
-    wanted += [
-        "/usr/lib",
-        "/usr/lib64",
-        "/lib",
-        "/lib64",
-        "/usr/share/zoneinfo",
-        "/etc/localtime",
-        "/etc/ld.so.cache",
-    ]
-    wanted += [str(project / "rewards"), str(project / "rollout")]
+    needed = [sys.base_prefix, sys.prefix, sys.base_exec_prefix, os.path.dirname(os.__file__)]
+    needed += ["/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/localtime"]
+    needed += ["/etc/ld.so.cache", str(project / "rewards"), str(project / "rollout")]
+    needed = [path for path in needed if os.path.exists(path)]
     # A symbolic link needs its target too: /lib is usr/lib on most systems.
-    paths = {path for path in wanted if os.path.exists(path)} | {
-        os.path.realpath(path) for path in wanted if os.path.exists(path)
-    }
+    paths = {*needed, *map(os.path.realpath, needed)}
     kept: list[str] = []
     for path in sorted(paths):
         if not any(path == other or path.startswith(other.rstrip("/") + "/") for other in kept):
@@ -192,9 +179,8 @@ def _bind(path: str, root: str, *, read_only: bool = True) -> None:
 def _make_read_only(target: str) -> None:
     assert _libc is not None
     recursive, at_cwd = 0x8000, -100
-    attributes = struct.pack(
-        "QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0
-    )  # MOUNT_ATTR_* have these values
+    # MOUNT_ATTR_* have the values of MS_*.
+    attributes = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
     done = _libc.syscall(
         _SYSCALL_MOUNT_SETATTR, at_cwd, os.fsencode(target), recursive, attributes, len(attributes)
     )
@@ -209,9 +195,8 @@ def fork_program() -> int:
         return os.fork()
     assert _libc_with_gil is not None and _machine is not None
     ctypes.pythonapi.PyOS_BeforeFork()
-    pid = int(
-        _libc_with_gil.syscall(_CLONE[_machine[0]], ctypes.c_long(NEWPID | 17), 0, 0, 0, 0)
-    )  # 17: SIGCHLD
+    flags = ctypes.c_long(NEWPID | signal.SIGCHLD)
+    pid = int(_libc_with_gil.syscall(_CLONE[_machine[0]], flags, 0, 0, 0, 0))
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
         return 0

@@ -55,12 +55,8 @@ class _Served:
             try:
                 answer = self.done(operation, rest)
             except BaseException as error:
-                answer = [
-                    "raised",
-                    type(error).__name__,
-                    _text(error),
-                    [k.__name__ for k in type(error).__mro__],
-                ]
+                bases = [base.__name__ for base in type(error).__mro__]
+                answer = ["raised", type(error).__name__, _text(error), bases]
             self.pipe.send(answer)
 
     def done(self, operation: str, rest: list[Any]) -> list[Any]:

@@ -144,15 +144,7 @@ def decode(data: Any, dereference: Dereference) -> Any:
         if kind == "a":
             numpy = importlib.import_module("numpy")
             return numpy.frombuffer(bytes.fromhex(rest[2]), dtype=rest[0]).reshape(rest[1]).copy()
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        ArithmeticError,
-        ImportError,
-    ) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError) as error:
         raise Malformed(f"{type(error).__name__} in a value") from None
     return dereference(kind, rest)
 
