@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import itertools
+import re
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,41 +30,51 @@ def fields_of(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting as (dotted name, type); those of a nested group as `optim.lr`."""
     hints = typing.get_type_hints(settings)
     for field in dataclasses.fields(settings):
-        hint = hints[field.name]
+        name, hint = prefix + field.name, hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from fields_of(typing.cast(type, hint), f"{prefix}{field.name}.")
+            yield from fields_of(typing.cast(type, hint), f"{name}.")
         else:
-            yield prefix + field.name, hint
+            yield name, hint
 
 
 def known_flags(settings: type) -> Iterator[str]:
     """Every flag that a settings class takes; of a table, such as `rewards`, those of its default."""
     for name, hint in fields_of(settings):
-        flag = "--" + name.replace("_", "-")
         if typing.get_origin(hint) is dict:
-            default = next(f.default_factory for f in dataclasses.fields(settings) if f.name == name)
-            assert default is not dataclasses.MISSING
-            yield from (f"{flag}.{key}" for key in default())
+            yield from (f"{flag_of(name)}.{key}" for key in defaults(settings)[name])
         else:
-            yield flag
+            yield flag_of(name)
             if hint is bool:
-                yield negation(flag)
+                yield flag_of(negation(name))
 
 
-def negation(flag: str) -> str:
-    """The flag that switches another off: `--no-mtp`, `--optim.no-recompute`."""
-    group, dot, name = flag[2:].rpartition(".")
-    return f"--{group}{dot}no-{name}"
+def flag_of(name: str) -> str:
+    """`optim.min_lr_ratio` -> `--optim.min-lr-ratio`."""
+    return "--" + name.replace("_", "-")
 
 
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
+def negation(name: str) -> str:
+    """What switches a setting off: `no_mtp`, `optim.no_recompute`."""
+    group, dot, last = name.rpartition(".")
+    return f"{group}{dot}no_{last}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean NAME?`, or nothing where no name is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; did you mean {prefix}{near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else ""
 
 
-def read_flags(settings: type, args: list[str], where: str, positional: bool = False) -> dict[str, Any]:
-    """The command line as a nested table, values as text.
+def unknown(where: str, flag: str, known: Iterable[str]) -> UserError:
+    """The error of a setting that does not exist, with the nearest one that does."""
+    hint = nearest(flag.replace("_", "-"), known)
+    return UserError(f"{where}: unknown setting {flag}{hint} (--help lists them all)")
+
+
+def read_flags(
+    settings: type, args: list[str], where: str, positional: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value, as text, of each setting on the command line.
 
     Args:
         positional: settings without a default may stand before the flags, in order.
@@ -71,126 +83,98 @@ def read_flags(settings: type, args: list[str], where: str, positional: bool = F
         UserError: a flag that `settings` does not have, or one without its value.
     """
     types = dict(fields_of(settings))
-    table: dict[str, Any] = {}
+    negated = {negation(name): name for name, hint in types.items() if hint is bool}
     if positional:
-        required = (f.name for f in dataclasses.fields(settings) if _required(f))
-        first = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
-        args = args[len(first) :]
-        for name, value in zip(required, first, strict=False):
-            table[name] = value
-        if stray := first[len(table) :]:
-            raise UserError(f"{where}: unexpected argument {stray[0]!r}")
+        required = (f.name for f in dataclasses.fields(settings) if f.name not in defaults(settings))
+        first = [f"--{name}={value}" for value, name in zip(values_before_flag(args), required, strict=False)]
+        args = first + args[len(first) :]
     while args:
         arg, *args = args
-        if not arg.startswith("--"):
-            raise UserError(f"{where}: unexpected argument {arg!r}")
         flag, equals, value = arg.partition("=")
+        if not flag.startswith("--"):
+            raise UserError(f"{where}: unexpected argument {arg!r}")
         name = flag[2:].replace("-", "_")
-        outer, dot, last = name.rpartition(".")
-        negated = outer + dot + last.removeprefix("no_")
-        group, _, key = flag[2:].partition(".")
-        if typing.get_origin(types.get(group.replace("-", "_"))) is dict and key:
-            name, hint = f"{group.replace('-', '_')}\0{key}", float
-        elif name not in types and types.get(negated) is bool and not equals:
-            _put(table, negated, False)
+        table, key = name.partition(".")[0], flag[2:].partition(".")[2]
+        if not equals and (name in negated or types.get(name) is bool):
+            yield negated.get(name, name), name not in negated
             continue
-        elif name in types:
-            hint = types[name]
-        else:
-            hint_text = nearest(flag.replace("_", "-"), [*known_flags(settings), *HELP])
-            raise UserError(f"{where}: unknown setting {flag}{hint_text} (--help lists them all)")
-        if hint is bool and not equals:
-            _put(table, name, True)
-            continue
-        values = list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
-        if typing.get_origin(hint) is tuple:
-            _put(table, name, [value] if equals else values)
-            args = args[0 if equals else len(values) :]
-        elif equals or values:
-            chosen = value if equals else values[0]
-            _put(table, name, None if chosen in ("none", "None") and _optional(hint) else chosen)
-            args = args[0 if equals else 1 :]
-        else:
+        in_table = key and typing.get_origin(types.get(table)) is dict
+        if not in_table and name not in types:
+            raise unknown(where, flag, [*known_flags(settings), *HELP])
+        many = not in_table and typing.get_origin(types[name]) is tuple
+        values = [value] if equals else values_before_flag(args)[: None if many else 1]
+        args = args[0 if equals else len(values) :]
+        if many:
+            yield name, values
+        elif not values:
             raise UserError(f"{where}: {flag} needs a value (--help lists every setting)")
-    return table
+        elif in_table:
+            yield table, {key: values[0]}
+        else:
+            none = values[0] in ("none", "None") and type(None) in typing.get_args(types[name])
+            yield name, None if none else values[0]
 
 
-def _required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _optional(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
-def _put(table: dict[str, Any], name: str, value: Any) -> None:
-    """Set `a.b.c`, or `a\\0key with . in it`, in nested tables."""
-    *groups, last = name.split("\0") if "\0" in name else name.split(".")
-    for group in groups:
-        table = table.setdefault(group, {})
-    table[last] = value
+def values_before_flag(args: list[str]) -> list[str]:
+    """The arguments before the first flag."""
+    return list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
 
 
 def defaults(settings: Any) -> dict[str, Any]:
     """The defaults of a settings class (or the values of an instance) by name, groups as tables."""
-    table = {}
-    for field in dataclasses.fields(settings):
-        if not isinstance(settings, type):
-            value = getattr(settings, field.name)
-        elif field.default_factory is not dataclasses.MISSING:
-            value = field.default_factory()
+    values = {} if isinstance(settings, type) else dict(vars(settings))
+    for field in dataclasses.fields(settings) if isinstance(settings, type) else ():
+        if field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
         elif field.default is not dataclasses.MISSING:
-            value = field.default
+            values[field.name] = field.default
+    return {name: defaults(v) if dataclasses.is_dataclass(v) else v for name, v in values.items()}
+
+
+def leaves(table: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of what a nested table sets; one setting that is a table stays one."""
+    for key, value in table.items():
+        name = prefix + key.replace("-", "_")
+        group = any(leaf.startswith(f"{name}.") for leaf in known)
+        if name not in known and isinstance(value, Mapping) and (value or group):
+            yield from leaves(value, known, f"{name}.")
         else:
-            continue
-        table[field.name] = defaults(value) if dataclasses.is_dataclass(value) else value
-    return table
+            yield name, value
 
 
-def merge(
-    base: dict[str, Any], over: Mapping[str, Any], known: Mapping[str, Any], where: str, add: bool = False
-) -> None:
-    """Put the values of `over` into `base`, group by group.
-
-    Args:
-        known: every setting's type by dotted name.
-        add: entries of a table, such as `rewards`, are added to those there; else the table is replaced.
-
-    Raises:
-        UserError: a key that is no setting, with the nearest one that is.
-    """
-
-    def walk(base: dict[str, Any], over: Mapping[str, Any], prefix: str) -> None:
-        for key, value in over.items():
-            name = prefix + key.replace("-", "_")
-            last = name.rpartition(".")[2]
-            if name in known:
-                both = add and isinstance(base.get(last), dict)
-                base[last] = {**base[last], **value} if both else value
-            elif isinstance(value, Mapping) and any(leaf.startswith(f"{name}.") for leaf in known):
-                walk(base.setdefault(last, {}), value, f"{name}.")
-            else:
-                while isinstance(value, Mapping) and value:  # an unknown group: name its first setting
-                    inner, value = next(iter(value.items()))
-                    name += f".{inner}"
-                flag = "--" + name.replace("_", "-")
-                hint = nearest(flag, ["--" + leaf.replace("_", "-") for leaf in known])
-                raise UserError(f"{where}: unknown setting {flag}{hint} (--help lists them all)")
-
-    walk(base, over, "")
+def load(stage: Stage, file: Path | None, overrides: list[str]) -> Any:
+    """The stage's settings: defaults, then `file`, then `overrides`."""
+    return parse(stage.settings, overrides, f"python -m pipeline {stage.name}", file=file)
 
 
-def build(settings: type, flags: Mapping[str, Any], prog: str, table: Mapping[str, Any], file: str) -> Any:
-    """Settings from the defaults, then a file's table, then the flags.
+def parse(
+    settings: type, args: list[str], prog: str, positional: bool = False, file: Path | None = None
+) -> Any:
+    """Settings from the defaults, then a file, then the command line; `--help` prints them and exits with 0.
+
+    A table in the file, such as `rewards`, replaces the default; flags add to it.
 
     Raises:
         UserError: in one line, an unknown setting, a wrong type, a value out of its range, or a missing one.
     """
-    values, known = defaults(settings), dict(fields_of(settings))
-    merge(values, table, known, file)
-    merge(values, flags, known, prog, add=True)
+    if set(HELP) & set(args):
+        config = (tyro.conf.PositionalRequiredArgs,) if positional else ()
+        tyro.cli(settings, args=["--help"], prog=prog, config=config)
+    known = dict(fields_of(settings))
+    values = dict(leaves(defaults(settings), known))
+    for name, value in leaves(read_toml(file), known) if file else ():
+        if name not in known:
+            raise unknown(str(file), flag_of(name), map(flag_of, known))
+        values[name] = value
+    for name, value in read_flags(settings, args, prog, positional):
+        both = isinstance(value, dict) and isinstance(values.get(name), dict)
+        values[name] = values[name] | value if both else value
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        *groups, last = name.split(".")
+        functools.reduce(lambda table, group: table.setdefault(group, {}), groups, nested)[last] = value
     try:
-        return pydantic.TypeAdapter(settings).validate_python(values)
+        return pydantic.TypeAdapter(settings).validate_python(nested)
     except pydantic.ValidationError as errors:
         found = errors.errors()
         missing = ", ".join(f"--{e['loc'][-1]}" for e in found if e["type"] == "missing")
@@ -200,17 +184,12 @@ def build(settings: type, flags: Mapping[str, Any], prog: str, table: Mapping[st
 
 def one_line(error: Any) -> str:
     """What pydantic found, with the setting's name, the value, and the nearest right one."""
-    names = [str(part) for part in error["loc"] if not str(part).isdigit()]
-    name = ".".join(names)
+    name = ".".join(str(part) for part in error["loc"] if not str(part).isdigit())
     if error["type"] == "value_error":
         return f"{name}.{error['ctx']['error']}" if name else str(error["ctx"]["error"])
-    flag = "--" + name.replace("_", "-")
-    said = error["msg"][0].lower() + error["msg"][1:]
-    line = f"{flag} cannot be {error['input']!r}: {said}"
-    if error["type"] == "literal_error":
-        choices = [part.strip("'") for part in error["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        return line + nearest(str(error["input"]), choices)
-    return line
+    reason = error["msg"][0].lower() + error["msg"][1:]
+    choices = re.findall("'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
+    return f"{flag_of(name)} cannot be {error['input']!r}: {reason}{nearest(str(error['input']), choices)}"
 
 
 def read_toml(file: Path) -> dict[str, Any]:
@@ -226,24 +205,3 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise UserError(f"no config {file}; {where} has: {', '.join(have) or 'nothing'}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} is not a TOML file: {error}") from error
-
-
-def load(stage: Stage, file: Path | None, overrides: list[str]) -> Any:
-    """The stage's settings: defaults, then `file`, then `overrides`."""
-    prog = f"python -m pipeline {stage.name}"
-    show_help(stage.settings, overrides, prog)
-    table = read_toml(file) if file else {}
-    return build(stage.settings, read_flags(stage.settings, overrides, prog), prog, table, str(file))
-
-
-def parse(settings: type, args: list[str], prog: str, positional: bool = False) -> Any:
-    """A command's settings from its command line. `--help` prints and exits with 0."""
-    show_help(settings, args, prog, positional)
-    return build(settings, read_flags(settings, args, prog, positional), prog, {}, "")
-
-
-def show_help(settings: type, args: list[str], prog: str, positional: bool = False) -> None:
-    """Print every setting and exit with 0 where `args` ask for it."""
-    if set(HELP) & set(args):
-        config = (tyro.conf.PositionalRequiredArgs,) if positional else ()
-        tyro.cli(settings, args=["--help"], prog=prog, config=config)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share
+from rollout.text.templates import template_named
 from rollout.types import SamplingParams
 
 
@@ -25,6 +26,19 @@ class StageSettings(Settings):
     """Go on from the newest checkpoint of this run directory (or start it, when there is none)."""
     threads: Natural = 0
     """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TemplateSettings(Settings):
+    """The prompt template: the default (`auto` in evaluations), or a name that exists."""
+
+    template: str = "r1"
+    """Prompt template, a name in `rollout.text.templates`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.template != type(self).template:
+            template_named(self.template)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +99,9 @@ class Sampling(Settings):
 
     def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
         """What the engine sees: `n` rollouts a prompt, at most `max_tokens` where that is less."""
-        return SamplingParams(
-            max_tokens=max_tokens or self.max_tokens, temperature=self.temperature, n=n, seed=seed
-        )
+        names = {field.name for field in dataclasses.fields(SamplingParams)}
+        own = {name: value for name, value in vars(self).items() if name in names}
+        return SamplingParams(**own | {"n": n, "seed": seed, "max_tokens": max_tokens or self.max_tokens})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +113,17 @@ class TruncatedSampling(Sampling):
     top_k: Natural = 0
     """Sample from this many likeliest tokens; 0 = all."""
 
-    def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
-        """As `Sampling.params`, truncated."""
-        return SamplingParams(
-            max_tokens=max_tokens or self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            n=n,
-            seed=seed,
-        )
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSampling(TruncatedSampling):
+    """Sampling as DeepSeek recommends it for R1 (arXiv:2501.12948, Sec. 3)."""
+
+    max_tokens: Count = 1_024
+    """Longest answer, thinking included, tokens."""
+    temperature: NotNegative = 0.6
+    """Divides the logits; 0 = greedy."""
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
+    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

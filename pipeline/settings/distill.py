@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.settings.common import AdamWSettings, StageSettings
+from pipeline.settings.common import AdamWSettings, StageSettings, TemplateSettings
 from rollout.ranges import Count, Natural, Positive, Settings
 from rollout.text.templates import template_named
 
@@ -49,7 +49,7 @@ class BaseSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(StageSettings):
+class DistillSettings(TemplateSettings, StageSettings):
     """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
 
     corpus: tuple[str, ...] = ("reject",)
@@ -102,7 +102,6 @@ class DistillSettings(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        template_named(self.template)
         template_named(self.plain_template)
         if "linear" in (self.optim.schedule, self.base.optim.schedule):
             raise ValueError("optim.schedule must be cosine or constant here; R1 distills with cosine.")

@@ -6,15 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pipeline.settings.common import StageSettings, TruncatedSampling
+from pipeline.settings.common import AnswerSampling, StageSettings, TemplateSettings, TruncatedSampling
 from pipeline.settings.tools import ModelSettings
 from rollout.ranges import Count, Natural, NotNegative, Range, Seed
 from rollout.settings import DtypeName, EngineName
-from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(TruncatedSampling, StageSettings):
+class BenchmarkSettings(TemplateSettings, TruncatedSampling):
+    """What stage and command have in common."""
+
+    samples: Count = 1
+    """Completions per problem, k. The paper: 4 to 64."""
+    template: str = "auto"
+    """Prompt template. auto = the one the model was trained with, if its pipeline.json tells; else boxed if
+    the tokenizer has a chat template, else raw."""
+    data: Path | None = None
+    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
+    max_batch: Natural = 0
+    """Completions that are generated side by side; 0 = the engine's own default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(BenchmarkSettings, StageSettings):
     """Score every model of the chain on every benchmark."""
 
     models: tuple[str, ...] = (
@@ -38,26 +52,17 @@ class EvalSettings(TruncatedSampling, StageSettings):
     """Of a generator's problems; the same for all runs, whatever their seed, so that runs compare."""
     extra_limit: Natural = 20
     """At most this many problems of each extra benchmark, from its start; 0 = all."""
-    samples: Count = 1
-    """Completions per problem, k."""
     temperature: NotNegative = 0.0
     """Divides the logits; 0 = greedy. The paper: 0.6 with several samples (arXiv:2501.12948, Sec. 3)."""
     max_tokens: Count = 256
     """Longest completion, tokens; less where the model's context ends."""
-    template: str = "auto"
-    """Prompt template; auto = the one that each model was trained with."""
     engine: EngineName = "auto"
     """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others."""
-    data: Path | None = None
-    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
-    max_batch: Natural = 0
-    """Completions that are generated side by side; 0 = the engine's own default."""
     dtype: DtypeName = "float32"
     """Of the weights and the arithmetic."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_template(self.template)
         if not self.models or not self.benchmarks:
             raise ValueError("models and benchmarks need at least one entry each.")
         for entry in self.models:
@@ -66,7 +71,7 @@ class EvalSettings(TruncatedSampling, StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateSettings(TruncatedSampling, ModelSettings):
+class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     """Score one checkpoint on one benchmark."""
 
     benchmark: str
@@ -74,37 +79,11 @@ class EvaluateSettings(TruncatedSampling, ModelSettings):
     a FILE.jsonl."""
     out: Path
     """Folder for generations.jsonl and scores.json; new, or one that these same settings left unfinished."""
-    samples: Count = 1
-    """Completions per problem, k. The paper: 4 to 64."""
-    data: Path | None = None
-    """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
     limit: Annotated[int, Range(1)] | None = None
     """At most this many problems, from the start; of a generator, how many (default 320)."""
-    template: str = "auto"
-    """Prompt template. auto = the one the model was trained with, if its pipeline.json tells; else boxed if
-    the tokenizer has a chat template, else raw."""
-    temperature: NotNegative = 0.6
-    """Divides the logits; 0 = greedy."""
-    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
-    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
     max_tokens: Count = 32_768
     """Longest completion, tokens; less where the model's context ends."""
     seed: Seed = 0
     """Of the sampling."""
     problems_seed: Seed = 1
     """Of a generator's problems."""
-    max_batch: Natural = 0
-    """Completions that are generated side by side; 0 = the engine's own default."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_template(self.template)
-
-
-def check_template(name: str) -> None:
-    """
-    Raises:
-        ValueError: neither `auto` nor a template's name.
-    """
-    if name != "auto":
-        template_named(name)

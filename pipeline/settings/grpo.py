@@ -6,21 +6,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings.common import OptimSettings, Sampling, StageSettings
+from pipeline.settings.common import OptimSettings, Sampling, StageSettings, TemplateSettings
 from rewards.reward import check_weights
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 from rollout.settings import RolloutSettings
-from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings(Sampling, StageSettings):
+class GrpoSettings(TemplateSettings, Sampling, StageSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it says, else the tiny chain's."""
 
     init_from: str = "pretrain"
     """Model that the policy (and the reference) starts from: a stage of this run, or a directory."""
-    template: str = "r1"
-    """Prompt template, a name in `rollout.text.templates`."""
     problems: tuple[str, ...] = ("generator:tiny",)
     """Problem sources: `generator:TASK`, a JSONL file, a benchmark's name, or `hub:OWNER/NAME:SPLIT`."""
     pool: Count = 4_000
@@ -87,7 +84,6 @@ class GrpoSettings(Sampling, StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        template_named(self.template)
         if self.prompts_per_step % self.minibatches:
             fits = [n for n in range(1, self.prompts_per_step + 1) if self.prompts_per_step % n == 0]
             nearest = min(fits, key=lambda n: abs(n - self.minibatches))

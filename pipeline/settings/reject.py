@@ -5,20 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.settings.common import Sampling, StageSettings
+from pipeline.settings.common import Sampling, StageSettings, TemplateSettings
 from rollout.ranges import Count, Natural, Share
 from rollout.settings import RolloutSettings
-from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class RejectSettings(Sampling, StageSettings):
+class RejectSettings(TemplateSettings, Sampling, StageSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"
     """Model that is sampled: a stage of this run, or a directory."""
-    template: str = "r1"
-    """Prompt template, a name in `rollout.text.templates`."""
     problems: tuple[str, ...] = ("generator:tiny",)
     """Problem sources, as in the RL stages; train split."""
     pool: Count = 3_000
@@ -37,7 +34,3 @@ class RejectSettings(Sampling, StageSettings):
     """Problems between lines of the log; a killed run loses at most these."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The engine that generates, in this process or in workers."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        template_named(self.template)

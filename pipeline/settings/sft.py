@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.settings.common import OptimSettings, StageSettings
+from pipeline.settings.common import OptimSettings, StageSettings, TemplateSettings
 from rollout.ranges import Count, Natural, NotNegative
-from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(StageSettings):
+class SftSettings(TemplateSettings, StageSettings):
     """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"
     """Model to start from: a stage of this run, or a directory."""
-    template: str = "r1"
-    """Prompt template, a name in `rollout.text.templates`."""
     corpus: str = ""
     """JSONL corpus: a stage of this run that leaves one (`reject`), or a file; empty = none."""
     curated: Natural = 0
@@ -48,6 +45,5 @@ class SftSettings(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        template_named(self.template)
         if not (self.corpus or self.curated or self.samples_from):
             raise ValueError("nothing to train on: set corpus, curated or samples_from.")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings.common import TruncatedSampling
-from rollout.ranges import Count, Natural, NotNegative, Range, Seed, Settings
+from pipeline.settings.common import AnswerSampling, TruncatedSampling
+from rollout.ranges import Count, Natural, Range, Seed, Settings
 from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
-from rollout.types import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,33 +107,21 @@ class GenerateSettings(TruncatedSampling, ModelSettings):
         if not all(self.stop):
             raise ValueError(f"stop={self.stop!r} must hold strings, none of them empty.")
 
-    def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
-        """As `TruncatedSampling.params`, with what ends a completion."""
-        return replace(
-            super().params(n=n, seed=seed, max_tokens=max_tokens),
-            ignore_eos=self.ignore_eos,
-            min_tokens=self.min_tokens,
-            stop=self.stop,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class ChatSettings(TruncatedSampling, ModelSettings):
+class ChatSettings(AnswerSampling, ModelSettings):
     """Talk to a model. An empty line or Ctrl-D ends it, /new begins a new conversation."""
 
-    max_tokens: Count = 1_024
-    """Longest answer, thinking included, tokens."""
-    temperature: NotNegative = 0.6
-    """Divides the logits; 0 = greedy (R1's own advice: 0.6)."""
-    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
-    """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
     seed: Seed = 0
     """Of the sampling; each turn has its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServeSettings(TruncatedSampling, ModelSettings):
-    """Serve a model. --engine auto takes vLLM, with its own server and defaults, where it is installed."""
+class ServeSettings(AnswerSampling, ModelSettings):
+    """Serve a model. --engine auto takes vLLM, with its own server and defaults, where it is installed.
+
+    max_tokens, temperature, top_p and top_k hold for requests without a value of their own.
+    """
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 = all of this machine's."""
@@ -142,11 +129,3 @@ class ServeSettings(TruncatedSampling, ModelSettings):
     """Port; 0 = any that is free."""
     name: str = ""
     """The model's name in requests; empty = the directory's."""
-    max_tokens: Count = 1_024
-    """Longest completion of a request that does not say, tokens."""
-    temperature: NotNegative = 0.6
-    """Temperature of a request that does not say."""
-    top_p: Annotated[float, Range(0, 1, open_low=True)] = 0.95
-    """Nucleus of a request that does not say; 1 = all."""
-    top_k: Natural = 0
-    """Likeliest tokens for a request that does not say; 0 = all."""
