@@ -5,15 +5,15 @@ Exit codes: 0 done, 2 the user's input is wrong, 1 a defect, 130 interrupted wit
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from pipeline import arguments
+from pipeline.arguments import HELP, load, nearest, parse
 from pipeline.errors import UserError, command_line
-from pipeline.table import COMMANDS, STAGES, Stage
+from pipeline.table import COMMANDS, STAGES, Command, Stage
 
 
 def usage() -> str:
@@ -33,53 +33,49 @@ def run_stage(stage: Stage, argv: list[str]) -> int:
         if at + 1 == len(argv):
             raise UserError("--config needs a file, such as --config configs/tiny/grpo.toml")
         file, argv = Path(argv[at + 1]), argv[:at] + argv[at + 2 :]
-    elif not {"--help", "-h"} & set(argv):
-        raise UserError(
-            f"{stage.name} needs --config FILE, such as --config configs/{stage.preset}/{stage.name}.toml"
-        )
-    config = arguments.load(stage, file, argv)
+    elif not set(HELP) & set(argv):
+        example = f"configs/{stage.preset}/{stage.name}.toml"
+        raise UserError(f"{stage.name} needs --config FILE, such as --config {example}")
+    config = load(stage, file, argv)
 
     from pipeline.run.directory import open_run  # after --help: it reads versions and hashes
 
-    again = [arg for arg in argv if arg not in ("--resume", "--no-resume")]
-    with open_run(
-        stage, config, command_line(stage.name, *(["--config", str(file)] if file else []), *again)
-    ) as run_dir:
+    kept = [arg for arg in argv if arg not in ("--resume", "--no-resume")]
+    again = command_line(stage.name, *(["--config", str(file)] if file else []), *kept)
+    with open_run(stage, config, again) as run_dir:
         if run_dir is not None:
             import_module(stage.module).run(config, run_dir)
     return 0
 
 
+def run_command(command: Command, argv: list[str]) -> int:
+    """Resolve the settings, which needs no torch, and run the command; its exit code."""
+    config: Any = argv
+    if command.name != "up":  # it splits its line: what it does not know goes to the stage
+        config = parse(command.settings, argv, f"python -m pipeline {command.name}", command.positional)
+    return int(import_module(command.module).main(config))
+
+
 def main(argv: list[str]) -> int:
     """Run a stage or command; turn errors into one line and an exit code."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in (*HELP, "help"):
         print(usage())
         return 0 if argv else 2
-    name, rest = argv[0], argv[1:]
+    name, *rest = argv
+    entries = {entry.name: entry for entry in (*STAGES, *COMMANDS)}
     try:
-        for command in COMMANDS:
-            if command.name == name:
-                if name == "up":  # it splits its line: what it does not know goes to the stage
-                    return int(import_module(command.module).main(rest))
-                prog = f"python -m pipeline {name}"
-                settings = arguments.parse(command.settings, rest, prog, command.positional)
-                return int(import_module(command.module).main(settings))
-        for stage in STAGES:
-            if stage.name == name:
+        match entries.get(name):
+            case Stage() as stage:
                 return run_stage(stage, rest)
-        names = [s.name for s in STAGES] + [c.name for c in COMMANDS]
-        near = difflib.get_close_matches(name, names, n=1)
-        raise UserError(
-            f"unknown stage {name!r}"
-            + (f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(names)}")
-        )
+            case Command() as command:
+                return run_command(command, rest)
+        hint = nearest(name, entries) or f"; there are: {', '.join(entries)}"
+        raise UserError(f"unknown stage {name!r}{hint}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # `| head` closed the pipe: not our defect
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: no defect
         return 0
     except KeyboardInterrupt as stop:
         print(f"\ninterrupted{f': {stop}' if stop.args else ''}", file=sys.stderr)

