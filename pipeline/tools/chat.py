@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import sys
+from contextlib import closing
 
-from pipeline.errors import UserError
 from pipeline.settings.tools import ChatSettings
 from pipeline.tools.conversation import Conversation, Message, Reply
-from rollout.engine import EngineDied
+from pipeline.tools.open import naming
 
 DIM, PLAIN = "\033[2m", "\033[0m"
 
@@ -19,7 +19,7 @@ def run(config: ChatSettings) -> None:
     terminal = sys.stdout.isatty()
     dim, plain = (DIM, PLAIN) if terminal else ("", "")
     messages: list[Message] = []
-    try:
+    with naming(config.model), closing(talk.engine):
         for turn in itertools.count():
             line = read_line(terminal)
             if line == "":
@@ -34,24 +34,17 @@ def run(config: ChatSettings) -> None:
                 if part != before:
                     sys.stdout.write(dim if part == "thinking" else plain + ("\n" if before else ""))
                     before = part
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                print(text, end="", flush=True)
                 answer += text if part == "answer" else ""
             cut = " [cut at max_tokens]" if reply.finish_reason == "length" else ""
-            sys.stdout.write(f"{plain}{cut}\n")
-            sys.stdout.flush()
+            print(f"{plain}{cut}", flush=True)
             messages.append({"role": "assistant", "content": answer.strip()})
-    except (ValueError, FloatingPointError, EngineDied) as error:
-        raise UserError(f"{config.model}: {error}") from error
-    finally:
-        talk.engine.close()
 
 
 def read_line(terminal: bool) -> str:
     """The next message; "" at the end."""
     if terminal:
-        sys.stdout.write("> ")
-        sys.stdout.flush()
+        print("> ", end="", flush=True)
     return sys.stdin.readline().strip()
 
 

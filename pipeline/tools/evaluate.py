@@ -1,11 +1,11 @@
 """`python -m pipeline evaluate`: one model on one benchmark.
 
-Draws k completions a problem, grades them leniently (the answer counts, not the tags), and writes
+Samples k completions a problem, grades them leniently (the answer counts, not the tags), and writes
 
     generations.jsonl   every completion: text, extracted answer, verdict, tokens, reward parts
     scores.json         `pipeline.tools.scores`, and all that is needed to get them again
 
-The folder appears whole or not at all, and is never overwritten: asked for the same again, the scores
+The folder appears complete or not at all, and is never overwritten: asked for the same again, the scores
 in it are the answer.
 
 Defaults: arXiv:2501.12948, Sec. 3: temperature 0.6, top-p 0.95, 32,768 tokens.
@@ -14,12 +14,14 @@ Defaults: arXiv:2501.12948, Sec. 3: temperature 0.6, top-p 0.95, 32,768 tokens.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -30,30 +32,21 @@ from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.settings.evaluate import EvaluateSettings
-from pipeline.tools.open import open_speaker, trained_template
+from pipeline.tools.open import naming, open_speaker, trained_template
 from pipeline.tools.scores import Sample, scores
 from rewards.maths.extract import final_answer
 from rewards.maths.grade import normalise
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer
 from rollout.checkpoint import context_of
-from rollout.engine import EngineDied, RolloutEngine
 from rollout.text.templates import THINK
 from rollout.text.tokenizer import completion_text, make_prompt, prefill, template_hash
-from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
+from rollout.types import Graded, Problem, Prompt, Rollout
 
 ROOM = 16
 """Tokens that a prompt must leave free in the model's context."""
 GRADED_AT_ONCE = 256
-TOO_LONG = "prompt longer than the context"
-Generate = Callable[[list[Prompt], SamplingParams], Iterable[Rollout]]
-
-
-@runtime_checkable
-class Batched(Protocol):
-    """An engine whose batch can be set."""
-
-    max_batch: int
+T = TypeVar("T")
 
 
 def evaluate(
@@ -62,7 +55,6 @@ def evaluate(
     """Score a model on a benchmark, or read the scores that `config.out` already holds.
 
     Args:
-        config: what to score, and how.
         model_hash: sha256 of the model directory, where the caller knows it.
         replace_changed: scores with other inputs are replaced, once the new ones are complete.
 
@@ -84,39 +76,31 @@ def evaluate(
 
 
 def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Draw and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
-    engine, tokenizer = opened(config)
-    try:
+    """Sample and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
+    if batch := config.max_batch:
+        vllm, local = replace(config.vllm, max_batch=batch), replace(config.local, max_batch=batch)
+        config = replace(config, vllm=vllm, local=local)
+    engine, tokenizer = open_speaker(config)
+    label = f"{config.model.parent.name} {config.benchmark}"
+    with naming(config.model), closing(engine):
         prompts = make_prompts(config, found, tokenizer)
         context = context_of(config.model)
         fits = [i for i, p in enumerate(prompts) if context is None or len(p.token_ids) <= context - ROOM]
-        label = f"{config.model.parent.name} {config.benchmark}"
-        drawn = draw(engine.generate, [prompts[i] for i in fits], config, context, label)
-    except (
-        ValueError,
-        FloatingPointError,
-        EngineDied,
-    ) as error:  # an unsuitable template, logits that are not finite
-        raise UserError(f"{config.model}: {error}") from error
-    finally:
-        engine.close()
-    rows = grade(drawn, fits, tokenizer, label)
-    for i in set(range(len(prompts))) - set(fits):
-        rows += [unfit(i, sample, prompts[i]) for sample in range(config.samples)]
-    return sorted(rows, key=lambda row: (row["index"], row["sample"])), templates_used(prompts, tokenizer)
-
-
-def opened(config: EvaluateSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
-    """The engine and the tokenizer, set up as `config` says."""
-    if config.max_batch:
-        config = replace(config, vllm=replace(config.vllm, max_batch=config.max_batch))
-    engine, tokenizer = open_speaker(config)
-    if config.max_batch and isinstance(engine, Batched):
-        engine.max_batch = config.max_batch
-    return engine, tokenizer
-
-
-# ---- prompts
+        rollouts: list[Rollout] = []
+        if sent := [prompts[i] for i in fits]:
+            room = context - min(len(p.token_ids) for p in sent) if context else config.max_tokens
+            limit = min(config.max_tokens, room)
+            params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
+            total = len(sent) * config.samples
+            rollouts = list(watched(engine.generate(sent, params), f"{label}: sampling", total))
+    graded = watched(grade(rollouts, tokenizer), f"{label}: grading", len(rollouts))
+    rows = [row_of(fits[g.rollout.index], g) for g in graded]
+    for i, sample in itertools.product(set(range(len(prompts))) - set(fits), range(config.samples)):
+        detail = f"prompt longer than the context ({len(prompts[i].token_ids)} tokens)"
+        nothing = Graded(Rollout(prompts[i], i, sample, (), (), "length"), "", detail=detail)
+        rows.append(row_of(i, nothing) | {"finish_reason": None})
+    templates = {name: template_hash(tokenizer, name) for name in sorted({p.template for p in prompts})}
+    return sorted(rows, key=lambda row: (row["index"], row["sample"])), templates
 
 
 def make_prompts(
@@ -128,71 +112,26 @@ def make_prompts(
         name = trained_template(config.model) or "auto"
     code = name
     if name == "auto":
-        name = "boxed" if tokenizer.chat_template else "raw"
-        code = name
+        name = code = "boxed" if tokenizer.chat_template else "raw"
         if name == "boxed":  # a program has no box: the chat template alone, with its own opening
             code = "r1" if prefill(tokenizer, "boxed") == THINK else "plain"
     return [make_prompt(tokenizer, p, code if p.kind == "code" else name) for p in found]
 
 
-def templates_used(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
-    """Name and hash of each template among the prompts."""
-    return {name: template_hash(tokenizer, name) for name in sorted({p.template for p in prompts})}
-
-
-# ---- completions
-
-
-def progress() -> Progress:
-    """One line on stderr with the time left, gone when it is done; nothing where stderr is a log."""
+def watched(items: Iterable[T], label: str, total: int) -> Iterator[T]:
+    """The items; meanwhile a line on stderr with the time left, but nothing where stderr is a log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield from bar.track(items, total, description=label)
 
 
-def draw(
-    generate: Generate, prompts: list[Prompt], config: EvaluateSettings, context: int | None, label: str
-) -> list[Rollout]:
-    """All completions, in any order; none for no prompts."""
-    if not prompts:
-        return []
-    room = context - min(len(p.token_ids) for p in prompts) if context else config.max_tokens
-    drawn = []
-    with progress() as bar:
-        task = bar.add_task(f"{label}: drawing", total=len(prompts) * config.samples)
-        limit = min(config.max_tokens, room)
-        params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
-        for rollout in generate(prompts, params):
-            drawn.append(rollout)
-            bar.advance(task)
-    return drawn
-
-
-def grade(
-    drawn: list[Rollout], places: list[int], tokenizer: PreTrainedTokenizerFast, label: str
-) -> list[dict[str, Any]]:
-    """The completions as rows of generations.jsonl; `places` maps a prompt's index to its problem's."""
-    rows = []
-    with Scorer({"accuracy": 1.0}, mode="lenient") as scorer, progress() as bar:
-        task = bar.add_task(f"{label}: grading", total=len(drawn))
-        for start in range(0, len(drawn), GRADED_AT_ONCE):
-            some = drawn[start : start + GRADED_AT_ONCE]
-            graded = scorer.grade_all((r, completion_text(tokenizer, r, r.prompt.template)) for r in some)
-            rows += [row_of(places[g.rollout.index], g) for g in graded]
-            bar.advance(task, len(some))
-    return rows
-
-
-def about(index: int, sample: int, problem: Problem) -> dict[str, Any]:
-    """What every row of generations.jsonl begins with."""
-    return {
-        "id": problem.id,
-        "index": index,
-        "sample": sample,
-        "kind": problem.kind,
-        "question": problem.question,
-        "answer": problem.answer,
-    }
+def grade(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast) -> Iterator[Graded]:
+    """The rollouts with their verdicts, in order."""
+    with Scorer({"accuracy": 1.0}, mode="lenient") as scorer:
+        for start in range(0, len(rollouts), GRADED_AT_ONCE):
+            some = rollouts[start : start + GRADED_AT_ONCE]
+            yield from scorer.grade_all((r, completion_text(tokenizer, r, r.prompt.template)) for r in some)
 
 
 def row_of(index: int, graded: Graded) -> dict[str, Any]:
@@ -200,7 +139,12 @@ def row_of(index: int, graded: Graded) -> dict[str, Any]:
     problem, rollout = graded.rollout.prompt.problem, graded.rollout
     answer = extract_code(graded.text) if problem.kind == "code" else final_answer(graded.text, "lenient")
     return {
-        **about(index, rollout.sample, problem),
+        "id": problem.id,
+        "index": index,
+        "sample": rollout.sample,
+        "kind": problem.kind,
+        "question": problem.question,
+        "answer": problem.answer,
         "text": graded.text,
         "extracted": answer,
         "verdict": graded.verdict,
@@ -208,20 +152,6 @@ def row_of(index: int, graded: Graded) -> dict[str, Any]:
         "tokens": len(rollout.token_ids),
         "finish_reason": rollout.finish_reason,
         "parts": dict(graded.parts),
-    }
-
-
-def unfit(index: int, sample: int, prompt: Prompt) -> dict[str, Any]:
-    """The row of a prompt that does not fit: nothing was drawn, so it is not right."""
-    return {
-        **about(index, sample, prompt.problem),
-        "text": "",
-        "extracted": None,
-        "verdict": "incorrect",
-        "detail": f"{TOO_LONG} ({len(prompt.token_ids)} tokens)",
-        "tokens": 0,
-        "finish_reason": None,
-        "parts": {},
     }
 
 
@@ -276,15 +206,15 @@ def earlier_scores(out: Path, inputs: dict[str, Any], replace_changed: bool) -> 
     for key in (k for k in inputs if k != "model" and before.get(k) != inputs[k]):
         if replace_changed:
             return None
-        found, wanted = before.get(key), inputs[key]
-        raise UserError(f"{out} holds scores with {key} {found!r}, not {wanted!r}; take another --out")
+        difference = f"{key} {before.get(key)!r}, not {inputs[key]!r}"
+        raise UserError(f"{out} holds scores with {difference}; take another --out")
     return earlier
 
 
 def write(
     out: Path, rows: list[dict[str, Any]], inputs: dict[str, Any], templates: dict[str, str]
 ) -> dict[str, Any]:
-    """Both files, in a folder that appears whole."""
+    """Both files, in a folder that appears complete."""
     result = {
         **scores([sample_of(row) for row in rows]),
         "template": "+".join(templates),
@@ -307,7 +237,7 @@ def main(config: EvaluateSettings) -> int:
     """The command; its last line on stdout is the scores as JSON."""
     result = evaluate(config)
     low, high = result["interval"]
-    said = f"{result['pass@1']:.1%} of {result['n']}, 95 % interval {low:.1%} to {high:.1%}"
-    print(f"{config.benchmark}: {said}; template {result['template']}", file=sys.stderr)
+    figures = f"{result['pass@1']:.1%} of {result['n']}, 95 % interval {low:.1%} to {high:.1%}"
+    print(f"{config.benchmark}: {figures}; template {result['template']}", file=sys.stderr)
     print(json.dumps({key: value for key, value in result.items() if key != "inputs"}, ensure_ascii=False))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -12,8 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.data.jsonl import JsonObject, read_jsonl, write_jsonl
 from pipeline.errors import UserError
 from pipeline.settings.tools import GenerateSettings
-from pipeline.tools.open import open_model
-from rollout.engine import EngineDied
+from pipeline.tools.open import naming, open_model
 from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Problem, Prompt, Rollout
 
@@ -84,27 +84,21 @@ def run(config: GenerateSettings) -> dict[str, object]:
     engine, tokenizer = open_model(config)
     prompts = read_prompts(config.prompts, tokenizer)
     start = time.perf_counter()
-    try:
-        params = config.params(n=config.samples, seed=config.seed)
-        generated = engine.generate(prompts, params)  # refuses bad prompts at once
-    except ValueError as error:
-        raise UserError(f"{config.prompts}: {error}") from error
-    try:
+    with naming(config.prompts):  # bad prompts are refused at once
+        generated = engine.generate(prompts, config.params(n=config.samples, seed=config.seed))
+    with naming(config.model), closing(engine):
         rollouts = sorted(generated, key=lambda r: (r.index, r.sample))
-    except (FloatingPointError, EngineDied) as error:
-        raise UserError(f"{config.model}: {error}") from error
-    seconds = time.perf_counter() - start
-    engine.close()
+        seconds = time.perf_counter() - start
     write_jsonl(config.out, (rollout_row(rollout, tokenizer) for rollout in rollouts))
     tokens = sum(len(rollout.token_ids) for rollout in rollouts)
-    more = {name.removeprefix("rollout/"): round(value, 4) for name, value in engine.drain().items()}
-    return {
+    figures: dict[str, object] = {
         "rollouts": len(rollouts),
         "tokens": tokens,
         "seconds": round(seconds, 6),
         "tokens_per_s": round(tokens / seconds, 3),
         "engine": type(engine).__name__.removesuffix("Engine").lower(),
-    } | more
+    }
+    return figures | {k.removeprefix("rollout/"): round(v, 4) for k, v in engine.drain().items()}
 
 
 def main(config: GenerateSettings) -> int:

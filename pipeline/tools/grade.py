@@ -8,27 +8,26 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, BinaryIO, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.data.jsonl import json_line
+from pipeline.errors import UserError
 from pipeline.settings.tools import GradeSettings
 from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool
 from rewards.programs.grade import active_sandbox
 from rewards.reward import Accuracy, Outcome, verdict_of
-from rollout.types import Problem, StdioTest
+from rollout.types import Kind, Problem, StdioTest
 
 WINDOW = 256  # lines read ahead of the one being written: enough to keep every worker busy
 LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read into memory
-
-Kind = Literal["math", "code", "general"]
 
 
 class _BadLine(ValueError):
@@ -38,9 +37,9 @@ class _BadLine(ValueError):
 def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "lenient") -> dict[str, int]:
     """Grade the lines of `source` into `out`.
 
-    GradeSettings:
+    Args:
         source: JSONL, see `GradeSettings`.
-        out: Where to write; only complete once this returns.
+        out: only complete once this returns.
         kind: `math`, `code`, `general`, or `None` to tell by the keys of each line.
         mode: `lenient` or `strict`.
 
@@ -49,7 +48,7 @@ def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "le
 
     Raises:
         ValueError: `kind` or `mode` is unknown, or both files are the same.
-        OSError: A file cannot be read or written.
+        OSError: a file cannot be read or written.
     """
     if kind not in (None, *get_args(Kind)) or mode not in get_args(Mode):
         raise ValueError(
@@ -58,24 +57,20 @@ def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "le
     if out.exists() and out.samefile(source):
         raise ValueError(f"{out} is the input itself. Name another output file.")
     counts: Counter[str] = Counter(correct=0, incorrect=0, error=0)
-    columns = (
-        TextColumn("grading"),
-        BarColumn(),
-        TextColumn("{task.fields[lines]} lines"),
-        TimeRemainingColumn(),
-    )
+    lines_done = TextColumn("{task.fields[lines]} lines")
+    columns = (TextColumn("grading"), BarColumn(), lines_done, TimeRemainingColumn())
     with (
         WorkerPool() as pool,
         ThreadPoolExecutor(pool.size) as threads,
         Progress(*columns, console=Console(stderr=True)) as bar,
         source.open("rb") as lines,
-        out.open("wb") as graded,
+        out.open("w", encoding="utf-8", errors="backslashreplace") as graded,
     ):
         accuracy = Accuracy("strict" if mode == "strict" else "lenient", pool=pool)
         task = bar.add_task("", total=os.fstat(lines.fileno()).st_size, lines=0)
         programs = False
         for done, (size, row) in enumerate(_graded(_lines(lines), accuracy, kind, threads), 1):
-            graded.write(_encoded(row))
+            graded.write(json_line(row))
             counts[row["verdict"]] += 1
             programs = programs or "tests" in row
             bar.update(task, advance=size, lines=done)
@@ -102,27 +97,33 @@ def _graded(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each line's size and answer, in order, at most `WINDOW` of them under way at once."""
     waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()
-
-    def oldest() -> tuple[int, dict[str, Any]]:
-        size, row, outcome = waiting.popleft()
-        if isinstance(outcome, Future):
-            outcome = outcome.result()
-        verdict = {"verdict": verdict_of(outcome), "extracted": outcome.extracted, "detail": outcome.detail}
-        return size, row | verdict
-
     for number, (size, line) in enumerate(lines, 1):
-        row, outcome = _grade_line(number, line, accuracy, kind, threads)
-        waiting.append((size, row, outcome))
+        waiting.append((size, *_grade_line(number, line, accuracy, kind, threads)))
         if len(waiting) >= WINDOW:
-            yield oldest()
-    while waiting:
-        yield oldest()
+            yield _answered(*waiting.popleft())
+    yield from (_answered(*line) for line in waiting)
+
+
+def _answered(
+    size: int, row: dict[str, Any], outcome: Outcome | Future[Outcome]
+) -> tuple[int, dict[str, Any]]:
+    try:
+        outcome = outcome.result() if isinstance(outcome, Future) else outcome
+    except Exception as error:
+        outcome = _failed(error)
+    verdict = {"verdict": verdict_of(outcome), "extracted": outcome.extracted, "detail": outcome.detail}
+    return size, row | verdict
+
+
+def _failed(error: Exception) -> Outcome:
+    text = str(error) if isinstance(error, _BadLine) else f"{type(error).__name__}: {error}"
+    return Outcome(None, text[:500])
 
 
 def _grade_line(
     number: int, line: bytes | None, accuracy: Accuracy, kind: str | None, threads: ThreadPoolExecutor
 ) -> tuple[dict[str, Any], Outcome | Future[Outcome]]:
-    """The line's keys and its outcome, now or later. Nothing escapes: whatever goes wrong is its `detail`."""
+    """The keys and the outcome, at once or, of programs and algebra, from a worker. Nothing escapes."""
     row: dict[str, Any] = {"line": number}
     try:
         if line is None:
@@ -130,26 +131,16 @@ def _grade_line(
         row = _parse(number, line)
         problem, completion = _problem(row, kind)
         quick, _ = accuracy.quick(problem, completion)
-        return row, quick or threads.submit(_outcome, accuracy, problem, completion)
-    except _BadLine as bad:
-        return row, Outcome(None, str(bad))
+        return row, quick or threads.submit(accuracy, problem, completion)
     except Exception as error:
-        return row, Outcome(None, f"{type(error).__name__}: {error}"[:500])
-
-
-def _outcome(accuracy: Accuracy, problem: Problem, completion: str) -> Outcome:
-    """What takes a worker: programs and algebra."""
-    try:
-        return accuracy(problem, completion)
-    except Exception as error:
-        return Outcome(None, f"{type(error).__name__}: {error}"[:500])
+        return row, _failed(error)
 
 
 def _parse(number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise _BadLine(f"line {number} is not JSON: {error}"[:500]) from error
+        raise _BadLine(f"line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
         raise _BadLine(f"line {number} is not an object but {type(row).__name__}")
     return row
@@ -178,20 +169,11 @@ def _tests(tests: object) -> tuple[str | StdioTest, ...]:
         match test:
             case str():
                 out.append(test)
-            case {"input": str(given), "output": str(wanted)}:
-                out.append(StdioTest(given, wanted))
+            case {"input": str(given), "output": str(expected)}:
+                out.append(StdioTest(given, expected))
             case _:
-                raise _BadLine(
-                    "a test is neither a statement nor an object with `input` and `output` as text"
-                )
+                raise _BadLine("a test is neither a statement nor an object with text `input` and `output`")
     return tuple(out)
-
-
-def _encoded(row: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate, which only an escape can carry
-        return json.dumps(row).encode() + b"\n"
 
 
 def main(config: GradeSettings) -> int:
@@ -199,7 +181,6 @@ def main(config: GradeSettings) -> int:
     try:
         counts = grade_file(config.source, config.out, config.kind, config.mode)
     except (OSError, ValueError) as error:
-        print(f"grade: {error}", file=sys.stderr)
-        return 2
+        raise UserError(f"grade: {error}") from error
     print(json.dumps(counts))
     return 0

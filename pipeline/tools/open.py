@@ -1,8 +1,10 @@
-"""What the commands that draw from a checkpoint share: which model, and how it is opened."""
+"""What the commands that sample from a checkpoint share: how it is opened, and errors that name it."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,8 +12,20 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.settings.tools import ModelSettings
-from rollout.engine import RolloutEngine, StaleWeights
+from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import open_engine
+
+ERRORS = (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError, StaleWeights, EngineDied)
+"""What an engine refuses (a model, a setting) or fails at (logits that are not finite, a crash)."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Within it, `ERRORS` become a `UserError` that begins with `path`."""
+    try:
+        yield
+    except ERRORS as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
@@ -25,10 +39,8 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenize
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    with naming(config.model):
         return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
-    except (FileNotFoundError, ModuleNotFoundError, ValueError, StaleWeights) as error:
-        raise UserError(f"{config.model}: {error}") from error
 
 
 def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:

@@ -21,7 +21,7 @@ class Scripted:
     """Answers question q, sample s with `says(q, s)`; yields in reverse, as an engine may."""
 
     def __init__(self, tokenizer, says):
-        self.tokenizer, self.says, self.calls, self.closed, self.max_batch = tokenizer, says, [], False, 7
+        self.tokenizer, self.says, self.calls, self.closed, self.max_batch = tokenizer, says, [], False, None
 
     def generate(self, prompts, sampling):
         self.calls.append((list(prompts), sampling))
@@ -46,6 +46,7 @@ def scripted(tokenizer, monkeypatch):
 
         def open_engine(path, engine="auto", dtype="float32", device="cpu", vllm=None, local=None):
             engines.append(Scripted(tokenizer, says))
+            engines[-1].max_batch = local.max_batch
             return engines[-1], tokenizer
 
         monkeypatch.setattr("pipeline.tools.open.open_engine", open_engine)

@@ -224,5 +224,5 @@ def test_a_real_checkpoint_end_to_end(checkpoint, tmp_path, engine, capsys):
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = rows_of(tmp_path / "out")
     assert len(rows) == 12 and last["n"] == 6 and last["template"] == "r1-zero-short"
-    drawn = [r["tokens"] for r in rows if r["finish_reason"]]
-    assert last["mean_tokens"] == pytest.approx(sum(drawn) / len(drawn)) and max(drawn) <= 12
+    tokens = [r["tokens"] for r in rows if r["finish_reason"]]
+    assert last["mean_tokens"] == pytest.approx(sum(tokens) / len(tokens)) and max(tokens) <= 12
