@@ -53,7 +53,7 @@ def run_command(command: Command, argv: list[str]) -> int:
     config: Any = argv
     if command.name != "up":  # it splits its line: what it does not know goes to the stage
         config = parse(command.settings, argv, f"python -m pipeline {command.name}", command.positional)
-    return int(import_module(command.module).main(config))
+    return import_module(command.module).main(config) or 0
 
 
 def main(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ import tyro
 
 from pipeline.errors import UserError
 from pipeline.table import Stage
+from rollout.ranges import Settings
 
 HELP = ("--help", "-h")
 
@@ -120,15 +121,15 @@ def values_before_flag(args: list[str]) -> list[str]:
     return list(itertools.takewhile(lambda arg: not arg.startswith("--"), args))
 
 
-def defaults(settings: Any) -> dict[str, Any]:
-    """The defaults of a settings class (or the values of an instance) by name, groups as tables."""
-    values = {} if isinstance(settings, type) else dict(vars(settings))
-    for field in dataclasses.fields(settings) if isinstance(settings, type) else ():
+def defaults(settings: type) -> dict[str, Any]:
+    """The defaults of a settings class by name, groups as tables."""
+    values = {}
+    for field in dataclasses.fields(settings):
         if field.default_factory is not dataclasses.MISSING:
             values[field.name] = field.default_factory()
         elif field.default is not dataclasses.MISSING:
             values[field.name] = field.default
-    return {name: defaults(v) if dataclasses.is_dataclass(v) else v for name, v in values.items()}
+    return {name: dataclasses.asdict(v) if isinstance(v, Settings) else v for name, v in values.items()}
 
 
 def leaves(table: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -197,11 +198,9 @@ def read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        folder = file.parent
-        have = sorted(p.name for p in folder.glob("*.toml")) or sorted(
-            p.name for p in folder.parent.glob("*/")
-        )
-        where = folder if folder.is_dir() else folder.parent
-        raise UserError(f"no config {file}; {where} has: {', '.join(have) or 'nothing'}") from None
+        there = file.parent.is_dir()
+        folder = file.parent if there else file.parent.parent
+        have = ", ".join(sorted(path.name for path in folder.glob("*.toml" if there else "*/")))
+        raise UserError(f"no config {file}; {folder} has: {have or 'nothing'}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} is not a TOML file: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Bad input. The message is one line that says what was found and what to do; the exit code is 2."""
+    """Bad input. The message is one line: what was found, what to do. The exit code is 2."""
 
 
 def command_line(*argv: str) -> str:

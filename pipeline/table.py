@@ -39,7 +39,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A tool beside the chain. Its module defines `main(config) -> exit code`."""
+    """A tool beside the chain; its module defines `main(config)`, which may return an exit code."""
 
     name: str
     settings: type

@@ -98,7 +98,7 @@ class Sampling(Settings):
     """Divides the logits; 0 = greedy (R1-Zero: 1; R1's second RL stage: 0.7)."""
 
     def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
-        """What the engine sees: `n` rollouts a prompt, at most `max_tokens` where that is less."""
+        """The engine's parameters: `n` rollouts a prompt, at most `max_tokens` where that is less."""
         names = {field.name for field in dataclasses.fields(SamplingParams)}
         own = {name: value for name, value in vars(self).items() if name in names}
         return SamplingParams(**own | {"n": n, "seed": seed, "max_tokens": max_tokens or self.max_tokens})
@@ -130,12 +130,11 @@ def to_dict(settings: Any) -> dict[str, Any]:
     """Settings as plain values, `None` left out, for TOML and JSON."""
 
     def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            fields = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
-            return {name: plain(inner) for name, inner in fields if inner is not None}
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items() if inner is not None}
         if isinstance(value, tuple | list):
             return [plain(v) for v in value]
         return str(value) if isinstance(value, Path) else value
 
-    out: dict[str, Any] = plain(settings)
+    out: dict[str, Any] = plain(dataclasses.asdict(settings))
     return out

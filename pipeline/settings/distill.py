@@ -107,7 +107,7 @@ class DistillSettings(TemplateSettings, StageSettings):
             raise ValueError("optim.schedule must be cosine or constant here; R1 distills with cosine.")
         room = self.tokens_per_step // self.micro_batches
         if self.max_length > room:
+            held = f"a micro-batch holds (tokens_per_step / micro_batches = {room})"
             raise ValueError(
-                f"max_length={self.max_length} is more than a micro-batch holds (tokens_per_step / "
-                f"micro_batches = {room}); lower the one or raise the other."
+                f"max_length={self.max_length} is more than {held}; lower the one or raise the other."
             )

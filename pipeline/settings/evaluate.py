@@ -19,7 +19,7 @@ class BenchmarkSettings(TemplateSettings, TruncatedSampling):
     samples: Count = 1
     """Completions per problem, k. The paper: 4 to 64."""
     template: str = "auto"
-    """Prompt template. auto = the one the model was trained with, if its pipeline.json tells; else boxed if
+    """Prompt template. auto = the one the model was trained with, if its pipeline.json has it; else boxed if
     the tokenizer has a chat template, else raw."""
     data: Path | None = None
     """Folder of the benchmarks' files; default $R1_DATA, then the hub."""

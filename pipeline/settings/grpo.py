@@ -14,7 +14,7 @@ from rollout.settings import RolloutSettings
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoSettings(TemplateSettings, Sampling, StageSettings):
-    """GRPO from verifiable rewards. Defaults are the paper's where it says, else the tiny chain's."""
+    """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
 
     init_from: str = "pretrain"
     """Model that the policy (and the reference) starts from: a stage of this run, or a directory."""
@@ -92,12 +92,12 @@ class GrpoSettings(TemplateSettings, Sampling, StageSettings):
                 f"the nearest that does is {nearest}."
             )
         check_weights(self.rewards)
+        buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
+            raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")
+        weight = self.rewards.get("overlong", 0.0)
+        if bool(self.overlong_buffer) != bool(weight):
             raise ValueError(
-                f"overlong_buffer={self.overlong_buffer} must be at most max_tokens={self.max_tokens}."
-            )
-        if bool(self.overlong_buffer) != bool(self.rewards.get("overlong")):
-            raise ValueError(
-                f"overlong_buffer={self.overlong_buffer} and the weight of the reward overlong "
-                f"({self.rewards.get('overlong', 0.0):g}) have an effect only together: set both or neither."
+                f"{buffer} and the weight of the reward overlong ({weight:g}) have an effect only together: "
+                "set both or neither."
             )

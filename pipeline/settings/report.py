@@ -28,4 +28,4 @@ class SmolLM2Settings(TemplateSettings, StageSettings):
     template: str = "boxed"
     """Prompt template that evaluations of this checkpoint use."""
     probe: bool = True
-    """Ask it for the capital of France, and fail unless it knows; off for other models."""
+    """Prompt it for the capital of France, and fail unless the answer is Paris; off for other models."""

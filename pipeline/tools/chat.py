@@ -13,7 +13,7 @@ from pipeline.tools.open import naming
 DIM, PLAIN = "\033[2m", "\033[0m"
 
 
-def run(config: ChatSettings) -> None:
+def main(config: ChatSettings) -> None:
     """Read messages from stdin, write answers to stdout, until the input ends."""
     talk = Conversation(config)
     terminal = sys.stdout.isatty()
@@ -46,9 +46,3 @@ def read_line(terminal: bool) -> str:
     if terminal:
         print("> ", end="", flush=True)
     return sys.stdin.readline().strip()
-
-
-def main(config: ChatSettings) -> int:
-    """The command."""
-    run(config)
-    return 0

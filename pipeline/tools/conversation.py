@@ -60,7 +60,8 @@ class Conversation:
         opened = prefill(self.tokenizer, template.name) == THINK
         if opened and not text.endswith(THINK):
             # The chat template leaves the opening out, but the model was trained with it.
-            text += THINK if closes_thinking(self.tokenizer) else ""
+            # One without a token for the end would never close the block.
+            text += THINK if "</think>" in self.tokenizer.get_vocab() else ""
         opened = text.endswith(THINK)
         return self.tokenizer.encode(text, add_special_tokens=False), opened
 
@@ -89,9 +90,3 @@ class Conversation:
             text = decoder.add(new, over=bool(over))
             reply.finish_reason = "stop" if decoder.stopped else over
             yield from split.add(text, over=bool(reply.finish_reason))
-
-
-def closes_thinking(tokenizer: object) -> bool:
-    """Whether `</think>` is a single token; a model trained without it would never close an opened block."""
-    vocabulary = tokenizer.get_vocab()  # type: ignore[attr-defined]
-    return "</think>" in vocabulary

@@ -5,8 +5,8 @@ Samples k completions a problem, grades them leniently (the answer counts, not t
     generations.jsonl   every completion: text, extracted answer, verdict, tokens, reward parts
     scores.json         `pipeline.tools.scores`, and all that is needed to get them again
 
-The folder appears complete or not at all, and is never overwritten: asked for the same again, the scores
-in it are the answer.
+The folder appears complete or not at all, and is never overwritten: the same command again
+returns the scores in it.
 
 Defaults: arXiv:2501.12948, Sec. 3: temperature 0.6, top-p 0.95, 32,768 tokens.
 """
@@ -32,7 +32,7 @@ from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.settings.evaluate import EvaluateSettings
-from pipeline.tools.open import naming, open_speaker, trained_template
+from pipeline.tools.open import check_model, naming, open_speaker, trained_template
 from pipeline.tools.scores import Sample, scores
 from rewards.maths.extract import final_answer
 from rewards.maths.grade import normalise
@@ -55,7 +55,7 @@ def evaluate(
     """Score a model on a benchmark, or read the scores that `config.out` already holds.
 
     Args:
-        model_hash: sha256 of the model directory, where the caller knows it.
+        model_hash: sha256 of the model directory, where the caller has it.
         replace_changed: scores with other inputs are replaced, once the new ones are complete.
 
     Returns:
@@ -64,8 +64,7 @@ def evaluate(
     Raises:
         UserError: no such model, no such problems, or `config.out` holds something else.
     """
-    if not (config.model / "config.json").is_file():
-        raise UserError(f"no model at {config.model}: no config.json there; --model wants a checkpoint")
+    check_model(config.model)
     count, seed = config.limit, config.problems_seed
     found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data)
     inputs = inputs_of(config, found, model_hash or sha256(config.model))
@@ -106,7 +105,7 @@ def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[
 def make_prompts(
     config: EvaluateSettings, found: list[Problem], tokenizer: PreTrainedTokenizerFast
 ) -> list[Prompt]:
-    """The problems as the model sees them, by `config.template`."""
+    """The problems in `config.template`, tokenized."""
     name = config.template
     if name == "auto":
         name = trained_template(config.model) or "auto"
@@ -233,11 +232,10 @@ def write(
     return result
 
 
-def main(config: EvaluateSettings) -> int:
+def main(config: EvaluateSettings) -> None:
     """The command; its last line on stdout is the scores as JSON."""
     result = evaluate(config)
     low, high = result["interval"]
     figures = f"{result['pass@1']:.1%} of {result['n']}, 95 % interval {low:.1%} to {high:.1%}"
     print(f"{config.benchmark}: {figures}; template {result['template']}", file=sys.stderr)
     print(json.dumps({key: value for key, value in result.items() if key != "inputs"}, ensure_ascii=False))
-    return 0

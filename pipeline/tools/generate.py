@@ -32,10 +32,12 @@ def prompt_rows(file: Path) -> Iterator[tuple[int, JsonObject]]:
         yield number, row
 
 
-def read_prompts(file: Path, tokenizer: PreTrainedTokenizerFast | None) -> list[Prompt]:
-    """The prompts of a file; token ids win where a line has both."""
+def prompts_of(
+    file: Path, rows: list[tuple[int, JsonObject]], tokenizer: PreTrainedTokenizerFast | None
+) -> list[Prompt]:
+    """The prompts of a file's rows; token ids win where a line has both."""
     prompts = []
-    for number, row in prompt_rows(file):
+    for number, row in rows:
         problem = Problem(id=str(number), kind="general", question=row.get("prompt") or "")
         if "token_ids" in row:
             prompt = Prompt(problem=problem, template="raw", token_ids=tuple(row["token_ids"]))
@@ -76,13 +78,12 @@ def rollout_row(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> 
     }
 
 
-def run(config: GenerateSettings) -> dict[str, object]:
-    """Generate, write, and return the figures; `seconds` is generation alone."""
-    for _ in prompt_rows(config.prompts):  # bad lines are reported before a model is loaded for minutes
-        pass
+def main(config: GenerateSettings) -> None:
+    """The command; its last line on stdout is the summary as JSON. `seconds` is generation alone."""
+    rows = list(prompt_rows(config.prompts))  # bad lines are reported before a model is loaded for minutes
     check_writable(config.out)
     engine, tokenizer = open_model(config)
-    prompts = read_prompts(config.prompts, tokenizer)
+    prompts = prompts_of(config.prompts, rows, tokenizer)
     start = time.perf_counter()
     with naming(config.prompts):  # bad prompts are refused at once
         generated = engine.generate(prompts, config.params(n=config.samples, seed=config.seed))
@@ -98,10 +99,5 @@ def run(config: GenerateSettings) -> dict[str, object]:
         "tokens_per_s": round(tokens / seconds, 3),
         "engine": type(engine).__name__.removesuffix("Engine").lower(),
     }
-    return figures | {k.removeprefix("rollout/"): round(v, 4) for k, v in engine.drain().items()}
-
-
-def main(config: GenerateSettings) -> int:
-    """The command; its last line on stdout is the summary as JSON."""
-    print(json.dumps(run(config)))
-    return 0
+    figures |= {name.removeprefix("rollout/"): round(value, 4) for name, value in engine.drain().items()}
+    print(json.dumps(figures))

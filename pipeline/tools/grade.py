@@ -31,17 +31,14 @@ LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read in
 
 
 class _BadLine(ValueError):
-    """An input line that cannot be graded; the message says why."""
+    """An input line that cannot be graded; the message is the reason."""
 
 
-def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "lenient") -> dict[str, int]:
-    """Grade the lines of `source` into `out`.
+def grade_file(source: Path, out: Path, kind: Kind | None = None, mode: Mode = "lenient") -> dict[str, int]:
+    """Grade the lines of `source`, see `GradeSettings`, into `out`, complete only once this returns.
 
     Args:
-        source: JSONL, see `GradeSettings`.
-        out: only complete once this returns.
-        kind: `math`, `code`, `general`, or `None` to tell by the keys of each line.
-        mode: `lenient` or `strict`.
+        kind: of all lines; `None` = by the keys of each.
 
     Returns:
         Number of lines by verdict.
@@ -51,9 +48,8 @@ def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "le
         OSError: a file cannot be read or written.
     """
     if kind not in (None, *get_args(Kind)) or mode not in get_args(Mode):
-        raise ValueError(
-            f"kind={kind!r} must be one of {get_args(Kind)}, mode={mode!r} one of {get_args(Mode)}."
-        )
+        choices = f"kind={kind!r} must be one of {get_args(Kind)}, mode={mode!r} one of {get_args(Mode)}"
+        raise ValueError(f"{choices}.")
     if out.exists() and out.samefile(source):
         raise ValueError(f"{out} is the input itself. Name another output file.")
     counts: Counter[str] = Counter(correct=0, incorrect=0, error=0)
@@ -66,7 +62,7 @@ def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "le
         source.open("rb") as lines,
         out.open("w", encoding="utf-8", errors="backslashreplace") as graded,
     ):
-        accuracy = Accuracy("strict" if mode == "strict" else "lenient", pool=pool)
+        accuracy = Accuracy(mode, pool=pool)
         task = bar.add_task("", total=os.fstat(lines.fileno()).st_size, lines=0)
         programs = False
         for done, (size, row) in enumerate(_graded(_lines(lines), accuracy, kind, threads), 1):
@@ -82,10 +78,10 @@ def grade_file(source: Path, out: Path, kind: str | None = None, mode: str = "le
 def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     """Each line with its size in bytes; `None` for one that is longer than `LONGEST_LINE`."""
     while line := source.readline(LONGEST_LINE):
-        size, whole = len(line), len(line) < LONGEST_LINE or line.endswith(b"\n")
-        while not whole and (rest := source.readline(LONGEST_LINE)):
+        size, complete = len(line), len(line) < LONGEST_LINE or line.endswith(b"\n")
+        while not complete and (rest := source.readline(LONGEST_LINE)):
             size += len(rest)
-            line, whole = b"", rest.endswith(b"\n")
+            line, complete = b"", rest.endswith(b"\n")
         yield size, line if line and len(line) < LONGEST_LINE else None
 
 
@@ -95,7 +91,7 @@ def _graded(
     kind: str | None,
     threads: ThreadPoolExecutor,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each line's size and answer, in order, at most `WINDOW` of them under way at once."""
+    """Each line's size and answer, in order, at most `WINDOW` of them in work at once."""
     waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()
     for number, (size, line) in enumerate(lines, 1):
         waiting.append((size, *_grade_line(number, line, accuracy, kind, threads)))
@@ -176,11 +172,10 @@ def _tests(tests: object) -> tuple[str | StdioTest, ...]:
     return tuple(out)
 
 
-def main(config: GradeSettings) -> int:
+def main(config: GradeSettings) -> None:
     """The command; its last line on stdout is the number of lines by verdict."""
     try:
         counts = grade_file(config.source, config.out, config.kind, config.mode)
     except (OSError, ValueError) as error:
         raise UserError(f"grade: {error}") from error
     print(json.dumps(counts))
-    return 0

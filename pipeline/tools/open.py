@@ -28,6 +28,12 @@ def naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
+def check_model(path: Path) -> None:
+    """Raise `UserError` where there is no checkpoint: known before anything is imported or read for long."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
+
+
 def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
     """The engine and, if it has one, the tokenizer of a model.
 
@@ -53,7 +59,7 @@ def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokeni
 
 
 def trained_template(model: Path) -> str | None:
-    """The prompt template that a model was trained with, where its pipeline.json tells."""
+    """The prompt template that a model was trained with, where its pipeline.json has it."""
     about = model / "pipeline.json"
     known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
     template: str | None = known.get("template") or known.get("r1_template")

@@ -80,19 +80,13 @@ def wilson(right: float, n: int) -> tuple[float, float]:
         return 0.0, 1.0
     p, zz = right / n, Z95 * Z95
     centre, spread = p + zz / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
+    low, high = (centre - spread) / (1 + zz / n), (centre + spread) / (1 + zz / n)
     # The bounds hold p; at 0 and n of n they touch it, and rounding must not push them past.
-    return max(0.0, min(p, (centre - spread) / (1 + zz / n))), min(
-        1.0, max(p, (centre + spread) / (1 + zz / n))
-    )
+    return max(0.0, min(p, low)), min(1.0, max(p, high))
 
 
 def interval(means: Sequence[float], samples: int) -> tuple[tuple[float, float], str]:
-    """95 % interval of the mean over questions, and the method: `wilson` or `normal`, see the module.
-
-    Args:
-        means: each question's share of right samples.
-        samples: samples a question.
-    """
+    """95 % interval of the mean of each question's share of right samples; `wilson` or `normal`, as above."""
     n = len(means)
     mean = sum(means) / n
     variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else 0.0
@@ -119,9 +113,6 @@ def rounds(k: int) -> list[int]:
 
 def scores(samples: Sequence[Sample]) -> dict[str, Any]:
     """All scores of one benchmark, as in scores.json.
-
-    Args:
-        samples: equally many for each question, in any order.
 
     Returns:
         `pass@1`, `interval`, `interval_method`, `n` questions, `k` samples each; `pass@j` by powers of two;

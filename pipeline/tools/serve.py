@@ -21,12 +21,14 @@ from typing import Any
 from pipeline.errors import UserError
 from pipeline.settings.tools import ServeSettings
 from pipeline.tools.conversation import Conversation, Reply
+from pipeline.tools.open import check_model
 from rollout.engine import EngineDied
 from rollout.types import SamplingParams
 from rollout.vllm.options import server_flags
 
 MOST_BYTES = 8 << 20
 """Longest request."""
+PATHS = ("/v1/completions", "/v1/chat/completions")
 
 
 def sampling_of(body: dict[str, Any], config: ServeSettings) -> SamplingParams:
@@ -80,8 +82,6 @@ def response(
     stops = [stop] if isinstance(stop, str) else stop
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise ValueError("stop must be a string or a list of strings, none of them empty")
-    if len(ids) >= talk.context:
-        raise ValueError(f"the prompt has {len(ids)} tokens; the model's context holds {talk.context}")
     reply = Reply(len(ids))
     kind = "chat.completion.chunk" if chat else "text_completion"
     identity = f"cmpl-{uuid.uuid4().hex[:16]}"
@@ -133,9 +133,8 @@ def make_handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequ
 
         def refuse(self, status: int, message: str) -> None:
             self.close_connection = True
-            self.reply(
-                status, {"error": {"message": message, "type": "invalid_request_error", "code": status}}
-            )
+            error = {"message": message, "type": "invalid_request_error", "code": status}
+            self.reply(status, {"error": error})
 
         def do_GET(self) -> None:
             if self.path == "/health":
@@ -143,27 +142,21 @@ def make_handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequ
             elif self.path == "/v1/models":
                 self.reply(200, {"object": "list", "data": [{"id": model_name(config), "object": "model"}]})
             else:
-                self.refuse(
-                    404, f"no {self.path}; there are /v1/models, /v1/completions, /v1/chat/completions"
-                )
+                self.refuse(404, f"no {self.path}; there are /v1/models, {' and '.join(PATHS)}")
 
         def do_POST(self) -> None:
-            if self.path not in ("/v1/completions", "/v1/chat/completions"):
-                self.refuse(404, f"no {self.path}; there are /v1/completions and /v1/chat/completions")
-                return
-            chat = self.path == "/v1/chat/completions"
+            chat = self.path == PATHS[1]
             try:
+                if self.path not in PATHS:
+                    return self.refuse(404, f"no {self.path}; there are {' and '.join(PATHS)}")
                 chunks = response(talk, config, self.body(), chat)
                 first = next(chunks)  # a bad request is refused before anything is sent
             except ValueError as error:
-                self.refuse(400, str(error))
-                return
+                return self.refuse(400, str(error))
             except (FloatingPointError, EngineDied) as error:
-                self.refuse(500, str(error))
-                return
+                return self.refuse(500, str(error))
             if not self.streaming:
-                self.reply(200, join_chunks([first, *chunks], chat))
-                return
+                return self.reply(200, join_chunks([first, *chunks], chat))
             self.send_response(200)
             self.send_header("Content-Type", "text/event-stream")
             self.send_header("Connection", "close")
@@ -205,17 +198,16 @@ def make_server(config: ServeSettings, talk: Conversation) -> ThreadingHTTPServe
     try:
         server = ThreadingHTTPServer((config.host, config.port), make_handler(talk, config))
     except OSError as error:
-        raise UserError(
-            f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
-        ) from error
+        address = f"{config.host}:{config.port}"
+        raise UserError(f"cannot listen on {address}: {error.strerror}; choose another --port") from error
     server.daemon_threads = True
     return server
 
 
 def model_name(config: ServeSettings) -> str:
     """The model's name in requests."""
-    resolved = config.model.resolve()
-    return config.name or (f"{resolved.parent.name}" if resolved.name == "model" else resolved.name)
+    folder = config.model.resolve()
+    return config.name or (folder.parent.name if folder.name == "model" else folder.name)
 
 
 def vllm_command(config: ServeSettings) -> list[str]:
@@ -225,16 +217,13 @@ def vllm_command(config: ServeSettings) -> list[str]:
     return command + server_flags(config.model, config.dtype, config.vllm)
 
 
-def main(config: ServeSettings) -> int:
+def main(config: ServeSettings) -> None:
     """The command; runs until Ctrl-C."""
-    if not (config.model / "config.json").is_file():
-        raise UserError(f"no model at {config.model}: no config.json there; --model needs a checkpoint")
+    check_model(config.model)
     installed = importlib.util.find_spec("vllm") is not None
     if config.engine == "vllm" or (config.engine == "auto" and installed):
         if not installed:
-            raise UserError(
-                "vLLM is not installed here; run this with .venv-vllm/bin/python (make test-vllm)"
-            )
+            raise UserError("vLLM is not installed here; run with .venv-vllm/bin/python (make test-vllm)")
         command = vllm_command(config)
         os.execv(command[0], command)  # the environment is already set; Ctrl-C and exit code are vLLM's
     talk = Conversation(config)
@@ -246,4 +235,3 @@ def main(config: ServeSettings) -> int:
     finally:
         server.server_close()
         talk.engine.close()
-    return 0

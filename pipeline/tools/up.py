@@ -54,10 +54,8 @@ def read_line(argv: Sequence[str]) -> tuple[UpSettings, list[str]]:
             hint = nearest(goal, [*TABLE, *ALL]) or f"; there are: {' '.join(TABLE)} r1"
             raise UserError(f"unknown stage {goal!r}{hint}")
         if goal in ALL and others:
-            raise UserError(
-                f"{goal} takes --name, --seed, --runs and --jobs, not {others}; change "
-                f"configs/{up.preset}/STAGE.toml, or run the one stage: make STAGE ARGS='{others}'"
-            )
+            instead = f"configs/{up.preset}/STAGE.toml, or run the one stage: make STAGE ARGS='{others}'"
+            raise UserError(f"{goal} takes --name, --seed, --runs and --jobs, not {others}; change {instead}")
     return up, flags
 
 
@@ -65,9 +63,8 @@ def stages_of(preset: str) -> list[Stage]:
     """The stages that a preset has a config for, in the table's order; `UserError` for an unknown preset."""
     found = sorted({file.parent.name for file in Path("configs").glob("*/*.toml")})
     if preset not in found:
-        raise UserError(
-            f"no preset {preset!r}; there are: {' '.join(found) or 'none in configs/ of this folder'}"
-        )
+        known = " ".join(found) or "none in configs/ of this folder"
+        raise UserError(f"no preset {preset!r}; there are: {known}")
     return [stage for stage in STAGES if Path("configs", preset, f"{stage.name}.toml").is_file()]
 
 
@@ -121,12 +118,9 @@ class Children:
     def run(self, step: Step) -> int:
         """Run a step to its end; its exit code, 128 + n for a signal n."""
         argv = [sys.executable, "-m", "pipeline", *step.argv]
-        if self.prefixed:
-            env = {**os.environ, "PYTHONUNBUFFERED": "1"}
-            pipe, errors = subprocess.PIPE, subprocess.STDOUT
-            process = subprocess.Popen(argv, env=env, stdout=pipe, stderr=errors, text=True, errors="replace")
-        else:
-            process = subprocess.Popen(argv, text=True)
+        pipe, errors = (subprocess.PIPE, subprocess.STDOUT) if self.prefixed else (None, None)
+        env = {**os.environ, "PYTHONUNBUFFERED": "1"} if self.prefixed else None
+        process = subprocess.Popen(argv, env=env, stdout=pipe, stderr=errors, text=True, errors="replace")
         self.running.append(process)
         if self.signal:
             self.forward(process)
@@ -191,8 +185,6 @@ def main(argv: list[str]) -> int:
         return code
     for goal in set(up.stages) & set(ALL):
         state = "is finished" if steps else "was finished already"
-        say(
-            f"{goal}: {up.runs / up.name} {state}: summary.json, report.html. "
-            "For another run: make r1 ARGS='--name NAME --seed N'"
-        )
+        another = "For another run: make r1 ARGS='--name NAME --seed N'"
+        say(f"{goal}: {up.runs / up.name} {state}: summary.json, report.html. {another}")
     return 0

@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from pipeline.settings.tools import ChatSettings, ServeSettings
 from pipeline.tools import conversation as converse
 from pipeline.tools import serve
-from pipeline.tools.chat import run as run_chat
+from pipeline.tools.chat import main as run_chat
 from pipeline.tools.conversation import Conversation
 from rollout.checkpoint import context_and_vocabulary
 from rollout.text.stream import Decoder, ThinkingSplit, pieces
