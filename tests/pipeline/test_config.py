@@ -79,6 +79,10 @@ def test_defaults_then_file_then_flags(tmp_path):
     assert resolve(tmp_path, toml, "--mtp").mtp is True
 
 
+def test_an_empty_group_changes_nothing(tmp_path):
+    assert resolve(tmp_path, "[optim]\n") == Toy()
+
+
 def test_a_nested_default_of_the_stage_survives_an_override_beside_it(tmp_path):
     got = resolve(tmp_path, "", "--optim.beta1", "0.5")
     assert got.optim == OptimSettings(lr=1e-3, beta1=0.5)  # not OptimSettings's own lr
@@ -90,6 +94,12 @@ def test_a_nested_default_of_the_stage_survives_an_override_beside_it(tmp_path):
         ("group_sise = 8", [], ["--group-sise", "did you mean --group-size?", "toy.toml"]),
         ("[optim]\nlearning_rate = 1.0", [], ["--optim.learning-rate", "--optim."]),
         ("[optm]\nlr = 1.0", [], ["--optm.lr", "did you mean --optim.lr?"]),
+        ("[optm]", [], ["--optm", "did you mean --optim.", "toy.toml"]),
+        ("optim = 3", [], ["unknown setting --optim;", "toy.toml"]),
+        ("[seed]\nx = 1", [], ["--seed", "{'x': 1}"]),
+        ("", ["--no-mtp=1"], ["unknown setting --no-mtp"]),
+        ("", ["--weights.format"], ["--weights.format needs a value"]),
+        ("weights = 3", ["--weights.format", "1", "--weights", "2"], ["--weights", "'2'"]),
         ("", ["--sede", "1"], ["--sede", "did you mean --seed?", "python -m pipeline toy"]),
         ("", ["--zzzzzz=1"], ["--zzzzzz", "--help"]),
         ('group_size = "many"', [], ["--group-size", "'many'", "integer"]),
