@@ -1,22 +1,24 @@
 """Which rows make which micro-batch, settled before training starts.
 
-A distilled student and its control must see equally many tokens in equally many updates, though a trace
-is several times as long as a plain answer. So a micro-batch is a budget of tokens, not a count of rows;
-`plan` deals rows out until the budget is met, over as many passes as that takes. Rows of a batch have
-similar lengths, because a CPU has no variable-length attention: packing rows end to end would build a
-mask over the whole pack, and padding costs less (under 5 % here).
+A distilled student and its control train on equally many tokens in equally many updates, though a trace is
+several times as long as a plain answer. So a micro-batch is a budget of tokens, not a count of rows; `plan`
+adds rows until the budget is met, in several passes if needed. Rows of a batch have similar lengths: a CPU
+has no variable-length attention, so rows packed end to end would need a mask over the pack, and padding costs
+less (under 5 % here).
 
 Units   lengths and budgets in tokens, prompt and completion together
 """
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 WINDOW = 16  # micro-batches whose rows are sorted together: fewer pad more, more mix less
 IGNORE = -100  # label of a token outside the loss; torch's cross-entropy and TRL agree on it
@@ -34,31 +36,19 @@ class Example:
         return len(self.prompt_ids) + len(self.completion_ids)
 
 
-def endless(count: int, rng: random.Random) -> Iterator[int]:
-    """0 .. count - 1 in a new order each pass."""
-    while True:
-        yield from rng.sample(range(count), count)
-
-
 def plan(lengths: Sequence[int], micro_batches: int, budget: int, seed: int) -> list[list[int]]:
-    """Deal rows into `micro_batches` of about `budget` tokens each.
+    """Row numbers of `micro_batches` of about `budget` tokens each, padding not counted.
 
-    The sum over any number of whole windows is off the budget by less than one row, so two corpora planned
-    with the same numbers train on the same number of tokens.
+    The sum over any number of complete windows is off the budget by less than one row, so two corpora planned
+    with the same numbers train on the same number of tokens. Each pass over the rows has a new order.
 
-    Args:
-        lengths: tokens of each row.
-        micro_batches: how many are wanted.
-        budget: tokens a micro-batch, padding not counted; at least the longest row.
-        seed: of the order.
-
-    Returns:
-        Row numbers of each micro-batch; a row comes back in a later pass when the corpus runs out.
+    Raises:
+        ValueError: no rows, or one that exceeds the budget.
     """
     if not lengths or max(lengths) > budget:
         raise ValueError(f"{len(lengths)} rows of up to {max(lengths, default=0)} tokens, budget {budget}.")
     rng = random.Random(f"batches/{seed}")
-    rows = endless(len(lengths), rng)
+    rows = itertools.chain.from_iterable(rng.sample(range(n), n) for n in itertools.repeat(len(lengths)))
     batches: list[list[int]] = []
     used = 0
     while len(batches) < micro_batches:
@@ -68,7 +58,7 @@ def plan(lengths: Sequence[int], micro_batches: int, budget: int, seed: int) -> 
         while used < target:
             window.append(next(rows))
             used += lengths[window[-1]]
-        cut = cut_evenly(sorted(window, key=lambda row: lengths[row]), lengths, width)
+        cut = cut_evenly(sorted(window, key=lengths.__getitem__), lengths, width)
         rng.shuffle(cut)  # or every window would go from short to long
         batches += cut
     return batches
@@ -91,13 +81,8 @@ def cut_evenly(window: list[int], lengths: Sequence[int], width: int) -> list[li
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     """Rows side by side, padded on the right: input_ids, labels, attention_mask, each b x t."""
-    width = max(map(len, examples))
-    ids = torch.full((len(examples), width), pad_id)
-    labels = torch.full_like(ids, IGNORE)
-    mask = torch.zeros_like(ids)
-    for i, example in enumerate(examples):
-        p, n = len(example.prompt_ids), len(example)
-        ids[i, :n] = torch.tensor(example.prompt_ids + example.completion_ids)
-        labels[i, p:n] = ids[i, p:n]
-        mask[i, :n] = 1
+    rows = [torch.tensor(e.prompt_ids + e.completion_ids) for e in examples]
+    scored = [torch.tensor([IGNORE] * len(e.prompt_ids) + e.completion_ids) for e in examples]
+    ids, labels = pad_sequence(rows, True, pad_id), pad_sequence(scored, True, IGNORE)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}

@@ -1,6 +1,6 @@
 """What students learn: worked traces, and the same questions answered without reasoning.
 
-The rows are `pipeline.data.corpus`'s: `completion` is everything the student is to say, tags included. Traces
+The rows are `pipeline.data.corpus`'s: `completion` is the full text to learn, tags included. Traces
 come from the `reject` stage (the teacher's kept samples) or, here, from the published solutions of GSM8K
 and MATH. `plain_rows` makes the control that shows what the traces teach.
 
@@ -19,6 +19,7 @@ from pipeline.data.corpus import Row
 from pipeline.data.decontaminate import decontaminate
 from pipeline.data.problems import BENCHMARKS, benchmark_rows, problems
 from pipeline.data.rows import to_problem
+from pipeline.data.traces import tagged
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
 
@@ -34,57 +35,42 @@ def plain_rows(rows: Iterable[Row]) -> list[Row]:
     """The same questions, answered without reasoning.
 
     What stands outside the think block is kept as it is (`<answer>7</answer>`); a worked solution without
-    tags shrinks to its box. A row that says nothing outside its thinking is left out.
+    tags shrinks to its box. A row with nothing outside its thinking is left out.
     """
     plain = []
     for row in rows:
+        answer = row.answer or last_boxed(row.completion)
+        completion = f"\\boxed{{{answer}}}" if answer else ""
         if "</think>" in row.completion:
             completion = outside_think(row.completion).strip()
-        else:
-            answer = row.answer or last_boxed(row.completion) or ""
-            completion = f"\\boxed{{{answer}}}" if answer else ""
         if completion:
             plain.append(replace(row, completion=completion))
     return plain
 
 
 def read_solutions(source: str, folder: Path | None) -> list[tuple[Problem, str]]:
-    """Problems of `gsm8k_train` or `math_train` with their published solutions.
-
-    Args:
-        folder: where the local files lie; without the file, the hub's copy is read.
+    """Problems of `gsm8k_train` or `math_train` with their published solutions, from `folder` or the hub.
 
     Raises:
         UserError: neither can be read, or a line holds no problem.
     """
-    _, rows = benchmark_rows(source, folder)
-    found = []
-    for index, (where, row) in enumerate(rows):
-        solution = row.get("solution") or row.get("answer") or ""  # the hub's GSM8K has it under `answer`
-        found.append((to_problem(row, where, source, index), str(solution)))
-    return found
+    return [
+        (to_problem(row, where, source, index), str(row.get("solution") or row.get("answer") or ""))
+        for index, (where, row) in enumerate(benchmark_rows(source, folder)[1])
+    ]  # the hub's GSM8K has the solution under `answer`
 
 
 def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
     """Published solutions as traces that end in the boxed answer; what has no solution is left out.
 
-    Args:
-        tags: `<think>` around the solution and the answer in `<answer>`, for R1's own template; else the
-            solution as it stands, for models that are asked to box their answer.
+    `tags` puts them in R1's format, for its own template; without, models that are asked to box their answer
+    learn the solution as it stands.
     """
     for problem, solution in solved:
         steps = worked_steps(solution, problem.answer)
         if steps and problem.answer:
-            ending = f"</think>\n<answer>\\boxed{{{problem.answer}}}</answer>"
-            yield Row(
-                id=problem.id,
-                question=problem.question.strip(),
-                completion=f"<think>\n{steps}\n{ending}" if tags else steps,
-                answer=problem.answer,
-                language=problem.language,
-                kind=problem.kind,
-                source=problem.source,
-            )
+            p, text = problem, tagged(steps, f"\\boxed{{{problem.answer}}}") if tags else steps
+            yield Row(p.id, p.question.strip(), text, p.answer, p.language, p.kind, p.source)
 
 
 def worked_steps(solution: str, answer: str) -> str:

@@ -13,19 +13,18 @@ Paper   arXiv:2501.12948  Sec. 2.4 (distillation: SFT only), supplementary (2 to
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
 
 from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
-from distill.trainer import Job, quiet, train
+from distill.trainer import Job, Watch, train
 from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.problems import data_folder
 from pipeline.data.traces import corpus
@@ -33,47 +32,10 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.files import replacing
 from pipeline.run.metrics import say
-from pipeline.settings.common import AdamWSettings
 from pipeline.settings.distill import DistillSettings
-from pipeline.train.policy import set_up
+from pipeline.train.policy import describe, set_up
 from rollout.text.templates import template_named
 from rollout.text.tokenizer import encode_example, load_tokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """What one model is taught."""
-
-    label: str
-    template: str
-    examples: list[Example]
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """A course, and how long and in what portions it is taught."""
-
-    course: Course
-    steps: int
-    tokens_per_step: int
-    micro_batches: int
-    optim: AdamWSettings
-
-    def job(self, first: int, total: int, config: DistillSettings) -> Job:
-        """The updates, planned; they are steps `first + 1` .. of the stage's `total`."""
-        lengths = [len(example) for example in self.course.examples]
-        budget = self.tokens_per_step // self.micro_batches
-        return Job(
-            label=self.course.label,
-            examples=self.course.examples,
-            batches=plan(lengths, self.steps * self.micro_batches, budget, config.seed),
-            accumulate=self.micro_batches,
-            first=first,
-            total=total,
-            save_every=config.save_every,
-            log_every=config.log_every,
-        )
-
 
 # ---- the corpus
 
@@ -83,8 +45,7 @@ def solutions(config: DistillSettings, source: str) -> list[Row]:
     folder = data_folder(config.data)
     solved = read_solutions(source, folder)
     apart = apart_from(solved, config.heldout, folder)
-    if len(apart) < len(solved):
-        copies = len(solved) - len(apart)
+    if copies := len(solved) - len(apart):
         say(f"distill: {source}: left out {copies} near copies of {', '.join(config.heldout)}")
     return list(worked_rows(apart, tags=template_named(config.template).think == "open"))
 
@@ -93,10 +54,8 @@ def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
     """The rows of every source of the corpus, one after the other."""
     rows: list[Row] = []
     for source in config.corpus:
-        if source in WORKED:
-            found = solutions(config, source)
-        else:
-            found = read_corpus(run_dir.file_input(source, "corpus.jsonl"))
+        file = None if source in WORKED else run_dir.file_input(source, "corpus.jsonl")
+        found = read_corpus(file) if file else solutions(config, source)
         say(f"distill: {len(found)} traces from {source}")
         rows += found
     if 0 < config.count < len(rows):
@@ -104,8 +63,10 @@ def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
     return rows
 
 
-def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: DistillSettings) -> Course:
-    """Rows as token ids; too long ones are dropped, and the console says how many."""
+def encoded(
+    label: str, template: str, rows: list[Row], tokenizer: Any, config: DistillSettings
+) -> list[Example]:
+    """Rows as token ids; too long ones are dropped and counted on the console."""
     longest = config.max_completion or config.max_length
     kept = []
     for row in rows:
@@ -117,26 +78,43 @@ def course(label: str, template: str, rows: list[Row], tokenizer: Any, config: D
             kept.append(example)
     if not kept:
         raise UserError(f"distill: none of {len(rows)} rows fits max_length={config.max_length}; raise it")
-    tokens = sum(map(len, kept))
-    say(
-        f"distill: {label}: {len(kept)} rows, {tokens / len(kept):.0f} tokens each"
-        + (f"; dropped {len(rows) - len(kept)} too long ones" if len(kept) < len(rows) else "")
-    )
-    return Course(label, template, kept)
+    dropped = f"; dropped {len(rows) - len(kept)} too long ones" if len(kept) < len(rows) else ""
+    say(f"distill: {label}: {len(kept)} rows, {sum(map(len, kept)) / len(kept):.0f} tokens each{dropped}")
+    return kept
 
 
-def documents(config: DistillSettings, tokenizer: Any) -> Course:
+def documents(config: DistillSettings, tokenizer: Any) -> list[Example]:
     """Pretraining documents for every update of the base, each token scored."""
-    wanted = config.base.steps * config.base.tokens_per_step
     examples: list[Example] = []
-    tokens = 0
-    for text in corpus(config.base.task, 20_000, config.seed):
-        ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    left = config.base.steps * config.base.tokens_per_step
+    texts = corpus(config.base.task, 20_000, config.seed)
+    while left > 0:
+        ids = [*tokenizer.encode(next(texts), add_special_tokens=False), tokenizer.eos_token_id]
         examples.append(Example(ids[:1], ids[1:]))
-        tokens += len(ids)
-        if tokens >= wanted:
-            break
-    return Course("base", "r1-zero-short", examples)
+        left -= len(ids)
+    return examples
+
+
+def planned(config: DistillSettings, tokenizer: Any, run_dir: RunDir, base: bool) -> list[Job]:
+    """What is trained, in this order: the base, if asked for; the student; its control, if asked for."""
+
+    def job(label: str, template: str, of: list[Example], steps: int, size: int, parts: int) -> Job:
+        batches = plan([len(example) for example in of], steps * parts, size // parts, config.seed)
+        return Job(label, template, of, batches, parts, (config.base if label == "base" else config).optim)
+
+    rows = traces(config, run_dir)
+    learned = [("student", config.template, rows)]
+    if config.plain_control:
+        learned.append(("plain", config.plain_template, plain_rows(rows)))
+    courses = [(label, t, encoded(label, t, some, tokenizer, config)) for label, t, some in learned]
+    tokens, size = sum(map(len, courses[0][2])), config.tokens_per_step
+    steps = config.steps or max(1, math.ceil(config.epochs * tokens / size))
+    jobs = [job(*course, steps, size, config.micro_batches) for course in courses]
+    if base:
+        texts = documents(config, tokenizer)
+        first = job("base", "r1-zero-short", texts, config.base.steps, config.base.tokens_per_step, 1)
+        jobs.insert(0, first)
+    return jobs
 
 
 # ---- the model
@@ -148,22 +126,21 @@ def first_weights(config: DistillSettings, tokenizer: Any, init: Path | None) ->
     if init is not None:
         return AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
     shape = config.shape
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.heads,
-            intermediate_size=shape.intermediate,
-            initializer_range=shape.initializer_range,
-            max_position_embeddings=max(2048, config.max_length),
-            tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        intermediate_size=shape.intermediate,
+        initializer_range=shape.initializer_range,
+        max_position_embeddings=max(2048, config.max_length),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return LlamaForCausalLM(llama)
 
 
 def lora_config(rank: int) -> Any:
@@ -177,31 +154,21 @@ def lora_config(rank: int) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def save(model: Any, tokenizer: Any, folder: Path, template: str, card: str) -> None:
-    """A public checkpoint with tokenizer, template and card; it appears complete or not at all."""
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    with replacing(folder) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "pipeline.json").write_text(json.dumps({"template": template}) + "\n", encoding="utf-8")
-        (partial / "README.md").write_text(card, encoding="utf-8")
-
-
-def model_card(config: DistillSettings, course: Course, parameters: int, tokens: int, steps: int) -> str:
+def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
     """What it is, from what, and how it was trained."""
     start = f"the checkpoint {config.init_from}" if config.init_from else "fresh weights"
     taught = {
         "base": "generated documents (pretraining)",
         "student": "worked traces",
         "plain": "answers without reasoning (the control)",
-    }[course.label]
+    }[job.label]
     return (
-        f"# {config.name}: distilled {course.label}\n\n"
+        f"# {config.name}: distilled {job.label}\n\n"
         f"{parameters:,} parameters, dense, from {start}; supervised training on {taught}.\n\n"
-        f"- corpus: {', '.join(config.corpus)}; {len(course.examples):,} rows\n"
-        f"- {steps:,} updates, {tokens:,} tokens of prompt and completion, seed {config.seed}\n"
-        f"- AdamW, learning rate {config.optim.lr:g}, {config.optim.schedule}; arithmetic {config.dtype}\n"
-        f"- prompt template: {course.template}\n\n"
+        f"- corpus: {', '.join(config.corpus)}; {len(job.examples):,} rows\n"
+        f"- {job.steps:,} updates, {job.tokens:,} tokens of prompt and completion, seed {config.seed}\n"
+        f"- AdamW, learning rate {job.optim.lr:g}, {job.optim.schedule}; arithmetic {config.dtype}\n"
+        f"- prompt template: {job.template}\n\n"
         "Trained by r1-pipeline with TRL's SFTTrainer after arXiv:2501.12948, Sec. 2.4. A research artefact, "
         "not a product.\n"
     )
@@ -213,44 +180,30 @@ def model_card(config: DistillSettings, course: Course, parameters: int, tokens:
 def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
     set_up(config.seed, config.threads)
-    quiet()
+    logging.set_verbosity_error()  # no bars, and no notes of Trainer's on the token ids that it aligns
+    logging.disable_progress_bar()
     lora = lora_config(config.lora_rank)
     init = run_dir.model_input(config.init_from) if config.init_from else None
     tokenizer = load_tokenizer(init or run_dir.model_input(config.tokenizer_from))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    rows = traces(config, run_dir)
-    courses = [course("student", config.template, rows, tokenizer, config)]
-    if config.plain_control:
-        courses.append(course("plain", config.plain_template, plain_rows(rows), tokenizer, config))
-    tokens = sum(map(len, courses[0].examples))
-    steps = config.steps or max(1, math.ceil(config.epochs * tokens / config.tokens_per_step))
-    lessons = [Lesson(c, steps, config.tokens_per_step, config.micro_batches, config.optim) for c in courses]
-    if config.base.steps and init is None:
-        base = config.base
-        lessons.insert(
-            0, Lesson(documents(config, tokenizer), base.steps, base.tokens_per_step, 1, base.optim)
-        )
-
-    total = sum(lesson.steps for lesson in lessons)
-    first = 0
-    for lesson in lessons:
-        taught, folder = lesson.course, run_dir.path / lesson.course.label / "model"
+    jobs = planned(config, tokenizer, run_dir, base=bool(config.base.steps and init is None))
+    first, total = 0, sum(job.steps for job in jobs)
+    for job in jobs:
+        folder = run_dir.path / job.label / "model"
         if folder.is_dir():
-            say(f"distill: {taught.label} is already trained")
+            say(f"distill: {job.label} is already trained")
         else:
-            job = lesson.job(first, total, config)
             model = first_weights(config, tokenizer, init)
-            parameters, seen = model.num_parameters(), job.tokens(lesson.steps)
+            parameters = model.num_parameters()
             size = f"{parameters / 1e6:.2f}M parameters"
-            say(f"distill: {taught.label}: {size}, {lesson.steps} updates, {seen:,} tokens")
-            bf16 = config.dtype == "bfloat16"
-            model = train(
-                model, tokenizer, job, run_dir, lesson.optim, seed=config.seed, bf16=bf16, lora=lora
-            )
-            card = model_card(config, taught, parameters, seen, lesson.steps)
-            save(model, tokenizer, folder, taught.template, card)
+            say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
+            model = train(model, tokenizer, job, run_dir, config, Watch(job, run_dir, first, total), lora)
+            model.generation_config.eos_token_id = tokenizer.eos_token_id
+            with replacing(folder) as partial:
+                model.save_pretrained(partial)
+                describe(partial, tokenizer, job.template, model_card(config, job, parameters))
             run_dir.stop_if_interrupted()
-        if taught.label == "base":
+        if job.label == "base":
             init = folder
-        first += lesson.steps
+        first += job.steps

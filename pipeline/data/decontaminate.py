@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from rollout.types import Problem
@@ -43,10 +44,7 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
         if normalised(problem.question) in exact:
             return True
         grams = ngrams(problem.question)
-        shared: dict[int, int] = {}
-        for gram in grams:
-            for index in holders.get(gram, ()):
-                shared[index] = shared.get(index, 0) + 1
+        shared = Counter(index for gram in grams for index in holders.get(gram, ()))
         return bool(grams) and 2 * max(shared.values(), default=0) >= len(grams)
 
     return [problem for problem in train if not is_copy(problem)]

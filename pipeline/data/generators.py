@@ -17,7 +17,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rollout.types import Kind, Language, Problem
@@ -47,20 +47,13 @@ class Item:
     def problem(self) -> Problem:
         """The item without its solution."""
         name = hashlib.sha256(f"{self.family}|{self.language}|{self.question}".encode()).hexdigest()[:12]
-        gold = "" if self.kind == "code" else self.answer
-        return Problem(
-            id=f"{self.family}/{name}",
-            kind=self.kind,
-            question=self.question,
-            answer=gold,
-            tests=self.tests,
-            source=f"generator:{self.family}",
-            language=self.language,
-        )
+        answer = "" if self.kind == "code" else self.answer
+        at, source = f"{self.family}/{name}", f"generator:{self.family}"
+        return Problem(at, self.kind, self.question, answer, self.tests, source, self.language)
 
 
 def split_of(key: str) -> Split:
-    """The split of a key, the same for ever and on every machine."""
+    """The split of a key, the same on every machine and in every version."""
     share = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32
     return "heldout" if share < HELDOUT_SHARE else "train"
 
@@ -91,62 +84,64 @@ def chain_steps(terms: list[int]) -> tuple[str, ...]:
     return tuple(expression([sum(terms[:i]), *terms[i:]]) for i in range(1, len(terms) + 1))
 
 
+def language_of(rng: random.Random) -> Language:
+    """English or Chinese, evenly."""
+    return rng.choice(("en", "zh"))
+
+
+def start(rng: random.Random) -> tuple[list[int], Language]:
+    """Three or four operands, and the language that they are asked in."""
+    return chain(rng, rng.choice((3, 4))), language_of(rng)
+
+
+def chain_item(family: str, language: Language, question: str, terms: list[int]) -> Item:
+    """An item whose solution is the sum of `terms`."""
+    answer, steps, key = str(sum(terms)), chain_steps(terms), expression(terms)
+    return Item("math", family, language, question, answer, (), steps, key)
+
+
 def sum_item(rng: random.Random) -> Item:
     """`What is 3+4-5?`"""
-    terms, language = chain(rng, rng.choice((3, 4))), language_of(rng)
-    text = expression(terms)
+    terms, language = start(rng)
     asks = {"en": ("What is {}?", "Compute {}."), "zh": ("{}等于多少？", "计算{}。")}
-    question = rng.choice(asks[language]).format(text)
-    return Item("math", "sum", language, question, str(sum(terms)), (), chain_steps(terms), text)
+    return chain_item("sum", language, rng.choice(asks[language]).format(expression(terms)), terms)
 
 
 STORIES: dict[Language, tuple[tuple[str, ...], tuple[str, ...], str, str, str, str]] = {
     # who, what, has, gets more, gives away, asks
     "en": (
-        ("Tom", "Ann", "Sam", "Mia"),
-        ("apples", "books", "cards", "coins"),
-        "{who} has {n} {what}.",
-        " {who} gets {n} more.",
-        " {who} gives away {n}.",
-        " How many {what} now?",
+        ("Tom", "Ann", "Sam", "Mia"), ("apples", "books", "cards", "coins"), "{who} has {n} {what}.",
+        " {who} gets {n} more.", " {who} gives away {n}.", " How many {what} now?",
     ),
     "zh": (
-        ("小明", "小红", "小李", "小王"),
-        ("个苹果", "本书", "张卡片", "个硬币"),
-        "{who}有{n}{what}。",
-        "又得到{n}{what}。",
-        "送出{n}{what}。",
-        "现在有多少{what}？",
+        ("小明", "小红", "小李", "小王"), ("个苹果", "本书", "张卡片", "个硬币"), "{who}有{n}{what}。",
+        "又得到{n}{what}。", "送出{n}{what}。", "现在有多少{what}？",
     ),
-}
+}  # fmt: skip
 
 
 def word_item(rng: random.Random) -> Item:
     """`Tom has 3 apples. Tom gets 4 more. Tom gives away 5. How many apples now?`"""
-    terms, language = chain(rng, rng.choice((3, 4))), language_of(rng)
+    terms, language = start(rng)
     names, things, has, gets, gives, asks = STORIES[language]
     who, what = rng.choice(names), rng.choice(things)
     parts = [has.format(who=who, what=what, n=terms[0])]
     parts += [(gets if t > 0 else gives).format(who=who, what=what, n=abs(t)) for t in terms[1:]]
-    question = "".join(parts) + asks.format(what=what)
-    return Item(
-        "math", "word", language, question, str(sum(terms)), (), chain_steps(terms), expression(terms)
-    )
+    return chain_item("word", language, "".join(parts) + asks.format(what=what), terms)
 
 
 def code_item(rng: random.Random) -> Item:
     """`Write f(x) in Python: add 3, add 4, take 5.`: the total to add is a sum like the others."""
-    terms, language = chain(rng, rng.choice((3, 4))), language_of(rng)
-    verbs = {"en": ("add {}", "take {}"), "zh": ("加{}", "减{}")}[language]
-    parts = [verbs[t < 0].format(abs(t)) for t in terms]
-    if language == "en":
-        question = f"Write f(x) in Python: {', '.join(parts)}."
-    else:
-        question = f"用Python写f(x)：{'，'.join(parts)}。"
-    total = sum(terms)
-    tests = tuple(f"assert f({x}) == {x + total}" for x in (0, 1, 10))
-    answer = f"def f(x): return x+{total}"
-    return Item("code", "code", language, question, answer, tests, chain_steps(terms), expression(terms))
+    terms, language = start(rng)
+    question, plus, minus, comma = {
+        "en": ("Write f(x) in Python: {}.", "add {}", "take {}", ", "),
+        "zh": ("用Python写f(x)：{}。", "加{}", "减{}", "，"),
+    }[language]
+    parts = [(minus if t < 0 else plus).format(abs(t)) for t in terms]
+    tests = tuple(f"assert f({x}) == {x + sum(terms)}" for x in (0, 1, 10))
+    answer = f"def f(x): return x+{sum(terms)}"
+    item = chain_item("code", language, question.format(comma.join(parts)), terms)
+    return replace(item, kind="code", answer=answer, tests=tests)
 
 
 def gym_item(rng: random.Random) -> Item:
@@ -154,47 +149,29 @@ def gym_item(rng: random.Random) -> Item:
     from reasoning_gym.arithmetic.chain_sum import ChainSumConfig, ChainSumDataset  # a slow import
 
     while True:
-        settings = ChainSumConfig(
-            min_terms=3, max_terms=4, min_digits=1, max_digits=1, seed=rng.randrange(2**31), size=16
-        )
-        for entry in ChainSumDataset(settings):
-            text, answer = entry["metadata"]["expression"].replace(" ", ""), entry["answer"]
+        of = {"min_terms": 3, "max_terms": 4, "min_digits": 1, "max_digits": 1, "size": 16}
+        for entry in ChainSumDataset(ChainSumConfig(**of, seed=rng.randrange(2**31))):
+            text = entry["metadata"]["expression"].replace(" ", "")
             terms = [int(t) for t in re.findall(r"[+-]?\d+", text)]
             if 0 not in terms and stays_small(terms):
-                steps, key = chain_steps(terms), expression(terms)
-                return Item("math", "gym", "en", entry["question"], answer, (), steps, key)
-
-
-THINGS: dict[Language, tuple[str, ...]] = {
-    "en": ("apples", "books", "cards", "coins"),
-    "zh": ("苹果", "书", "卡片", "硬币"),
-}
+                return chain_item("gym", "en", entry["question"], terms)
 
 
 def general_item(rng: random.Random) -> Item:
     """`Copy: 2 books then 3 coins.`: general instructions, nothing to calculate; exact match."""
     language = language_of(rng)
-    pairs = [(rng.randint(1, 9), rng.choice(THINGS[language])) for _ in range(2)]
-    if language == "en":
-        question, parts = "Copy: {} then {}.", [f"{n} {thing}" for n, thing in pairs]
-    else:
-        question, parts = "抄写：{}，{}。", [f"{n}{thing}" for n, thing in pairs]
-    answer = (" then " if language == "en" else "，").join(parts)
-    return Item("general", "general", language, question.format(*parts), answer, (), (), f"copy:{pairs}")
-
-
-def language_of(rng: random.Random) -> Language:
-    """English or Chinese, evenly."""
-    return rng.choice(("en", "zh"))
+    question, pair, then, *things = {
+        "en": ("Copy: {}.", "{} {}", " then ", "apples", "books", "cards", "coins"),
+        "zh": ("抄写：{}。", "{}{}", "，", "苹果", "书", "卡片", "硬币"),
+    }[language]
+    pairs = [(rng.randint(1, 9), rng.choice(things)) for _ in range(2)]
+    answer = then.join(pair.format(*of) for of in pairs)
+    return Item("general", "general", language, question.format(answer), answer, (), (), f"copy:{pairs}")
 
 
 FAMILIES: dict[str, Callable[[random.Random], Item]] = {
-    "sum": sum_item,
-    "word": word_item,
-    "code": code_item,
-    "gym": gym_item,
-    "general": general_item,
-}
+    "sum": sum_item, "word": word_item, "code": code_item, "gym": gym_item, "general": general_item,
+}  # fmt: skip
 MIXTURES: dict[str, dict[str, float]] = {
     "tiny": {"sum": 0.4, "word": 0.3, "code": 0.15, "gym": 0.15},
     "all": {"sum": 0.37, "word": 0.28, "code": 0.14, "gym": 0.14, "general": 0.07},
@@ -216,14 +193,13 @@ def items(task: str, count: int, split: Split, seed: int) -> list[Item]:
     misses = 0
     while len(found) < count:
         item = FAMILIES[rng.choices([*shares], [*shares.values()])[0]](rng)
-        if split_of(item.key) != split or item.question in found:
-            misses += 1
-            if misses > 200 * (count + 10):
-                raise ValueError(
-                    f"task {task!r} has fewer than {count} different {split} problems; ask for fewer"
-                )
+        if split_of(item.key) == split and item.question not in found:
+            found[item.question] = item
             continue
-        found[item.question] = item
+        misses += 1
+        if misses > 200 * (count + 10):
+            kind = f"{count} different {split} problems"
+            raise ValueError(f"task {task!r} has fewer than {kind}; ask for fewer")
     return list(found.values())
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from pipeline.data.jsonl import JsonObject
 from pipeline.errors import UserError
+
+Located = tuple[str, JsonObject]
+"""A row with its place, for errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +22,8 @@ class Hub:
     """Where the hub keeps a data set."""
 
     path: str
-    config: str | None
     split: str
+    config: str | None = None
 
 
 def parse_hub(source: str) -> Hub:
@@ -29,7 +31,7 @@ def parse_hub(source: str) -> Hub:
     _, *parts = source.split(":")
     if len(parts) not in (2, 3):
         raise UserError(f"{source}: the form is hub:OWNER/NAME:SPLIT or hub:OWNER/NAME:CONFIG:SPLIT")
-    return Hub(parts[0], parts[1] if len(parts) == 3 else None, parts[-1])
+    return Hub(parts[0], parts[-1], parts[1] if len(parts) == 3 else None)
 
 
 @functools.cache
@@ -45,7 +47,7 @@ def hub_answers() -> bool:
     return True
 
 
-def hub_rows(hub: Hub) -> Iterable[JsonObject]:
+def hub_rows(hub: Hub) -> Iterator[Located]:
     """The rows of a hub data set.
 
     Raises:
@@ -57,9 +59,10 @@ def hub_rows(hub: Hub) -> Iterable[JsonObject]:
     if not hub_answers():  # read the cache, and do not retry for half a minute a data set
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        return cast("Iterable[JsonObject]", datasets.load_dataset(hub.path, hub.config, split=hub.split))
+        rows = datasets.load_dataset(hub.path, hub.config, split=hub.split)
     except Exception as error:  # the hub client raises a dozen unrelated types, offline and online
         reason = (str(error).strip().splitlines() or [""])[0][:160]
         raise UserError(
             f"the hub data set {hub.path} cannot be read ({type(error).__name__}: {reason})"
         ) from error
+    return ((f"{hub.path} ({hub.split}) row {i}", row) for i, row in enumerate(rows))

@@ -19,8 +19,7 @@ JsonObject = dict[str, Any]
 def read_jsonl(path: Path, *, torn: bool = False) -> Iterator[tuple[int, JsonObject]]:
     """Number, from 1, and object of each line; blank lines are skipped.
 
-    Args:
-        torn: leave out a last line that a kill cut short, possibly within a character.
+    `torn` leaves out a last line that a kill cut short, possibly within a character.
 
     Raises:
         UserError: the file cannot be read, or, by file and number, a line is no JSON object.

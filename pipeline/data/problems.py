@@ -6,7 +6,7 @@
     hub:OWNER/NAME[:CONFIG]:SPLIT   any data set with such keys
     heldout                    the tiny preset's own held-out set, generator:tiny
 
-No data travels with the code. A source that cannot be read is a `UserError` that says how to get it.
+No data travels with the code. A source that cannot be read is a `UserError` with how to get it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,16 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from pipeline.data.generators import generate
-from pipeline.data.hub import Hub, hub_rows, parse_hub
-from pipeline.data.jsonl import JsonObject, read_jsonl
+from pipeline.data.generators import Split, generate
+from pipeline.data.hub import Hub, Located, hub_rows, parse_hub
+from pipeline.data.jsonl import read_jsonl
 from pipeline.data.rows import to_problem
 from pipeline.errors import UserError
 from rollout.types import Problem
-
-Split = Literal["train", "heldout"]
 
 ALIASES = {"heldout": "generator:tiny"}
 GENERATED = 320
@@ -44,21 +42,19 @@ class Benchmark:
 
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "math500": Benchmark("math500.jsonl", Hub("HuggingFaceH4/MATH-500", None, "test")),
-    "aime24": Benchmark("aime24.jsonl", Hub("HuggingFaceH4/aime_2024", None, "train")),
-    "aime25": Benchmark("aime25.jsonl", Hub("math-ai/aime25", None, "test")),
-    "amc23": Benchmark("amc23.jsonl", Hub("math-ai/amc23", None, "test")),
-    "gsm8k": Benchmark("gsm8k_test.jsonl", Hub("openai/gsm8k", "main", "test")),
-    "gsm8k_train": Benchmark("gsm8k_train.jsonl", Hub("openai/gsm8k", "main", "train"), train=True),
-    "math_train": Benchmark(
-        "math_train.jsonl", Hub("DigitalLearningGmbH/MATH-lighteval", None, "train"), train=True
-    ),
-    "humaneval": Benchmark("humaneval.jsonl", Hub("openai/openai_humaneval", None, "test")),
-    "mbpp": Benchmark("mbpp.jsonl", Hub("google-research-datasets/mbpp", "full", "test")),
+    "math500": Benchmark("math500.jsonl", Hub("HuggingFaceH4/MATH-500", "test")),
+    "aime24": Benchmark("aime24.jsonl", Hub("HuggingFaceH4/aime_2024", "train")),
+    "aime25": Benchmark("aime25.jsonl", Hub("math-ai/aime25", "test")),
+    "amc23": Benchmark("amc23.jsonl", Hub("math-ai/amc23", "test")),
+    "gsm8k": Benchmark("gsm8k_test.jsonl", Hub("openai/gsm8k", "test", "main")),
+    "gsm8k_train": Benchmark("gsm8k_train.jsonl", Hub("openai/gsm8k", "train", "main"), True),
+    "math_train": Benchmark("math_train.jsonl", Hub("DigitalLearningGmbH/MATH-lighteval", "train"), True),
+    "humaneval": Benchmark("humaneval.jsonl", Hub("openai/openai_humaneval", "test")),
+    "mbpp": Benchmark("mbpp.jsonl", Hub("google-research-datasets/mbpp", "test", "full")),
     "olympiadbench": Benchmark(
-        "olympiadbench.jsonl", Hub("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train")
+        "olympiadbench.jsonl", Hub("Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP")
     ),
-    "minerva_math": Benchmark("minerva_math.jsonl", Hub("math-ai/minervamath", None, "test")),
+    "minerva_math": Benchmark("minerva_math.jsonl", Hub("math-ai/minervamath", "test")),
 }
 
 
@@ -73,7 +69,6 @@ def problems(
     """The problems of a source, in its own order.
 
     Args:
-        source: see the module.
         count: at most this many, from the start; `None` = all, or `GENERATED` of a generator.
         split: of a generator, and of files whose rows name theirs (MBPP: `test` or `train`).
         seed: of a generator; the others do not depend on it.
@@ -94,11 +89,13 @@ def problems(
     folder = data_folder(data_dir)
     if kind == "hub":
         hub = parse_hub(source)
-        stem, rows = hub.path, numbered(hub)
+        stem, rows = hub.path, hub_rows(hub)
     elif source in BENCHMARKS:
         stem, rows = benchmark_rows(source, folder, split)
     elif source.endswith((".jsonl", ".json")) or Path(source).is_file():
-        path = find_file(source, folder)
+        path = next((p for p in (Path(source), (folder or Path()) / source) if p.is_file()), None)
+        if path is None:
+            raise UserError(f"no file {source}{f', nor in {folder}' if folder else ''}")
         stem, rows = path.stem, located(path)
     else:
         raise UserError(
@@ -116,37 +113,22 @@ def data_folder(chosen: Path | None) -> Path | None:
     return chosen or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
 
 
-def find_file(source: str, folder: Path | None) -> Path:
-    """`source` as a path, or inside the data folder."""
-    for path in (Path(source), folder / source if folder else Path(source)):
-        if path.is_file():
-            return path
-    raise UserError(f"no file {source}{f', nor in {folder}' if folder else ''}")
-
-
-def located(path: Path) -> Iterator[tuple[str, JsonObject]]:
+def located(path: Path) -> Iterator[Located]:
     """The rows of a file, each with its place for errors."""
     return ((f"{path}:{number}", row) for number, row in read_jsonl(path))
 
 
-def numbered(hub: Hub) -> Iterator[tuple[str, JsonObject]]:
-    """The rows of a hub data set, each with its place for errors."""
-    return ((f"{hub.path} ({hub.split}) row {i}", row) for i, row in enumerate(hub_rows(hub)))
-
-
-def benchmark_rows(
-    name: str, folder: Path | None, split: Split = "heldout"
-) -> tuple[str, Iterator[tuple[str, JsonObject]]]:
+def benchmark_rows(name: str, folder: Path | None, split: Split = "heldout") -> tuple[str, Iterator[Located]]:
     """Name and rows, with their places, of a benchmark's local file, or else of its hub data set."""
     bench = BENCHMARKS[name]
-    row_split = {"heldout": "test", "train": "train"}[split] if name == "mbpp" else None
+    row_split = ("train" if split == "train" else "test") if name == "mbpp" else None
     for file in (folder / bench.file, folder / f"{name}.jsonl") if folder else ():
         if file.is_file():
             rows = ((at, row) for at, row in located(file) if row.get("split", row_split) == row_split)
             return file.stem, rows if row_split else located(file)
-    hub = bench.hub if row_split is None else Hub(bench.hub.path, bench.hub.config, row_split)
+    hub = replace(bench.hub, split=row_split or bench.hub.split)
     try:
-        return name, numbered(hub)
+        return name, hub_rows(hub)
     except UserError as error:
         missing = f"{folder} has no {bench.file}" if folder else f"no data folder is set for {bench.file}"
         raise UserError(
@@ -155,11 +137,10 @@ def benchmark_rows(
         ) from error
 
 
-def pooled(
-    sources: Sequence[str], *, count: int, split: Split, seed: int, data_dir: Path | None
-) -> list[Problem]:
-    """`problems` of several sources, one after the other."""
-    return [p for s in sources for p in problems(s, count=count, split=split, seed=seed, data_dir=data_dir)]
+def pooled(sources: Sequence[str], *, count: int, seed: int, data_dir: Path | None) -> list[Problem]:
+    """Training `problems` of several sources, one after the other."""
+    load = partial(problems, count=count, split="train", seed=seed, data_dir=data_dir)
+    return [p for source in sources for p in load(source)]
 
 
 def order(n: int, seed: int, epoch: int) -> list[int]:

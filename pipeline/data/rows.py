@@ -16,13 +16,7 @@ def first(row: JsonObject, *keys: str) -> Any:
 
 
 def to_problem(row: JsonObject, where: str, source: str, index: int) -> Problem:
-    """A row of any of the known shapes as a problem.
-
-    Args:
-        row: JSON object.
-        where: file and line, for errors.
-        source: what the problem's `source` and id fall back to.
-        index: the row's number, for its id.
+    """A row of any known shape as a problem. Without an id, `source` and `index` make one.
 
     Raises:
         UserError: no question, or neither answer nor tests.
@@ -31,19 +25,13 @@ def to_problem(row: JsonObject, where: str, source: str, index: int) -> Problem:
     if not isinstance(question, str):
         raise UserError(f"{where}: no question; expected a key question, problem or prompt with text")
     name = first(row, "id", "unique_id", "task_id", "ID")
-    identity = str(name) if isinstance(name, str) else f"{source}/{index if name is None else name}"
-    tests = code_tests(row, where)
+    identity = name if isinstance(name, str) else f"{source}/{index if name is None else name}"
+    question, tests = code_problem(row, question, where)
     answer = "" if tests else gold_answer(row, where)
     kind = choice(row, "kind", ("math", "general", "code"), where) or "math"
-    return Problem(
-        id=identity,
-        kind="code" if tests else cast(Kind, kind),
-        question=code_question(row, question) if tests else question,
-        answer=answer,
-        tests=tests,
-        source=str(row.get("source") or source),
-        language=cast(Language, choice(row, "language", ("en", "zh"), where) or "en"),
-    )
+    language = cast(Language, choice(row, "language", ("en", "zh"), where) or "en")
+    kind = "code" if tests else cast(Kind, kind)
+    return Problem(identity, kind, question, answer, tests, str(row.get("source") or source), language)
 
 
 def choice(row: JsonObject, key: str, allowed: tuple[str, ...], where: str) -> str | None:
@@ -54,44 +42,33 @@ def choice(row: JsonObject, key: str, allowed: tuple[str, ...], where: str) -> s
     return cast("str | None", value)
 
 
-def code_tests(row: JsonObject, where: str) -> tuple[str | StdioTest, ...]:
-    """Tests of a code problem: HumanEval, MBPP, stdin/stdout cases, or our own statements; else none."""
+def code_problem(row: JsonObject, question: str, where: str) -> tuple[str, tuple[str | StdioTest, ...]]:
+    """A code problem's question as the model sees it, and its tests; of others the question, and no tests.
+
+    The shapes are HumanEval's, MBPP's, stdin/stdout cases, and our own statements.
+    """
     if "entry_point" in row and isinstance(row.get("test"), str):  # HumanEval: one statement that checks all
-        return (f"{row['test']}\ncheck({row['entry_point']})",)
-    if row.get("test_list"):  # MBPP
-        setup = row.get("test_setup_code") or ""
-        return (*([setup] if setup.strip() else []), *map(str, row["test_list"]))
-    tests = row.get("tests")
-    if not tests:
-        if row.get("kind") == "code":
-            raise UserError(f"{where}: a code problem without tests")
-        return ()
+        task = "Complete this Python function. Answer with the whole function and its imports in one"
+        question = f"{task} ```python block.\n\n```python\n{question.rstrip()}\n```"
+        return question, (f"{row['test']}\ncheck({row['entry_point']})",)
+    if row.get("test_list"):  # MBPP: the tests name the function
+        setup, listed = row.get("test_setup_code") or "", [str(test) for test in row["test_list"]]
+        task = "Answer with one ```python block. It should pass these tests:"
+        return "\n".join([question, "", task, "", *listed]), (*([setup] if setup.strip() else []), *listed)
+    tests = row.get("tests") or []
+    if not tests and row.get("kind") == "code":
+        raise UserError(f"{where}: a code problem without tests")
     if not isinstance(tests, list):
         raise UserError(f"{where}: tests must be a list, not {type(tests).__name__}")
-    found: list[str | StdioTest] = []
-    for test in tests:
-        if isinstance(test, str):
-            found.append(test)
-        elif isinstance(test, dict) and {"input", "output"} <= test.keys():
-            found.append(StdioTest(str(test["input"]), str(test["output"])))
-        else:
-            raise UserError(f"{where}: a test is a Python statement or an object with input and output")
-    return tuple(found)
-
-
-def code_question(row: JsonObject, question: str) -> str:
-    """The question that the model sees: what to write; for MBPP the tests, which name the function."""
-    if "entry_point" in row and isinstance(row.get("test"), str):
-        return (
-            "Complete this Python function. Answer with the whole function and its imports in one "
-            f"```python block.\n\n```python\n{question.rstrip()}\n```"
-        )
-    if row.get("test_list"):
-        tests = "\n".join(map(str, row["test_list"]))
-        return f"{question}\n\nAnswer with one ```python block. It should pass these tests:\n\n{tests}"
-    if isinstance(first(row, "tests"), list) and isinstance(row["tests"][0], dict):
-        return f"{question}\n\nAnswer with one ```python block: a program that reads stdin and writes stdout."
-    return question
+    if not all(
+        isinstance(t, str) or (isinstance(t, dict) and {"input", "output"} <= t.keys()) for t in tests
+    ):
+        raise UserError(f"{where}: a test is a Python statement or an object with input and output")
+    if tests and isinstance(tests[0], dict):
+        question += "\n\nAnswer with one ```python block: a program that reads stdin and writes stdout."
+    return question, tuple(
+        t if isinstance(t, str) else StdioTest(str(t["input"]), str(t["output"])) for t in tests
+    )
 
 
 def gold_answer(row: JsonObject, where: str) -> str:
@@ -101,12 +78,16 @@ def gold_answer(row: JsonObject, where: str) -> str:
         value = ", ".join(map(str, value))
     if value is not None:
         text = str(value).strip()
-        return text.rpartition("####")[2].strip().replace(",", "") if "\n####" in text else text
+        return after_hashes(text) if "\n####" in text else text
     solution = first(row, "solution", "response")
     if isinstance(solution, str):
         found = last_boxed(solution)
-        if found is None and "####" in solution:
-            found = solution.rpartition("####")[2].strip().replace(",", "")
+        found = after_hashes(solution) if found is None and "####" in solution else found
         if found:
             return found
     raise UserError(f"{where}: no answer; expected a key answer, a solution that boxes one, or tests")
+
+
+def after_hashes(text: str) -> str:
+    """GSM8K's answer: what follows `####`, without thousands separators."""
+    return text.rpartition("####")[2].strip().replace(",", "")

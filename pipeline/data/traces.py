@@ -11,16 +11,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+from pipeline.data.corpus import Row
 from pipeline.data.generators import Item, chain, chain_steps, expression, items, language_of, split_of
 from rollout.types import Language
 
-OPENERS: dict[Language, tuple[str, ...]] = {
-    "en": ("First", "Then", "Next", "So"),
-    "zh": ("先算", "再算", "接着", "得到"),
-}
-STOP: dict[Language, str] = {"en": ".", "zh": "。"}
-GUESS: dict[Language, str] = {"en": "I think it is {}.", "zh": "我想是{}。"}
-RESULT: dict[Language, str] = {"en": "The answer is {}.", "zh": "答案是{}。"}
+OPENERS = {"en": ("First", "Then", "Next", "So"), "zh": ("先算", "再算", "接着", "得到")}
+STOP = {"en": ".", "zh": "。"}
+GUESS = {"en": "I think it is {}.", "zh": "我想是{}。"}
+RESULT = {"en": "The answer is {}.", "zh": "答案是{}。"}
 
 
 def worked(
@@ -28,10 +26,9 @@ def worked(
 ) -> str:
     """Steps as sentences, one a line; with probability `mixing` a line is in the other language."""
     lines = []
+    other: Language = "zh" if language == "en" else "en"
     for i, step in enumerate(steps):
-        spoken: Language = language
-        if rng is not None and rng.random() < mixing:
-            spoken = "zh" if language == "en" else "en"
+        spoken = other if rng is not None and rng.random() < mixing else language
         opener = OPENERS[spoken][-1 if i == len(steps) - 1 else min(i, 2)]
         lines.append(f"{opener} {step}{STOP[spoken]}")
     return "\n".join(lines)
@@ -48,6 +45,12 @@ def curated(item: Item) -> str:
     if item.kind != "code":
         lines.append(RESULT[item.language].format(item.answer))
     return tagged("\n".join(lines), item.answer)
+
+
+def curated_rows(task: str, count: int, seed: int, source: str) -> list[Row]:
+    """Cold-start traces of `count` different train-split problems."""
+    made = [(item, item.problem()) for item in items(task, count, "train", seed)]
+    return [Row(p.id, p.question, curated(i), i.answer, p.language, p.kind, source) for i, p in made]
 
 
 def drill(rng: random.Random) -> str:
@@ -92,9 +95,14 @@ def document(kind: str, item: Item, rng: random.Random) -> str:
     return f"{prompt}{tagged(worked(item.steps, item.language, rng, MIXING), item.answer)}"
 
 
+def random_document(known: list[Item], rng: random.Random) -> str:
+    """A document of the mixture `SHARES` about one of `known`."""
+    return document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)
+
+
 def corpus(task: str, pool: int, seed: int) -> Iterator[str]:
     """Endless pretraining documents over `pool` different train-split problems."""
     known = items(task, pool, "train", seed)
     rng = random.Random(f"corpus/{task}/{seed}")
     while True:
-        yield document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)
+        yield random_document(known, rng)

@@ -58,15 +58,7 @@ def build_page(
     summary: dict[str, Any],
     transcripts: list[dict[str, Any]],
 ) -> str:
-    """The complete page.
-
-    Args:
-        name: of the run.
-        state: eval's scores.json.
-        records: the run's stages.
-        summary: summary.json.
-        transcripts: see `read_transcripts`.
-    """
+    """The page: `state` is eval's scores.json, `transcripts` are `read_transcripts`'."""
     main = main_benchmark(state)
     files = FileSystemLoader(Path(__file__).parent)
     env = Environment(loader=files, autoescape=True, undefined=StrictUndefined)
@@ -74,7 +66,7 @@ def build_page(
     scores = {label: by_benchmark.get(main) for label, by_benchmark in state["scores"].items()}
     boxes, edges = chain_of(state["models"], scores, records)
     known = {key: line for r in records for key, line in r.glossary.items()}
-    used = sorted({key for r in records for row in r.metrics for key in row if key in known})
+    used = sorted({key for r in records for row in r.metrics for key in row} & known.keys())
     own = [(key, "", None, None) for key in used if key not in GLOSSARY]  # of a user's rewards
     rl = [r for r in records if any("reward/mean" in row for row in r.metrics)]  # reject trains no policy
     return env.get_template("page.html.j2").render(
@@ -82,15 +74,15 @@ def build_page(
         main=main,
         light=LIGHT,
         titles=TITLES,
-        tiles=tiles(scores, summary),
+        scores=scores,
         chain_wide=chain_plot(boxes, edges, upright=False),
         chain_tall=chain_plot(boxes, edges, upright=True),
-        tables=tables(state),
+        tables=[table(state, name) for name in benchmarks(state)],
         state=state,
         rl=[
             {"key": key, "what": known[key], "svg": svg}
             for key, unit, low, high in (*RL_PLOTS, *own)
-            if (svg := line_plot(key, unit, curves(rl, (key,)), low, high))
+            if (svg := line_plot(key, unit, curves(rl, key), low, high))
         ],
         losses=list(loss_plots(records)),
         rl_stages=rl,
@@ -114,23 +106,6 @@ def main_benchmark(state: dict[str, Any]) -> str:
     return "heldout" if "heldout" in names or not names else names[0]
 
 
-def tiles(scores: dict[str, Any], summary: dict[str, Any]) -> list[dict[str, str]]:
-    """The headline: what each method reached, and its cost."""
-    shown = []
-    for label, title in (("base", "base"), ("zero", "R1-Zero"), ("r1", "R1"), ("student", "student")):
-        if s := scores.get(label):
-            low, high = s["interval"]
-            note = f"95 % interval {100 * low:.0f} to {100 * high:.0f} %"
-            if label == "student" and (plain := scores.get("student_plain")):
-                note += f"; plain {percent(plain['pass@1'])}"
-            shown.append({"title": title, "value": percent(s["pass@1"]), "note": note})
-    finished = sum(stage["seconds"] is not None for stage in summary["stages"].values())
-    gib = summary["peak_rss_bytes"] / 2**30
-    shown.append({"title": "time", "value": duration(summary["seconds"]), "note": f"{finished} stages"})
-    shown.append({"title": "peak memory", "value": f"{gib:.1f} GiB", "note": "of the largest stage"})
-    return shown
-
-
 def chain_of(
     models: dict[str, Any], scores: dict[str, Any], records: list[StageRecord]
 ) -> tuple[list[Box], list[tuple[str, str]]]:
@@ -141,34 +116,26 @@ def chain_of(
         labels = [label for label, model in models.items() if model["from"].split("/")[0] == stage]
         values = tuple((label, s["pass@1"] if (s := scores.get(label)) else None) for label in labels)
         rows = begun[stage].metrics if stage in begun else []
-        kept = [row["data/kept"] for row in rows if "data/kept" in row]
         note = "" if stage in begun else "not made yet"
-        if kept:
+        if kept := [row["data/kept"] for row in rows if "data/kept" in row]:
             note = f"kept {100 * sum(kept) / len(kept):.0f} %"
         boxes.append(Box(stage, title, values, note))
     edges = [(a, s.name) for s in STAGES if s.name in TITLES for a in s.after if a in TITLES]
     return boxes, edges
 
 
-def tables(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """One table a benchmark, its rows in the order of the chain."""
-    return [
-        {
-            "name": name,
-            "rows": [(label, s[name]) for label, s in state["scores"].items() if name in s],
-            "sampled": any(s[name]["k"] > 1 for s in state["scores"].values() if name in s),
-        }
-        for name in benchmarks(state)
-    ]
+def table(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """The table of a benchmark, its rows in the order of the chain."""
+    rows = [(label, s[name]) for label, s in state["scores"].items() if name in s]
+    return {"name": name, "rows": rows, "sampled": any(s["k"] > 1 for _, s in rows)}
 
 
-def curves(records: Iterable[StageRecord], keys: tuple[str, ...]) -> list[Series]:
-    """A series for each stage: the first of `keys` that it logged, over its steps."""
+def curves(records: Iterable[StageRecord], key: str) -> list[Series]:
+    """A series of `key` for each stage that logged it, over its steps."""
     found = []
     for record in records:
-        key = next((k for k in keys if any(k in row for row in record.metrics)), None)
-        if key is not None:
-            points = tuple((float(row["step"]), float(row[key])) for row in record.metrics if key in row)
+        points = tuple((float(row["step"]), float(row[key])) for row in record.metrics if key in row)
+        if points:
             found.append(Series(record.name, COLORS.get(record.name, "ink"), points))
     return found
 
@@ -177,33 +144,26 @@ def loss_plots(records: Iterable[StageRecord]) -> Iterator[dict[str, Any]]:
     """The plots of supervised training, each with its stages."""
     for name, stages in LOSS_PLOTS.items():
         some = [r for r in records if r.name in stages]
-        if svg := line_plot(f"{name}: loss", "nats a token", curves(some, ("loss/lm", "loss/total")), 0.0):
-            what = "next-token cross-entropy, nats a token"
-            yield {"key": f"{name}: loss", "what": what, "stages": some, "svg": svg}
+        if svg := line_plot(f"{name}: loss", "nats a token", curves(some, "loss/lm"), 0.0):
+            yield {"key": f"{name}: loss", "what": GLOSSARY["loss/lm"], "stages": some, "svg": svg}
 
 
 _THINK = re.compile(r"\A(\s*(?:<think>)?.*?</think>)(.*)\Z", re.DOTALL)
 
 
 def read_transcripts(files: dict[str, Path], count: int) -> list[dict[str, Any]]:
-    """The same problems as several models answered them: first samples, not chosen by outcome.
+    """At most `count` problems as several models answered them: first samples, not chosen by outcome.
 
-    Args:
-        files: generations.jsonl by the model's label, all of one benchmark.
-        count: at most this number of problems, evenly spaced through the set.
+    `files` are generations.jsonl by the model's label, all of one benchmark; the problems are evenly spaced.
     """
-    rows = {
-        label: {r["index"]: r for r in read_log(file) if r["sample"] == 0}
-        for label, file in files.items()
-        if file.is_file()
-    }
+    logs = {label: read_log(file) for label, file in files.items() if file.is_file()}
+    rows = {label: {r["index"]: r for r in log if r["sample"] == 0} for label, log in logs.items()}
     common = sorted(set.intersection(*map(set, rows.values()))) if rows else []
     count = min(count, len(common))
     shown = []
     for index in (common[i * len(common) // count] for i in range(count)):
         answers = []
-        for label, by_index in rows.items():
-            row = by_index[index]
+        for label, row in ((label, by_index[index]) for label, by_index in rows.items()):
             split = _THINK.match(row["text"])
             think, rest = split.groups() if split else ("", row["text"])
             answers.append({"label": label, "think": think, "rest": rest, **row})
@@ -218,7 +178,8 @@ def origin(records: list[StageRecord]) -> list[tuple[str, str]]:
         return ", ".join(dict.fromkeys(str(v) for v in values if v not in (None, "")))
 
     envs = [r.env for r in records]
-    machines = [e.get("machine", {}) for e in envs]
+    machines, packages = ([e.get(key, {}) for e in envs] for key in ("machine", "packages"))
+    names = dict.fromkeys(name for p in packages for name in p)
     commits = [e["commit"][:12] + " (modified)" * bool(e.get("modified")) for e in envs if e.get("commit")]
     rows = [
         ("commit", all_of(commits) or "not a git checkout"),
@@ -227,7 +188,6 @@ def origin(records: list[StageRecord]) -> list[tuple[str, str]]:
         ("cores", all_of(m.get("cores") for m in machines)),
         ("platform", all_of(m.get("platform") for m in machines)),
         ("python", all_of(e.get("python") for e in envs)),
+        *((name, all_of(p.get(name) for p in packages)) for name in names),
     ]
-    packages = list(dict.fromkeys(name for e in envs for name in e.get("packages", {})))
-    rows += [(name, all_of(e.get("packages", {}).get(name) for e in envs)) for name in packages]
     return [(key, value) for key, value in rows if value]

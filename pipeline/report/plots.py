@@ -1,7 +1,7 @@
 """The plots of the report, by matplotlib: metrics over the step, and the chain of stages.
 
 A plot is SVG that stands in the page. Its text is text, in the page's font, and its colours are the page's
-CSS variables, so it follows the page into dark mode. The same data gives the same bytes.
+CSS variables, so it follows the page into dark mode. The same data makes the same bytes.
 """
 
 from __future__ import annotations
@@ -97,13 +97,9 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def line_plot(
     title: str, unit: str, series: Sequence[Series], low: float | None = None, high: float | None = None
 ) -> Markup:
-    """Series over the step, the last value of each beside its end; empty without a point.
+    """Series over the step, the last value of each beside its end; empty without a finite point.
 
-    Args:
-        title: for screen readers; the page prints its own.
-        unit: of the value axis.
-        series: points that are not finite are left out.
-        low, high: what the value axis shows at least.
+    `title` is for screen readers; the value axis shows at least `low` and `high`.
     """
     curves = [(s, thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
     curves = [(s, points) for s, points in curves if points]
@@ -133,11 +129,10 @@ def line_plot(
 
 def spread(heights: Sequence[float], apart: float) -> list[float]:
     """The heights of labels, raised where needed to stand `apart` from the one below."""
-    placed: dict[int, float] = {}
-    lowest = -math.inf
+    placed, lowest = list(heights), -math.inf
     for i in sorted(range(len(heights)), key=heights.__getitem__):
         placed[i] = lowest = max(heights[i], lowest + apart)
-    return [placed[i] for i in range(len(heights))]
+    return placed
 
 
 PLACES = {
@@ -155,7 +150,7 @@ def chain_plot(boxes: Sequence[Box], edges: Sequence[tuple[str, str]], upright: 
     Args:
         boxes: stages without a place in `PLACES` are left out.
         edges: stage and the stage that uses its output.
-        upright: top to bottom, for a narrow screen; else left to right.
+        upright: top to bottom, for a narrow screen.
     """
     shown = {box.stage: box for box in boxes if box.stage in PLACES}
     if not shown:
@@ -177,20 +172,17 @@ def chain_plot(boxes: Sequence[Box], edges: Sequence[tuple[str, str]], upright: 
         figure = Figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
         axes.set_axis_off()
-        for before, after in edges:
-            if before in shown and after in shown:
-                (a, b), (c, d) = start(before), start(after)
-                if b == d and c - a > 2 * (length + GAP):  # around the boxes between
-                    a, b, c, d = a + length / 2, b + breadth, c + length / 2, d + breadth
-                    points = [(a, b), (a, b + 0.45), (c, d + 0.45), (c, d)]
-                else:
-                    a, b, d = a + length, b + breadth / 2, d + breadth / 2
-                    bend = min(c - a, 0.5)
-                    points = [(a, b), (a + bend, b), (c - bend, d), (c, d)]
-                path = Path([place(*p) for p in points], [Path.MOVETO, *[Path.CURVE4] * 3])
-                arrow = FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=7, color=LIGHT["soft"])
-                arrow.set_gid("edge")
-                axes.add_patch(arrow)
+        for (a, b), (c, d) in (map(start, edge) for edge in edges if shown.keys() >= set(edge)):
+            if b == d and c - a > 2 * (length + GAP):  # around the boxes between
+                a, b, c, d = a + length / 2, b + breadth, c + length / 2, d + breadth
+                points = [(a, b), (a, b + 0.45), (c, d + 0.45), (c, d)]
+            else:
+                a, b, d = a + length, b + breadth / 2, d + breadth / 2
+                bend = min(c - a, 0.5)
+                points = [(a, b), (a + bend, b), (c - bend, d), (c, d)]
+            path = Path([place(*p) for p in points], [Path.MOVETO, *[Path.CURVE4] * 3])
+            how: Any = {"arrowstyle": "-|>", "mutation_scale": 7, "color": LIGHT["soft"], "gid": "edge"}
+            axes.add_patch(FancyArrowPatch(path=path, **how))
         for stage, box in shown.items():
             x, y = place(*start(stage))
             plot_box(axes, box, x, y - HEIGHT)
@@ -204,19 +196,20 @@ def plot_box(axes: Axes, box: Box, x: float, y: float) -> None:
         style = f"round,pad=0,rounding_size={min(0.1, height / 2, width / 2)}"
         axes.add_patch(FancyBboxPatch((x, y), width, height, style, fc=LIGHT[color], ec=edge, gid="box"))
 
-    left, right = x + 0.12, x + WIDTH - 0.12
+    left, right, soft = x + 0.12, x + WIDTH - 0.12, LIGHT["soft"]
     rectangle(WIDTH, HEIGHT, x, y, "card", LIGHT["faint"])
     axes.text(left, y + 0.64, box.stage, size=8.5, weight="bold")
     if box.values or box.note:
-        axes.text(right, y + 0.64, box.title, color=LIGHT["soft"], ha="right")
-    if len(box.values) == 1:
+        axes.text(right, y + 0.64, box.title, ha="right", color=soft)
+    if not box.values:
+        axes.text(left, y + 0.34, box.note, color=soft)
+    elif len(box.values) == 1:
         value = box.values[0][1]
         axes.text(left, y + 0.32, percent(value), size=14, weight="bold")
         rectangle(right - left, 0.07, left, y + 0.14, "faint")
         if value:
             rectangle(value * (right - left), 0.07, left, y + 0.14, "accent")
-    for i, (label, value) in enumerate(box.values[:2] if len(box.values) > 1 else ()):
-        axes.text(left, y + 0.38 - 0.22 * i, label.removeprefix("student_"), color=LIGHT["soft"])
-        axes.text(right, y + 0.38 - 0.22 * i, percent(value), weight="bold", ha="right")
-    if not box.values:
-        axes.text(left, y + 0.34, box.note, color=LIGHT["soft"])
+    else:
+        for (label, value), at in zip(box.values, (0.38, 0.16), strict=False):
+            axes.text(left, y + at, label.removeprefix("student_"), color=soft)
+            axes.text(right, y + at, percent(value), weight="bold", ha="right")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.jsonl import read_log
+from pipeline.run.files import read_json
 from pipeline.run.metrics import GLOSSARY, GLOSSARY_FILE
 from pipeline.table import STAGES
 
@@ -39,37 +39,19 @@ def read_stages(folder: Path) -> list[StageRecord]:
         path = folder / stage.name
         if stage.name == "report" or not (path / "config.toml").is_file():
             continue
-        done = read_json(path / "done.json")
-        found.append(
-            StageRecord(
-                name=stage.name,
-                config=tomllib.loads((path / "config.toml").read_text(encoding="utf-8")),
-                env=read_json(path / "env.json"),
-                metrics=read_log(path / "metrics.jsonl"),
-                glossary=GLOSSARY | read_json(path / GLOSSARY_FILE),
-                seconds=done.get("seconds"),
-                peak_rss_bytes=done.get("peak_rss_bytes", 0),
-                seed=done.get("seed"),
-            )
-        )
-    return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        done, env = read_json(path / "done.json"), read_json(path / "env.json")
+        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        cost = done.get("seconds"), done.get("peak_rss_bytes", 0), done.get("seed")
+        log, glossary = read_log(path / "metrics.jsonl"), GLOSSARY | read_json(path / GLOSSARY_FILE)
+        found.append(StageRecord(stage.name, config, env, log, glossary, *cost))
     return found
 
 
 def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> dict[str, Any]:
     """The contract of summary.json: scores by model and benchmark, seconds, peak memory, seed.
 
-    Args:
-        state: eval's scores.json.
-        records: stages; their seconds are added, the largest peak counts.
-        seed: for a run without a finished stage.
+    `state` is eval's scores.json, `seed` that of a run without a finished stage.
     """
-    seeds = [r.seed for r in records if r.seed is not None]
     return {
         "models": {
             label: {name: {key: s[key] for key in KEYS} for name, s in by_benchmark.items()}
@@ -77,7 +59,7 @@ def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> d
         },
         "seconds": round(sum(r.seconds or 0.0 for r in records), 2),
         "peak_rss_bytes": max((r.peak_rss_bytes for r in records), default=0),
-        "seed": seeds[0] if seeds else seed,
+        "seed": next((r.seed for r in records if r.seed is not None), seed),
         "not_made": state["not_made"],
         "not_scored": state["not_scored"],
         "stages": {r.name: {"seconds": r.seconds, "peak_rss_bytes": r.peak_rss_bytes} for r in records},

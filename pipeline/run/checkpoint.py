@@ -27,9 +27,9 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> N
         manifest = {"step": step, "files": {p.name: sha256(p) for p in sorted(partial.iterdir())}}
         write_atomic(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     write_atomic(pointer, final.name + "\n")
-    steps = sorted(int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*[0-9]"))
-    past = [n for n in steps if n <= step]  # later ones belong to a past that was given up
-    for old in set(steps) - set(past[-KEEP_CHECKPOINTS:]):
+    steps = {int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*[0-9]")}
+    past = sorted(n for n in steps if n <= step)  # later ones are of an abandoned run
+    for old in steps - set(past[-KEEP_CHECKPOINTS:]):
         shutil.rmtree(folder / f"checkpoint-{old}")
 
 
@@ -49,9 +49,8 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{newest} is not readable ({error}); {way_out(folder, newest)}") from error
     if bad:
-        raise UserError(
-            f"{newest / bad[0]} does not match its manifest (corrupted); {way_out(folder, newest)}"
-        )
+        way = way_out(folder, newest)
+        raise UserError(f"{newest / bad[0]} does not match its manifest (corrupted); {way}")
     return manifest["step"], newest
 
 

@@ -29,7 +29,7 @@ from pipeline.data.jsonl import json_line
 from pipeline.errors import UserError
 from pipeline.run.checkpoint import newest_checkpoint, save_checkpoint
 from pipeline.run.environment import environment, peak_rss_bytes
-from pipeline.run.files import replacing, sha256, write_atomic
+from pipeline.run.files import read_json, replacing, sha256, write_atomic
 from pipeline.run.metrics import MetricsLog, say, truncate_after
 from pipeline.settings.common import StageSettings, to_dict
 from pipeline.table import STAGES, Stage
@@ -48,32 +48,30 @@ class RunDir:
 
     def model_input(self, value: str | Path) -> Path:
         """The model directory that `value` names: a stage of this run (`sft`) or a path; recorded by hash."""
-        path, hint = self.find_input(value, "model", "a model directory")
-        if not (path / "config.json").is_file():
-            raise UserError(f"no model at {path}; {hint}")
-        self.record_input(path)
-        return path
+        return self.find_input(value, "model", "config.json")
 
     def file_input(self, value: str | Path, filename: str) -> Path:
         """The file `filename` of a stage of this run (`reject`), or the file at a path; recorded by hash."""
-        path, hint = self.find_input(value, filename, "a file")
-        if not path.is_file():
-            raise UserError(f"no file {path}; {hint}")
+        return self.find_input(value, filename)
+
+    def find_input(self, value: str | Path, part: str, inside: str = "") -> Path:
+        """`part` of stage `value` of this run, or else the path `value`: a model directory that has the file
+        `inside`, or a file."""
+        path, hint = Path(value), f"name a stage of this run or {'a model directory' if inside else 'a file'}"
+        if str(value) in {stage.name for stage in STAGES}:
+            path = self.path.parent / str(value) / part
+            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
+        if not (path / inside).is_file():
+            raise UserError(f"no {'model at' if inside else 'file'} {path}; {hint}")
         self.record_input(path)
         return path
 
-    def find_input(self, value: str | Path, part: str, what: str) -> tuple[Path, str]:
-        """Path of `value`, `part` of a stage of this run or itself a path, and the hint if it is missing."""
-        if str(value) in {stage.name for stage in STAGES}:
-            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
-            return self.path.parent / str(value) / part, hint
-        return Path(value), f"name a stage of this run or {what}"
-
-    def record_input(self, path: Path) -> None:
-        """Note the sha256 of an input in env.json."""
-        env = json.loads((self.path / "env.json").read_text())
+    def record_input(self, path: Path) -> str:
+        """Note the sha256 of an input in env.json, and return it."""
+        env = read_json(self.path / "env.json")
         env["inputs"][str(path)] = sha256(path)
         write_atomic(self.path / "env.json", json.dumps(env, indent=2) + "\n")
+        return str(env["inputs"][str(path)])
 
     # ---- outputs
 
@@ -101,14 +99,6 @@ class RunDir:
             write(partial)
         return self.path / "model"
 
-    def seconds_and_peak(self) -> tuple[float, int]:
-        """Seconds and peak bytes in done.json; zeros before the stage was first finished."""
-        try:
-            usage = json.loads((self.path / "done.json").read_text())
-        except FileNotFoundError:
-            return 0.0, 0
-        return usage["seconds"], usage["peak_rss_bytes"]
-
     def stop_if_interrupted(self, save: Callable[[], None] | None = None) -> None:
         """After a Ctrl-C: save, then leave with exit code 130. Called between steps."""
         if self.interrupted:
@@ -117,16 +107,13 @@ class RunDir:
             raise KeyboardInterrupt(f"everything is saved; go on with: {self.command} --resume")
 
     def on_sigint(self, signum: int, frame: FrameType | None) -> None:
-        """First Ctrl-C: finish the step and save. Second: stop now."""
-        if self.interrupted:
+        """First Ctrl-C: finish the step and save. Second: stop now. SIGUSR1, which `up` and batch systems
+        send, counts as a first one however often it comes."""
+        if self.interrupted and signum == signal.SIGINT:
             raise KeyboardInterrupt(f"stopped at once; go on with: {self.command} --resume")
-        self.interrupted = True
-        say("\nCtrl-C: finishing this step, then saving (again to stop now)")
-
-    def on_sigusr1(self, signum: int, frame: FrameType | None) -> None:
-        """Like a first Ctrl-C, however often it comes: `up` and batch systems send it."""
         if not self.interrupted:
-            self.on_sigint(signum, frame)
+            self.interrupted = True
+            say("\nCtrl-C: finishing this step, then saving (again to stop now)")
 
 
 def resolved(config: StageSettings) -> dict[str, Any]:
@@ -147,17 +134,16 @@ def check_same_config(path: Path, config: StageSettings) -> None:
     before, now = flat(tomllib.loads((path / "config.toml").read_text())), flat(resolved(config))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
-            raise UserError(
-                f"{path} was begun with {key} = {before.get(key)!r}, not {now.get(key)!r}; "
-                "resume it with the same settings, or take another --name"
-            )
+            advice = "resume it with the same settings, or take another --name"
+            values = f"{before.get(key)!r}, not {now.get(key)!r}"
+            raise UserError(f"{path} was begun with {key} = {values}; {advice}")
 
 
 @contextmanager
 def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunDir | None]:
     """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well.
 
-    A stage that `extends` may reopen it at any time, with other settings too; its seconds add up.
+    A stage that `extends` may be reopened at any time, with other settings too; its seconds add up.
     Yields None when there is nothing left to do. Raises `UserError` when the directory is in use.
     `command` is what the user typed, less `--resume`, for the errors that say how to go on.
     """
@@ -167,11 +153,8 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
     used = (run.path / "config.toml").exists() and not stage.extends
     done = (run.path / "done.json").exists() and not stage.extends
     if used and not config.resume:
-        raise UserError(
-            f"{run.path} is {'finished' if done else 'in use'}; "
-            + (f"to redo it: rm -r {run.path}" if done else f"go on with: {command} --resume")
-            + ", or take another --name"
-        )
+        way = f"finished; to redo it: rm -r {run.path}" if done else f"in use; go on with: {command} --resume"
+        raise UserError(f"{run.path} is {way}, or take another --name")
     if used:
         check_same_config(run.path, config)
     if done:
@@ -182,8 +165,7 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         run.path.mkdir(parents=True, exist_ok=True)
         with locked(run.path):
             begin(run, resume=used)
-            before = signal.signal(signal.SIGINT, run.on_sigint)
-            usr1 = signal.signal(signal.SIGUSR1, run.on_sigusr1)
+            before = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}
             try:
                 yield run
                 finish(run)
@@ -191,22 +173,19 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                 forget_if_empty(run, used)
                 raise
             finally:
-                signal.signal(signal.SIGINT, before)
-                signal.signal(signal.SIGUSR1, usr1)
-                run.metrics.close()
+                for signum, handler in before.items():
+                    signal.signal(signum, handler)
+                run.metrics.file.close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"the disk is full ({run.path}); free some space, then: {command} --resume"
-            ) from error
+            advice = f"free some space, then: {command} --resume"
+            raise UserError(f"the disk is full ({run.path}); {advice}") from error
         raise
 
 
 def forget_if_empty(run: RunDir, used: bool) -> None:
     """Remove a new directory in which nothing was done: the corrected command must not find it in use."""
-    work = [
-        p for p in run.path.iterdir() if p.name not in ("config.toml", "env.json", "lock", "metrics.jsonl")
-    ]
+    work = {p.name for p in run.path.iterdir()} - {"config.toml", "env.json", "lock", "metrics.jsonl"}
     if not used and not work and not (run.path / "metrics.jsonl").stat().st_size:
         shutil.rmtree(run.path)
 
@@ -218,9 +197,8 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"another process is working in {path}; wait for it, or take another --name"
-            ) from None
+            advice = "wait for it, or take another --name"
+            raise UserError(f"another process is working in {path}; {advice}") from None
         yield
 
 
@@ -235,11 +213,11 @@ def begin(run: RunDir, resume: bool) -> None:
         write_atomic(run.path / "env.json", json.dumps(environment(), indent=2) + "\n")
         write_atomic(run.path / "config.toml", tomli_w.dumps(resolved(run.config)))
     run.metrics = MetricsLog(run.path / "metrics.jsonl", run.stage.name, keep_to=step if resume else None)
-    run.metrics.elapsed_before += run.seconds_and_peak()[0]
+    run.metrics.elapsed_before += read_json(run.path / "done.json").get("seconds", 0.0)
 
 
 def finish(run: RunDir) -> None:
     """Write done.json, last of all."""
-    peak = max(peak_rss_bytes(), run.seconds_and_peak()[1])
+    peak = max(peak_rss_bytes(), read_json(run.path / "done.json").get("peak_rss_bytes", 0))
     usage = {"seconds": round(run.metrics.elapsed_s, 2), "peak_rss_bytes": peak, "seed": run.config.seed}
     write_atomic(run.path / "done.json", json.dumps(usage) + "\n")

@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,8 @@ def environment() -> dict[str, Any]:
     """Versions, machine, code version: what env.json begins with."""
     versions = {}
     for package in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "python": platform.python_version(),
         "packages": versions,
@@ -59,6 +58,5 @@ def git(*args: str) -> str:
 
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process plus its largest child's."""
-    return 1024 * sum(
-        resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
+    both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return 1024 * sum(resource.getrusage(who).ru_maxrss for who in both)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 
 @contextmanager
@@ -38,11 +40,15 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
     """Replace the file `path` in one step: a reader sees the old text or the new one, both complete.
 
-    Args:
-        text: text or lines. A lone surrogate, which UTF-8 cannot hold, is written as JSON escapes it.
+    A lone surrogate, which UTF-8 cannot hold, is written as JSON escapes it.
     """
     with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines([text] if isinstance(text, str) else text)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file."""
+    return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def remove(path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -57,22 +56,12 @@ GLOSSARY: dict[str, str] = {
 }
 
 SHORT = {
-    "loss/lm": "loss",
-    "reward/mean": "reward",
-    "reward/accuracy": "acc",
-    "reward/format": "format",
-    "reward/language": "lang",
-    "rollout/tokens_mean": "len",
-    "rollout/truncated": "cut",
-    "policy/mismatch_kl": "mismatch",
-    "loss/kl_ref": "kl",
-    "router/max_violation": "maxvio",
-    "heldout/pass@1": "heldout",
-    "data/kept": "kept",
-}
+    "loss/lm": "loss", "reward/mean": "reward", "reward/accuracy": "acc", "reward/format": "format",
+    "reward/language": "lang", "rollout/tokens_mean": "len", "rollout/truncated": "cut",
+    "policy/mismatch_kl": "mismatch", "loss/kl_ref": "kl", "router/max_violation": "maxvio",
+    "heldout/pass@1": "heldout", "data/kept": "kept",
+}  # fmt: skip
 """The metrics of the console line and their short names."""
-
-
 GLOSSARY_FILE = "glossary.json"
 """In a stage's directory: what the metrics of a user's own rewards mean."""
 
@@ -86,9 +75,9 @@ def explained(key: str) -> str:
 def duration(seconds: float) -> str:
     """`75` -> `1m15s`."""
     s = max(0, round(seconds))
-    if s >= 3600:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
 class MetricsLog:
@@ -96,9 +85,8 @@ class MetricsLog:
 
     def __init__(self, path: Path, stage: str, keep_to: int | None = None) -> None:
         """Append to `path`; on a resume, drop what came after step `keep_to`, which will be made again."""
-        self.stage, self.first, self.started = stage, keep_to or 0, time.monotonic()
-        self.loop_began = self.started
-        self.elapsed_before = 0.0
+        self.stage, self.first, self.elapsed_before = stage, keep_to or 0, 0.0
+        self.started = self.loop_began = time.monotonic()
         self.own: dict[str, str] = {}
         self.glossary_file = path.with_name(GLOSSARY_FILE)
         if keep_to is not None:
@@ -133,14 +121,7 @@ class MetricsLog:
         shown = [f"{short[k]} {v:.3g}" for k, v in metrics.items() if k in short]
         a_step = (time.monotonic() - self.loop_began) / max(1, step - self.first)
         left = duration(a_step * (total - step))
-        print(
-            f"{self.stage:8} {step:>4}/{total}  {'  '.join(shown)}  {a_step:.2f} s/step  left {left}",
-            flush=True,
-        )
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+        say(f"{self.stage:8} {step:>4}/{total}  {'  '.join(shown)}  {a_step:.2f} s/step  left {left}")
 
 
 def truncate_after(path: Path, step: int) -> None:
@@ -150,4 +131,4 @@ def truncate_after(path: Path, step: int) -> None:
 
 def say(text: str) -> None:
     """Print one line on the console at once."""
-    print(text, file=sys.stdout, flush=True)
+    print(text, flush=True)

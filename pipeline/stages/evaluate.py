@@ -4,14 +4,14 @@
     runs/NAME/eval/scores.json        all of them, with what could not be scored and why
 
 It may be run again after more models were made: pairs whose model and settings are unchanged are kept,
-changed ones are scored anew. Nothing is left out silently: a benchmark that cannot be read is listed
+changed ones are scored again. Nothing is left out silently: a benchmark that cannot be read is listed
 with the reason, a model that is not there yet with the command that makes it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,6 @@ from pipeline.tools.evaluate import evaluate
 from pipeline.tools.scores import percent
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """A benchmark of the table."""
-
-    label: str
-    source: str
-    limit: int | None
-
-
 def run(config: EvalSettings, run_dir: RunDir) -> None:
     """The stage."""
     if config.threads:
@@ -48,8 +39,9 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
     scored: dict[str, dict[str, Any]] = {label: {} for label in made}
     state = {"models": made, "not_made": missing, "not_scored": unread, "scores": scored}
     for label, model in made.items():
-        for source in sources:
-            scored[label][source.label] = score_pair(config, run_dir, label, model, source)
+        for benchmark, (source, limit) in sources.items():
+            out = run_dir.path / label / benchmark
+            scored[label][benchmark] = score_pair(config, out, model, source, limit)
             write_atomic(run_dir.path / "scores.json", json.dumps(state, indent=2, ensure_ascii=False) + "\n")
             run_dir.stop_if_interrupted()
     for stale in (p for p in run_dir.path.iterdir() if p.is_dir() and p.name not in made):
@@ -71,75 +63,64 @@ def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[s
         of_run = stage in {s.name for s in STAGES}
         path = run_dir.path.parent / value / "model" if of_run else Path(value)
         if (path / "config.json").is_file():
-            run_dir.record_input(path)
-            inputs = json.loads((run_dir.path / "env.json").read_text())["inputs"]
-            made[label] = {"from": value, "path": str(path), "sha256": inputs[str(path)]}
+            made[label] = {"from": value, "path": str(path), "sha256": run_dir.record_input(path)}
+        elif of_run:
+            missing[label] = f"not made yet: make {stage} ARGS='--name {config.name}'"
         else:
-            how = f"make {stage} ARGS='--name {config.name}'" if of_run else f"there is no model at {path}"
-            missing[label] = f"not made yet: {how}" if of_run else how
+            missing[label] = f"there is no model at {path}"
     if not made:
-        first = next(iter(missing.values()))
-        raise UserError(f"run {config.name} has no model to score ({first})")
+        raise UserError(f"run {config.name} has no model to score ({next(iter(missing.values()))})")
     return made, missing
 
 
-def find_benchmarks(config: EvalSettings) -> tuple[list[Source], dict[str, str]]:
-    """The benchmarks that can be read, and the extra ones that cannot, each with the reason.
+def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None]], dict[str, str]]:
+    """Source and limit of each benchmark that can be read, and the reason for each extra one that cannot.
 
     Raises:
         UserError: one of the required ones cannot be read, or two have one label.
     """
-    found: list[Source] = []
+    found: dict[str, tuple[str, int | None]] = {}
     unread: dict[str, str] = {}
     for entry in config.benchmarks + config.extra_benchmarks:
         label, equals, source = entry.partition("=")
         if not equals:
             label, source = Path(entry).stem.replace(":", "-"), entry
-        if label in {s.label for s in found} | unread.keys():
+        if label in found.keys() | unread.keys():
             raise UserError(f"two benchmarks are called {label!r}; name one of them LABEL={source}")
         extra = entry not in config.benchmarks
         generated = source == "heldout" or source.startswith("generator:")
         limit = config.heldout_count if generated else (config.extra_limit or None) if extra else None
         try:
             problems(source, count=limit, seed=config.heldout_seed, data_dir=config.data)
+            found[label] = source, limit
         except UserError as error:
             if not extra:
                 raise
             unread[label] = str(error).removeprefix(f"{source}: ")
-            continue
-        found.append(Source(label, source, limit))
     return found, unread
 
 
 def score_pair(
-    config: EvalSettings, run_dir: RunDir, label: str, model: dict[str, str], source: Source
+    config: EvalSettings, out: Path, model: dict[str, str], source: str, limit: int | None
 ) -> dict[str, Any]:
-    """Scores of one model on one benchmark; earlier ones where nothing changed."""
-    out = run_dir.path / label / source.label
+    """Scores in `out` of one model on one benchmark; earlier ones where nothing changed."""
+    names = {field.name for field in fields(EvaluateSettings)}
+    shared = {name: value for name, value in vars(config).items() if name in names}
     pair = EvaluateSettings(
+        **shared,
         model=Path(model["path"]),
-        benchmark=source.source,
+        benchmark=source,
         out=out,
-        engine=config.engine,
-        samples=config.samples,
-        data=config.data,
-        limit=source.limit,
-        template=config.template,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        max_tokens=config.max_tokens,
-        seed=config.seed,
+        limit=limit,
         problems_seed=config.heldout_seed,
-        max_batch=config.max_batch,
-        dtype=config.dtype,
     )
-    before = (out / "scores.json").stat().st_mtime_ns if (out / "scores.json").exists() else None
+    file = out / "scores.json"
+    before = file.stat().st_mtime_ns if file.exists() else None
     result = evaluate(pair, model["sha256"], replace_changed=True)
-    kept = before == (out / "scores.json").stat().st_mtime_ns
     low, high = result["interval"]
-    note = "  (kept: nothing changed)" if kept else ""
-    say(f"eval     {label:14} {source.label:10} {result['pass@1']:6.1%}  [{low:.1%}, {high:.1%}]{note}")
+    note = "  (kept: nothing changed)" if before == file.stat().st_mtime_ns else ""
+    label = f"{out.parent.name:14} {out.name:10}"
+    say(f"eval     {label} {result['pass@1']:6.1%}  [{low:.1%}, {high:.1%}]{note}")
     return result
 
 
@@ -147,28 +128,19 @@ def print_table(state: dict[str, Any]) -> None:
     """The table of all models by benchmark, on the console."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=120)  # a log has no width; 80 would break the rows
+        console.width = 120  # a log has no width; 80 would break the rows
     table = Table(title="accuracy (pass@1) with its 95 % interval over the questions")
-    for column in ("model", "benchmark"):
-        table.add_column(column)
-    for column in ("accuracy", "95 % interval", "n", "format", "language", "tokens", "cut", "failed"):
-        table.add_column(column, justify="right")
+    numbers = ("accuracy", "95 % interval", "n", "format", "language", "tokens", "cut", "failed")
+    for column in ("model", "benchmark", *numbers):
+        table.add_column(column, justify="right" if column in numbers else "left")
     for label, by_benchmark in state["scores"].items():
         for benchmark, s in by_benchmark.items():
             low, high = s["interval"]
+            accuracy, interval = percent(s["pass@1"]), f"{100 * low:.1f} to {100 * high:.1f}"
             tokens = "–" if s["mean_tokens"] is None else f"{s['mean_tokens']:.1f}"
-            table.add_row(
-                label,
-                benchmark,
-                percent(s["pass@1"]),
-                f"{100 * low:.1f} to {100 * high:.1f}",
-                str(s["n"]),
-                percent(s["format_rate"]),
-                percent(s["language_consistency"]),
-                tokens,
-                percent(s["truncation_rate"]),
-                str(s["verifier_failures"]),
-            )
+            shares = percent(s["format_rate"]), percent(s["language_consistency"])
+            ends = percent(s["truncation_rate"]), str(s["verifier_failures"])
+            table.add_row(label, benchmark, accuracy, interval, str(s["n"]), *shares, tokens, *ends)
     console.print(table)
     for label, why in state["not_made"].items():
         say(f"{label}: {why}")

@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from pipeline.data.problems import order, pooled, problems
 from pipeline.errors import UserError
@@ -32,6 +31,7 @@ from pipeline.train.losses import loss_named, takes_settings
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
 from pipeline.train.policy import load_policy, open_rollouts, save_policy, set_up
 from pipeline.train.rollouts import example, mean, rollout_metrics, transcript
+from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, sample_groups
 from rollout.engine import EngineDied, StaleWeights
@@ -85,13 +85,12 @@ class Trainer:
         run_dir.metrics.explain(self.scorer.glossary())
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)
-        data: dict[str, Any] = {"data_dir": config.data}
-        self.problems = pooled(config.problems, count=config.pool, split="train", seed=config.seed, **data)
-        self.heldout_problems = (
-            problems(config.eval_source, count=config.eval_problems, split="heldout", seed=1, **data)
-            if config.eval_every
-            else []
-        )
+        data = config.data
+        self.problems = pooled(config.problems, count=config.pool, seed=config.seed, data_dir=data)
+        self.heldout_problems = []
+        if config.eval_every:
+            count = config.eval_problems
+            self.heldout_problems = problems(config.eval_source, count=count, seed=1, data_dir=data)
         updates = config.steps * config.minibatches
         self.learner = Learner(self.policy, config.optim, updates, micro_rows=config.micro_rows)
         self.reference = self.policy.frozen() if config.kl_coef else None
@@ -144,11 +143,10 @@ class Trainer:
 
     def advantages(self, graded: Sequence[Graded]) -> list[float | None]:
         """Each rollout's advantage over its group; None where its verifier failed."""
-        size, out = self.config.group_size, list[float | None]()
-        for start in range(0, len(graded), size):
-            rewards = [None if g.verdict == "error" else g.reward for g in graded[start : start + size]]
-            out += group_advantages(rewards, self.config.advantage_scale)
-        return out
+        rewards = [None if g.verdict == "error" else g.reward for g in graded]
+        size, scale = self.config.group_size, self.config.advantage_scale
+        groups = (rewards[start : start + size] for start in range(0, len(graded), size))
+        return [advantage for group in groups for advantage in group_advantages(group, scale)]
 
     def batches(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> list[Batch]:
         """Packed rows, a batch a minibatch of groups; a minibatch in which no rollout counts has none.
@@ -162,15 +160,10 @@ class Trainer:
         out = []
         for start in range(0, len(graded), share):
             both = zip(graded[start : start + share], advantages[start : start + share], strict=True)
-            pairs = [(g, a) for g, a in both if a is not None]
-            lengths = [len(g.rollout.token_ids) for g, _ in pairs]
-            weights = rollout_weights(lengths, per, config.max_tokens) if pairs else []
-            examples = [
-                example(g.rollout, a, w)
-                for (g, a), w in zip(pairs, weights, strict=True)
-                if a != 0 or config.kl_coef
-            ]
-            if examples:
+            pairs = [(g.rollout, a) for g, a in both if a is not None]
+            weights = rollout_weights([len(r.token_ids) for r, _ in pairs], per, config.max_tokens)
+            trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or config.kl_coef)
+            if examples := [example(*of) for of in trained]:
                 out.append(pack(examples, config.row_tokens))
         return out
 
@@ -181,22 +174,18 @@ class Trainer:
             RuntimeError: the engine sampled from other weights than the policy's.
         """
         config = self.config
-        old: list[list[torch.Tensor] | None] = [None] * len(batches)
+        old: list[list[Tensor] | None] = [None] * len(batches)
         if len(batches) > 1:  # later updates move away from the policy that sampled
-            old = [
-                [score(self.policy, part, config.temperature) for part in b.micro_batches(config.micro_rows)]
-                for b in batches
-            ]
-        metrics: dict[str, float] = {}
-        mismatch = 0.0
+            parts = [b.micro_batches(config.micro_rows) for b in batches]
+            old = [[score(self.policy, part, config.temperature) for part in of] for of in parts]
+        metrics, mismatch = dict[str, float](), 0.0
         for batch, logprobs in zip(batches, old, strict=True):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             mismatch = max(mismatch, metrics["policy/mismatch_kl"])
         if mismatch > config.max_mismatch_kl:
-            raise RuntimeError(
-                f"engine and trainer differ by {mismatch:.3g} nats a token (bound {config.max_mismatch_kl}): "
-                "the rollouts do not come from these weights"
-            )
+            bound = f"{mismatch:.3g} nats a token (bound {config.max_mismatch_kl})"
+            why = "the rollouts do not come from these weights"
+            raise RuntimeError(f"engine and trainer differ by {bound}: {why}")
         return metrics
 
     # ---- around it
@@ -218,19 +207,16 @@ class Trainer:
         """Save all that the next step depends on."""
         reference = None if self.reference is None else self.reference.state_dict()
         state = {"learner": self.learner.state_dict(), "reference": reference, **self.source.state_dict()}
-        self.run_dir.checkpoint(step, lambda folder: torch.save(state, folder / "state.pt"))
+        save_state(self.run_dir, step, state)
 
     def restore(self) -> int:
         """Go on from the newest checkpoint; the steps it stands for."""
-        newest = self.run_dir.latest()
-        if newest is None:
-            return 0
-        step, folder = newest
-        state = torch.load(Path(folder) / "state.pt", weights_only=True)
-        self.learner.load_state_dict(state["learner"])
-        if self.reference is not None:
+        step, state = load_state(self.run_dir)
+        if step:
+            self.learner.load_state_dict(state["learner"])
+            self.source.load_state_dict(state)
+        if step and self.reference is not None:
             self.reference.load_state_dict(state["reference"])
-        self.source.load_state_dict(state)
         return step
 
     def close(self) -> None:

@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from model import TINY
 from model.transformer import Transformer
 from pipeline.data.generators import items
-from pipeline.data.traces import SHARES, corpus, document
+from pipeline.data.traces import corpus, random_document
 from pipeline.run.directory import RunDir
 from pipeline.settings.pretrain import PretrainSettings
 from pipeline.train.learner import Learner
-from pipeline.train.pack import Batch, Example, mean_weights, pack
+from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.policy import save_policy, set_up
 from pipeline.train.supervised import train_loop
 from rollout.text.tokenizer import train_tokenizer
@@ -25,24 +25,20 @@ from rollout.text.tokenizer import train_tokenizer
 def batches(config: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
     known = items(config.task, config.pool, "train", config.seed)
-    budget = config.rows * config.row_tokens
+    room = 0.97 * config.rows * config.row_tokens  # first-fit can always place it in so short documents
     for step in range(config.steps):
         rng = random.Random(f"documents/{config.seed}/{step}")
-        docs: list[list[int]] = []
+        docs: list[Encoded] = []
         total = 0
         while True:
-            text = document(rng.choices([*SHARES], [*SHARES.values()])[0], rng.choice(known), rng)
-            ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id][
-                : config.row_tokens
-            ]
+            text = random_document(known, rng)
+            ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            del ids[config.row_tokens :]
             total += len(ids)
-            if (
-                total > 0.97 * budget
-            ):  # what first-fit can always place in `rows` rows of such short documents
+            if total > room:
                 break
-            docs.append(ids)
-        weights = mean_weights([[True] * len(d) for d in docs])
-        yield pack([Example(d, w) for d, w in zip(docs, weights, strict=True)], config.row_tokens)
+            docs.append((ids, [True] * len(ids)))
+        yield pack_supervised(docs, config.row_tokens)
 
 
 def run(config: PretrainSettings, run_dir: RunDir) -> None:
@@ -73,7 +69,5 @@ def run(config: PretrainSettings, run_dir: RunDir) -> None:
         mtp_coef_late=config.mtp_coef_late,
         mtp_late_from=config.mtp_late_from,
     )
-    train_loop(
-        run_dir, learner, batches(config, tokenizer), config.steps, config.log_every, config.checkpoint_every
-    )
+    train_loop(run_dir, learner, batches(config, tokenizer), config.log_every, config.checkpoint_every)
     run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.data.corpus import Row, readable, split_blocks, write_corpus
-from pipeline.data.generators import items
 from pipeline.data.jsonl import read_log
 from pipeline.data.problems import pooled
-from pipeline.data.traces import curated, tagged
+from pipeline.data.traces import curated_rows, tagged
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.reject import RejectSettings
@@ -30,11 +29,11 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     set_up(config.seed, config.threads)
     start = run_dir.model_input(config.init_from)
     policy, tokenizer = load_policy(start)
-    pool = pooled(
-        config.problems, count=config.pool, split="train", seed=config.seed + 2, data_dir=config.data
-    )
+    pool = pooled(config.problems, count=config.pool, seed=config.seed + 2, data_dir=config.data)
     engine, scorer = open_rollouts(policy, tokenizer, config.rollout, start), Scorer({"accuracy": 1.0})
-    done, rows = restore(run_dir)
+    newest = run_dir.latest()
+    done, kept = (newest[0], newest[1] / "kept.jsonl") if newest else (0, None)
+    rows = [Row(**row) for row in read_log(kept)] if kept else []
     steps = -(-len(pool) // config.prompts_per_step)
     try:
         for step in range(done + 1, steps + 1):
@@ -67,9 +66,7 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
         raise UserError(
             f"reject kept nothing of {len(pool)} problems: {config.init_from} solves none; train it longer"
         )
-    for item in items("general", config.general, "train", config.seed + 2) if config.general else ():
-        p = item.problem()
-        rows.append(Row(p.id, p.question, curated(item), item.answer, p.language, p.kind, "general"))
+    rows += curated_rows("general", config.general, config.seed + 2, "general")
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     print(f"reject: {len(rows)} rows kept -> {run_dir.path / 'corpus.jsonl'}")
 
@@ -84,12 +81,3 @@ def keepers(group: Sequence[Graded], min_language: float) -> list[Row]:
             text = tagged(*blocks)
             found[text] = Row(p.id, p.question, text, blocks[1], p.language, p.kind, f"reject:{p.source}")
     return list(found.values())
-
-
-def restore(run_dir: RunDir) -> tuple[int, list[Row]]:
-    """Steps that the newest checkpoint stands for, and the rows kept until then."""
-    newest = run_dir.latest()
-    if newest is None:
-        return 0, []
-    step, folder = newest
-    return step, [Row(**row) for row in read_log(folder / "kept.jsonl")]

@@ -1,4 +1,4 @@
-"""Stages `sft` and `sft2`: supervised fine-tuning of the native model on whole completions.
+"""Stages `sft` and `sft2`: supervised fine-tuning of the native model on complete completions.
 
 The cold start (arXiv:2501.12948, Sec. 2.3.1) takes curated worked traces and R1-Zero's own samples, kept if
 right and readable and put into one canonical form. The second SFT (Sec. 2.3.3) starts from the base again, on
@@ -13,14 +13,13 @@ from collections.abc import Iterator
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
-from pipeline.data.generators import items
 from pipeline.data.jsonl import read_log
-from pipeline.data.traces import curated, tagged
+from pipeline.data.traces import curated_rows, tagged
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.sft import SftSettings
 from pipeline.train.learner import Learner
-from pipeline.train.pack import Batch, Example, mean_weights, pack
+from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.policy import load_policy, save_policy, set_up
 from pipeline.train.supervised import train_loop
 from rollout.text.tokenizer import encode_example
@@ -30,18 +29,15 @@ def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
     """The corpus: curated traces, RL samples, rows of a file, in this order."""
     rows: list[Row] = []
     if config.curated:
-        for item in items(config.curated_task, config.curated, "train", config.seed + 1):
-            p = item.problem()
-            rows.append(Row(p.id, p.question, curated(item), item.answer, p.language, p.kind, "curated"))
+        rows += curated_rows(config.curated_task, config.curated, config.seed + 1, "curated")
     if config.samples_from:
         path = run_dir.file_input(config.samples_from, "samples.jsonl")
         rows += kept_samples(read_log(path), config)
     if config.corpus:
         rows += read_corpus(run_dir.file_input(config.corpus, "corpus.jsonl"))
     if not rows:
-        raise UserError(
-            f"{run_dir.stage.name}: no rows are left after filtering; train {config.samples_from} longer"
-        )
+        stage = run_dir.stage.name
+        raise UserError(f"{stage}: no rows are left after filtering; train {config.samples_from} longer")
     return rows
 
 
@@ -54,19 +50,15 @@ def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
         good = s["verdict"] == "correct" and s["parts"].get("language", 0) >= 0.99
         if good and blocks and readable(blocks[0]) and s["question"] not in seen:
             seen.add(s["question"])
-            source = f"samples:{config.samples_from}"
-            rows.append(
-                Row(s["id"], s["question"], tagged(*blocks), blocks[1], s["language"], s["kind"], source)
-            )
+            text, source = tagged(*blocks), f"samples:{config.samples_from}"
+            rows.append(Row(s["id"], s["question"], text, blocks[1], s["language"], s["kind"], source))
         if config.max_samples and len(rows) == config.max_samples:
             break
     return rows
 
 
-def examples(
-    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings
-) -> list[tuple[list[int], list[bool]]]:
-    """Token ids and which of them are scored: the completion, its end included."""
+def examples(rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings) -> list[Encoded]:
+    """Rows encoded; scored is the completion, its end included."""
     out = []
     for row in rows:
         prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
@@ -77,24 +69,22 @@ def examples(
     return out
 
 
-def batches(encoded: list[tuple[list[int], list[bool]]], config: SftSettings) -> Iterator[Batch]:
+def batches(encoded: list[Encoded], config: SftSettings) -> Iterator[Batch]:
     """Packed updates, epoch after epoch; the order depends on seed and epoch alone."""
-    budget = config.rows * config.row_tokens
     for epoch in range(config.epochs):
         order = list(range(len(encoded)))
         random.Random(f"sft/{config.seed}/{epoch}").shuffle(order)
-        group: list[tuple[list[int], list[bool]]] = []
+        group: list[Encoded] = []
         for place, i in enumerate(order, start=1):
             group.append(encoded[i])
-            if sum(len(ids) for ids, _ in group) > 0.9 * budget or place == len(order):
-                weights = mean_weights([scored for _, scored in group])
-                packed: list[Example] = [Example(ids, w) for (ids, _), w in zip(group, weights, strict=True)]
-                yield pack(packed, config.row_tokens)
+            tokens = sum(len(ids) for ids, _ in group)
+            if tokens > 0.9 * (config.rows * config.row_tokens) or place == len(order):
+                yield pack_supervised(group, config.row_tokens)
                 group = []
 
 
 def run(config: SftSettings, run_dir: RunDir) -> None:
-    """Train; leave `model/` and the corpus that it saw."""
+    """Train; leave `model/` and its corpus."""
     set_up(config.seed, config.threads)
     policy, tokenizer = load_policy(run_dir.model_input(config.init_from))
     rows = gather(config, run_dir)
@@ -104,5 +94,5 @@ def run(config: SftSettings, run_dir: RunDir) -> None:
     learner = Learner(
         policy, config.optim, len(packed), micro_rows=config.micro_rows, mtp_coef=config.mtp_coef
     )
-    train_loop(run_dir, learner, packed, len(packed), config.log_every, config.checkpoint_every)
+    train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))

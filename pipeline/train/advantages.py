@@ -14,21 +14,14 @@ Scale = Literal["std", "none"]
 
 
 def group_advantages(rewards: Sequence[float | None], scale: Scale) -> list[float | None]:
-    """Advantages of one group's rollouts: reward less group mean, over the standard deviation if asked.
+    """Advantages of one group's rollouts: reward less group mean, over the standard deviation for `std`.
 
-    Args:
-        rewards: one a rollout; `None` where the verifier failed. Such a rollout has no say in the mean and
-            gets no advantage.
-        scale: `std` divides by the group's population standard deviation, as GRPO does; `none` does not.
-
-    Returns:
-        One advantage a rollout, `None` where the reward was. A group without spread gets zeros.
+    A reward is None where the verifier failed: such a rollout is left out of the mean and its advantage is
+    None. The deviation is the population's, as in GRPO. A group without spread gets zeros.
     """
     valid = [r for r in rewards if r is not None]
-    if not valid:
-        return [None] * len(rewards)
-    mean = math.fsum(valid) / len(valid)
-    spread = math.sqrt(math.fsum((r - mean) ** 2 for r in valid) / len(valid))
+    mean = math.fsum(valid) / max(1, len(valid))
+    spread = math.sqrt(math.fsum((r - mean) ** 2 for r in valid) / max(1, len(valid)))
     if spread < 1e-8:
         return [None if r is None else 0.0 for r in rewards]
     unit = spread if scale == "std" else 1.0

@@ -1,7 +1,7 @@
 """Memory that a training step frees on a CPU stays with the process, as torch's CUDA allocator keeps a GPU's.
 
-glibc gives what is freed at the end of its heap, and any block above 32 MiB, back to the system. The next
-step gets it again as fresh pages, 4 KiB at a time, each cleared first: ten thousand and more in a step of 12M
+glibc returns what is freed at the end of its heap, and any block above 32 MiB, to the system. The next step
+gets it as fresh pages, 4 KiB at a time, each cleared first: ten thousand and more in a step of 12M
 parameters, 3 to 12 % of its time (docs/LOG.md).
 """
 
@@ -14,7 +14,7 @@ KEPT = 1 << 30
 
 
 def keep_freed() -> bool:
-    """Keep what is freed from now on, in the whole process. False where the C library has no such setting."""
+    """Keep what the process frees from now on. False where the C library has no such setting."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc

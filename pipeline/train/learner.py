@@ -28,7 +28,7 @@ MAX_SKIPPED = 5
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective:
-    """What an RL update minimizes; `pipeline.settings.grpo` says what the settings mean."""
+    """What an RL update minimizes; `pipeline.settings.grpo` explains the settings."""
 
     loss: Loss
     settings: dict[str, float]
@@ -41,13 +41,11 @@ def learning_rate(optim: OptimSettings, update: int, total: int) -> float:
     """Rate of update `update` (from 0) of `total`."""
     if update < optim.warmup_steps:
         return optim.lr * (update + 1) / optim.warmup_steps
-    done = (update - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)
-    done = min(1.0, done)
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[
-        optim.schedule
-    ]
-    floor = 1.0 if optim.schedule == "constant" else optim.min_lr_ratio
-    return optim.lr * (floor + (1 - floor) * shape)
+    if optim.schedule == "constant":
+        return optim.lr
+    done = min(1.0, (update - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps))
+    shape = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
 
 
 class Learner:
@@ -64,19 +62,14 @@ class Learner:
         mtp_coef_late: float | None = None,
         mtp_late_from: float = 1.0,
     ) -> None:
-        """
-        Args:
-            policy: trained in place.
-            optim: AdamW, its schedule, and the arithmetic.
-            total_updates: over which the schedules run.
-            micro_rows: packed rows of one forward and backward.
-            mtp_coef: weight of the multi-token-prediction loss; 0 = those modules are not trained.
-            mtp_coef_late: its weight from the share `mtp_late_from` of the updates on; None = the same.
+        """Train `policy` in place, `micro_rows` packed rows at a time; schedules run over `total_updates`.
+
+        Multi-token prediction has weight `mtp_coef` (0: its modules are not trained), and `mtp_coef_late`, if
+        that is set, from the share `mtp_late_from` of the updates on.
         """
         self.policy, self.optim, self.total_updates = policy, optim, total_updates
-        self.micro_rows, self.mtp_coef = micro_rows, mtp_coef
+        self.micro_rows, self.mtp_coef, self.mtp_late_from = micro_rows, mtp_coef, mtp_late_from
         self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
-        self.mtp_late_from = mtp_late_from
         try:
             policy.recompute, policy.balance_alpha = optim.recompute, optim.balance_alpha
         except ValueError as error:
@@ -94,10 +87,12 @@ class Learner:
         """One update on the weighted cross-entropy of `batch`, plus that of the MTP modules."""
         sums: dict[str, Tensor] = {}
         for part in batch.micro_batches(self.micro_rows):
-            hidden, ahead = self._states(part)
-            lm = self._cross_entropy(hidden, part, 1)
-            add(sums, {"loss/lm": lm.detach()})
-            loss = lm
+            if self.mtp_coef:
+                hidden, ahead = self.policy.hidden_and_mtp(*part.inputs)
+            else:
+                hidden, ahead = self.policy.hidden(*part.inputs), []
+            loss = self._cross_entropy(hidden, part, 1)
+            add(sums, {"loss/lm": loss.detach()})
             if ahead:
                 mtp = torch.stack([self._cross_entropy(h, part, 2 + k) for k, h in enumerate(ahead)]).mean()
                 add(sums, {"loss/mtp": mtp.detach()})
@@ -115,23 +110,18 @@ class Learner:
         old_logprobs: list[Tensor] | None,
         reference: Policy | None,
     ) -> dict[str, float]:
-        """One update on a policy loss.
+        """One update on a policy loss; tokens of `batch` without weight are not scored.
 
-        Args:
-            batch: rollouts with advantages; tokens without weight are not scored.
-            objective: the loss and its settings, temperature of sampling, cap of the importance correction.
-            old_logprobs: one tensor a micro-batch from `score`, or None when this update is the first since
-                sampling: then the old policy is the current one.
-            reference: model of the KL penalty; None when its weight is 0.
+        `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
+        so the old policy is the current one. `reference` is None where there is no KL penalty.
         """
         sums: dict[str, Tensor] = {}
         for i, part in enumerate(batch.micro_batches(self.micro_rows)):
-            mask = part.scored
-            hidden = self.policy.hidden(part.token_ids, part.positions, part.sequence_ids)[:, :-1][mask]
-            targets = part.token_ids[:, 1:][mask]
+            hidden = self.policy.hidden(*part.inputs)[:, :-1][part.scored]
+            targets = part.at_scored(part.token_ids)
             logprobs, entropy = token_logprobs(hidden, self.policy.lm_head, targets, objective.temperature)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[i]
-            sampled = part.rollout_logprobs[:, 1:][mask]
+            sampled = part.at_scored(part.rollout_logprobs)
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             # The ratio corrects where the engine sampled with other probabilities than the trainer's.
             correction = (old - sampled).exp().clamp(max=objective.tis_cap)
@@ -140,27 +130,20 @@ class Learner:
                 old_logprobs=old,
                 rollout_logprobs=sampled,
                 ref_logprobs=ref,
-                advantages=part.advantages[:, 1:][mask] * correction,
-                weights=part.weights[:, 1:][mask],
-                rollout=part.sequence_index[:, 1:][mask],
+                advantages=part.at_scored(part.advantages) * correction,
+                weights=part.at_scored(part.weights),
+                rollout=part.at_scored(part.sequence_index),
             )
             loss, metrics = objective.loss(tokens, **objective.settings)
             (loss + self._balance(part, batch, sums)).backward()
-            scored = mask.sum()
             add(sums, metrics | {"loss/policy": loss.detach(), "policy/entropy": entropy.sum()})
-            add(sums, {"policy/mismatch_kl": k3(sampled, old).sum(), "scored": scored})
-            worst = (sampled - old).abs().max() if scored else torch.zeros(())
+            add(sums, {"policy/mismatch_kl": k3(sampled, old).sum(), "scored": part.scored.sum()})
+            worst = (sampled - old).abs().max() if len(sampled) else torch.zeros(())
             sums["policy/mismatch_max"] = torch.maximum(sums.get("policy/mismatch_max", worst), worst)
         scored = sums.pop("scored")
         for key in ("policy/entropy", "policy/mismatch_kl"):
             sums[key] = sums[key] / scored
         return self._step(sums)
-
-    def _states(self, part: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states, and those of the MTP modules when they are trained."""
-        if self.mtp_coef:
-            return self.policy.hidden_and_mtp(part.token_ids, part.positions, part.sequence_ids)
-        return self.policy.hidden(part.token_ids, part.positions, part.sequence_ids), []
 
     def _balance(self, part: Batch, batch: Batch, sums: dict[str, Tensor]) -> Tensor | float:
         """The micro-batch's share of the weighted balance loss, a mean over sequences (Eq. 17)."""
@@ -202,10 +185,9 @@ class Learner:
             metrics = {key: value if math.isfinite(value) else 0.0 for key, value in metrics.items()}
             norm = 0.0
             if self.skipped_in_a_row >= MAX_SKIPPED:
-                raise FloatingPointError(
-                    f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; "
-                    f"lower optim.lr (now {self.optim.lr}) and resume from the last checkpoint"
-                )
+                advice = f"lower optim.lr (now {self.optim.lr}) and resume from the last checkpoint"
+                what = "updates in a row had a loss or gradient that is not finite"
+                raise FloatingPointError(f"{MAX_SKIPPED} {what}; {advice}")
         self.weights.clear()
         metrics |= self.policy.after_update(self.optim.router_bias_gamma)
         self.updates += 1
@@ -239,9 +221,9 @@ def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 @torch.no_grad()
 def score(policy: Policy, part: Batch, temperature: float) -> Tensor:
     """Log-probabilities of the scored tokens of one micro-batch, `n`, without gradient."""
-    mask = part.scored
     was_training = policy.training
     policy.eval()
-    hidden = policy.hidden(part.token_ids, part.positions, part.sequence_ids)[:, :-1][mask]
+    hidden = policy.hidden(*part.inputs)[:, :-1][part.scored]
     policy.train(was_training)
-    return token_logprobs(hidden, policy.lm_head, part.token_ids[:, 1:][mask], temperature, entropy=False)[0]
+    targets = part.at_scored(part.token_ids)
+    return token_logprobs(hidden, policy.lm_head, targets, temperature, entropy=False)[0]

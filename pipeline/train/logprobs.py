@@ -1,4 +1,4 @@
-"""Log-probabilities of target tokens in chunks: the logits of a batch never exist as a whole.
+"""Log-probabilities of target tokens in chunks: the logits of a batch never exist all at once.
 
 Axes    n scored tokens of a micro-batch; d hidden size; v vocabulary
 Units   log-probabilities and entropy in nats
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from model.kernels.cpu import linear
 
 CHUNK_BYTES = 64 << 20
-"""Most bytes of fp32 logits alive at once; their softmax takes as many again."""
+"""Most bytes of fp32 logits alive at once; their softmax takes the same again."""
 CPU_ROWS = 512
 """Most rows of a chunk on a CPU: between its passes a chunk should stay in the cache."""
 SMALL = 1e-30
@@ -25,22 +25,14 @@ SMALL = 1e-30
 def token_logprobs(
     hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float = 1.0, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, and the entropy there, without the whole logits ever existing.
+    """Log-probability of each target (n, with gradient), and the entropy there (n, without).
 
-    Args:
-        hidden: `n d`, final-normed states at the positions before the targets.
-        head: output projection, `d -> v`.
-        targets: `n`, token ids.
-        temperature: that of the sampling distribution; logits are divided by it.
-        entropy: whether to compute it; zeros otherwise.
-
-    Returns:
-        `n` log-probabilities with gradient; `n` entropies without.
+    `hidden` (n d) are final-normed states at the positions before the `targets` (n). Logits are divided by
+    the `temperature` of sampling. Entropies that are not asked for are zeros.
     """
-    chosen: Tensor
-    entropies: Tensor
-    chosen, entropies = _TokenLogprobs.apply(hidden, head.weight, targets, temperature, entropy)
-    return chosen, entropies
+    found: tuple[Tensor, Tensor]
+    found = _TokenLogprobs.apply(hidden, head.weight, targets, temperature, entropy)
+    return found
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -25,14 +25,16 @@ from torch import Tensor
 from pipeline.train.pack import Per
 from rewards.registry import own_function
 
-Loss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Terms = tuple[Tensor, dict[str, Tensor]]
+"""A scalar loss, and metrics that, like it, add up over micro-batches."""
+Loss = Callable[..., Terms]
 SETTINGS = ("clip_low", "clip_high", "kl_coef")
 """Settings of an RL stage that a loss may take as keywords."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a loss sees of the scored tokens; every tensor is `n`."""
+    """The scored tokens, as a loss receives them; every tensor is `n`."""
 
     logprobs: Tensor
     """Current policy; the only one that carries gradient."""
@@ -61,9 +63,7 @@ def weighted_per(per: Per) -> Callable[[Loss], Loss]:
 
 
 @weighted_per("rollout")
-def grpo(
-    tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def grpo(tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float) -> Terms:
     """Clipped surrogate less a KL penalty, negated for a minimizer (GRPO, Eq. 3).
 
     The mean is over the tokens of a rollout, then over rollouts.
@@ -71,9 +71,6 @@ def grpo(
         rho  = exp(logprobs - old_logprobs)
         k3   = exp(ref - logprobs) - (ref - logprobs) - 1                             (Eq. 4)
         loss = -sum w (min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) - kl_coef k3)
-
-    Returns:
-        Scalar loss; metrics that, like the loss, add up over micro-batches.
     """
     advantages, weights = tokens.advantages, tokens.weights
     rho = (tokens.logprobs - tokens.old_logprobs).exp()
@@ -86,13 +83,13 @@ def grpo(
 
 
 @weighted_per("token")
-def dapo(tokens: Tokens, **settings: float) -> tuple[Tensor, dict[str, Tensor]]:
+def dapo(tokens: Tokens, **settings: float) -> Terms:
     """GRPO's surrogate as a mean over all tokens: rollouts count by their length (DAPO, Eq. 8)."""
     return grpo(tokens, **settings)
 
 
 @weighted_per("constant")
-def dr_grpo(tokens: Tokens, **settings: float) -> tuple[Tensor, dict[str, Tensor]]:
+def dr_grpo(tokens: Tokens, **settings: float) -> Terms:
     """GRPO's surrogate divided by a constant, so that length is neither rewarded nor punished (Dr. GRPO)."""
     return grpo(tokens, **settings)
 
@@ -107,16 +104,14 @@ def loss_named(name: str) -> Loss:
         ValueError: no such loss (with the nearest), or a function that does not take `tokens` first, or takes
             settings that RL stages do not have.
     """
-    if ":" in name:
-        found: Loss = own_function(name)
-    elif name in LOSSES:
+    if name in LOSSES:
         return LOSSES[name]
-    else:
+    if ":" not in name:
         near = difflib.get_close_matches(name, LOSSES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f'unknown loss {name!r}; {hint}There are: {", ".join(LOSSES)}, or "module:function".'
-        )
+        known = ", ".join(LOSSES)
+        raise ValueError(f'unknown loss {name!r}; {hint}There are: {known}, or "module:function".')
+    found: Loss = own_function(name)
     takes_settings(found, name)
     return found
 

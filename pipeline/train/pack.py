@@ -2,7 +2,7 @@
 
 Every per-token array is aligned with the token that it is about: `weights[r, t]` is the share of the
 global loss that predicting token `t` of row `r` (from the state at `t - 1`) has, and 0 for prompts,
-padding and the first token of a sequence. Shares are fixed here, once, from the whole global batch;
+padding and the first token of a sequence. Shares are fixed here, once, from all of the global batch;
 micro-batches, padding and packing cannot change the loss afterwards.
 
 Axes  r rows of a batch, l tokens of a row
@@ -19,6 +19,9 @@ from torch import Tensor
 
 Per = Literal["rollout", "token", "constant"]
 """What a policy loss averages over, see `rollout_weights`."""
+
+Encoded = tuple[list[int], list[bool]]
+"""Token ids, and which of them are scored."""
 
 PADDING = -1
 """Sequence id of padding; tokens attend only within their own id."""
@@ -51,9 +54,18 @@ class Batch:
             yield Batch(*(getattr(self, name)[start : start + rows] for name in self.__slots__))
 
     @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a policy reads."""
+        return self.token_ids, self.positions, self.sequence_ids
+
+    @property
     def scored(self) -> Tensor:
         """Mask `r l-1` over states: the next token has weight."""
         return self.weights[:, 1:] != 0
+
+    def at_scored(self, values: Tensor) -> Tensor:
+        """`values` (r l) of the tokens that have weight, `n`."""
+        return values[:, 1:][self.scored]
 
     @property
     def sequence_index(self) -> Tensor:
@@ -63,7 +75,7 @@ class Batch:
 
     def sequences(self) -> int:
         """Sequences, padding left out."""
-        return int(((self.positions == 0) & (self.sequence_ids != PADDING)).sum())
+        return int(self.sequence_index[-1, -1]) + 1
 
     def tokens(self) -> int:
         """Real tokens, padding left out."""
@@ -76,21 +88,19 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     Raises:
         ValueError: a sequence is longer than a row.
     """
-    if lengths and max(lengths) > row_tokens:
+    if (longest := max(lengths, default=0)) > row_tokens:
         raise ValueError(
-            f"a sequence of {max(lengths)} tokens does not fit a row of {row_tokens}; raise row_tokens"
+            f"a sequence of {longest} tokens does not fit a row of {row_tokens}; raise row_tokens"
         )
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        for r, free in enumerate(room):
-            if lengths[i] <= free:
-                rows[r].append(i)
-                room[r] -= lengths[i]
-                break
-        else:
-            rows.append([i])
-            room.append(row_tokens - lengths[i])
+        r = next((r for r, free in enumerate(room) if lengths[i] <= free), len(rows))
+        if r == len(rows):
+            rows.append([])
+            room.append(row_tokens)
+        rows[r].append(i)
+        room[r] -= lengths[i]
     return rows
 
 
@@ -103,8 +113,7 @@ def pack(examples: Sequence[Example], row_tokens: int) -> Batch:
     weights, logprobs, advantages = (torch.zeros(shape) for _ in range(3))
     for r, members in enumerate(rows):
         at = 0
-        for number, i in enumerate(members):
-            example = examples[i]
+        for number, example in enumerate(examples[i] for i in members):
             span = slice(at, at + len(example.token_ids))
             token_ids[r, span] = torch.tensor(example.token_ids)
             positions[r, span] = torch.arange(len(example.token_ids))
@@ -124,8 +133,14 @@ def mean_weights(scored: Sequence[Sequence[bool]]) -> list[list[float]]:
     return [[0.0, *(float(flag) / max(total, 1) for flag in flags[1:])] for flags in scored]
 
 
+def pack_supervised(texts: Sequence[Encoded], row_tokens: int) -> Batch:
+    """Texts whose loss is the mean over all scored tokens."""
+    weights = mean_weights([scored for _, scored in texts])
+    return pack([Example(ids, w) for (ids, _), w in zip(texts, weights, strict=True)], row_tokens)
+
+
 def rollout_weights(lengths: Sequence[int], per: Per, max_tokens: int) -> list[float]:
-    """Share of the loss that each token of each rollout has.
+    """Share of the loss that each token of a rollout has, one number a rollout.
 
     Args:
         lengths: completion tokens of every rollout of the update, those without advantage included:
@@ -134,13 +149,8 @@ def rollout_weights(lengths: Sequence[int], per: Per, max_tokens: int) -> list[f
             averages over all tokens (DAPO, arXiv:2503.14476, Eq. 8); `constant` divides by a constant a
             rollout (Dr. GRPO, arXiv:2503.20783, Sec. 3.2).
         max_tokens: that constant, the longest completion.
-
-    Returns:
-        One weight a rollout, which each of its tokens has.
     """
     n, total = len(lengths), sum(lengths)
     if per == "rollout":
         return [1 / (n * length) for length in lengths]
-    if per == "token":
-        return [1 / total] * n
-    return [1 / (n * max_tokens)] * n
+    return [1 / (total if per == "token" else n * max_tokens) for _ in lengths]

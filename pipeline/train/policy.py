@@ -60,9 +60,15 @@ def save_policy(
 ) -> None:
     """A directory that transformers loads: weights, tokenizer, the template it was trained with, a card."""
     policy.save(path)
-    tokenizer.save_pretrained(path)
-    (path / "pipeline.json").write_text(json.dumps({"template": template}) + "\n")
-    (path / "README.md").write_text(
+    card = (
         f"# {story}\n\n{policy.num_parameters():,} parameters. Prompt template: `{template}`.\n"
         "Settings, data and code version: `config.toml` and `env.json` beside this directory.\n"
     )
+    describe(path, tokenizer, template, card)
+
+
+def describe(path: Path, tokenizer: PreTrainedTokenizerFast, template: str, card: str) -> None:
+    """Write what stands beside the weights: tokenizer, the template of training, model card."""
+    tokenizer.save_pretrained(path)
+    (path / "pipeline.json").write_text(json.dumps({"template": template}) + "\n")
+    (path / "README.md").write_text(card, encoding="utf-8")

@@ -7,7 +7,8 @@ the linear layers' products in FP8 (`model.scale.fp8`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,22 +29,24 @@ class Own:
     def __init__(self, net: nn.Module) -> None:
         self.working = [p for p in net.parameters() if p.requires_grad]
         self.orders = [memory_order(p) for p in self.working]
-        self.stepped = [
-            p if p.is_contiguous() else nn.Parameter(p.detach().permute(order))
-            for p, order in zip(self.working, self.orders, strict=True)
-        ]
+        self.stepped = [self.in_memory_order(*both) for both in zip(self.working, self.orders, strict=True)]
+        self.parts = list(zip(self.working, self.stepped, self.orders, strict=True))
+
+    def in_memory_order(self, p: nn.Parameter, order: list[int]) -> nn.Parameter:
+        """What the optimizer steps of parameter `p`."""
+        return p if p.is_contiguous() else nn.Parameter(p.detach().permute(order))
 
     def collect(self) -> None:
         """Show the optimizer the gradients."""
-        for p, stepped, order in zip(self.working, self.stepped, self.orders, strict=True):
+        for p, stepped, order in self.parts:
             stepped.grad = None if p.grad is None else p.grad.permute(order)
 
     def publish(self) -> None:
-        """Show the network what the optimizer did: it sees."""
+        """No-op: the optimizer updates the network's own tensors."""
 
     def clear(self) -> None:
         """Drop the gradients."""
-        for p, stepped in zip(self.working, self.stepped, strict=True):
+        for p, stepped, _ in self.parts:
             p.grad = stepped.grad = None
 
     def state_dict(self) -> dict[str, list[Tensor]]:
@@ -51,65 +54,55 @@ class Own:
         return {}
 
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
-        """The network restores its own."""
+        """Take over `state_dict`'s values; the network restores its own."""
 
 
-class Masters:
+class Masters(Own):
     """fp32 masters of a network's trained parameters, which become bf16 in place.
 
-    A backward moves its gradients here at once, so micro-batches add up in fp32. Masters have their axes in
-    the order of the parameters' memory, see `Own`.
+    A backward moves its gradients here at once, so micro-batches add up in fp32.
     """
 
     def __init__(self, net: nn.Module, precision: str) -> None:
         device = next(net.parameters()).device
         if precision == "fp8" and not fp8.supported(device):
             raise UserError(f"{device} has no FP8 arithmetic; set optim.precision to bfloat16")
-        self.working = [p for p in net.parameters() if p.requires_grad]
-        self.orders = [memory_order(p) for p in self.working]
-        self.stepped = [
-            nn.Parameter(p.detach().permute(order).float().clone())
-            for p, order in zip(self.working, self.orders, strict=True)
-        ]
+        super().__init__(net)
         for p in net.parameters():  # not buffers: rotary frequencies and gate biases stay in fp32
             p.data = p.data.to(torch.bfloat16)
         if precision == "fp8":
             fp8.convert(net)
-        for p, master, order in zip(self.working, self.stepped, self.orders, strict=True):
-            p.register_post_accumulate_grad_hook(
-                lambda p, master=master, order=order: self._move(p, master, order)
-            )
+        for p, master, order in self.parts:
+            p.register_post_accumulate_grad_hook(partial(self._move, master, order))
+
+    def in_memory_order(self, p: nn.Parameter, order: list[int]) -> nn.Parameter:
+        """An fp32 copy."""
+        return nn.Parameter(p.detach().permute(order).float().clone())
 
     @staticmethod
-    def _move(p: Tensor, master: Tensor, order: list[int]) -> None:
+    def _move(master: Tensor, order: list[int], p: Tensor) -> None:
         assert p.grad is not None
         grad = p.grad.permute(order)
         master.grad = grad.float() if master.grad is None else master.grad.add_(grad)
         p.grad = None
 
     def collect(self) -> None:
-        """Show the optimizer the gradients: each backward has."""
+        """No-op: each backward has moved its gradients."""
 
     @torch.no_grad()
     def publish(self) -> None:
         """Round the masters to the network's parameters."""
-        for p, master, order in zip(self.working, self.stepped, self.orders, strict=True):
+        for p, master, order in self.parts:
             p.permute(order).copy_(master)
-
-    def clear(self) -> None:
-        """Drop the gradients."""
-        for master in self.stepped:
-            master.grad = None
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """The masters' values, in the shapes of the network's parameters."""
-        pairs = zip(self.stepped, self.orders, strict=True)
-        return {"masters": [master.detach().permute(inverse(order)) for master, order in pairs]}
+        return {"masters": [master.detach().permute(inverse(order)) for _, master, order in self.parts]}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, list[Tensor]]) -> None:
         """Take over `state_dict`'s values; the network restores its own."""
-        for master, value, order in zip(self.stepped, state["masters"], self.orders, strict=True):
+        for (_, master, order), value in zip(self.parts, state["masters"], strict=True):
             master.copy_(value.permute(order))
 
 
@@ -125,23 +118,22 @@ def inverse(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def optimizer_state(adamw: torch.optim.Optimizer, weights: Own | Masters) -> dict[str, Any]:
+def optimizer_state(adamw: torch.optim.Optimizer, weights: Own) -> dict[str, Any]:
     """`adamw.state_dict()`, its moments in the shapes of the network's parameters."""
-    return _with_axes(adamw.state_dict(), [inverse(order) for order in _orders(adamw, weights)])
+    return _with_axes(adamw, weights, adamw.state_dict(), inverse)
 
 
-def load_optimizer_state(adamw: torch.optim.Optimizer, weights: Own | Masters, state: dict[str, Any]) -> None:
-    """Take over what `optimizer_state` gave."""
-    adamw.load_state_dict(_with_axes(state, _orders(adamw, weights)))
+def load_optimizer_state(adamw: torch.optim.Optimizer, weights: Own, state: dict[str, Any]) -> None:
+    """Take over what `optimizer_state` returned."""
+    adamw.load_state_dict(_with_axes(adamw, weights, state, list))
 
 
-def _orders(adamw: torch.optim.Optimizer, weights: Own | Masters) -> list[list[int]]:
-    """The memory order of each parameter, as the optimizer numbers them."""
-    order = {id(p): order for p, order in zip(weights.stepped, weights.orders, strict=True)}
-    return [order[id(p)] for group in adamw.param_groups for p in group["params"]]
-
-
-def _with_axes(state: dict[str, Any], orders: list[list[int]]) -> dict[str, Any]:
+def _with_axes(
+    adamw: torch.optim.Optimizer, weights: Own, state: dict[str, Any], axes: Callable[[list[int]], list[int]]
+) -> dict[str, Any]:
+    """`state` with moments permuted by the `axes` of their parameter's memory order."""
+    order = {id(p): axes(order) for _, p, order in weights.parts}
+    orders = [order[id(p)] for group in adamw.param_groups for p in group["params"]]  # as AdamW numbers them
     moments = {
         i: {key: x.permute(orders[i]).contiguous() if x.ndim else x for key, x in of.items()}
         for i, of in state["state"].items()
@@ -149,9 +141,8 @@ def _with_axes(state: dict[str, Any], orders: list[list[int]]) -> dict[str, Any]
     return {**state, "state": moments}
 
 
-def optimizer(parameters: Iterable[nn.Parameter], optim: OptimSettings) -> torch.optim.Optimizer:
+def optimizer(parameters: Sequence[nn.Parameter], optim: OptimSettings) -> torch.optim.Optimizer:
     """AdamW, with decay on matrices only."""
-    parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -169,24 +160,19 @@ class HalfMomentAdamW(torch.optim.Optimizer):
     the second moment only forgets if beta2 is well below 0.996: `OptimSettings` refuses more than 0.99.
     """
 
-    def __init__(
-        self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float], eps: float = 1e-8
-    ) -> None:
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+    def __init__(self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
-                    state["step"] = torch.zeros(())
-                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    first, second = (torch.zeros_like(p, dtype=torch.bfloat16) for _ in range(2))
+                    state |= {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
                 state["step"] += 1
                 count, grad = float(state["step"]), p.grad.float()
                 m = state["exp_avg"].float().lerp_(grad, 1 - beta1)

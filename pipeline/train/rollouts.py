@@ -40,17 +40,19 @@ def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
 
 def transcript(graded: Graded, advantage: float | None) -> dict[str, Any]:
     """A line of samples.jsonl."""
-    problem = graded.rollout.prompt.problem
-    return {
+    rollout, problem = graded.rollout, graded.rollout.prompt.problem
+    asked = {
         "id": problem.id,
         "question": problem.question,
         "kind": problem.kind,
         "language": problem.language,
+    }
+    return asked | {
         "text": graded.text,
         "verdict": graded.verdict,
         "reward": round(graded.reward, 6),
         "parts": dict(graded.parts),
         "advantage": advantage,
-        "tokens": len(graded.rollout.token_ids),
-        "finish_reason": graded.rollout.finish_reason,
+        "tokens": len(rollout.token_ids),
+        "finish_reason": rollout.finish_reason,
     }

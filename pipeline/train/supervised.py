@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterable
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,43 +13,31 @@ from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch
 
 
-def save_state(run_dir: RunDir, learner: Learner, step: int) -> None:
-    """Checkpoint the learner after `step` steps."""
-
-    def write(folder: Path) -> None:
-        torch.save(learner.state_dict(), folder / "state.pt")
-
-    run_dir.checkpoint(step, write)
+def save_state(run_dir: RunDir, step: int, state: dict[str, Any]) -> None:
+    """Checkpoint the state after `step` steps."""
+    run_dir.checkpoint(step, lambda folder: torch.save(state, folder / "state.pt"))
 
 
-def restore_state(run_dir: RunDir, learner: Learner) -> int:
-    """Load the newest checkpoint, if any; the number of steps that it stands for."""
+def load_state(run_dir: RunDir) -> tuple[int, dict[str, Any]]:
+    """Steps that the newest checkpoint stands for, and its state; 0 and nothing where there is none."""
     newest = run_dir.latest()
-    if newest is None:
-        return 0
-    step, folder = newest
-    learner.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
-    return step
+    return (newest[0], torch.load(newest[1] / "state.pt", weights_only=True)) if newest else (0, {})
 
 
 def train_loop(
-    run_dir: RunDir,
-    learner: Learner,
-    batches: Iterable[Batch],
-    steps: int,
-    log_every: int,
-    checkpoint_every: int,
+    run_dir: RunDir, learner: Learner, batches: Iterable[Batch], log_every: int, checkpoint_every: int
 ) -> None:
     """Update on each batch; log, checkpoint, and stop between steps after a Ctrl-C.
 
-    Args:
-        batches: one an update, the same every time; a resumed run skips those that it has had.
-        log_every: metrics are those of the last step of each interval.
+    `batches` has one an update, the same every time: a resumed run skips those before its checkpoint. The
+    metrics are those of the last step of each `log_every`.
     """
-    done = restore_state(run_dir, learner)
-    tokens = 0
+    done, state = load_state(run_dir)
+    if done:
+        learner.load_state_dict(state)
+    tokens, steps = 0, learner.total_updates
     run_dir.metrics.begin()
-    for step, batch in enumerate(itertools.islice(batches, steps), start=1):
+    for step, batch in enumerate(batches, start=1):
         tokens += batch.tokens()
         if step <= done:
             continue
@@ -60,5 +47,5 @@ def train_loop(
             metrics |= {"data/tokens": tokens, "time/step_s": time.monotonic() - began}
             run_dir.log(step, steps, metrics)
         if step % checkpoint_every == 0 and step < steps:
-            save_state(run_dir, learner, step)
-        run_dir.stop_if_interrupted(lambda at=step: save_state(run_dir, learner, at))  # type: ignore[misc]
+            save_state(run_dir, step, learner.state_dict())
+        run_dir.stop_if_interrupted(lambda at=step: save_state(run_dir, at, learner.state_dict()))  # type: ignore[misc]

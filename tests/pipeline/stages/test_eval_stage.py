@@ -65,7 +65,7 @@ def test_run_again_it_keeps_what_holds_and_adds_what_is_new(run, stub, scripted,
     assert json.loads((tmp_path / "runs/t/eval/done.json").read_text())["seconds"] >= done["seconds"]
 
     (base / "weights").write_text("trained on")
-    assert run() == 0 and len(engines) == 3, "only the changed model is scored anew"
+    assert run() == 0 and len(engines) == 3, "only the changed model is scored again"
     assert run("--samples", "2") == 0 and len(engines) == 5
     assert state(tmp_path)["scores"]["base"]["sums"]["k"] == 2
     assert "samples = 2" in (tmp_path / "runs/t/eval/config.toml").read_text()

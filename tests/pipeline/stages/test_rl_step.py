@@ -1,4 +1,4 @@
-"""One step of RL, piece by piece: what is drawn, what is graded, what is updated and what stops it."""
+"""One step of RL, piece by piece: what is sampled, what is graded, what is updated and what stops it."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def weights(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def drawn(it, step=1):
+def sampled(it, step=1):
     return list(it.source.collect(0, it.sampling(step)).graded)
 
 
 def spread(graded):
-    """Advantages that teach, whatever was drawn."""
+    """Advantages that teach, whatever was sampled."""
     return [1.0 if at % 2 else -1.0 for at in range(len(graded))]
 
 
 def test_rollouts_of_other_weights_stop_the_run(trainer):
     it = trainer(max_mismatch_kl=1e-3)
-    graded = drawn(it)
+    graded = sampled(it)
     it.update(it.batches(graded, spread(graded)))  # its own: no word
     off = [
         dataclasses.replace(
@@ -79,8 +79,8 @@ def test_rollouts_of_other_weights_stop_the_run(trainer):
 def test_the_length_punishment_is_part_of_the_reward(trainer):
     weights = {"accuracy": 1.0, "language": 1.0, "overlong": 0.5}
     plain, punished = (
-        drawn(trainer(name="plain")),
-        drawn(trainer(name="punished", rewards=weights, overlong_buffer=LONGEST - 2)),
+        sampled(trainer(name="plain")),
+        sampled(trainer(name="punished", rewards=weights, overlong_buffer=LONGEST - 2)),
     )
     assert any(g.parts["overlong"] < 0 for g in punished)
     for without, graded in zip(plain, punished, strict=True):
@@ -130,7 +130,7 @@ def test_each_problem_comes_once_an_epoch_in_an_order_of_its_own(trainer):
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
 def test_a_step_takes_one_update_a_minibatch(trainer, minibatches):
     it = trainer(minibatches=minibatches)
-    graded = drawn(it)
+    graded = sampled(it)
     before = weights(it.policy)
     it.update(it.batches(graded, spread(graded)))
     assert it.learner.updates == minibatches and not torch.equal(weights(it.policy), before)
@@ -146,7 +146,7 @@ def test_groups_whose_rewards_differ_are_counted(trainer):
 
 def test_what_the_verifier_failed_on_teaches_nothing_and_is_counted(trainer):
     it = trainer()
-    graded = [dataclasses.replace(g, verdict="error") if at < 4 else g for at, g in enumerate(drawn(it))]
+    graded = [dataclasses.replace(g, verdict="error") if at < 4 else g for at, g in enumerate(sampled(it))]
     advantages = [None] * 4 + [0.0] * 12
     before = weights(it.policy)
     it.update(it.batches(graded, advantages))  # nothing is left that could teach

@@ -133,7 +133,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"junk\.gguf cannot be read"):
         convert(gguf=tmp_path / "junk.gguf", runs=tmp_path)
     write_gguf(tmp_path / "other.gguf", pre="llama-bpe")
-    with pytest.raises(UserError, match="smollm is wanted"):
+    with pytest.raises(UserError, match="smollm is expected"):
         read_tokenizer(tmp_path / "other.gguf")
 
 
