@@ -6,13 +6,11 @@ works on the one before, so its rollouts are one step off-policy, never more; ea
 of the weights that it was sampled with.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from model.policy import Policy
 from rollout.engine import RolloutEngine
@@ -67,7 +65,7 @@ class Round:
         return asdict(self)
 
     @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> Round:
+    def from_plain(cls, values: dict[str, Any]) -> Self:
         """The inverse of `plain`."""
         return cls(**values | {"graded": tuple(map(_graded, values["graded"]))})
 

@@ -1,7 +1,5 @@
 """The seam between code that needs completions and the engines that generate them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Policies loaded from checkpoints, and the engines that generate from a policy in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Open an engine by name. The only file that knows every engine; nothing else in this package imports it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

@@ -6,8 +6,6 @@
 Standard library only. A test walks every numeric setting of every stage with values outside its range.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import typing

@@ -6,8 +6,6 @@ nothing. So the trainer computes it from its own tensors, the engine from what i
 sums mean equal weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 

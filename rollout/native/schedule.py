@@ -8,8 +8,6 @@ are prefilled again, after which it continues unchanged (recomputation, arXiv:23
 Host side only: this file touches no weights.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,16 +26,12 @@ from rollout.types import Prompt, SamplingParams
 class Stats:
     """Counts of an engine since it was opened or drained."""
 
-    prefilled: int = 0
-    """Tokens prefilled: prompts once a group, and rows again after a preemption."""
+    prefilled: int = 0  # tokens: prompts once a group, and rows again after a preemption
     steps: int = 0
-    tokens: int = 0
-    """Sampled."""
+    tokens: int = 0  # sampled
     preemptions: int = 0
-    guesses: int = 0
-    """Speculation: tokens that the MTP module guessed."""
-    accepted: int = 0
-    """Those that were right."""
+    guesses: int = 0  # speculation: tokens that the MTP module guessed
+    accepted: int = 0  # those that were right
     peak_cache_bytes: int = 0
 
     def acceptance(self) -> float:
@@ -49,12 +43,9 @@ class Stats:
 class Draft(Completion):
     """A completion with a row of the cache."""
 
-    uniforms: NDArray[np.float32] | None = None
-    """One for each token; None when greedy."""
-    row: int = -1
-    """Of the cache, which does not hold the last token yet."""
-    guess: int = 0
-    """Speculation: the MTP module's guess for the token after the last."""
+    uniforms: NDArray[np.float32] | None = None  # one for each token; None when greedy
+    row: int = -1  # of the cache, which does not hold the last token yet
+    guess: int = 0  # speculation: the MTP module's guess for the token after the last
 
     def known(self) -> list[int]:
         """The tokens that its row holds."""
@@ -69,10 +60,8 @@ class Group:
     index: int
     limit: int
     samples: deque[int]
-    row: int = -1
-    """Of the cache, where the prompt has been read; -1 before."""
-    state: Tensor | None = None
-    """d, the state of the prompt's last token."""
+    row: int = -1  # of the cache, where the prompt has been read; -1 before
+    state: Tensor | None = None  # d, of the prompt's last token
 
 
 class Schedule:

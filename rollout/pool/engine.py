@@ -9,8 +9,6 @@ Weights are put into Ray's store once a version; a worker fetches the newest bef
 proves by a fingerprint that it holds them. Rollouts that are too many versions old are generated again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

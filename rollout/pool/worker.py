@@ -1,7 +1,5 @@
 """A pool's worker: an engine with weights of its own, in a process of its own, a Ray actor."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -4,17 +4,14 @@ An engine returns complete rollouts. A few tokens at a time, each time with thos
 the same distribution (each piece has uniforms of its own); the cost is a short prefill a piece.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerFast
 
 from rollout.engine import RolloutEngine
 from rollout.types import Problem, Prompt, SamplingParams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 PIECE = 8
 """Tokens of one request: fewer appear sooner, more cost less."""

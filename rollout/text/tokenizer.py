@@ -8,20 +8,18 @@ A template may prefill the completion (`<think>\\n`). The prefill is part of the
 and of the *completion's* text: `make_prompt` puts it in the one, `completion_text` in the other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rollout.text.templates import TEMPLATES, THINK, template_named
 from rollout.types import Problem, Prompt, Rollout
-
-if TYPE_CHECKING:  # transformers takes seconds to import; the table of templates must not
-    from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -57,9 +55,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     Raises:
         ValueError: `vocab_size` below the 256 bytes and 9 added tokens.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     least = 256 + len(SPECIAL_TOKENS) + len(TAGS)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is below the {least} that bytes and added tokens take.")
@@ -103,8 +98,6 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
         raise FileNotFoundError(f"no checkpoint directory {path}")
     if not has_tokenizer(path):
         raise FileNotFoundError(f"{path} has no tokenizer.json; copy the tokenizer of its base model there")
-    from transformers import AutoTokenizer
-
     return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
 
 

@@ -8,8 +8,6 @@ Axes    s tokens of a prompt and its completion; v vocabulary
 Units   log-probabilities in nats
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
