@@ -114,16 +114,13 @@ class Completion:
     """An unfinished rollout."""
 
     prompt: Prompt
-    index: int
-    """Of the prompt in the request."""
+    index: int  # of the prompt in the request
     sample: int
-    limit: int
-    """Largest number of its tokens."""
+    limit: int  # largest number of its tokens
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
-    stopped: bool = False
-    """Ended by a stop token or string, not by its limit."""
+    stopped: bool = False  # ended by a stop token or string, not by its limit
 
     def append(self, token: int, logprob: float, stopper: Stopper) -> None:
         """Add a token, and decide whether it is the last."""

@@ -49,7 +49,6 @@ class NativeEngine(InPlaceEngine):
     ) -> None:
         """
         Args:
-            policy: generated from in place, with its weights at the start of a request.
             max_batch: rows that decode together, at most.
             cache_bytes: largest memory for latents. Rows that do not fit wait.
             prefill_tokens: prompt tokens of one prefill, unless a single prompt is longer.
@@ -246,10 +245,8 @@ class _Run:
             self._guess(self.net.draft(states[:, None], following, self.cache, step)[:, 0], drafts)
 
     def _guess(self, states: Tensor, drafts: list[Draft]) -> None:
-        """The MTP module's guess for each row's next token, sampled with the uniform that token will use.
-
-        `states` are the module's (b d).
-        """
+        """The guess for each row's next token by `states` (b d) of the MTP module, sampled with the uniform
+        that token will use."""
         logits = self.net.lm_head(states)
         self._refuse_nonfinite(logits, drafts)
         guesses, _ = sample(logits, self._uniforms(drafts), self.sampling)

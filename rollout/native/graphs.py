@@ -17,8 +17,7 @@ from model.cache import PAGE, DecodeStep, Group, LatentCache
 from model.scale.fp8 import Fp8Experts
 from model.transformer import Transformer
 
-WARMUPS = 2
-"""Runs before a capture, in which libraries allocate memory that a capture does not allow."""
+WARMUPS = 2  # runs before a capture, in which libraries allocate memory that a capture does not allow
 
 
 @dataclass(slots=True)

@@ -81,8 +81,7 @@ class Schedule:
         """
         Args:
             cache: of `max_batch` + 1 rows, with pages for one row at its longest at least.
-            prefill_tokens: prompts are read together up to this number of tokens.
-            stats: of the engine; preemptions are counted there.
+            prefill_tokens: prompts are prefilled together up to this number of tokens.
             own: last tokens of a prompt that each sample overwrites, see `LatentCache.fork`.
         """
         self.cache, self.sampling, self.stats, self.own = cache, sampling, stats, own
@@ -173,12 +172,12 @@ class Schedule:
         self.running.sort(key=lambda draft: -int(self.cache.lengths[draft.row]))
 
     def _draft(self, group: Group) -> Draft:
-        sample, sampling = group.samples.popleft(), self.sampling
-        uniforms = None
+        number, sampling = group.samples.popleft(), self.sampling
+        draft = Draft(group.prompt, group.index, number, group.limit)
         if sampling.temperature > 0:
-            name = sampling.first_index + group.index
-            uniforms = uniform_stream(sampling.seed, name, sample, group.limit)
-        return Draft(group.prompt, group.index, sample, group.limit, uniforms=uniforms)
+            index = sampling.first_index + group.index
+            draft.uniforms = uniform_stream(sampling.seed, index, number, group.limit)
+        return draft
 
     def _fits(self, pages: int, more: int) -> bool:
         """Whether `pages` are free, and one more for each of the running rows and `more` others.

@@ -23,11 +23,9 @@ class WorkerEngine(RolloutEngine, Protocol):
 
     def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`load_weights` from tensors by public name, which fit the engine's model."""
-        ...
 
     def live_weights(self) -> int:
         """Fingerprint of the weights that the engine computes with."""
-        ...
 
 
 Opener = Callable[[str, RolloutSettings, str, int | Sequence[int] | None], RolloutEngine]

@@ -47,10 +47,8 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE; same texts in the same order, same tokenizer.
 
-    Args:
-        texts: the corpus; read once.
-        vocab_size: most tokens, special ones and tags included. A small corpus may fill fewer:
-            size the embedding by `len(tokenizer)`.
+    `texts` is read once. `vocab_size` counts special tokens and tags too; a small corpus may fill fewer: size
+    the embedding by `len(tokenizer)`.
 
     Raises:
         ValueError: `vocab_size` below the 256 bytes and 9 added tokens.
@@ -158,7 +156,7 @@ def completion_text(
 ) -> str:
     """The completion as text: the template's prefill, then the tokens without special ones.
 
-    A stop token that is ordinary text, such as `</answer>`, is kept: graders need to see it.
+    A stop token that is ordinary text, such as `</answer>`, is kept: graders need it.
     """
     ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
@@ -173,13 +171,9 @@ def encode_example(
 ) -> tuple[list[int], list[int]]:
     """A worked example as the engine would have seen it: prompt ids, completion ids with eos.
 
-    Args:
-        question: the problem, or its question.
-        template_name: a key of `TEMPLATES`.
-        completion: text with its prefill, as `completion_text` returns it.
-
     Raises:
-        ValueError: the completion does not start with the template's prefill.
+        ValueError: the completion does not start with the template's prefill, see `completion_text`, or the
+            tokenizer has no eos.
     """
     if isinstance(question, Problem):
         question = question.question
