@@ -46,12 +46,8 @@ class Attention(nn.Module):
         super().__init__()
         d, h = config.hidden_size, config.num_attention_heads
         self.heads, self.scale, self.rope = h, softmax_scale(config), rope
-        self.nope, self.rotary, self.value = (
-            config.qk_nope_head_dim,
-            config.qk_rope_head_dim,
-            config.v_head_dim,
-        )
-        self.rank = config.kv_lora_rank
+        self.nope, self.rotary = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value, self.rank = config.v_head_dim, config.kv_lora_rank
         if config.q_lora_rank is None:
             self.q_proj = Linear(d, h * config.qk_head_dim)
         else:
@@ -75,12 +71,7 @@ class Attention(nn.Module):
         return self.kv_a_layernorm(c), self.rope.rotate(k, rotations)
 
     def forward(self, x: Tensor, layout: Layout, cache: Tensor | None = None) -> Tensor:
-        """Expanded form over `x` (b s d).
-
-        Args:
-            layout: rotations of the tokens' positions, and which tokens see each other.
-            cache: `T w`, this layer's, written at `layout.slots`. None = no cache.
-        """
+        """Expanded form over `x` (b s d); latents go to this layer's `cache` (T w) at `layout.slots`."""
         rotations = layout.rotations
         q = self._query(x)  # b s h n+r
         c, k_rot = self._latent(x, rotations)  # b s c, b s r
@@ -107,9 +98,8 @@ class Attention(nn.Module):
         q, q_rot = self._query(x.flatten(0, 1)).split([self.nope, self.rotary], dim=-1)  # N h n, N h r
         c, k_rot = self._latent(x, rotations)  # b s c, b s r
         cache.index_copy_(0, step.slots.flatten(), torch.cat([c, k_rot], dim=-1).flatten(0, 1))
-        w_uk, w_uv = self.kv_b_proj.weight.unflatten(0, (self.heads, -1)).split(
-            [self.nope, self.value], dim=1
-        )
+        w = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))  # h n+v c
+        w_uk, w_uv = w.split([self.nope, self.value], dim=1)
         q = torch.bmm(q.transpose(0, 1), w_uk).transpose(0, 1)  # h N n, h n c -> N h c
         q_rot = self.rope.rotate(q_rot, rotations.flatten(0, 1).unsqueeze(-2))
         q = torch.cat([q, q_rot], dim=-1).unflatten(0, (b, s))  # b s h w

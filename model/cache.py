@@ -24,10 +24,8 @@ from torch import Tensor
 
 from model.config import ModelConfig
 
-PAGE = 16
-"""Tokens of a page."""
-CPU_BYTES = 3 << 19
-"""Latents that attention reads together on a CPU: few enough to stay in a core's cache."""
+PAGE = 16  # tokens
+CPU_BYTES = 3 << 19  # of latents that attention reads together on a CPU: they stay in a core's cache
 Rows = NDArray[np.int64]
 
 
@@ -121,9 +119,7 @@ class LatentCache:
         Raises:
             ValueError: a row would be longer than `max_tokens`.
         """
-        return self._reserve(rows, self.lengths[rows] + new)
-
-    def _reserve(self, rows: Rows, lengths: Rows) -> bool:
+        lengths = self.lengths[rows] + new
         if len(rows) and lengths.max() > self.max_tokens:
             raise ValueError(
                 f"The cache is full: a row would hold {lengths.max()} of {self.max_tokens} tokens."
@@ -156,7 +152,7 @@ class LatentCache:
         self.shares[shared] += len(copies)
         self.held[copies], self.lengths[copies] = full, self.lengths[row]
         if rest:
-            self._reserve(copies, self.lengths[copies])
+            self.reserve(copies, 0)
             source = self.table[row, full] * PAGE
             for copy in self.table[copies, full] * PAGE:
                 self.latent[:, copy : copy + rest] = self.latent[:, source : source + rest]
@@ -199,9 +195,8 @@ class LatentCache:
             pages = -(-int(at[first:last, -1].max() + 1) // PAGE)
             most = max(most, (last - first) * pages)
             mask = self._mask(at[first:last], pages * PAGE)
-            groups.append(
-                Group(first, last, self._tensor(self.table[rows[first:last], :pages].ravel()), mask)
-            )
+            table = self._tensor(self.table[rows[first:last], :pages].ravel())
+            groups.append(Group(first, last, table, mask))
         scratch = self.latent.new_empty(most * PAGE, self.latent.shape[2])
         return DecodeStep(self._tensor(at), self._tensor(slots), groups, scratch)
 

@@ -32,10 +32,11 @@ from model.kernels.fp8.blocks import BLOCK, Quantized, dequantize
 from model.scale.fp8 import FP8_CONFIG, to_fp8
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALLEST_SHARD, LARGEST_SHARD = 64 << 20, 5_000_000_000
-"""Bytes of a file, where there are several; what `save` holds twice."""
-RELEASE_BYTES = 64 << 20
-"""Bytes read from a file before its pages are given back; what `load` holds beside the network."""
+SMALLEST_SHARD, LARGEST_SHARD = (
+    64 << 20,
+    5_000_000_000,
+)  # bytes of a file, if several; `save` holds them twice
+RELEASE_BYTES = 64 << 20  # read from a file before its pages are freed; `load` holds them beside the network
 
 
 class CheckpointError(ValueError):
@@ -59,7 +60,7 @@ def save(state: dict[str, Tensor], config: ModelConfig, path: str | Path, fp8: b
         save_file(tensors, path / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        size = sum(parts[name].nbytes for name in parts)
+        size = sum(part.nbytes for part in parts.values())
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     else:
@@ -74,12 +75,10 @@ def save(state: dict[str, Tensor], config: ModelConfig, path: str | Path, fp8: b
 def _shards(parts: dict[str, Tensor]) -> list[list[str]]:
     """Names of the tensors of each file, in order: one file for a small network, else at least twelve."""
     most = min(LARGEST_SHARD, max(SMALLEST_SHARD, sum(part.nbytes for part in parts.values()) // 12))
-    shards: list[list[str]] = [[]]
-    size = 0
+    shards, size = [list[str]()], 0
     for name, part in parts.items():
         if shards[-1] and size + part.nbytes > most:
-            shards.append([])
-            size = 0
+            shards, size = [*shards, []], 0
         shards[-1].append(name)
         size += part.nbytes
     return shards
@@ -122,8 +121,8 @@ def public_tensors(state: dict[str, Tensor], config: ModelConfig) -> Iterator[tu
 
 def _mtp_stems(config: ModelConfig) -> list[str]:
     """The public prefix of each MTP module's names."""
-    trunk, modules = config.num_hidden_layers, config.num_nextn_predict_layers
-    return [f"model.layers.{trunk + k}." for k in range(modules)]
+    trunk = config.num_hidden_layers
+    return [f"model.layers.{trunk + k}." for k in range(config.num_nextn_predict_layers)]
 
 
 def trunk_weights(state: dict[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
@@ -164,12 +163,11 @@ def fill(state: dict[str, Tensor], config: ModelConfig, tensors: "StoredTensors"
     """Copy every weight of a network from `tensors`, and account for every tensor that is there."""
     left = set(tensors.files)
     expected = {n: part for n, part in public_tensors(state, config) if n in left or not is_tied(config, n)}
-    for name in expected:
+    for name, part in expected.items():
         if name not in left:
-            raise CheckpointError(f"{tensors.path} lacks the tensor {name} {tuple(expected[name].shape)}.")
+            raise CheckpointError(f"{tensors.path} lacks the tensor {name} {tuple(part.shape)}.")
     for name in sorted(expected, key=lambda name: tensors.files[name]):  # file by file
-        target = expected[name]
-        target.copy_(tensors.read(name, tuple(target.shape)))
+        expected[name].copy_(tensors.read(name, tuple(expected[name].shape)))
         left -= {name, f"{name}_scale_inv"}
     for name, shared in _shared_copies(state, config):
         if name in left:
@@ -191,11 +189,8 @@ class StoredTensors:
     """The tensors of a checkpoint directory, single file or shards: `files` maps a name to its file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.bytes_read = path, 0
         self.open: dict[Path, safe_open] = {}
-        self.bytes_read = 0
-
-    def __enter__(self) -> "StoredTensors":
         index = self.path / INDEX
         if index.is_file():
             try:
@@ -207,10 +202,6 @@ class StoredTensors:
             self.files = dict.fromkeys(self._file(self.path / SINGLE).keys(), self.path / SINGLE)
         else:
             raise CheckpointError(f"{self.path} holds neither {SINGLE} nor {INDEX}.")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.open.clear()
 
     def _file(self, file: Path) -> safe_open:
         if file not in self.open:
@@ -238,8 +229,5 @@ class StoredTensors:
         scale = f"{name}_scale_inv"
         if scale not in self.files:
             return tensor
-        return dequantize(Quantized(tensor, self.read(scale, _blocks(shape)).float(), BLOCK))
-
-
-def _blocks(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-(-n // BLOCK) for n in shape)
+        blocks = tuple(-(-n // BLOCK) for n in shape)
+        return dequantize(Quantized(tensor, self.read(scale, blocks).float(), BLOCK))

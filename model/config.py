@@ -1,9 +1,9 @@
 """The shape of a DeepSeek-V3 network: the fields of a public `config.json`, checked.
 
 Field names and meanings are those of the released configuration (github.com/deepseek-ai/DeepSeek-V3),
-and a field that a file leaves out takes the value that transformers' `DeepseekV3Config` gives it, so the
-same file describes the same network here and there. `ModelConfig.from_dict` refuses what it does not
-know or cannot honour: a silently ignored field is a network that is nearly, but not quite, the trained one.
+and the default of a field is that of transformers' `DeepseekV3Config`, so the same file describes the same
+network here and there. `ModelConfig.from_dict` refuses unknown fields and values of another architecture: a
+silently ignored field is a network that is nearly, but not quite, the trained one.
 
 Papers  DeepSeek-V3  arXiv:2412.19437  Sec. 4.2 (sizes)
         Moonlight    arXiv:2502.16982  (a smaller model of the same architecture)
@@ -164,7 +164,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
-        """Read a public `config.json`. Refuses unknown fields and values that mean another architecture."""
+        """Read a public `config.json`."""
         values = {key: value for key, value in values.items() if key not in _BOOKKEEPING}
         for key, fixed in _FIXED.items():
             found = values.pop(key, fixed)
@@ -181,25 +181,21 @@ class ModelConfig:
             )
         _merge_rope_parameters(values)
         known = [f.name for f in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"{key!r} is not a field of a deepseek_v3 config. The nearest that is: {near!r}."
-                )
+        for key in (key for key in values if key not in known):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"{key!r} is not a field of a deepseek_v3 config. The nearest that is: {near!r}."
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """A `config.json` that transformers' `DeepseekV3ForCausalLM` and vLLM load."""
-        return (
-            asdict(self)
-            | _FIXED
-            | {
-                "architectures": ["DeepseekV3ForCausalLM"],
-                "num_key_value_heads": self.num_attention_heads,
-                "rope_scaling": {"type": "yarn"} | self.rope_scaling if self.rope_scaling else None,
-            }
-        )
+        added = {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "num_key_value_heads": self.num_attention_heads,
+            "rope_scaling": {"type": "yarn"} | self.rope_scaling if self.rope_scaling else None,
+        }
+        return asdict(self) | _FIXED | added
 
 
 def _yarn(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -215,11 +211,10 @@ def _yarn(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
     for key in _YARN_REQUIRED:
         if scaling.get(key) is None:
             raise ValueError(f"rope_scaling lacks {key!r}, which YaRN needs.")
-    for key in scaling:
-        known = (*_YARN_REQUIRED, *_YARN_DEFAULTS)
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"rope_scaling has an unknown {key!r}. The nearest YaRN parameter: {near!r}.")
+    known = (*_YARN_REQUIRED, *_YARN_DEFAULTS)
+    for key in (key for key in scaling if key not in known):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"rope_scaling has an unknown {key!r}. The nearest YaRN parameter: {near!r}.")
     return _YARN_DEFAULTS | {key: value for key, value in scaling.items() if value is not None}
 
 

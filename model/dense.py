@@ -39,8 +39,7 @@ class DensePolicy(Policy):
             OSError, ValueError: no model there that transformers can read.
         """
         logging.disable_progress_bar()  # it would cut through the caller's own lines
-        network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device})
-        return cls(network)
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
     @property
     def lm_head(self) -> nn.Linear:  # type: ignore[override]
@@ -68,13 +67,10 @@ class DensePolicy(Policy):
     def hidden(
         self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
     ) -> Tensor:
-        """Final-normed states (b s d); arguments as for `Policy.hidden`.
-
-        The sequences of a packed row are told apart by a (b 1 s s) mask: the one form that every
-        architecture and attention of transformers takes as it is.
-        """
+        """As `Policy.hidden`. Sequences of a packed row are separated by a (b 1 s s) mask: the one form that
+        every architecture and attention of transformers takes as it is."""
         mask = None
-        if sequence_ids is not None:  # added to the scores: what all attentions of transformers understand
+        if sequence_ids is not None:  # added to the scores, which all attentions of transformers support
             seen = packed_mask(sequence_ids)
             mask = torch.zeros(seen.shape, dtype=self.network.dtype, device=seen.device)
             mask.masked_fill_(~seen, float("-inf"))

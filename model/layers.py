@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from model.kernels.cpu.linear import Linear
 
-PART = 1 << 18
-"""Numbers of a part that stays in the cache between the passes over it."""
+PART = 1 << 18  # numbers that stay in the cache between the passes over them
 
 
 class _RMSNorm(torch.autograd.Function):

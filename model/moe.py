@@ -27,7 +27,6 @@ from model.layers import MLP
 
 BF16_PAD_FROM = 512
 """Tokens of a batch from which bf16 rows of experts are padded; smaller ones would be mostly padding."""
-
 BY_EXPERT_FROM = 32
 """Token-expert pairs an expert, on average, from which a CPU computes experts one at a time."""
 
@@ -111,11 +110,9 @@ def load_metrics(load: Tensor) -> dict[str, float]:
         return {"router/max_violation": 0.0}
     layers = trained.nonzero().squeeze(1).tolist()
     violation = (load[layers].amax(-1) / load[layers].mean(-1) - 1).tolist()
-    return {
-        "router/max_violation": max(violation),
-        **{f"router/max_violation/{n}": value for n, value in zip(layers, violation, strict=True)},
-        "router/idle": float((load[layers] == 0).float().mean()),
-    }
+    by_layer = {f"router/max_violation/{n}": value for n, value in zip(layers, violation, strict=True)}
+    idle = float((load[layers] == 0).float().mean())
+    return {"router/max_violation": max(violation), **by_layer, "router/idle": idle}
 
 
 def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Tensor:
@@ -123,13 +120,8 @@ def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Te
 
         f_i = e / (k T) * tokens sent to i     P_i = 1 / T * sum_t s_i / sum_j s_j     loss = sum_i f_i P_i
 
-    Eq. 18 counts the top-k of s itself, without the bias.
-
-    Args:
-        s: `t e`, affinities; carries gradient.
-        ids: `t k`, the choice whose k is used; the choice itself is made again without the bias.
-        sequence: `t`, number of the sequence that a token is in, -1 = none (padding).
-        sequences: how many there are.
+    Of `ids` (t k) only k is used: Eq. 18 counts the top-k of the affinities `s` (t e) themselves, without the
+    bias. `sequence` (t) numbers the `sequences` that the tokens are in, -1 = none (padding).
     """
     e, k = s.shape[1], ids.shape[1]
     inside = sequence >= 0
@@ -275,14 +267,13 @@ class Experts(nn.Module):
         if (quick := self.few(u, ids, g)) is not None:
             return quick
         plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
+        g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
         if self.by_expert(u, len(plan.token)):
-            g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
             counts = plan.rows.tolist()
             y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, counts, plan.token)
             return y
         h = self.grouped(Dispatch.apply(u, plan.token, plan.slots), self.gate_up_proj, plan.rows)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
-        g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
         y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.rows)  # m d
         return Combine.apply(y, plan.token, plan.slots)
 
@@ -334,14 +325,10 @@ class MoE(nn.Module):
         if layout is not None and layout.counted and not self.recomputing:
             self.gate.count(ids if layout.sequence is None else ids[layout.sequence.flatten() >= 0])
         if layout is not None and layout.balance:
-            loss = self._balance(s, ids, layout, x.shape[0])
+            sequence, n = layout.sequence, layout.sequences
+            if sequence is None:  # each row is one
+                sequence, n = torch.arange(len(x), device=x.device)[:, None].expand(x.shape[:2]), len(x)
+            loss = balance_loss(s, ids, sequence.flatten(), n)
             if not self.recomputing:
                 self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
         return (self.experts(u, ids, g) + self.shared_experts(u)).view_as(x), ids
-
-    @staticmethod
-    def _balance(s: Tensor, ids: Tensor, layout: Layout, rows: int) -> Tensor:
-        if layout.sequence is not None:
-            return balance_loss(s, ids, layout.sequence.flatten(), layout.sequences)
-        row = torch.arange(rows, device=s.device).repeat_interleave(len(s) // rows)
-        return balance_loss(s, ids, row, rows)

@@ -30,8 +30,7 @@ class MTPModule(DecoderLayer):
     def __init__(self, config: ModelConfig, index: int, rope: Rope) -> None:
         super().__init__(config, index, rope)
         d, eps = config.hidden_size, config.rms_norm_eps
-        self.enorm = RMSNorm(d, eps)
-        self.hnorm = RMSNorm(d, eps)
+        self.enorm, self.hnorm = RMSNorm(d, eps), RMSNorm(d, eps)
         self.eh_proj = nn.Linear(2 * d, d, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(d, eps)})
 

@@ -1,7 +1,7 @@
 """What a trainer, an engine and a checkpoint need of a policy, native or dense.
 
-`model.Transformer` and `model.dense.DensePolicy` are the two. Code that has a `Policy` never asks which: what
-only one of them has is an empty answer of the other, such as no MTP states and no router metrics.
+`model.Transformer` and `model.dense.DensePolicy` are the two. Code that has a `Policy` need not know which:
+what only one of them has is empty in the other, such as MTP states and router metrics.
 
 Axes    b rows, s tokens of a row, d width
 """
@@ -86,11 +86,8 @@ class Policy(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def after_update(self, gamma: float) -> dict[str, float]:
-        """What follows an optimizer update, and metrics of it by name.
-
-        Args:
-            gamma: step of a router's bias against its load; 0 = the bias stays.
-        """
+        """What follows an optimizer update, such as a router's step of its bias by `gamma` against its load
+        (0 = the bias stays); and metrics of it by name."""
         return {}
 
     def pop_balance_loss(self) -> Tensor:

@@ -38,9 +38,7 @@ class Rope:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """The rotations at `positions` (..): (.. r/2), complex."""
-        if self.table.device != positions.device:
-            self.table = self.table.to(positions.device)
-        return self.table[positions]
+        return self.first(len(self.table), positions.device)[positions]
 
     def first(self, n: int, device: torch.device) -> Tensor:
         """The rotations of positions 0 to n - 1: (n r/2), complex; no copy."""
@@ -49,11 +47,8 @@ class Rope:
         return self.table[:n]
 
     def rotate(self, x: Tensor, rotations: Tensor) -> Tensor:
-        """Turn `x` (.. r) by `rotations` (.. r/2).
-
-        Comes out in neighbouring pairs whichever layout goes in: a product of two vectors does not mind
-        the order of their dimensions as long as both have the same.
-        """
+        """Turn `x` (.. r) by `rotations` (.. r/2). The result has neighbouring pairs, whatever the layout of
+        `x`: the product of two vectors is the same for every order of dimensions that both share."""
         wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
         if self.interleave:
             pairs = wide.unflatten(-1, (-1, 2))  # .. r -> .. r/2 2

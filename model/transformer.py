@@ -36,23 +36,19 @@ from model.mtp import MTPModule
 from model.policy import Policy
 from model.rope import Rope
 
-PREFILL_CHUNK = 2048
-"""Tokens of a prompt in one forward."""
+PREFILL_CHUNK = 2048  # tokens of a prompt in one forward
 
 
 class Transformer(Policy):
     """The network, in fp32 and freshly initialized; `model.load` reads a checkpoint instead.
 
-    Weights are N(0, initializer_range), norms 1, biases of the gates 0.
-
-    Args:
-        config: the sizes.
-        seed: of the initial weights' own generator. None = a seed from torch's global one.
+    Weights are N(0, initializer_range) by a generator of their own from `seed` (None = a seed from torch's
+    global one), norms 1, biases of the gates 0.
     """
 
     engine = "native"
     config: ModelConfig
-    # nn.ModuleList forgets what it holds; these annotations tell readers and type checkers.
+    # nn.ModuleList has no item type: these annotations are for readers and type checkers.
     layers: Sequence[DecoderLayer]
     mtp: Sequence[MTPModule]
 
@@ -92,16 +88,16 @@ class Transformer(Policy):
             CheckpointError: files that are missing or broken, or that the config does not describe.
         """
         config = checkpoint.read_config(Path(path))
-        with checkpoint.StoredTensors(Path(path)) as tensors:
-            config = checkpoint.without_missing_mtp(config, tensors)
-            with torch.device("meta"):
-                net = cls(config)
-            net.to(dtype).to_empty(device=device)
-            if config.tie_word_embeddings:  # to_empty gives every module a tensor of its own
-                net.lm_head.weight = net.embed_tokens.weight
-            for moe in net.moe_layers():
-                moe.gate.load.zero_()  # no checkpoint has the counts
-            checkpoint.fill(net.state_dict(keep_vars=True), config, tensors)
+        tensors = checkpoint.StoredTensors(Path(path))
+        config = checkpoint.without_missing_mtp(config, tensors)
+        with torch.device("meta"):
+            net = cls(config)
+        net.to(dtype).to_empty(device=device)
+        if config.tie_word_embeddings:  # to_empty allocates a tensor for each of them
+            net.lm_head.weight = net.embed_tokens.weight
+        for moe in net.moe_layers():
+            moe.gate.load.zero_()  # no checkpoint has the counts
+        checkpoint.fill(net.state_dict(keep_vars=True), config, tensors)
         return net
 
     def save(self, path: str | Path, fp8: bool = False) -> None:
@@ -122,12 +118,8 @@ class Transformer(Policy):
         sequence_ids: Tensor | None = None,
         routed_experts: Tensor | None = None,
     ) -> Tensor:
-        """As `Policy.hidden`.
-
-        Args:
-            routed_experts: `b s moe_layers k`, recorded expert choices to repeat, as
-                `LatentCache.routed_experts` returns them; -1, and None for all, = let the gate choose.
-        """
+        """As `Policy.hidden`. `routed_experts` (b s moe_layers k) are recorded expert choices to repeat, as
+        `LatentCache.routed_experts` returns them; -1, and None for all, = let the gate choose."""
         layout = self._layout(token_ids, positions, sequence_ids)
         x = self.embed_tokens(token_ids)
         first = self.config.first_k_dense_replace
@@ -182,11 +174,7 @@ class Transformer(Policy):
         """Read prompts into empty rows of `cache`; final-normed state (b d) of each prompt's last token.
 
         Prompts are laid end to end, so short ones do not pay for long ones. Longer ones than `chunk` are read
-        piece by piece: memory does not grow with them.
-
-        Args:
-            prompts: `b` lists of token ids.
-            rows: `b`, of the cache. None = its first b.
+        piece by piece: memory does not grow with them. `rows` None = the first b of the cache.
         """
         rows = np.arange(len(prompts)) if rows is None else rows
         first = [prompt[:chunk] for prompt in prompts]
@@ -201,8 +189,8 @@ class Transformer(Policy):
         sequence = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)).to(device)[None]
         layout = Layout.of(self.rope(at), tokens, sequence)._replace(slots=cache.slots(rows))
         x = self.embed_tokens(tokens)
-        for layer, layer_cache in zip(self.layers, self._caches(cache), strict=False):
-            x = layer(x, layout, cache=layer_cache)
+        for layer, part in zip(self.layers, self._caches(cache), strict=True):
+            x = layer(x, layout, cache=part)
         x = self.norm(x)
         if self._drafts(cache):
             following = [i for prompt in prompts for i in _following(prompt, 0, chunk)]
@@ -211,21 +199,14 @@ class Transformer(Policy):
         states = x[0, torch.from_numpy(lengths.cumsum() - 1).to(device)]  # b d
         for i, prompt in enumerate(prompts):
             for begin in range(chunk, len(prompt), chunk):
-                states[i] = self._continue_prefill(prompt, begin, chunk, cache, rows[i : i + 1])
+                tokens = torch.tensor([prompt[begin : begin + chunk]], device=device)
+                step = cache.append(rows[i : i + 1], tokens.shape[1])
+                x = self.decode(tokens, cache, step)
+                states[i] = x[0, -1]
+                if self._drafts(cache):
+                    following = _following(prompt, begin, chunk)
+                    self.draft(x, torch.tensor([following], device=device), cache, step)
         return states
-
-    def _continue_prefill(
-        self, prompt: Sequence[int], begin: int, chunk: int, cache: LatentCache, row: Rows
-    ) -> Tensor:
-        """The next `chunk` tokens of a prompt whose first `begin` the cache holds: state (d) of the last."""
-        device = self.norm.weight.device
-        tokens = torch.tensor([prompt[begin : begin + chunk]], device=device)
-        step = cache.append(row, tokens.shape[1])
-        x = self.decode(tokens, cache, step)
-        if self._drafts(cache):
-            following = _following(prompt, begin, chunk)
-            self.draft(x, torch.tensor([following], device=device), cache, step)
-        return x[0, -1]
 
     @torch.no_grad()
     def decode(self, token_ids: Tensor, cache: LatentCache, step: DecodeStep | None = None) -> Tensor:
@@ -237,18 +218,14 @@ class Transformer(Policy):
             step = cache.append(np.arange(len(cache.lengths)), token_ids.shape[1])
         rotations = self.rope(step.positions)
         x = self.embed_tokens(token_ids)
-        for layer, layer_cache in zip(self.layers, self._caches(cache), strict=False):
-            x = layer.decode(x, rotations, step, layer_cache)
+        for layer, part in zip(self.layers, self._caches(cache), strict=True):
+            x = layer.decode(x, rotations, step, part)
         return self.norm(x)
 
     @torch.no_grad()
     def draft(self, states: Tensor, token_ids: Tensor, cache: LatentCache, step: DecodeStep) -> Tensor:
-        """States (b s d) of the first MTP module, from which the head guesses one token further.
-
-        Args:
-            states: `b s d`, final-normed, of the trunk at the positions of `step`.
-            token_ids: `b s`, the tokens after those positions.
-        """
+        """States (b s d) of the first MTP module, from which the head guesses one token further: from the
+        trunk's final-normed `states` (b s d) at the positions of `step`, and the tokens after those (b s)."""
         rotations, embedded = self.rope(step.positions), self.embed_tokens(token_ids)
         return self.mtp[0].draft(states, embedded, rotations, step, cache.layer(len(self.layers)))
 
@@ -264,9 +241,8 @@ class Transformer(Policy):
             return super().num_parameters()
         total = sum(p.numel() for name, p in self.named_parameters() if not name.startswith("mtp."))
         share = self.config.num_experts_per_tok / self.config.n_routed_experts
-        routed = sum(
-            p.numel() for moe in self.moe_layers()[: -len(self.mtp) or None] for p in moe.experts.parameters()
-        )
+        trunk = self.moe_layers()[: -len(self.mtp) or None]
+        routed = sum(p.numel() for moe in trunk for p in moe.experts.parameters())
         return total - round(routed * (1 - share))
 
     def moe_layers(self) -> list[MoE]:
@@ -308,13 +284,10 @@ def _recomputing(layer: DecoderLayer) -> tuple[AbstractContextManager[None], Abs
 
     @contextmanager
     def second() -> Iterator[None]:
-        moe = layer.mlp
-        if isinstance(moe, MoE):
-            moe.recomputing = True
+        layer.mlp.recomputing = True  # no module but a mixture of experts reads it
         try:
             yield
         finally:
-            if isinstance(moe, MoE):
-                moe.recomputing = False
+            layer.mlp.recomputing = False
 
     return nullcontext(), second()

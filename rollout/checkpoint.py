@@ -1,7 +1,5 @@
 """What a checkpoint directory states: model type, context, vocabulary, end of sequence, tensor shapes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Container
 from pathlib import Path

@@ -6,13 +6,11 @@ works on the one before, so its rollouts are one step off-policy, never more; ea
 of the weights that it was sampled with.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from model.policy import Policy
 from rollout.engine import RolloutEngine
@@ -28,34 +26,24 @@ class Plan:
     """Size of a round, and how it is filled."""
 
     groups: int
-    """Groups of a round."""
     group_size: int
-    dynamic: bool = False
-    """Only groups with spread count; other problems replace the rest."""
-    most_requests: int = 4
-    """Dynamic sampling: requests after which groups without spread fill the round."""
+    dynamic: bool = False  # only groups with spread count; other problems replace the rest
+    most_requests: int = 4  # of dynamic sampling, after which groups without spread fill the round
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
     """The rollouts that one step trains on."""
 
-    graded: tuple[Graded, ...]
-    """Group by group."""
-    cursor: int
-    """Problems used so far: the index at which the next round begins."""
-    sampled: int
-    """Groups that were sampled for it, those left out included."""
+    graded: tuple[Graded, ...]  # group by group
+    cursor: int  # problems used so far: the index at which the next round begins
+    sampled: int  # groups that were sampled for it, those left out included
     sample_s: float = 0.0
     grade_s: float = 0.0
-    tokens: int = 0
-    """Completion tokens that were sampled, those left out included."""
-    engine: dict[str, float] = field(default_factory=dict)
-    """The engine's metrics, by name."""
-    sync_s: float = 0.0
-    """Until the engine had the policy's weights."""
-    wait_s: float = 0.0
-    """Until the round was complete, after that."""
+    tokens: int = 0  # completion tokens that were sampled, those left out included
+    engine: dict[str, float] = field(default_factory=dict)  # the engine's metrics, by name
+    sync_s: float = 0.0  # until the engine had the policy's weights
+    wait_s: float = 0.0  # until the round was complete, after that
 
     def versions(self) -> tuple[int, int]:
         """Oldest and newest policy among its rollouts."""
@@ -67,7 +55,7 @@ class Round:
         return asdict(self)
 
     @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> Round:
+    def from_plain(cls, values: dict[str, Any]) -> Self:
         """The inverse of `plain`."""
         return cls(**values | {"graded": tuple(map(_graded, values["graded"]))})
 
@@ -82,7 +70,7 @@ def _graded(values: dict[str, Any]) -> Graded:
 
 
 class RolloutSource:
-    """Rounds of graded rollouts, one after the other, from an engine that is given the policy's weights."""
+    """Rounds of graded rollouts, one after the other, from an engine that gets the policy's weights."""
 
     def __init__(
         self,
@@ -93,10 +81,8 @@ class RolloutSource:
     ) -> None:
         """
         Args:
-            engine: generates the rollouts.
             prompts: (index, n) -> n prompts, from that index of the endless problem order on.
             grade: rollouts -> graded, in order; called in the thread that generates.
-            plan: of a round.
         """
         self.engine, self.prompts, self.grade, self.plan = engine, prompts, grade, plan
         self.cursor = 0  # problems used so far
@@ -110,7 +96,7 @@ class RolloutSource:
         return isinstance(self.engine, InPlaceEngine)
 
     def sync(self, policy: Policy, version: int) -> None:
-        """Have the engine generate from `policy`, which has had `version` optimizer updates."""
+        """Have the engine generate from `policy`, as it is after `version` optimizer updates."""
         if self.in_place or self.synced != version:
             self.engine.load_weights(policy, version)
         self.synced = version
@@ -123,8 +109,7 @@ class RolloutSource:
         Args:
             policy: sampled from, unless the round was begun ahead.
             version: its optimizer updates.
-            sampling: of this round.
-            then: of the round after, which is begun in the background from the weights as they are now.
+            then: sampling of the round after, begun in the background from the weights as they are now.
         """
         began = time.monotonic()
         done, sync_s = self.take(), 0.0

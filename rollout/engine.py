@@ -1,7 +1,5 @@
 """The seam between code that needs completions and the engines that generate them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -21,16 +19,12 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield `len(prompts) * sampling.n` rollouts in any order; `index` and `sample` tell them apart."""
-        ...
 
     def load_weights(self, source: Any, version: int) -> None:
         """Generate from `source`, a policy, from now on; rollouts carry `version`."""
-        ...
 
     def drain(self) -> dict[str, float]:
         """Metrics of the generation since the last call, by metric name; empty where an engine has none."""
-        ...
 
     def close(self) -> None:
         """Free what the engine holds. Calling it twice is fine."""
-        ...

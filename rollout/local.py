@@ -1,7 +1,5 @@
 """Policies loaded from checkpoints, and the engines that generate from a policy in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,7 +25,7 @@ def engine_name(path: Path | str, engine: str = "auto") -> str:
     """`engine`, or for `auto` the engine in this process that suits checkpoint `path`.
 
     Raises:
-        FileNotFoundError, ValueError: no checkpoint there, or one that the native engine does not know.
+        FileNotFoundError, ValueError: no checkpoint there, or one that the native engine does not implement.
     """
     kind = model_type(path)
     if engine == "native" and kind not in NATIVE_TYPES:
@@ -62,10 +60,7 @@ def open_local(
     """The engine of `policy`; without one, of the policy that is loaded from `path` for it.
 
     Args:
-        path: checkpoint; not read when there is a policy.
-        settings: `local`, and `engine` and `dtype` of the policy to load.
-        device: of the policy to load.
-        policy: the trainer's, generated from in place.
+        settings: `local`, and `engine` and `dtype` of the policy to load; `device` is its too.
         tokenizer: reads stop strings.
         eos_token_id: ends a completion; None = the model's.
 

@@ -1,7 +1,5 @@
 """Open an engine by name. The only file that knows every engine; nothing else in this package imports it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -36,8 +34,6 @@ def open_engine(
     Args:
         engine: `auto` takes native for the architectures that `model/` implements, else dense.
         device: of the in-process engines; vLLM takes the device that its build is for.
-        vllm: settings of that engine.
-        local: settings of the in-process engines.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -63,7 +59,6 @@ def engine_for(
     """An engine for a policy in training.
 
     Args:
-        policy: as loaded from `path`.
         settings: the engine. None, and every in-process engine, generate from the trainer's own weights in
             place: there is nothing to copy.
         path: the policy's checkpoint, which engines with weights of their own open.

@@ -1,12 +1,10 @@
-"""Settings that know their ranges: a range is part of a field's type and is checked when a group is built.
+"""Settings with ranges: a range is part of a field's type and is checked when a group is built.
 
     steps: Count = 40                              at least 1
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
 
 Standard library only. A test walks every numeric setting of every stage with values outside its range.
 """
-
-from __future__ import annotations
 
 import functools
 import math

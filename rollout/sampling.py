@@ -9,8 +9,6 @@ Units   log-probabilities in nats, under the distribution that was sampled from:
         truncated, renormalized. Greedy choices have the log-probability of the raw logits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Settings of the engines: in-process ones, vLLM, and the pool of workers. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

@@ -5,19 +5,15 @@ neither before `min_tokens`, up to which stop tokens have probability 0. Otherwi
 at the model's last position.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from rollout.types import Prompt, Rollout, SamplingParams
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 BYTES_OF_A_CHARACTER = 4
 """UTF-8's longest: a stop string of c characters has at most 4 c tokens."""
@@ -118,16 +114,13 @@ class Completion:
     """An unfinished rollout."""
 
     prompt: Prompt
-    index: int
-    """Of the prompt in the request."""
+    index: int  # of the prompt in the request
     sample: int
-    limit: int
-    """Largest number of its tokens."""
+    limit: int  # largest number of its tokens
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     ended: bool = False
-    stopped: bool = False
-    """Ended by a stop token or string, not by its limit."""
+    stopped: bool = False  # ended by a stop token or string, not by its limit
 
     def append(self, token: int, logprob: float, stopper: Stopper) -> None:
         """Add a token, and decide whether it is the last."""

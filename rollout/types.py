@@ -4,8 +4,6 @@ Standard library only, so that engines, rewards and trainers in any process can 
 Units: log-probabilities in nats under the distribution that was sampled from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -6,8 +6,6 @@ nothing. So the trainer computes it from its own tensors, the engine from what i
 sums mean equal weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -85,11 +83,9 @@ def _hash(x: Tensor) -> Tensor:
 def live_fingerprint(network: nn.Module) -> int:
     """Fingerprint of a vLLM model: the sum over its tensors, packed matrices as they were before packing.
 
-    Latent attention decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill. If
-    the parts do not add up to it, the result matches no policy.
-
-    Args:
-        network: modules whose matrix is packed for a GEMM library have its fingerprint as `r1_packed`.
+    Modules whose matrix is packed for a GEMM library have its fingerprint as `r1_packed`. Latent attention
+    decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill. If the parts do not
+    add up to it, the result matches no policy.
     """
     total, complete, parts, seen = 0, 0, 0, set()
     for path, module in network.named_modules():

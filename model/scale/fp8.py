@@ -8,7 +8,7 @@ layers are in FP8; embedding, output head, gate, norms and attention itself are 
     dx = Q(dy) Q(W)        the same Q(W): blocks are square               (Dgrad)
     dW = Q'(dy)^T Q'(Q(x)) Q' in tiles along the tokens                   (Wgrad)
 
-Parameters keep their names and types, so checkpoints, optimizers and the absorbed decode do not notice.
+Parameters keep their names and types, so checkpoints, optimizers and the absorbed decode work unchanged.
 
 Axes    t tokens, i input and o output channels, e experts, m token-expert pairs, k experts a token
 """
@@ -32,9 +32,7 @@ from model.kernels.fp8.gemm import (
 )
 from model.moe import Experts
 
-KEPT = {"lm_head", "eh_proj"}
-"""Linear layers that stay as they are, by the last part of their names."""
-
+KEPT = {"lm_head", "eh_proj"}  # linear layers that stay as they are, by the last part of their names
 FP8_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -44,37 +42,16 @@ FP8_CONFIG = {
 """`quantization_config` of the released config.json."""
 
 
-class _Linear(torch.autograd.Function):
-    """`x` (t i), `weight` (o i) and the same weight in FP8: y (t o)."""
+class _Product(torch.autograd.Function):
+    """`x` (t i), `weight` (o i) and the same weight in FP8: y (t o). With `counts`, the rows of each expert:
+    `x` (m i) sorted by expert, `weight` (e o i): y (m o)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Quantized) -> Tensor:
-        a = quantize(x, 1, power_of_two=True)
-        ctx.save_for_backward(*a[:2], *w[:2])
-        ctx.dtype = weight.dtype
-        return multiply(a, w, x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, x_scale, w, w_scale = ctx.saved_tensors
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dx = multiply(quantize(dy, 1), transpose(Quantized(w, w_scale, BLOCK)), dy.dtype)
-        if ctx.needs_input_grad[1]:
-            dw = weight_gradient(dy, Quantized(x, x_scale, 1), ctx.dtype)
-        return dx, dw, None
-
-
-class _Grouped(torch.autograd.Function):
-    """Rows `x` (m i) sorted by expert, `counts` of them each, `weight` (e o i): y (m o)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Quantized, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, w: Quantized, counts: list[int] | None) -> Tensor:
         a = quantize(x, 1, power_of_two=True)
         ctx.save_for_backward(*a[:2], *w[:2])
         ctx.counts, ctx.dtype = counts, weight.dtype
-        return multiply_grouped(a, w, counts, x.dtype)
+        return _multiply(a, w, counts, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -82,11 +59,16 @@ class _Grouped(torch.autograd.Function):
         x, x_scale, w, w_scale = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            w_transposed = transpose(Quantized(w, w_scale, BLOCK))
-            dx = multiply_grouped(quantize(dy, 1), w_transposed, ctx.counts, dy.dtype)
+            dx = _multiply(quantize(dy, 1), transpose(Quantized(w, w_scale, BLOCK)), ctx.counts, dy.dtype)
         if ctx.needs_input_grad[1]:
-            dw = weight_gradient_grouped(dy, Quantized(x, x_scale, 1), ctx.counts, ctx.dtype)
+            a, counts, dtype = Quantized(x, x_scale, 1), ctx.counts, ctx.dtype
+            dense = counts is None
+            dw = weight_gradient(dy, a, dtype) if dense else weight_gradient_grouped(dy, a, counts, dtype)
         return dx, dw, None, None
+
+
+def _multiply(a: Quantized, w: Quantized, counts: list[int] | None, dtype: torch.dtype) -> Tensor:
+    return multiply(a, w, dtype) if counts is None else multiply_grouped(a, w, counts, dtype)
 
 
 class _Steps:
@@ -110,7 +92,7 @@ class _Kept:
 
     @torch.no_grad()
     def of(self, weight: Tensor) -> Quantized:
-        """`weight` (.. o i) in blocks. `copy_` and optimizers are noticed, writing through `.data` is not."""
+        """`weight` (.. o i) in blocks. Renewed after `copy_` and optimizers, not after writes to `.data`."""
         now = (weight.data_ptr(), weight._version, _Steps.taken)
         if self.made_for != now:
             self.quantized, self.made_for = quantize(weight.detach(), BLOCK), now
@@ -131,7 +113,7 @@ class Fp8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` (.. i) to (.. o), in the dtype of `x`."""
-        y = _Linear.apply(x.reshape(-1, x.shape[-1]), self.weight, self.kept.of(self.weight))
+        y = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.kept.of(self.weight), None)
         y = y.view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
@@ -158,7 +140,7 @@ class Fp8Experts(Experts):
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """As `Experts.grouped`, in FP8."""
         kept = self.kept_up if weight is self.gate_up_proj else self.kept_down
-        y: Tensor = _Grouped.apply(x, weight, kept.of(weight), rows.tolist())
+        y: Tensor = _Product.apply(x, weight, kept.of(weight), rows.tolist())
         return y
 
 

@@ -2,17 +2,9 @@
 
 from model.config import ModelConfig
 
-DEEPSEEK_V3 = ModelConfig(
-    max_position_embeddings=163840,
-    rope_scaling={
-        "factor": 40,
-        "original_max_position_embeddings": 4096,
-        "beta_fast": 32,
-        "beta_slow": 1,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-)
+_YARN = {"factor": 40, "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+DEEPSEEK_V3 = ModelConfig(max_position_embeddings=163840, rope_scaling=_YARN)
 """DeepSeek-V3, V3-Base and R1: 671 B parameters, 37 B of them active for a token."""
 
 MOONLIGHT_16B = ModelConfig(

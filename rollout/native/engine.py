@@ -12,14 +12,12 @@ rejection sampling (arXiv:2302.01318) would keep the distribution only.
 Axes    b rows of a step, s new tokens of each (2 with a guess, else 1), d width, v vocabulary
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from model.cache import LatentCache, bytes_per_page
 from model.transformer import Transformer
@@ -29,9 +27,6 @@ from rollout.sampling import refuse_nonfinite, sample
 from rollout.stopping import Stopper, check_prompts, most_tokens
 from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.weights import InPlaceEngine
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 class NativeEngine(InPlaceEngine):
@@ -54,7 +49,6 @@ class NativeEngine(InPlaceEngine):
     ) -> None:
         """
         Args:
-            policy: generated from in place, with its weights at the start of a request.
             max_batch: rows that decode together, at most.
             cache_bytes: largest memory for latents. Rows that do not fit wait.
             prefill_tokens: prompt tokens of one prefill, unless a single prompt is longer.
@@ -89,26 +83,21 @@ class NativeEngine(InPlaceEngine):
                 cannot hold the longest rollout, or when stop strings meet a model without tokenizer.
             FloatingPointError: when the model's logits are not finite.
         """
-        config = self.policy.config
-        check_prompts(prompts, config.max_position_embeddings, config.vocab_size)
-        stopper = Stopper(sampling, self.eos_token_id, self.tokenizer)
-        pages = self._pages(prompts, sampling)
-        return self._generate(list(prompts), sampling, stopper, pages)
-
-    def _pages(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> int:
-        """Pages of a request: as many as its rows can use, within the memory."""
         most = self.policy.config.max_position_embeddings
-        longest = [pages_of(len(p.token_ids) + most_tokens(p, sampling, most)) for p in prompts]
+        check_prompts(prompts, most, self.policy.config.vocab_size)
+        stopper = Stopper(sampling, self.eos_token_id, self.tokenizer)
+        lengths = [len(p.token_ids) + most_tokens(p, sampling, most) for p in prompts]
         size = self.page_bytes()
-        room = self.cache_bytes // size
-        if prompts and max(longest) > room:
-            worst = longest.index(max(longest))
+        room, needed = self.cache_bytes // size, [pages_of(n) for n in lengths]
+        if prompts and max(needed) > room:
+            worst = needed.index(max(needed))
             raise ValueError(
-                f"prompt {worst} with {sampling.max_tokens} new tokens needs {longest[worst] * size:,} bytes "
+                f"prompt {worst} with {sampling.max_tokens} new tokens needs {needed[worst] * size:,} bytes "
                 f"of cache, and cache_bytes allows {self.cache_bytes:,}; allow more, or lower max_tokens."
             )
-        rows = min(self.max_batch, len(prompts) * sampling.n) + 1
-        return min(room, rows * max(longest, default=0))
+        rows = min(self.max_batch, len(prompts) * sampling.n)
+        pages = min(room, (rows + 1) * max(needed, default=0))
+        return self._generate(list(prompts), sampling, stopper, rows, max(lengths, default=0), pages)
 
     def page_bytes(self) -> int:
         """Memory of a page of the cache, as this engine fills it."""
@@ -116,11 +105,19 @@ class NativeEngine(InPlaceEngine):
         return bytes_per_page(self.policy.config, size, self.speculate, self.record_routes)
 
     def _generate(
-        self, prompts: list[Prompt], sampling: SamplingParams, stopper: Stopper, pages: int
+        self,
+        prompts: list[Prompt],
+        sampling: SamplingParams,
+        stopper: Stopper,
+        rows: int,
+        longest: int,
+        pages: int,
     ) -> Iterator[Rollout]:
+        """With `rows` of up to `longest` tokens in `pages` of the cache."""
         if prompts:
+            cache = self.open_cache(rows + 1, longest, pages)
             # One request, one version: weights loaded meanwhile count from the next request on.
-            run = _Run(self, prompts, sampling, stopper, pages)
+            run = _Run(self, cache, rows, prompts, sampling, stopper)
             while run.schedule.busy():
                 # Not inference_mode: a table that a model fills on first use must serve training too.
                 with torch.no_grad():
@@ -158,31 +155,20 @@ class _Run:
     def __init__(
         self,
         engine: NativeEngine,
+        cache: LatentCache,
+        rows: int,
         prompts: list[Prompt],
         sampling: SamplingParams,
         stopper: Stopper,
-        pages: int,
     ) -> None:
         self.net, self.version, self.stats = engine.policy, engine.version, engine.stats
         self.speculate, self.record_routes = engine.speculate, engine.record_routes
-        self.sampling, self.stopper = sampling, stopper
-        self.device = self.net.norm.weight.device
-        most = self.net.config.max_position_embeddings
-        rows = min(engine.max_batch, len(prompts) * sampling.n)
-        longest = max(len(p.token_ids) + most_tokens(p, sampling, most) for p in prompts)
-        self.cache = engine.open_cache(rows + 1, longest, pages)
-        self.graphs = engine.graphs
+        self.cache, self.graphs, self.page_bytes = cache, engine.graphs, engine.page_bytes()
+        self.sampling, self.stopper, self.device = sampling, stopper, self.net.norm.weight.device
+        most, together = self.net.config.max_position_embeddings, engine.prefill_tokens
         self.schedule = Schedule(
-            self.cache,
-            prompts,
-            sampling,
-            most,
-            rows,
-            engine.prefill_tokens,
-            self.stats,
-            own=int(self.speculate),
+            cache, prompts, sampling, most, rows, together, self.stats, own=int(self.speculate)
         )
-        self.page_bytes = engine.page_bytes()
 
     def advance(self) -> list[Rollout]:
         """Begin rows that fit, sample one or two tokens for every row, and take out those that have ended."""
@@ -259,10 +245,8 @@ class _Run:
             self._guess(self.net.draft(states[:, None], following, self.cache, step)[:, 0], drafts)
 
     def _guess(self, states: Tensor, drafts: list[Draft]) -> None:
-        """The MTP module's guess for each row's next token, sampled with the uniform that token will use.
-
-        `states` are the module's (b d).
-        """
+        """The guess for each row's next token by `states` (b d) of the MTP module, sampled with the uniform
+        that token will use."""
         logits = self.net.lm_head(states)
         self._refuse_nonfinite(logits, drafts)
         guesses, _ = sample(logits, self._uniforms(drafts), self.sampling)

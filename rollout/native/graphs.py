@@ -7,8 +7,6 @@ it sees updates in place, and a new cache or network needs new graphs.
 Axes    b rows of a step, s new tokens of each; R and n, rows and pages a row of a graph; d width
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,8 +17,7 @@ from model.cache import PAGE, DecodeStep, Group, LatentCache
 from model.scale.fp8 import Fp8Experts
 from model.transformer import Transformer
 
-WARMUPS = 2
-"""Runs before a capture, in which libraries allocate memory that a capture does not allow."""
+WARMUPS = 2  # runs before a capture, in which libraries allocate memory that a capture does not allow
 
 
 @dataclass(slots=True)
@@ -57,13 +54,12 @@ class DecodeGraphs:
 
     def decode(self, token_ids: Tensor, step: DecodeStep) -> Tensor:
         """States (b s d) of `token_ids` (b s); `step` has one group, of all rows."""
-        (group,) = step.groups
-        (b, s), columns = token_ids.shape, group.mask.shape[-1]
+        (b, s), columns = token_ids.shape, step.groups[0].mask.shape[-1]
         key = (power_of_two(b), s, power_of_two(columns // PAGE))
         if key not in self.graphs:
             self.graphs[key] = self._static(*key)
         static = self.graphs[key]
-        fill(static, token_ids, step, group)
+        fill(static, token_ids, step)
         return static.replay()[:b].clone()
 
     def _static(self, rows: int, s: int, pages: int) -> Static:
@@ -97,18 +93,15 @@ class DecodeGraphs:
         return replay
 
 
-def fill(static: Static, token_ids: Tensor, step: DecodeStep, group: Group) -> None:
+def fill(static: Static, token_ids: Tensor, step: DecodeStep) -> None:
     """Copy a step to the inputs of a graph; further rows and pages are padding."""
-    b, (fixed,) = len(token_ids), static.step.groups
-    for to, values in (
-        (static.tokens, token_ids),
-        (static.step.positions, step.positions),
-        (static.step.slots, step.slots),
-    ):
+    (group,), (fixed,) = step.groups, static.step.groups
+    b, columns = len(token_ids), group.mask.shape[-1]
+    pairs = zip((static.tokens, *static.step[:2]), (token_ids, *step[:2]), strict=True)
+    for to, values in pairs:  # tokens, positions, slots
         to[:b].copy_(values)
         to[b:].zero_()
-    rows, columns = len(static.tokens), group.mask.shape[-1]
-    table = fixed.pages.view(rows, -1).zero_()
+    table = fixed.pages.view(len(static.tokens), -1).zero_()
     table[:b, : columns // PAGE].copy_(group.pages.view(b, -1))
     fixed.mask.fill_(float("-inf"))
     fixed.mask[:b, ..., :columns].copy_(group.mask)

@@ -8,8 +8,6 @@ are prefilled again, after which it continues unchanged (recomputation, arXiv:23
 Host side only: this file touches no weights.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,16 +26,12 @@ from rollout.types import Prompt, SamplingParams
 class Stats:
     """Counts of an engine since it was opened or drained."""
 
-    prefilled: int = 0
-    """Tokens prefilled: prompts once a group, and rows again after a preemption."""
+    prefilled: int = 0  # tokens: prompts once a group, and rows again after a preemption
     steps: int = 0
-    tokens: int = 0
-    """Sampled."""
+    tokens: int = 0  # sampled
     preemptions: int = 0
-    guesses: int = 0
-    """Speculation: tokens that the MTP module guessed."""
-    accepted: int = 0
-    """Those that were right."""
+    guesses: int = 0  # speculation: tokens that the MTP module guessed
+    accepted: int = 0  # those that were right
     peak_cache_bytes: int = 0
 
     def acceptance(self) -> float:
@@ -49,12 +43,9 @@ class Stats:
 class Draft(Completion):
     """A completion with a row of the cache."""
 
-    uniforms: NDArray[np.float32] | None = None
-    """One for each token; None when greedy."""
-    row: int = -1
-    """Of the cache, which does not hold the last token yet."""
-    guess: int = 0
-    """Speculation: the MTP module's guess for the token after the last."""
+    uniforms: NDArray[np.float32] | None = None  # one for each token; None when greedy
+    row: int = -1  # of the cache, which does not hold the last token yet
+    guess: int = 0  # speculation: the MTP module's guess for the token after the last
 
     def known(self) -> list[int]:
         """The tokens that its row holds."""
@@ -69,10 +60,8 @@ class Group:
     index: int
     limit: int
     samples: deque[int]
-    row: int = -1
-    """Of the cache, where the prompt has been read; -1 before."""
-    state: Tensor | None = None
-    """d, the state of the prompt's last token."""
+    row: int = -1  # of the cache, where the prompt has been read; -1 before
+    state: Tensor | None = None  # d, of the prompt's last token
 
 
 class Schedule:
@@ -92,8 +81,7 @@ class Schedule:
         """
         Args:
             cache: of `max_batch` + 1 rows, with pages for one row at its longest at least.
-            prefill_tokens: prompts are read together up to this number of tokens.
-            stats: of the engine; preemptions are counted there.
+            prefill_tokens: prompts are prefilled together up to this number of tokens.
             own: last tokens of a prompt that each sample overwrites, see `LatentCache.fork`.
         """
         self.cache, self.sampling, self.stats, self.own = cache, sampling, stats, own
@@ -184,12 +172,12 @@ class Schedule:
         self.running.sort(key=lambda draft: -int(self.cache.lengths[draft.row]))
 
     def _draft(self, group: Group) -> Draft:
-        sample, sampling = group.samples.popleft(), self.sampling
-        uniforms = None
+        number, sampling = group.samples.popleft(), self.sampling
+        draft = Draft(group.prompt, group.index, number, group.limit)
         if sampling.temperature > 0:
-            name = sampling.first_index + group.index
-            uniforms = uniform_stream(sampling.seed, name, sample, group.limit)
-        return Draft(group.prompt, group.index, sample, group.limit, uniforms=uniforms)
+            index = sampling.first_index + group.index
+            draft.uniforms = uniform_stream(sampling.seed, index, number, group.limit)
+        return draft
 
     def _fits(self, pages: int, more: int) -> bool:
         """Whether `pages` are free, and one more for each of the running rows and `more` others.

@@ -9,14 +9,12 @@ Weights are put into Ray's store once a version; a worker fetches the newest bef
 proves by a fingerprint that it holds them. Rollouts that are too many versions old are generated again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 import signal
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,11 +42,9 @@ START_S = 300.0
 class Task:
     """Prompts of a request that one worker generates together."""
 
-    first: int
-    """Index of the first in the request."""
+    first: int  # index of the first in the request
     prompts: list[Prompt]
-    missing: set[tuple[int, int]]
-    """(index in the request, sample) of the rollouts that have not come back."""
+    missing: set[tuple[int, int]]  # (index in the request, sample) of the rollouts that have not come back
     failures: int = 0
 
 
@@ -58,31 +54,22 @@ class Member:
 
     actor: Any
     pid: int = 0
-    here: bool = False
-    """Whether it runs on this machine."""
-    version: int = 0
-    """Of the weights that were last sent to it."""
+    here: bool = False  # whether it runs on this machine
+    version: int = 0  # of the weights that were last sent to it
     task: Task | None = None
-    stream: Any = None
-    """Ray's generator of the task's rollouts."""
-    alive_at: float = 0.0
-    """Time of its last answer, monotonic seconds."""
+    stream: Any = None  # Ray's generator of the task's rollouts
+    alive_at: float = 0.0  # time of its last answer, monotonic seconds
 
 
 @dataclass(slots=True)
 class Counts:
     """Faults and rollouts of a pool since it was opened."""
 
-    replaced: int = 0
-    """Workers that died or hung."""
-    again: int = 0
-    """Rollouts that were requested again."""
-    repeated: int = 0
-    """Rollouts that came back a second time and were dropped."""
-    stale: int = 0
-    """Rollouts that were too old and were generated again."""
-    by_worker: dict[int, int] = field(default_factory=dict)
-    """Rollouts by process id."""
+    replaced: int = 0  # workers that died or hung
+    again: int = 0  # rollouts that were requested again
+    repeated: int = 0  # rollouts that came back a second time and were dropped
+    stale: int = 0  # rollouts that were too old and were generated again
+    by_worker: Counter[int] = field(default_factory=Counter)  # rollouts by process id
 
 
 class RolloutPool:
@@ -99,8 +86,7 @@ class RolloutPool:
     ) -> None:
         """
         Args:
-            path: checkpoint that every worker opens; on a cluster all machines must see it.
-            settings: engine, number of workers, cluster.
+            path: checkpoint that every worker opens; on a cluster all machines must reach it.
             opener: opens an engine in a worker; a function at the top of a module.
             eos_token_id: ends a completion; None = the checkpoint's.
             max_staleness: versions by which a rollout may be older than the newest weights.
@@ -216,14 +202,13 @@ class RolloutPool:
 
     def _hand_out(self, member: Member, task: Task, sampling: SamplingParams) -> None:
         """Send a worker a task, and the newest weights if it does not hold them."""
-        latest = None
+        weights = update = None
         if self.latest is not None and member.version != self.version:
-            latest, member.version = (self.latest[0], self.version, self.latest[1]), self.version
+            weights, expected = self.latest
+            update, member.version = (self.version, expected), self.version
         seeded = replace(sampling, first_index=sampling.first_index + task.first)
-        weights = latest[0] if latest else None
-        member.stream = member.actor.generate.options(num_returns="streaming").remote(
-            weights, latest[1:] if latest else None, task.prompts, seeded
-        )
+        generate = member.actor.generate.options(num_returns="streaming")
+        member.stream = generate.remote(weights, update, task.prompts, seeded)
         member.task, member.alive_at = task, time.monotonic()
 
     def _answers(self, queue: deque[Task]) -> Iterator[tuple[Member, list[Finished] | None]]:
@@ -263,7 +248,7 @@ class RolloutPool:
                 self.counts.stale += 1
             else:
                 task.missing.remove(name)
-                self.counts.by_worker[member.pid] = self.counts.by_worker.get(member.pid, 0) + 1
+                self.counts.by_worker[member.pid] += 1
                 yield Rollout(prompts[name[0]], name[0], sample, token_ids, logprobs, finish_reason, version)
         if finished is None:
             member.task = member.stream = None
@@ -322,5 +307,4 @@ def start_ray(settings: RolloutSettings) -> None:
 
 def last_line(error: BaseException) -> str:
     """The last line of an error's message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

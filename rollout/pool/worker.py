@@ -1,7 +1,5 @@
 """A pool's worker: an engine with weights of its own, in a process of its own, a Ray actor."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,11 +23,9 @@ class WorkerEngine(RolloutEngine, Protocol):
 
     def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """`load_weights` from tensors by public name, which fit the engine's model."""
-        ...
 
     def live_weights(self) -> int:
         """Fingerprint of the weights that the engine computes with."""
-        ...
 
 
 Opener = Callable[[str, RolloutSettings, str, int | Sequence[int] | None], RolloutEngine]

@@ -4,35 +4,27 @@ An engine returns complete rollouts. A few tokens at a time, each time with thos
 the same distribution (each piece has uniforms of its own); the cost is a short prefill a piece.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+from transformers import PreTrainedTokenizerFast
 
 from rollout.engine import RolloutEngine
 from rollout.types import Problem, Prompt, SamplingParams
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
-PIECE = 8
-"""Tokens of one request: fewer appear sooner, more cost less."""
+PIECE = 8  # tokens of one request: fewer appear sooner, more cost less
 Part = Literal["thinking", "answer"]
 OPEN, CLOSE = "<think>", "</think>"
-UNFINISHED = "\ufffd"
-"""The tokenizer's output for bytes that are not yet a character."""
+UNFINISHED = "\ufffd"  # the tokenizer's output for bytes that are not yet a character
 
 
 def pieces(
     engine: RolloutEngine, token_ids: Sequence[int], sampling: SamplingParams, room: int
 ) -> Iterator[tuple[list[int], str]]:
-    """New tokens as they are sampled, each time with "" or, at the end, the finish reason.
+    """New tokens of one sample as they come, each time with "" or, at the end, the finish reason.
 
-    Args:
-        token_ids: the prompt.
-        sampling: of one sample.
-        room: tokens that the context has left after the prompt.
+    `room` is the number of tokens that the context has left after the prompt `token_ids`.
     """
     problem, so_far = Problem(id="stream", kind="general", question=""), list(token_ids)
     left, number = min(sampling.max_tokens, room), 0

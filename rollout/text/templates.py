@@ -4,8 +4,6 @@ Papers  R1-Zero template  arXiv:2501.12948  Table 1
         \\boxed{} prompt   arXiv:2501.12948  Sec. 3 (evaluation setup), DeepSeek-R1's README
 """
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass
 from typing import Literal

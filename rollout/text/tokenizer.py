@@ -8,20 +8,18 @@ A template may prefill the completion (`<think>\\n`). The prefill is part of the
 and of the *completion's* text: `make_prompt` puts it in the one, `completion_text` in the other.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rollout.text.templates import TEMPLATES, THINK, template_named
 from rollout.types import Problem, Prompt, Rollout
-
-if TYPE_CHECKING:  # transformers takes seconds to import; the table of templates must not
-    from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
@@ -49,17 +47,12 @@ CHAT_TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE; same texts in the same order, same tokenizer.
 
-    Args:
-        texts: the corpus; read once.
-        vocab_size: most tokens, special ones and tags included. A small corpus may fill fewer:
-            size the embedding by `len(tokenizer)`.
+    `texts` is read once. `vocab_size` counts special tokens and tags too; a small corpus may fill fewer: size
+    the embedding by `len(tokenizer)`.
 
     Raises:
         ValueError: `vocab_size` below the 256 bytes and 9 added tokens.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     least = 256 + len(SPECIAL_TOKENS) + len(TAGS)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is below the {least} that bytes and added tokens take.")
@@ -103,8 +96,6 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
         raise FileNotFoundError(f"no checkpoint directory {path}")
     if not has_tokenizer(path):
         raise FileNotFoundError(f"{path} has no tokenizer.json; copy the tokenizer of its base model there")
-    from transformers import AutoTokenizer
-
     return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
 
 
@@ -165,7 +156,7 @@ def completion_text(
 ) -> str:
     """The completion as text: the template's prefill, then the tokens without special ones.
 
-    A stop token that is ordinary text, such as `</answer>`, is kept: graders need to see it.
+    A stop token that is ordinary text, such as `</answer>`, is kept: graders need it.
     """
     ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
@@ -180,13 +171,9 @@ def encode_example(
 ) -> tuple[list[int], list[int]]:
     """A worked example as the engine would have seen it: prompt ids, completion ids with eos.
 
-    Args:
-        question: the problem, or its question.
-        template_name: a key of `TEMPLATES`.
-        completion: text with its prefill, as `completion_text` returns it.
-
     Raises:
-        ValueError: the completion does not start with the template's prefill.
+        ValueError: the completion does not start with the template's prefill, see `completion_text`, or the
+            tokenizer has no eos.
     """
     if isinstance(question, Problem):
         question = question.question

@@ -1,20 +1,19 @@
 """vLLM behind the `RolloutEngine` protocol: the real `vllm.LLM`, CPU build and GPU build alike.
 
 The only file that imports vllm. On a CPU the engine runs in this process and copies the trainer's tensors;
-on GPUs it runs in processes of its own, and weights travel by vLLM's own transfer API.
+on GPUs it runs in processes of its own, and weights travel by a file in memory.
 
 Two faults of vLLM 0.32's CPU build are worked around here, and the self-test would detect them: the rotary
 embedding's custom kernel is wrong for DeepSeek (it is switched off), and a mixture of experts is not repacked
 when its weights are loaded a second time (`repack_experts_on_reload`).
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools
 import os
 import random
+import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.policy import Policy
@@ -34,15 +34,7 @@ from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.vllm.options import llm_options, prepare_environment
 from rollout.vllm.outputs import Ends, to_rollout
 from rollout.vllm.self_test import self_test
-from rollout.weights import (
-    DTYPES,
-    MODULUS,
-    check_shapes,
-    fingerprint,
-    in_dtype,
-    live_fingerprint,
-    shapes,
-)
+from rollout.weights import DTYPES, MODULUS, check_shapes, fingerprint, in_dtype, live_fingerprint, shapes
 
 
 class VllmEngine:
@@ -61,13 +53,11 @@ class VllmEngine:
         tokenizer: object = None,
         eos_token_id: int | Sequence[int] | None = None,
     ) -> None:
-        """
+        """On the device that the build of vLLM is for; `device` and `tokenizer` are for the other engines.
+
         Args:
-            path: checkpoint directory that vLLM reads.
             settings: `dtype` of vLLM's weights and arithmetic, and `vllm`.
-            device: not used; vLLM takes the device that its build is for.
             policy: the trainer's model of the same checkpoint, for the self-test; None loads it for that.
-            tokenizer: not used; a request with stop strings loads the checkpoint's.
             eos_token_id: ends a completion; None = the checkpoint's.
 
         Raises:
@@ -83,7 +73,6 @@ class VllmEngine:
         self.eos_token_id = eos_of(self.path) if eos_token_id is None else eos_token_id
         self.on_cpu = not torch.cuda.is_available()
         self.in_process = self.on_cpu and self.settings.tensor_parallel == 1
-        self._sender: Any = None
         self.llm = self._start(settings.dtype)
         self._shapes: dict[str, tuple[int, ...]] = {}
         if self.settings.self_test:
@@ -193,12 +182,7 @@ class VllmEngine:
         """`load_weights` from tensors by public name, in the engine's type and known to fit."""
         sent = list(weights)
         expected = fingerprint(tensor for _, tensor in sent)
-        if self.in_process:
-            live = self._call("r1_receive", sent)
-        elif self.on_cpu:
-            live = self._through_a_file(sent)
-        else:
-            live = self._transfer(sent, version)
+        live = self._call("r1_receive", sent) if self.in_process else self._through_a_file(sent)
         self.llm.reset_prefix_cache()
         if self.settings.tensor_parallel == 1 and live != expected:
             raise StaleWeights(
@@ -212,34 +196,15 @@ class VllmEngine:
         return sum(self.llm.collective_rpc(method, args=args)) % MODULUS
 
     def _through_a_file(self, sent: list[tuple[str, Tensor]]) -> int:
-        """Send weights to workers in other processes by a file, in memory where /dev/shm exists."""
-        from safetensors.torch import save_file
-
-        shared = Path("/dev/shm") if Path("/dev/shm").is_dir() else self.path
-        file = shared / f"r1-weights-{os.getpid()}-{uuid.uuid4().hex[:8]}.safetensors"
+        """Send weights to workers in other processes by a file, in memory where /dev/shm has room for it."""
+        memory, size = Path("/dev/shm"), sum(tensor.nbytes for _, tensor in sent)
+        fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.1 * size
+        file = (memory if fits else self.path) / f"r1-weights-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
         try:
             save_file({name: tensor.contiguous() for name, tensor in sent}, file)
             return self._call("r1_receive_file", str(file))
         finally:
             file.unlink(missing_ok=True)
-
-    def _transfer(self, sent: list[tuple[str, Tensor]], version: int) -> int:
-        """Send weights by vLLM's transfer API, over CUDA IPC: trainer and engine share one machine's GPUs."""
-        from vllm.distributed.weight_transfer.base import WeightSource
-        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
-        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
-
-        if self._sender is None:
-            source = type("PublicWeights", (TransferSource, WeightSource), {})()
-            init = IPCTrainerInitInfo(rank=0, packed=True)
-            self._sender = WeightTransferTrainerFactory.trainer_init(
-                init, client=TransferClient(self.llm), source=source
-            )
-        self._sender.source.sent = [(name, tensor.cuda().contiguous()) for name, tensor in sent]
-        self._sender.client.version = str(version)
-        self._sender.send_weights()
-        self._sender.source.sent = []
-        return self._call("r1_fingerprint")
 
     def live_weights(self) -> int:
         """Fingerprint of the weights that vLLM computes with, read from its tensors now."""
@@ -302,8 +267,6 @@ class WorkerWeights:
 
     def r1_receive_file(self, file: str) -> int:
         """`r1_receive` from a safetensors file."""
-        from safetensors.torch import load_file
-
         return self.r1_receive(load_file(file).items())
 
     def r1_fingerprint(self) -> int:
@@ -349,44 +312,3 @@ def repack_experts_on_reload() -> None:
             self.moe_kernel.fused_experts.process_weights_after_loading(layer)
 
     Method._setup_kernel = setup
-
-
-# ---- vLLM's weight-transfer API (GPU)
-
-
-class TransferSource:
-    """`WeightSource` over the tensors of one update."""
-
-    sent: list[tuple[str, Tensor]] = []  # noqa: RUF012 - replaced before every update, never changed
-
-    def metadata(self) -> list[Any]:
-        """Names, dtypes and shapes, in order."""
-        from vllm.distributed.weight_transfer.base import ParamMeta
-
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.sent]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.sent)
-
-
-class TransferClient:
-    """`VLLMWeightSyncClient` over an `LLM` of this process."""
-
-    def __init__(self, llm: Any) -> None:
-        self.llm, self.version = llm, ""
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Once, before the first update."""
-        self.llm.init_weight_transfer_engine({"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        """Begin."""
-        self.llm.start_weight_update()
-
-    def update_weights(self, update_info: Any) -> None:
-        """One part of the weights."""
-        self.llm.update_weights({"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Commit, under the version of the policy."""
-        self.llm.finish_weight_update(weight_version=weight_version or self.version)

@@ -5,8 +5,6 @@ VLLM_CPU_OMP_THREADS_BIND=nobind   else one core is kept back and threads are pi
 VLLM_MLA_DISABLE=1                 CPU: its latent-attention kernel supports one shape, 512 + 64
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -21,18 +19,15 @@ BATCHED_TOKENS = 8192
 """Prompt tokens of one step of the CPU build."""
 MLA_KERNEL = (512, 64)
 """kv_lora_rank and qk_rope_head_dim of the CPU build's latent-attention kernel: DeepSeek-V3's own."""
+ENGINE_ONLY = {"model", "skip_tokenizer_init", "logprobs_mode", "worker_extension_cls", "generation_config"}
+ENGINE_ONLY |= {"use_tqdm_on_load", "seed"}
+"""Arguments that the server does not get."""
 
 
 def llm_options(
     path: Path, config: dict[str, Any], dtype: DtypeName, settings: VllmSettings, context: int, on_cpu: bool
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`.
-
-    Args:
-        path: checkpoint directory.
-        config: its config.json.
-        context: longest sequence, tokens.
-    """
+    """Arguments of `vllm.LLM` for checkpoint `path` with config.json `config`; `context` in tokens."""
     options: dict[str, Any] = {
         "model": str(path),
         "skip_tokenizer_init": True,
@@ -57,8 +52,7 @@ def llm_options(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(context, BATCHED_TOKENS),
         }
-    transfer = {"weight_transfer_config": {"backend": "ipc"}}
-    return options | transfer | {"gpu_memory_utilization": settings.gpu_memory}
+    return options | {"gpu_memory_utilization": settings.gpu_memory}
 
 
 def prepare_environment(config: dict[str, Any], on_cpu: bool, in_process: bool) -> None:
@@ -67,12 +61,10 @@ def prepare_environment(config: dict[str, Any], on_cpu: bool, in_process: bool) 
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout ends in a line of JSON
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
-    if not on_cpu:
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # CUDA IPC handles to our own child processes
-        return
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    latent = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim"))
-    os.environ["VLLM_MLA_DISABLE"] = "0" if latent == MLA_KERNEL else "1"
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        latent = (config.get("kv_lora_rank"), config.get("qk_rope_head_dim"))
+        os.environ["VLLM_MLA_DISABLE"] = "0" if latent == MLA_KERNEL else "1"
 
 
 def missing_keys(config: dict[str, Any]) -> dict[str, Any]:
@@ -89,14 +81,11 @@ def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[s
     config = read_config(path)
     prepare_environment(config, on_cpu, in_process=False)
     context, _ = context_and_vocabulary(path, settings.context)
-    flags = ["--dtype", dtype, "--max-model-len", str(context), "--max-num-seqs", str(settings.max_batch)]
-    flags += ["--tensor-parallel-size", str(settings.tensor_parallel)]
-    if overrides := missing_keys(config):
-        flags += ["--hf-overrides", json.dumps(overrides)]
-    if not on_cpu:
-        return [*flags, "--gpu-memory-utilization", str(settings.gpu_memory)]
-    options = llm_options(path, config, dtype, settings, context, on_cpu)
-    flags += ["--enforce-eager", "--kv-cache-memory-bytes", str(options["kv_cache_memory_bytes"])]
-    flags += ["--no-enable-chunked-prefill"]
-    flags += ["--max-num-batched-tokens", str(options["max_num_batched_tokens"])]
-    return [*flags, "--compilation-config", json.dumps(options["compilation_config"])]
+    flags = []
+    for key, value in llm_options(path, config, dtype, settings, context, on_cpu).items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool) and key not in ENGINE_ONLY:
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif key not in ENGINE_ONLY and value != {}:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags

@@ -1,7 +1,5 @@
 """Convert vLLM outputs to our `Rollout`."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -8,8 +8,6 @@ Axes    s tokens of a prompt and its completion; v vocabulary
 Units   log-probabilities in nats
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +32,10 @@ class Comparison:
     """An engine's rollouts beside teacher forcing by our model."""
 
     tokens: int
-    mean: float
-    """Of |log-probability of the engine - of our model|."""
+    mean: float  # of |log-probability of the engine - of our model|
     p99: float
     worst: float
-    regret: float
-    """Largest gap between our model's best logit and the chosen token's; 0 when greedy tokens are equal."""
+    regret: float  # largest gap of our best logit to the chosen token's; 0 when greedy tokens are equal
 
 
 def probes(vocab_size: int, max_positions: int) -> list[Prompt]:
@@ -68,18 +64,15 @@ def compare(rollouts: Sequence[Rollout], reference: Policy, temperature: float =
             regrets.append((logits.amax(-1) - logits.gather(1, chosen).squeeze(1)).max())
     finally:
         reference.train(training)
-    gap = torch.cat(gaps)
+    gap, regret = torch.cat(gaps), float(torch.stack(regrets).max())
     quantile = float(gap.sort().values[min(len(gap) - 1, int(0.99 * len(gap)))])
-    return Comparison(
-        len(gap), float(gap.mean()), quantile, float(gap.max()), float(torch.stack(regrets).max())
-    )
+    return Comparison(len(gap), float(gap.mean()), quantile, float(gap.max()), regret)
 
 
 def self_test(engine: RolloutEngine, path: Path, reference: Policy | None, dtype: torch.dtype) -> None:
     """Refuse an engine that does not compute what our model of checkpoint `path` computes.
 
     Args:
-        engine: freshly opened on `path`.
         reference: the trainer's model, which must still hold the checkpoint's weights; None = load it.
         dtype: the engine's.
 

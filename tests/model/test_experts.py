@@ -111,7 +111,7 @@ def test_weighted_swiglu_has_the_gradient_of_its_formula():
     assert torch.autograd.gradcheck(WeightedSwiGLU.apply, (h, g))
 
 
-@pytest.mark.parametrize("rows", [5, 1000], ids=["in parts", "whole"])
+@pytest.mark.parametrize("rows", [5, 1000], ids=["in parts", "at once"])
 def test_rms_norm_is_that_of_torch_in_every_dtype(rows, monkeypatch):
     monkeypatch.setattr(layers, "PART", rows * 16)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
@@ -157,7 +157,7 @@ def test_few_tokens_are_the_same_as_sorted_by_expert(dtype, way, monkeypatch):
 def test_which_way_tokens_go():
     experts, u, ids, g = made(torch.float32)
     weights = experts.gate_up_proj, experts.down_proj
-    assert few_tokens.experts_of(u, ids, g, *weights) is None, "gradients are wanted"
+    assert few_tokens.experts_of(u, ids, g, *weights) is None, "gradients are needed"
     with torch.no_grad():
         for limit, side, way in (
             (1 << 30, 32, few_tokens.all_at_once),

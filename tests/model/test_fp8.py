@@ -121,15 +121,15 @@ def test_grouped_products_within_four_percent(counts):
     x, dy = torch.randn(t, i), 1e-6 * torch.randn(t, o)
     w = 0.02 * torch.randn(len(counts), o, i)
     x_in, w_in = x.clone().requires_grad_(), w.clone().requires_grad_()
-    y = fp8._Grouped.apply(x_in, w_in, gemm.quantize(w, 128), counts)
+    y = fp8._Product.apply(x_in, w_in, gemm.quantize(w, 128), counts)
     y.backward(dy)
     start, exact = 0, ([], [], [])
     for e, count in enumerate(counts):
         rows = slice(start, start + count)
         start += count
         xe, we, de = x[rows].double(), w[e].double(), dy[rows].double()
-        for whole, part in zip(exact, (xe @ we.T, de @ we, de.T @ xe), strict=True):
-            whole.append(part)
+        for parts, part in zip(exact, (xe @ we.T, de @ we, de.T @ xe), strict=True):
+            parts.append(part)
         if not count:
             assert not w_in.grad[e].any()
             continue
@@ -175,7 +175,7 @@ def test_an_outlier_channel_spoils_only_its_own_tile():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("power_of_two", [False, True])
 @pytest.mark.parametrize("rows", [1, 128])
-def test_a_tile_that_holds_what_is_not_finite_is_lost_whole_and_alone(bad, power_of_two, rows):
+def test_a_tile_that_holds_what_is_not_finite_is_lost_completely_and_alone(bad, power_of_two, rows):
     x = torch.randn(200, 300)
     x[7, 150] = bad
     finite = blocks.dequantize(blocks.to_tiles(x, rows, power_of_two)).isfinite()

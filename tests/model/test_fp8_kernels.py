@@ -21,15 +21,15 @@ def python(root, *args, **env):
 
 
 def test_triton_kernels_equal_the_plain_code(root):
-    said = python(root, "-m", "pytest", "-x", "tests/model/triton_cases.py", TRITON_INTERPRET="1")
-    assert "14 passed" in said, said[-500:]
+    printed = python(root, "-m", "pytest", "-x", "tests/model/triton_cases.py", TRITON_INTERPRET="1")
+    assert "14 passed" in printed, printed[-500:]
 
 
 def test_triton_kernels_compile_for_hopper_to_its_fp8_tensor_cores(root, tmp_path):
-    said = python(
+    printed = python(
         root, "-m", "tests.model.triton_compile", TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path)
     )
-    built = [json.loads(line) for line in said.splitlines()]
+    built = [json.loads(line) for line in printed.splitlines()]
     assert [b["kernel"] for b in built] == [
         "_tiles",
         "_tiles",

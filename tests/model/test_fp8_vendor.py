@@ -1,4 +1,4 @@
-"""What is handed to `scaled_mm` and DeepGEMM, by stand-ins that read it as their sources and docs say.
+"""What is handed to `scaled_mm` and DeepGEMM, by stand-ins that read it as their sources and docs state.
 
 The stand-in of `scaled_mm` checks what torch's ScaledBlas.cpp checks (`_scaled_block1x128_block128x128` and
 `_scaled_block1x128_block1x128` there) and takes the scales from the memory that cuBLASLt would read.

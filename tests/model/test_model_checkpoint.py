@@ -103,8 +103,8 @@ def test_large_networks_are_written_in_shards(tmp_path, monkeypatch):
     model.save(net, tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) >= 12 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
-    whole = sum(file.stat().st_size for file in files)
-    assert max(file.stat().st_size for file in files) < whole / 8
+    total = sum(file.stat().st_size for file in files)
+    assert max(file.stat().st_size for file in files) < total / 8
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert all(name in load_file(tmp_path / file) for name, file in index["weight_map"].items())
     back = model.load(tmp_path)
@@ -136,7 +136,7 @@ def test_fp8_blocks_are_dequantized(saved):
 
 def test_errors_name_the_tensor_and_the_file(saved):
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
-    whole = load_file(saved / "model.safetensors")
+    complete = load_file(saved / "model.safetensors")
     cases = {
         f"lacks the tensor {name}": lambda t: t.pop(name),
         "model.layers.9.surprise": lambda t: t.update({"model.layers.9.surprise": torch.zeros(1)}),
@@ -145,7 +145,7 @@ def test_errors_name_the_tensor_and_the_file(saved):
         "lacks the tensor model.layers.3.hnorm": lambda t: t.pop("model.layers.3.hnorm.weight"),
     }
     for message, change in cases.items():
-        save_file(whole, saved / "model.safetensors")
+        save_file(complete, saved / "model.safetensors")
         rewrite(saved, change)
         with pytest.raises(CheckpointError, match=message) as error:
             model.load(saved)

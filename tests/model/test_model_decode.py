@@ -41,16 +41,16 @@ def test_long_prompts_are_read_in_pieces():
     tokens = torch.randint(97, (3, 100), generator=torch.Generator().manual_seed(4))
     lengths = [100, 31, 64]
     full = net.hidden_and_mtp(tokens)
-    whole, parts = (net.new_cache(3, 101, drafts=True) for _ in range(2))
+    full, parts = (net.new_cache(3, 101, drafts=True) for _ in range(2))
     prompts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
-    want = net.prefill(prompts, whole)
+    want = net.prefill(prompts, full)
     close(want, full[0][range(3), [n - 1 for n in lengths]])
     close(net.prefill(prompts, parts, chunk=30), want)
     for row, n in enumerate(lengths):  # the module's last place waits for its token
         trunk, module = parts.latent[:-1], parts.latent[-1]
-        mine, theirs = parts.slots(np.array([row])), whole.slots(np.array([row]))
-        close(trunk[:, mine], whole.latent[:-1, theirs])
-        close(module[mine[: n - 1]], whole.latent[-1, theirs[: n - 1]])
+        mine, theirs = parts.slots(np.array([row])), full.slots(np.array([row]))
+        close(trunk[:, mine], full.latent[:-1, theirs])
+        close(module[mine[: n - 1]], full.latent[-1, theirs[: n - 1]])
 
 
 @pytest.mark.parametrize("shape", ["plain", "groups"])
@@ -71,7 +71,7 @@ def test_a_draft_is_what_the_mtp_module_says_in_the_full_forward(shape):
         close(net.draft(states, tokens[rows[:, None], at + 1], cache, step), module[rows[:, None], at])
 
 
-def test_one_prompt_becomes_samples_that_share_its_whole_pages():
+def test_one_prompt_becomes_samples_that_share_its_full_pages():
     net = make(BASE)
     prompt = torch.randint(97, (1, 2 * PAGE + 3))
     cache = net.new_cache(5, 64, pages=2 + 5)

@@ -144,8 +144,8 @@ def test_ranks_step_the_bias_by_the_load_of_all(tmp_path):
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0].split("]") for process in ranks]
-    biases = [[float(x) for x in words[0].strip("[").split(",")] for words in said]
+    printed = [process.communicate(timeout=120)[0].split("]") for process in ranks]
+    biases = [[float(x) for x in words[0].strip("[").split(",")] for words in printed]
     # Loads of both: 3 2 1 1 1 2 1 1, mean 1.5.
     assert biases[0] == biases[1] == pytest.approx([-0.1, -0.1, 0.1, 0.1, 0.1, -0.1, 0.1, 0.1])
-    assert all(int(words[1]) == 0 for words in said)  # set to 0
+    assert all(int(words[1]) == 0 for words in printed)  # set to 0

@@ -1,4 +1,4 @@
-"""The whole network against the equations in float64 loops (tests/reference/deepseek_v3.py)."""
+"""The complete network against the equations in float64 loops (tests/reference/deepseek_v3.py)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Compile the FP8 kernels for a Hopper GPU, without one, and say what came out. For test_fp8_kernels.py.
+"""Compile the FP8 kernels for a Hopper GPU, without one, and print what came out. For test_fp8_kernels.py.
 
 One JSON line a kernel: the tensor-core instructions on FP8, the conversions to E4M3, bytes of shared memory,
 and whether registers spilled.

@@ -132,7 +132,7 @@ def test_right_guesses_save_steps_and_change_nothing(net, prompts, plain, monkey
 
 
 def test_guesses_are_the_mtp_modules_own(net, prompts, monkeypatch):
-    """Each guess is what the first module says in a full forward over all that was known at that time."""
+    """Each guess is what the first module returns in a full forward over all that was known at that time."""
     made = []
     guess = native._Run._guess
 

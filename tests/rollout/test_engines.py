@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as native
 from model.dense import DensePolicy
-from rollout.dense import waves
+from rollout.dense import engine as dense
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
 from rollout.types import SamplingParams
@@ -96,7 +96,7 @@ def test_a_rollout_does_not_depend_on_its_company(pair, prompts, params, monkeyp
         engine = kind(module, max_batch=max_batch, cache_bytes=cache_bytes)
         assert tokens(named_rollouts(engine, prompts, params)) == want
     for ratio in (0.0, 1.0):  # never compact, at every chance
-        monkeypatch.setattr(waves, "KEEP_RATIO", ratio)
+        monkeypatch.setattr(dense, "KEEP_RATIO", ratio)
         assert tokens(named_rollouts(kind(module), prompts, params)) == want
     few = tokens(named_rollouts(kind(module), prompts[:3], replace(params, n=1)))
     assert few == {name: got for name, got in want.items() if name[0] < 3 and name[1] == 0}

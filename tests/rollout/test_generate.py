@@ -74,9 +74,9 @@ def test_stop_strings_min_tokens_and_speculation(tmp_path, tokenizer, capfd):
     assert code == 0 and cut and not any(stop in tokenizer.decode(ids[:-1]) for ids in cut)
     summary = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert list(summary)[-1] == "acceptance" and 0 <= summary["acceptance"] <= 1
-    for row, whole in zip(rows, endless, strict=True):
-        if tokenizer.eos_token_id not in whole["token_ids"]:
-            assert row["token_ids"] == whole["token_ids"][: len(row["token_ids"])]
+    for row, full in zip(rows, endless, strict=True):
+        if tokenizer.eos_token_id not in full["token_ids"]:
+            assert row["token_ids"] == full["token_ids"][: len(row["token_ids"])]
     code, rows = generate(tmp_path, folder, lines, *flags[:-1], "--stop", stop, "--min-tokens", "20")
     assert code == 0 and all(len(row["token_ids"]) >= 20 for row in rows)
     code, rows = generate(tmp_path, folder, lines, *flags, "--local.cache-gib", "1e-6")
@@ -105,9 +105,9 @@ def test_stop_strings_min_tokens_and_speculation(tmp_path, tokenizer, capfd):
 )
 def test_mistakes_get_one_line_and_exit_2(tmp_path, deepseek_dir, capsys, lines, flags, message):
     code, rows = generate(tmp_path, deepseek_dir, lines, *flags)
-    said = capsys.readouterr().err.strip()
+    printed = capsys.readouterr().err.strip()
     assert (code, rows) == (2, None)
-    assert message in said and said.startswith("error: ") and "\n" not in said
+    assert message in printed and printed.startswith("error: ") and "\n" not in printed
 
 
 def test_missing_and_wrong_files_are_named(tmp_path, llama_dir, capsys):

@@ -128,7 +128,7 @@ def test_prompts_that_kill_every_worker_end_the_request(pool, prompts, monkeypat
     ):
         list(stream)
     monkeypatch.undo()
-    assert len(list(pool.generate(prompts, SAMPLED))) == 32  # the next request finds a whole pool
+    assert len(list(pool.generate(prompts, SAMPLED))) == 32  # the next request finds a complete pool
 
 
 def test_nan_and_wrong_weights_are_errors_and_the_pool_goes_on(pool, net, prompts):

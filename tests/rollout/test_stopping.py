@@ -67,7 +67,7 @@ def test_min_tokens_keeps_stop_tokens_out_and_renormalizes(opened, prompts):
     assert all(len(r.token_ids) > 6 for r in named_rollouts(engine, prompts, params).values())
 
 
-def test_a_stop_string_that_is_whole_before_min_tokens_does_not_count(tokenizer):
+def test_a_stop_string_that_is_complete_before_min_tokens_does_not_count(tokenizer):
     ids = tokenizer.encode("ab ab ab", add_special_tokens=False)
     texts = [tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
     ends = [n for n in range(1, len(ids) + 1) if texts[n].count("ab") > texts[n - 1].count("ab")]

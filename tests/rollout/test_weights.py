@@ -42,8 +42,8 @@ def test_tensors_longer_than_a_chunk_count_to_their_end():
     assert fingerprint([long]) != fingerprint([torch.ones(CHUNK + 3)])
 
 
-def test_packed_matrices_and_latent_parts_stand_for_the_whole():
-    """A packed matrix says itself what it was; parts cut from kv_b_proj must add up to it."""
+def test_packed_matrices_and_latent_parts_stand_for_the_complete_matrix():
+    """A packed matrix counts as it was before packing; parts cut from kv_b_proj must add up to it."""
     network = nn.Module()
     network.kv_b_proj, network.cut = nn.Linear(8, 6, bias=False), nn.Module()
     network.kv_b_proj.weight = nn.Parameter(torch.zeros(0))

@@ -77,7 +77,7 @@ def measure(name: str, path: Path) -> dict[str, Any]:
     }
     engine.close()
     for key in ("against_bf16", "against_fp32"):
-        del out[key]["regret"]  # of sampled tokens it says nothing
+        del out[key]["regret"]  # it means nothing for sampled tokens
     return out
 
 

@@ -98,8 +98,8 @@ def test_min_tokens(engine):
     assert all(len(ids) > 5 and not set(ids[:5]) & set(range(2, 300)) for ids, _ in got.values())
 
 
-def test_a_stop_string_ends_a_rollout_that_is_whole_up_to_it(engine, folder):
-    """Refused without a tokenizer; with one, the rollout that never stops, cut where the string is whole."""
+def test_a_stop_string_ends_a_rollout_that_is_complete_up_to_it(engine, folder):
+    """Refused without a tokenizer; with one, the rollout without stops, cut where a string is complete."""
     with pytest.raises(ValueError, match="need the model's tokenizer"):
         engine.generate(PROMPTS, replace(SAMPLED, stop=("a",)))
     tokenizer = train_tokenizer(["Hello world, what is it? 3+4=7, 12.5 (about): a*b = c/d."] * 20, 400)
@@ -113,8 +113,8 @@ def test_a_stop_string_ends_a_rollout_that_is_whole_up_to_it(engine, folder):
         cut = 0
         for key, (ids, _) in endless.items():
             ids = ids[: ids.index(2) + 1] if 2 in ids else ids
-            whole = (n for n in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in stops))
-            end = next(whole, None)
+            cuts = (n for n in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in stops))
+            end = next(cuts, None)
             cut += end is not None
             assert got[key][0] == (ids if end is None else ids[:end])
             assert (got[key][1] == "stop") == (end is not None or ids[-1] == 2)
@@ -258,8 +258,8 @@ def test_the_self_test_refuses_vllms_silent_faults(folder, fault, monkeypatch):
     import rollout.vllm.engine as ours
 
     if fault == "rope":
-        whole = ours.llm_options
-        monkeypatch.setattr(ours, "llm_options", lambda *args: whole(*args) | {"compilation_config": {}})
+        original = ours.llm_options
+        monkeypatch.setattr(ours, "llm_options", lambda *args: original(*args) | {"compilation_config": {}})
         when = "as loaded"
     else:
         from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (

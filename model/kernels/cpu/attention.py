@@ -1,6 +1,6 @@
 """Causal attention over sequences of many lengths, for CPUs: no block above the diagonal.
 
-The fused attention of torch wants heads of one size and, on a CPU, is slower than plain GEMMs at the lengths
+The fused attention of torch needs heads of one size and, on a CPU, is slower than plain GEMMs at the lengths
 that a CPU trains. Here queries are taken a block at a time against the keys up to the block's end:
 
     P_b = softmax(scale Q_b K_(<=b)^T)        O_b = P_b V_(<=b)
@@ -105,10 +105,7 @@ class CausalAttention(torch.autograd.Function):
         q: `N h n+r`; its last r columns are not rotated yet.
         kv: `N h n+v`, keys without position, then values.
         k_rot: `N r`, the rotated key that all heads share.
-        rotations: `N r/2`, for the queries.
-        rope: what rotates.
-        scale: of the scores.
-        plan: the sequences.
+        rotations: `N r/2`, for the queries, applied by `rope`.
 
     Returns:
         `N h v`; zeros for padding.

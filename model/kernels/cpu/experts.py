@@ -19,16 +19,8 @@ from torch import Tensor
 
 
 class ByExpert(torch.autograd.Function):
-    """sum_i g_i expert_i(u) for tokens `u` (t d).
-
-    Args of `apply`:
-        u: `t d`.
-        g: `m 1`, gate values.
-        gate_up: `e 2i d`.
-        down: `e d i`.
-        counts: pairs of each expert.
-        token: `m`, the token of each pair; t = a padding row.
-    """
+    """sum_i g_i expert_i(u) for tokens `u` (t d), gate values `g` (m 1), weights `gate_up` (e 2i d), `down`
+    (e d i); `counts` are the pairs of each expert, `token` (m) the token of each pair, t = a padding row."""
 
     @staticmethod
     def forward(
@@ -38,7 +30,8 @@ class ByExpert(torch.autograd.Function):
         # Sums over experts: in bf16 they would lose what a small term adds.
         out = torch.zeros_like(padded, dtype=torch.promote_types(u.dtype, torch.float32))
         h = u.new_empty(len(token), gate_up.shape[1])
-        for e, (tokens, h_e, g_e) in enumerate(zip(*_split(counts, token, h, g), strict=True)):
+        parts = zip(*(x.split(counts) for x in (token, h, g)), strict=True)
+        for e, (tokens, h_e, g_e) in enumerate(parts):
             torch.mm(padded.index_select(0, tokens), gate_up[e].T, out=h_e)
             gate, up = h_e.chunk(2, dim=-1)
             y = F.silu(gate).mul_(up).mul_(g_e) @ down[e].T
@@ -53,7 +46,8 @@ class ByExpert(torch.autograd.Function):
         t, dout = len(dout), _with_padding(dout, token)
         du = torch.zeros_like(padded, dtype=torch.promote_types(padded.dtype, torch.float32))
         dg, d_gate_up, d_down = (torch.empty_like(x) for x in (g, gate_up, down))
-        for e, (tokens, h_e, g_e, dg_e) in enumerate(zip(*_split(ctx.counts, token, h, g, dg), strict=True)):
+        parts = zip(*(x.split(ctx.counts) for x in (token, h, g, dg)), strict=True)
+        for e, (tokens, h_e, g_e, dg_e) in enumerate(parts):
             dy = dout.index_select(0, tokens)
             a, dh = _swiglu_backward(dy @ down[e], h_e, g_e, dg_e)
             torch.mm(dy.T, a, out=d_down[e])
@@ -65,11 +59,6 @@ class ByExpert(torch.autograd.Function):
 def _with_padding(u: Tensor, token: Tensor) -> Tensor:
     """`u` (t d), with a row of zeros if `token` has padding rows."""
     return F.pad(u, (0, 0, 0, 1)) if token.max() == len(u) else u
-
-
-def _split(counts: list[int], *rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each of `rows` (m ..) by expert."""
-    return [x.split(counts) for x in rows]
 
 
 def _swiglu_backward(da: Tensor, h: Tensor, g: Tensor, dg: Tensor) -> tuple[Tensor, Tensor]:

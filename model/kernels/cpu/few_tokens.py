@@ -24,11 +24,7 @@ SIDE_BY_SIDE = 32
 def experts_of(u: Tensor, ids: Tensor, g: Tensor, gate_up: Tensor, down: Tensor) -> Tensor | None:
     """sum_i g_i expert_i(u) for tokens `u` (t d); None where training's way is as good, or needed.
 
-    Args:
-        ids: `t k`, chosen experts.
-        g: `t k`, gate values.
-        gate_up: `e 2i d`.
-        down: `e d i`.
+    For chosen experts `ids` (t k) and gate values `g` (t k), with weights `gate_up` (e 2i d), `down` (e d i).
     """
     if u.device.type != "cpu" or torch.is_grad_enabled():
         return None

@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 256
-"""Rows from which the fixed cost of a call is lost in the product."""
+ROWS = 256  # from which the fixed cost of a call is lost in the product
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 

@@ -22,8 +22,7 @@ def multiply_gpu(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     """`a` (m c) in tiles times `b` (n c) in blocks, transposed: (m n)."""
     device = a.values.device
     if vendor.hopper(device) and len(a.values):
-        library = vendor.deep_gemm()
-        if library is not None and vendor.fits_deep_gemm(a, b, dtype):
+        if (library := vendor.deep_gemm()) and vendor.fits_deep_gemm(a, b, dtype):
             return vendor.deep_gemm_multiply(library, a, b)
         return vendor.scaled_mm(a, b, dtype)
     one = Quantized(vendor.contiguous(b.values)[None], b.scale[None], BLOCK)
@@ -32,10 +31,9 @@ def multiply_gpu(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
 
 def multiply_grouped_gpu(a: Quantized, b: Quantized, counts: list[int], dtype: torch.dtype) -> Tensor:
     """Rows of `a` (m c), `counts` (e) of them an expert, times that expert's `b` (e n c): (m n)."""
-    if vendor.hopper(a.values.device):
-        library = vendor.deep_gemm()
-        if library is not None and vendor.fits_deep_gemm(a, b, dtype):
-            return vendor.deep_gemm_grouped(library, a, b, counts)
+    library = vendor.deep_gemm() if vendor.hopper(a.values.device) else None
+    if library and vendor.fits_deep_gemm(a, b, dtype):
+        return vendor.deep_gemm_grouped(library, a, b, counts)
     return rows_times_experts(a, Quantized(vendor.contiguous(b.values), b.scale, BLOCK), counts, dtype)
 
 

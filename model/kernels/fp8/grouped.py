@@ -14,8 +14,7 @@ from torch import Tensor
 
 from model.kernels.fp8.blocks import BLOCK, Quantized
 
-ROWS, COLUMNS = 64, 128
-"""Rows and columns of the output that a program makes. 128 columns lie in one block of a weight."""
+ROWS, COLUMNS = 64, 128  # of a program's part of the output; 128 columns lie in one block of a weight
 
 
 @triton.jit

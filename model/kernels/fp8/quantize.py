@@ -15,8 +15,7 @@ from torch import Tensor
 
 from model.kernels.fp8.blocks import AMAX_FLOOR, BLOCK, E4M3_MAX, Quantized
 
-ROWS = 32
-"""Rows that a program of the tile kernel takes."""
+ROWS = 32  # of a program of the tile kernel
 
 
 @triton.jit
@@ -108,7 +107,7 @@ def _launch_tiles(
 ) -> Quantized:
     m, c = x.shape
     values = torch.empty(m, width, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(n, m, dtype=torch.float, device=x.device).T  # strides (1, m), as `scaled_mm` wants
+    scale = torch.empty(n, m, dtype=torch.float, device=x.device).T  # strides (1, m), for `scaled_mm`
     if values.numel():
         # Of `x_scale` (t i/128) the tokens are this kernel's columns, and the channels its rows.
         xs = (x_scale.stride(1), x_scale.stride(0)) if x_scale is not None else (0, 0)

@@ -1,7 +1,7 @@
 """Dense FP8 products by libraries: torch's `scaled_mm` on Hopper, DeepGEMM where it is installed.
 
 `scaled_mm` hands 1 x 128 and 128 x 128 scales to cuBLASLt (12.9 or later), on compute capability 9.0 only.
-The layouts that it wants, of which a wrong one can be read without complaint:
+The expected layouts, of which a wrong one raises no error:
 
     tiles     a scale (m, c/128) with strides (1, m), on either side
     blocks    as the second factor (L, n/128) with strides (1, L), L = c/128 rounded up to a multiple of 4
@@ -57,10 +57,8 @@ def scales(q: Quantized, rows: int) -> Tensor:
     if q.rows == 1:
         if len(q.scale) == rows and q.scale.stride() == (1, rows):
             return q.scale
-        scale = F.pad(q.scale, (0, 0, 0, rows - q.scale.shape[0]))
-        return scale.T.contiguous().T
-    scale = F.pad(q.scale, (0, -q.scale.shape[1] % 4)).contiguous()  # n/128 L
-    return scale.T
+        return F.pad(q.scale, (0, 0, 0, rows - len(q.scale))).T.contiguous().T
+    return F.pad(q.scale, (0, -q.scale.shape[1] % 4)).contiguous().T  # n/128 L -> L n/128
 
 
 def scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
@@ -68,17 +66,10 @@ def scaled_mm(a: Quantized, b: Quantized, dtype: torch.dtype) -> Tensor:
     m, n = a.values.shape[0], b.values.shape[0]
     # Ragged blocks are padded to full ones: torch's checks of their scales round down in places.
     left, right = padded(a.values, 16, BLOCK), padded(b.values, max(16, b.rows), BLOCK)
-    recipe = ScalingType.BlockWise1x128 if b.rows == 1 else ScalingType.BlockWise128x128
-    y = F.scaled_mm(
-        left,
-        right.T,
-        scales(a, left.shape[0]),
-        ScalingType.BlockWise1x128,
-        scales(b, right.shape[0]),
-        recipe,
-        output_dtype=dtype,
-        use_fast_accum=False,
-    )
+    tiles = ScalingType.BlockWise1x128
+    recipe = tiles if b.rows == 1 else ScalingType.BlockWise128x128
+    x, w = scales(a, len(left)), scales(b, len(right))
+    y = F.scaled_mm(left, right.T, x, tiles, w, recipe, output_dtype=dtype, use_fast_accum=False)
     return y[:m, :n]
 
 
