@@ -77,7 +77,7 @@ def examples(
     return out
 
 
-def batches(encoded: list[tuple[list[int], list[bool]]], config: SftSettings) -> Iterator[Batch]:
+def epoch_batches(encoded: list[tuple[list[int], list[bool]]], config: SftSettings) -> Iterator[Batch]:
     """Packed updates, epoch after epoch; the order depends on seed and epoch alone."""
     budget = config.rows * config.row_tokens
     for epoch in range(config.epochs):
@@ -99,7 +99,7 @@ def run(config: SftSettings, run_dir: RunDir) -> None:
     policy, tokenizer = load_policy(run_dir.model_input(config.init_from))
     rows = gather(config, run_dir)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
-    packed = list(batches(examples(rows, tokenizer, config), config))
+    packed = list(epoch_batches(examples(rows, tokenizer, config), config))
     print(f"{run_dir.stage.name}: {len(rows)} rows, {len(packed)} updates")
     learner = Learner(
         policy, config.optim, len(packed), micro_rows=config.micro_rows, mtp_coef=config.mtp_coef

@@ -1,6 +1,6 @@
 """Whole rollouts: the native engine against transformers' generate, 64 prompts x 8 samples, ragged lengths.
 
-The peer generates batches of complete groups, each until its longest row ends. It runs with its best batch and
+The peer generates batches of complete groups, each until its longest row ends. It has its best batch size and
 kernels, found first on short completions, and with one batch a round: all batches would take an hour.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from rollout.native.engine import NativeEngine
 from tests.bench import _rollout
 from tests.bench._peer import CONFIG, ours, theirs
-from tests.bench._rollout import NEW, PROMPTS, SAMPLES, sample_ours, sample_theirs, ragged_prompts
+from tests.bench._rollout import NEW, PROMPTS, SAMPLES, ragged_prompts, sample_ours, sample_theirs
 from tests.bench.measure import Timing
 
 SUMMARY = "rollouts of 64 prompts x 8 samples, up to 512 tokens, against transformers' generate"
