@@ -22,6 +22,7 @@ from pipeline.__main__ import main
 from pipeline.arguments import defaults, fields_of
 from pipeline.data.corpus import Row
 from pipeline.settings.common import to_dict
+from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.settings.sft import SftSettings
 from pipeline.settings.tools import GenerateSettings
 from pipeline.stages import smollm2
@@ -70,10 +71,28 @@ class Reads:
                 elif field.name in read:
                     found.add(prefix + field.name)
 
-        for instance, _ in list(self.of.values()):
-            if type(instance) is settings:
-                walk(instance, "")
+        for instance, _ in self.instances(settings):
+            walk(instance, "")
         return found
+
+    def passed_on(self, source: type, target: type) -> set[str]:
+        """Settings of `source` that were read of a `target` with the same value, which is not its default."""
+        usual = {field.name: field.default for field in dataclasses.fields(target)}
+        found = set[str]()
+        for one, _ in self.instances(source):
+            for two, read in self.instances(target):
+                values = {name: object.__getattribute__(two, name) for name in read & usual.keys()}
+                mine = {field.name for field in dataclasses.fields(one)}
+                found |= {
+                    name
+                    for name, value in values.items()
+                    if name in mine and object.__getattribute__(one, name) == value != usual[name]
+                }
+        return found
+
+    def instances(self, settings: type) -> list[tuple[Settings, set[str]]]:
+        """Those of which anything was read."""
+        return [pair for pair in self.of.values() if type(pair[0]) is settings]
 
 
 @pytest.fixture
@@ -106,15 +125,17 @@ ELSEWHERE = {
 
 
 def read_in(folder: str, name: str) -> bool:
-    """Whether a file of `folder` has `settings.NAME`."""
+    """Whether a file of `folder` has `settings.NAME` or `vllm.NAME`."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / folder).glob("*.py")]
     nodes = (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute))
-    return any(node.attr == name and ast.unparse(node.value).endswith("settings") for node in nodes)
+    return any(node.attr == name and ast.unparse(node.value).endswith(("settings", "vllm")) for node in nodes)
 
 
 def unread(entry: Any, reads: Reads) -> set[str]:
     """Settings that nothing read."""
     names = settings_of(entry) - reads.names(entry.settings)
+    if entry.name == "eval":
+        names -= reads.passed_on(entry.settings, EvaluateSettings)
     found = {name: folder for name in names for like, folder in ELSEWHERE.items() if fnmatch(name, like)}
     return {name for name in names if name not in found or not read_in(found[name], name.rpartition(".")[2])}
 
@@ -130,7 +151,9 @@ FLAGS = {
     "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2",
     "smollm2": "--threads 1 --gguf {policy}/config.json",
     "distill": "--threads 1 --corpus {corpus} --tokenizer-from {policy} --steps 1",
-    "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks aime24 --data {data}",
+    "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks aime24 --data {data}"
+    " --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3 --max-tokens 5"
+    " --temperature 0.5 --top-p 0.9 --top-k 7",
     "report": "--threads 1",
 }
 """The micro run of each stage's module."""
