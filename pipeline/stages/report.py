@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 
+import torch
+
 from pipeline.errors import UserError
 from pipeline.report.page import build_page, main_benchmark, read_transcripts
 from pipeline.report.summary import read_stages, summarise
@@ -19,6 +21,8 @@ from pipeline.stages.evaluate import print_table
 
 def run(config: ReportSettings, run_dir: RunDir) -> None:
     """The stage."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
     folder = run_dir.path.parent
     scores_file = folder / "eval" / "scores.json"
     if not scores_file.is_file():

@@ -69,7 +69,7 @@ def examples(rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSet
     return out
 
 
-def batches(encoded: list[Encoded], config: SftSettings) -> Iterator[Batch]:
+def epoch_batches(encoded: list[Encoded], config: SftSettings) -> Iterator[Batch]:
     """Packed updates, epoch after epoch; the order depends on seed and epoch alone."""
     for epoch in range(config.epochs):
         order = list(range(len(encoded)))
@@ -89,7 +89,7 @@ def run(config: SftSettings, run_dir: RunDir) -> None:
     policy, tokenizer = load_policy(run_dir.model_input(config.init_from))
     rows = gather(config, run_dir)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
-    packed = list(batches(examples(rows, tokenizer, config), config))
+    packed = list(epoch_batches(examples(rows, tokenizer, config), config))
     print(f"{run_dir.stage.name}: {len(rows)} rows, {len(packed)} updates")
     learner = Learner(
         policy, config.optim, len(packed), micro_rows=config.micro_rows, mtp_coef=config.mtp_coef

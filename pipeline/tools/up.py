@@ -39,7 +39,7 @@ class Step:
     announcement: str
 
 
-def read_line(argv: Sequence[str]) -> tuple[UpSettings, list[str]]:
+def read_command(argv: Sequence[str]) -> tuple[UpSettings, list[str]]:
     """The settings of `up` itself, and the flags for the named stages; `UserError` for a wrong value."""
     own, flags = ["--stages"], list[str]()
     into, known = own, {*known_flags(UpSettings), *HELP}
@@ -175,7 +175,7 @@ def make(steps: list[Step], jobs: int) -> tuple[Step, int] | None:
 
 def main(argv: list[str]) -> int:
     """Make what the command line names; the exit code."""
-    up, flags = read_line(argv)
+    up, flags = read_command(argv)
     steps = plan(up, flags)
     if failed := make(steps, up.jobs):
         step, code = failed

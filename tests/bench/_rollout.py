@@ -1,4 +1,4 @@
-"""What the rollout benchmarks draw: ragged prompts, and completions that end raggedly."""
+"""What the rollout benchmarks generate: ragged prompts, and completions that end raggedly."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def ragged_prompts(number: int, vocab: int, seed: int) -> list[Prompt]:
     ]
 
 
-def draw_ours(engine: NativeEngine, prompts: Sequence[Prompt], seed: int) -> int:
-    """Completion tokens drawn: the whole request at once."""
+def sample_ours(engine: NativeEngine, prompts: Sequence[Prompt], seed: int) -> int:
+    """Number of completion tokens; the complete request at once."""
     sampling = SamplingParams(max_tokens=NEW, n=SAMPLES, seed=seed, stop_token_ids=STOPS, temperature=1.0)
     return sum(len(rollout.token_ids) for rollout in engine.generate(prompts, sampling))
 
 
 @torch.no_grad()
-def draw_theirs(peer: Any, prompts: Sequence[Prompt], seed: int) -> int:
-    """Completion tokens drawn by transformers' generate, in one left-padded batch.
+def sample_theirs(peer: Any, prompts: Sequence[Prompt], seed: int) -> int:
+    """Number of completion tokens of transformers' generate, in one left-padded batch.
 
-    What it goes on drawing for rows that have ended does not count.
+    Tokens that it generates for rows that have ended do not count.
     """
     torch.manual_seed(seed)
     longest = max(len(p.token_ids) for p in prompts)
@@ -56,14 +56,14 @@ def draw_theirs(peer: Any, prompts: Sequence[Prompt], seed: int) -> int:
 
 
 def main(who: str, batch: int) -> None:
-    """Draw once, in a process of its own; print tokens, seconds, and what the drawing added to memory."""
+    """Generate once, in a process of its own; print tokens, seconds, and the growth of peak memory."""
     net = ours().eval()
     everything = ragged_prompts(PROMPTS, CONFIG.vocab_size, seed=0)
     few = everything[: max(1, batch // SAMPLES)]
     engine = NativeEngine(net)
     peer = theirs(net, "eager", "grouped_mm").eval() if who == "theirs" else None
     before, begin = peak_bytes(), time.perf_counter()
-    tokens = draw_theirs(peer, few, 0) if peer is not None else draw_ours(engine, everything, 0)
+    tokens = sample_theirs(peer, few, 0) if peer is not None else sample_ours(engine, everything, 0)
     print(tokens, time.perf_counter() - begin, peak_bytes() - before)
 
 

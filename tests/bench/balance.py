@@ -42,7 +42,7 @@ def violations(gamma: float) -> list[float]:
     return out
 
 
-def draw(curves: dict[str, list[float]]) -> None:
+def plot(curves: dict[str, list[float]]) -> None:
     """docs/results/balance.svg."""
     import matplotlib
 
@@ -62,7 +62,7 @@ def draw(curves: dict[str, list[float]]) -> None:
 def run() -> dict[str, Any]:
     """With the bias update and without."""
     curves = {"bias update": violations(GAMMA), "no update": violations(0.0)}
-    draw(curves)
+    plot(curves)
     stepped, fixed = curves.values()
     return {
         "claims": [

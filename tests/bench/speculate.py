@@ -1,6 +1,6 @@
 """MTP speculation against plain decoding, on a tiny model that was trained with its MTP module.
 
-Speculation changes no token, so both draw the very same rollouts; what differs is the time.
+Speculation changes no token: both generate the same rollouts and differ in time alone.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def run() -> dict[str, Any]:
                 "plain": NativeEngine(net, max_batch=batch),
                 "speculative": NativeEngine(net, max_batch=batch, speculate=True),
             }
-            # A group to a prompt, as RL draws them: what is measured is decoding, not reading prompts.
+            # A group to a prompt, as in RL: decoding is measured, not prefill.
             sampling = SamplingParams(max_tokens=NEW, temperature=temperature, n=max(SAMPLES, batch // 4))
-            drawn = {name: rollouts(engine, prompts, sampling) for name, engine in engines.items()}
-            assert drawn["plain"] == drawn["speculative"], "speculation must not change a token"
+            sampled = {name: rollouts(engine, prompts, sampling) for name, engine in engines.items()}
+            assert sampled["plain"] == sampled["speculative"], "speculation must not change a token"
             tasks = {name: timed(engine, prompts, sampling) for name, engine in engines.items()}
             timings = interleave(tasks, ROUNDS)
             ratio = timings["speculative"].ratio(timings["plain"])

@@ -28,9 +28,9 @@ def run(device: torch.device, config: ModelConfig = SMALL, new_tokens: int = 48)
     claims = []
     for name, temperature, n in (("greedy", 0.0, 1), ("sampled", 1.0, 3)):
         sampling = SamplingParams(max_tokens=new_tokens, temperature=temperature, n=n, seed=5)
-        want = draw(NativeEngine(cpu), config, sampling)
+        want = generate(NativeEngine(cpu), config, sampling)
         for way, engine in engines.items():
-            got = draw(engine, config, sampling)
+            got = generate(engine, config, sampling)
             same = [a.token_ids == b.token_ids for a, b in zip(got, want, strict=True)]
             claims.append(true(f"{name}, {way}: every rollout has the CPU's tokens", all(same)))
             gaps = [
@@ -54,7 +54,7 @@ def half(gpu: Transformer, config: ModelConfig, new_tokens: int) -> list[dict[st
     net = copy.deepcopy(gpu).to(torch.bfloat16)
     sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0, n=1, seed=5)
     captured, plain = NativeEngine(net), NativeEngine(net, cuda_graphs=False)
-    got, want = draw(captured, config, sampling), draw(plain, config, sampling)
+    got, want = generate(captured, config, sampling), generate(plain, config, sampling)
     on_gpu = next(net.parameters()).device.type == "cuda"
     pairs = list(zip(got, want, strict=True))
     first = [abs(a.logprobs[1] - b.logprobs[1]) for a, b in pairs if a.token_ids[:2] == b.token_ids[:2]]
@@ -71,7 +71,7 @@ def half(gpu: Transformer, config: ModelConfig, new_tokens: int) -> list[dict[st
     )
 
 
-def draw(engine: NativeEngine, config: ModelConfig, sampling: SamplingParams) -> list[Rollout]:
+def generate(engine: NativeEngine, config: ModelConfig, sampling: SamplingParams) -> list[Rollout]:
     """Rollouts of a few prompts of random tokens."""
     generator = torch.Generator().manual_seed(1)
     problem = Problem(id="0", kind="general", question="")

@@ -119,13 +119,13 @@ def generating(
     claims = []
     for graphs in (True, False):
         engine = NativeEngine(net, cuda_graphs=graphs)
-        time = seconds(partial(draw, engine, prompts, sampling), device, rounds=3, warmup=1)
+        time = seconds(partial(generate, engine, prompts, sampling), device, rounds=3, warmup=1)
         name = f"native engine, {batch} prompts of 64, {tokens} new, {'with' if graphs else 'no'} CUDA graphs"
         claims.append(measured(name, batch * tokens / time, "tokens/s"))
         engine.close()
     return claims
 
 
-def draw(engine: NativeEngine, prompts: list[Prompt], sampling: SamplingParams) -> int:
-    """Rollouts, drawn to the end."""
+def generate(engine: NativeEngine, prompts: list[Prompt], sampling: SamplingParams) -> int:
+    """Generate every rollout to its end; their number."""
     return sum(1 for _ in engine.generate(prompts, sampling))
