@@ -57,17 +57,10 @@ class Pipe:
             raise ProgramGone("the program sent something that is no message") from None
 
     def _exactly(self, length: int) -> bytes:
-        parts = []
-        while length:
-            try:
-                part = self._read(self._fd, min(length, 1 << 20))
-            except OSError:
-                part = b""
-            if not part:
-                raise ProgramGone(ENDED)
-            parts.append(part)
-            length -= len(part)
-        return b"".join(parts)
+        try:
+            return wire.exactly(lambda most: self._read(self._fd, most), length)
+        except (OSError, EOFError):
+            raise ProgramGone(ENDED) from None
 
 
 class _Changed:

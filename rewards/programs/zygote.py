@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -61,9 +60,7 @@ class Zygote:
         """Start a program with `fds` as its descriptors 0, 1, …; its process id.
 
         Args:
-            code: Its source.
             kind: `asserts`, which answers a judge at descriptor 3, or `stdio`, a script.
-            limits: What it may use.
             fds: Its input, output, error output, and for `asserts` the judge's socket.
         """
         return int(self._ask({"code": code, "kind": kind, "limits": asdict(limits)}, fds)["pid"])
@@ -88,19 +85,8 @@ def _send(channel: socket.socket, message: dict[str, Any], fds: list[int]) -> No
 
 def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
     head, fds, _, _ = socket.recv_fds(channel, wire.HEAD_BYTES, 8)
-    length = wire.length_of(head + _exactly(channel, wire.HEAD_BYTES - len(head)))
-    message: dict[str, Any] = json.loads(_exactly(channel, length))
-    return message, fds
-
-
-def _exactly(channel: socket.socket, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        part = channel.recv(length - len(data))
-        if not part:
-            raise EOFError("the other end is gone")
-        data += part
-    return data
+    length = wire.length_of(head + wire.exactly(channel.recv, wire.HEAD_BYTES - len(head)))
+    return json.loads(wire.exactly(channel.recv, length)), fds
 
 
 def _serve_forks(channel: socket.socket) -> NoReturn:
@@ -123,7 +109,7 @@ def _serve_forks(channel: socket.socket) -> NoReturn:
                     _drop(folder)
                     program = 0
                 else:
-                    folder = _folder()
+                    folder = isolate.fresh_scratch() or tempfile.mkdtemp(prefix="program-")
                     program = _fork(message, fds, folder)
                     _send(channel, {"pid": program}, [])
             except OSError as error:
@@ -132,11 +118,6 @@ def _serve_forks(channel: socket.socket) -> NoReturn:
                 os.close(given)
     finally:
         os._exit(0)
-
-
-def _folder() -> str:
-    """An empty folder for one program."""
-    return isolate.fresh_scratch() or tempfile.mkdtemp(prefix="program-")
 
 
 def _drop(folder: str) -> None:
@@ -168,7 +149,7 @@ def _end(pid: int) -> int:
 
 
 def _children() -> list[int]:
-    """Process ids of this process's children (Linux; elsewhere none are found)."""
+    """This process's children (Linux; elsewhere none are found)."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as listing:
             return [int(pid) for pid in listing.read().split()]
@@ -197,8 +178,10 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str) -> int:
         isolate.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
         isolate.give_up_privileges()
         hook.forbid(folder)
-        run: Callable[[str], None] = _script if message["kind"] == "stdio" else _served
-        run(message["code"])
+        if message["kind"] == "stdio":
+            _script(message["code"])
+        else:
+            serve.serve(LINK_FD, message["code"])
     finally:
         os._exit(70)
 
@@ -216,10 +199,6 @@ def seed() -> None:
     """The same random numbers in every run, so that verdicts repeat."""
     if random := sys.modules.get("random"):
         random.seed(0)
-
-
-def _served(code: str) -> None:
-    serve.serve(LINK_FD, code)
 
 
 def _script(code: str) -> None:
