@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 
-from rewards.maths.spans import Span, is_expression, maths, numbers
+from rewards.maths.spans import Span, is_expression, maths, numbers, trim
 
 LONGEST_STATED = 600  # characters after a marker that are looked at
 TAIL = 4000  # characters at the end of a text in which its last expression is looked for
@@ -82,7 +82,7 @@ def value_after(text: str, position: int, *, after_heading: bool = False) -> str
 
 
 def _plain(sentence: str, *, whole: bool) -> str | None:
-    sentence = _trim(sentence)
+    sentence = trim(sentence)
     if not sentence or (not whole and _looks_cut(sentence)):
         return None
     if is_expression(sentence):
@@ -90,8 +90,7 @@ def _plain(sentence: str, *, whole: bool) -> str | None:
     found = numbers(sentence)
     if not found:
         return sentence if len(sentence.split()) <= 4 and len(sentence) <= 60 else None
-    first = found[0]
-    if first.start == 0 and "=" not in sentence:  # "18 dollars a day": the unit is part of the answer
+    if found[0].start == 0 and "=" not in sentence:  # "18 dollars a day": the unit is part of the answer
         return _with_unit(sentence, found)
     if re.match(r"\(?[A-Z]\)", sentence):  # "(C) 15 apples"
         return sentence
@@ -102,9 +101,7 @@ def _plain(sentence: str, *, whole: bool) -> str | None:
 
 
 def _with_unit(sentence: str, found: list[Span]) -> str:
-    if len(found) == 1 and len(sentence.split()) <= 4:
-        return sentence
-    if is_expression(sentence):
+    if (len(found) == 1 and len(sentence.split()) <= 4) or is_expression(sentence):
         return sentence
     joined = [found[0]]
     for span in found[1:]:
@@ -127,12 +124,8 @@ def last_stated(text: str) -> str | None:
         if sentence.endswith(("?", "？")) or sentence.startswith(("(", "Note")):
             continue
         inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
-        telling = [
-            token
-            for token in inside
-            if not _label_only(token.content)
-            and not _DENIED.search(tail[max(0, token.start - 12) : token.start])
-        ]
+        named = [token for token in inside if not _label_only(token.content)]
+        telling = [t for t in named if not _DENIED.search(tail[max(0, t.start - 12) : t.start])]
         if not telling:
             continue
         for bold in list(_BOLD.finditer(tail, sentence_start, sentence_end))[::-1]:
@@ -145,13 +138,9 @@ def last_stated(text: str) -> str | None:
 
 def _tail(text: str) -> str:
     """The end of the text, from the start of a paragraph or at least a line on: never from within maths."""
-    start = len(text) - TAIL
-    if start <= 0:
-        return text
-    for boundary in ("\n\n", "\n"):
-        if (at := text.find(boundary, start)) >= 0:
-            return text[at:]
-    return text[start:]
+    start = max(len(text) - TAIL, 0)
+    breaks = (text.find(boundary, start) for boundary in ("\n\n", "\n"))
+    return text[next((at for at in breaks if at >= 0), start) :] if start else text
 
 
 def _main(text: str, tokens: list[Span]) -> Span:
@@ -167,7 +156,7 @@ def _main(text: str, tokens: list[Span]) -> Span:
 
 def _bold(content: str) -> str | None:
     """The value of bold text, without the words before it: `**Total: 18 dollars**`."""
-    content = _trim(content)
+    content = trim(content)
     if spans := maths(content):
         return spans[-1].content
     if is_expression(content):
@@ -180,11 +169,8 @@ def _bold(content: str) -> str | None:
 
 def _sentences(outside: str) -> list[tuple[int, int]]:
     """Start and end of each sentence of a text whose maths is blanked out, in order."""
-    cuts = [0]
-    for match in _SENTENCE_END.finditer(outside):
-        cuts.append(match.end())
-    cuts.append(len(outside))
-    return list(pairwise(cuts))
+    ends = (match.end() for match in _SENTENCE_END.finditer(outside))
+    return list(pairwise([0, *ends, len(outside)]))
 
 
 def _blanked(text: str, spans: list[Span]) -> str:
@@ -256,7 +242,3 @@ def _looks_cut(text: str) -> bool:
         return True
     last = re.search(r"([A-Za-z]+)$", tail)
     return last is not None and last[1].lower() in _CUT_WORDS and len(tail) > len(last[1])
-
-
-def _trim(text: str) -> str:
-    return text.strip().strip("*").strip().rstrip(".。,，").strip("*").strip()
