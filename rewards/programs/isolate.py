@@ -66,7 +66,7 @@ _machine = _ARCHITECTURES.get(platform.machine()) if _linux else None
 
 @dataclass
 class _Active:
-    """What `enter` and the first program found to work in this process."""
+    """What `enter` found to work in this process."""
 
     namespaces: bool = False
     seccomp: bool = False
@@ -77,7 +77,7 @@ active = _Active()
 
 
 def describe() -> str:
-    """One line: the measures that confine a program of this process."""
+    """The measures that confine a program of this process, in words."""
     parts = ["namespaces (user, mount, pid, network, ipc)"] if active.namespaces else []
     parts += ["seccomp"] if active.seccomp else []
     missing = f"; no namespaces: {active.why_not}" if not active.namespaces else ""
@@ -216,7 +216,6 @@ def fresh_scratch() -> str | None:
 
 
 def drop_scratch() -> None:
-    """Unmount the folder with its contents."""
     assert _libc is not None
     with suppress(OSError):
         _check(_libc.umount2(os.fsencode(SCRATCH), MNT_DETACH))

@@ -137,10 +137,11 @@ def decode(data: Any, dereference: Dereference) -> Any:
             return slice(*(decode(part, dereference) for part in rest))
         if kind == "n" and (rest[0] in SAFE_MODULES or (rest[0] == "builtins" and rest[1] in SAFE_BUILTINS)):
             return getattr(importlib.import_module(rest[0]), rest[1])
-        if kind == "m" and rest[0].split(".")[0] in sys.stdlib_module_names:
-            return importlib.import_module(rest[0])
-        if kind == "m" and rest[0] in ("numpy", "sympy", "pandas"):
-            return importlib.import_module(rest[0])
+        named = kind == "m" and rest[0]
+        if named and (
+            named in ("numpy", "sympy", "pandas") or named.split(".")[0] in sys.stdlib_module_names
+        ):
+            return importlib.import_module(named)
         if kind == "a":
             numpy = importlib.import_module("numpy")
             return numpy.frombuffer(bytes.fromhex(rest[2]), dtype=rest[0]).reshape(rest[1]).copy()
