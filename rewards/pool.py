@@ -34,13 +34,10 @@ T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The task got no reply: its child ran out of time, died, or raised. The message tells which.
+    """The task got no reply: by its `kind`, `time` or `memory` ran out, or its child `died` or `raised`.
 
-    Args:
-        message: What happened, one line.
-        kind: `time`, `memory`, `died` or `raised`.
-        stage: Mathematics only: the last stage that was reached (see `rewards.maths.engine`).
-        cpu_s: CPU time that was spent in that stage, seconds, where its time ran out.
+    Mathematics only: `stage` is the last that was reached (see `rewards.maths.engine`), and `cpu_s` the CPU
+    seconds spent in it, where its time ran out.
     """
 
     def __init__(self, message: str, kind: str = "raised", stage: str = "", cpu_s: float = 0.0) -> None:
@@ -69,9 +66,7 @@ class WorkerPool:
     def call(self, task: dict[str, Any], timeout_s: float = DEFAULT_LIMIT_S) -> dict[str, Any]:
         """Run `task` (`{"op": …}`, see `rewards.worker`) in a child within `timeout_s` seconds of wall clock.
 
-        Raises:
-            TaskFailed: No reply in time, the child died, or the task raised there.
-            RuntimeError: The pool is closed, or belongs to the process that forked this one.
+        Raises `TaskFailed`, or RuntimeError where the pool is closed or was inherited through a fork.
         """
         with self._slots:
             child = self._checkout()
@@ -85,8 +80,8 @@ class WorkerPool:
                 if not self._closed:
                     self._idle.append(child)
         if "error" in reply:
-            details = reply.get("kind", "raised"), reply.get("stage", ""), reply.get("cpu_s", 0.0)
-            raise TaskFailed(str(reply["error"]), *details)
+            details = {key: reply[key] for key in ("kind", "stage", "cpu_s") if key in reply}
+            raise TaskFailed(str(reply["error"]), **details)
         return reply
 
     def pids(self) -> list[int]:

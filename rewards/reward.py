@@ -29,12 +29,9 @@ ALWAYS = ("accuracy", "format", "language", "repetition")
 def check_weights(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
     """Check `[rewards]`, name = weight; a user's module is imported for it, torch is not.
 
-    Returns:
-        Rewards and weights in the order of the sum: those of `ALWAYS`, then the others as `weights` has them.
-
-    Raises:
-        ValueError: In one line: no such reward, module or function, parameters that are not a reward's, two
-            rewards of one name, or a weight that is no finite number.
+    Returns rewards and weights in the order of the sum: those of `ALWAYS`, then the others as `weights` has
+    them. ValueError, in one line: no such reward, module or function, parameters that are not a reward's, two
+    rewards of one name, or a weight that is no finite number.
     """
     found: dict[str, tuple[Reward, float]] = {}
     for key, weight in {**dict.fromkeys(ALWAYS, 0.0), **weights}.items():
@@ -53,14 +50,11 @@ class Scorer:
     """Grade rollouts with every reward that has a weight, and those of `ALWAYS`, and add the parts up.
 
     Args:
-        weights: Weight of each reward by name, or by "module:function" for a user's own.
+        weights: By name, or by "module:function" for a user's own; raises what `check_weights` raises.
         mode: How the final answer is looked for: `strict` to train, `lenient` to evaluate.
         partial_credit: Code earns the share of tests that it passes.
         workers: Child processes for programs and slow mathematics; default min(2, cpus).
         overlong_buffer: Length of the ramp of the reward `overlong`, tokens (DAPO's L_cache).
-
-    Raises:
-        ValueError: See `check_weights`.
     """
 
     def __init__(
@@ -91,9 +85,7 @@ class Scorer:
         for rollout, text in pairs:
             problem = rollout.prompt.problem
             quick, _ = self._accuracy.quick(problem, text)
-            outcomes.append(
-                quick if quick is not None else self._executor().submit(self._accuracy, problem, text)
-            )
+            outcomes.append(quick or self._executor().submit(self._accuracy, problem, text))
         return [
             self._assemble(rollout, text, outcome.result() if isinstance(outcome, Future) else outcome)
             for (rollout, text), outcome in zip(pairs, outcomes, strict=True)

@@ -28,11 +28,7 @@ def write(fd: int, message: Any) -> None:
 
 
 def exactly(read: Callable[[int], bytes], length: int) -> bytes:
-    """`length` bytes from `read`, which may return fewer than it is asked for.
-
-    Raises:
-        EOFError: `read` returned none.
-    """
+    """`length` bytes from `read`, which may return fewer than asked for; EOFError where it returns none."""
     parts = []
     while length:
         part = read(min(length, 1 << 20))

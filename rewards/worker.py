@@ -34,11 +34,9 @@ def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
 
 
 def _load(op: str) -> dict[str, Any]:
+    active = "" if op == "math" else run.warm()
     if op == "math":
         engine.load()
-        active = ""
-    else:
-        active = run.warm()
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
     return {"pid": os.getpid(), "active": active}

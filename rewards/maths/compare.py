@@ -67,8 +67,7 @@ _DEPTH_LIMIT = 8
 def compare(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> Verdict:
     """Value (1, 0, or `None` where the gold does not parse) and why, of two normalised answers.
 
-    Raises:
-        Undecided: `leaf` did.
+    Raises what `leaf` raises.
     """
     gold, answer = _MEMBERSHIP.sub("", gold), _MEMBERSHIP.sub("", answer)
     if gold == answer or compact(gold) == compact(answer):
@@ -278,11 +277,7 @@ def _bases(gold: str, answer: str) -> Verdict | None:
 
 
 def quick_leaf(gold: str, answer: str) -> Verdict:
-    """Two single expressions, where certain.
-
-    Raises:
-        Undecided: It takes algebra.
-    """
+    """The verdict on two single expressions; raises `Undecided` where it takes algebra."""
     a, b = plain_number(gold), plain_number(answer)
     if a and b:
         return _verdict(equal_numbers(a, b), "equal numbers", "different numbers")

@@ -41,7 +41,7 @@ def load() -> None:
 
 
 def equivalent(gold: str, answer: str, stage: Stage = lambda name: None) -> Verdict:
-    """Compare two normalised answers: value (1, 0, or `None` where the gold does not parse) and why.
+    """`compare`, down to math-verify.
 
     `stage` is called with "gold" before a gold expression is parsed and with "answer" before the answer is:
     which of them is at fault when time or memory runs out.

@@ -34,8 +34,6 @@ from typing import Literal
 from rewards.maths.prose import last_stated, value_after
 from rewards.maths.spans import Span, boxes, is_expression, maths, trim
 
-__all__ = ["Mode", "answer_block", "final_answer", "is_expression", "last_boxed", "outside_think"]
-
 Mode = Literal["strict", "lenient"]
 
 OPEN, CLOSE = "<think>", "</think>"

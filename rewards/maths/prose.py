@@ -32,6 +32,7 @@ _CUT_WORDS = frozenset(
     "because when where has have can will would how first next now i our their its but not get gives find use "  # noqa: E501
     "using plus minus times".split()
 )
+_ENDS = tuple(".!?。！？)]}\"'*$")
 _CUT_CHARACTERS = "=+-−*/^_({[,:;\\&<>~，、：≈×÷"
 _LABEL_ONLY = re.compile(
     r"(?:\\(?:triangle|angle|overline|overrightarrow|vec|mathbf|mathrm|text)\s*)*\{?[A-Za-z](?:[A-Z]{0,3}|_\{?\w\}?|'*)\}?"
@@ -78,7 +79,7 @@ def value_after(text: str, position: int, *, after_heading: bool = False) -> str
         return _group(said, inside, first[0])
     if bold := _BOLD.search(sentence):
         sentence = bold[1]
-    return _plain(sentence, whole=stop is not None or _ended(said))
+    return _plain(sentence, whole=stop is not None or said.rstrip().endswith(_ENDS))
 
 
 def _plain(sentence: str, *, whole: bool) -> str | None:
@@ -117,9 +118,12 @@ def last_stated(text: str) -> str | None:
         return None
     tail = _FENCE.sub(" ", _tail(text))
     spans = maths(tail)
-    outside = _blanked(tail, spans)
+    outside = tail  # of the maths: that is blanked out
+    for span in spans:
+        outside = outside[: span.start] + "\x1f" * (span.end - span.start) + outside[span.end :]
     tokens = sorted([*spans, *numbers(outside)], key=lambda span: span.start)
-    for sentence_start, sentence_end in _sentences(outside)[::-1]:
+    ends = [match.end() for match in _SENTENCE_END.finditer(outside)]
+    for sentence_start, sentence_end in list(pairwise([0, *ends, len(outside)]))[::-1]:
         sentence = outside[sentence_start:sentence_end].strip()
         if sentence.endswith(("?", "？")) or sentence.startswith(("(", "Note")):
             continue
@@ -167,21 +171,6 @@ def _bold(content: str) -> str | None:
     return found[-1].content if found else content
 
 
-def _sentences(outside: str) -> list[tuple[int, int]]:
-    """Start and end of each sentence of a text whose maths is blanked out, in order."""
-    ends = (match.end() for match in _SENTENCE_END.finditer(outside))
-    return list(pairwise([0, *ends, len(outside)]))
-
-
-def _blanked(text: str, spans: list[Span]) -> str:
-    """The text with its maths replaced by spaces, so that positions stay."""
-    parts, position = [], 0
-    for span in spans:
-        parts += [text[position : span.start], "\x1f" * (span.end - span.start)]
-        position = span.end
-    return "".join([*parts, text[position:]])
-
-
 def _group(text: str, spans: list[Span], chosen: Span, *, backwards: bool = False) -> str:
     """The content of `chosen` and of the spans that "and", "or" or a comma joins to it."""
     group = [chosen]
@@ -224,10 +213,6 @@ def _one(content: str) -> str:
 def _label_only(content: str) -> bool:
     """Whether it only names something: `x`, `ABC`, `\\triangle ABC`."""
     return _LABEL_ONLY.fullmatch(content.strip().strip("$").strip()) is not None
-
-
-def _ended(text: str) -> bool:
-    return text.rstrip()[-1:] in tuple(".!?。！？)]}\"'*$")
 
 
 def _looks_cut(text: str) -> bool:

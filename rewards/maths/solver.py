@@ -94,7 +94,9 @@ def _serve(requests: int, replies: int) -> NoReturn:
         with open(requests, "rb") as source:
             while True:
                 task = wire.receive(source.read)  # raises when the worker is gone
-                _limit_cpu(task["cpu_s"])
+                # The kernel ends this process then, even if the worker is gone.
+                limit = math.ceil(time.process_time() + task["cpu_s"]) + 1
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
                 wire.write(replies, _answer(task, replies))
     finally:
         os._exit(0)
@@ -109,9 +111,3 @@ def _answer(task: dict[str, Any], replies: int) -> dict[str, Any]:
         return {"value": value, "detail": detail}
     except Exception as error:
         return wire.failure(error)
-
-
-def _limit_cpu(seconds: float) -> None:
-    """Let this process use `seconds` more of CPU: the kernel ends it then, even if the worker is gone."""
-    limit = math.ceil(time.process_time() + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))

@@ -33,7 +33,6 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 <<
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 SCRATCH = "/scratch"
-SCRATCH_OPTIONS = b"size=67108864,nr_inodes=4096,mode=0700"
 STACK_BYTES = 64 << 20  # deep recursion is a legitimate way to write a solution
 
 # Refused to programs, by kernel name: x86-64's number, aarch64's number.
@@ -172,11 +171,8 @@ def _bind(path: str, root: str, *, read_only: bool = True) -> None:
         with open(target, "w"):
             pass
     _mount(path, target, None, MS_BIND | MS_REC)
-    if read_only:
-        _make_read_only(target)
-
-
-def _make_read_only(target: str) -> None:
+    if not read_only:
+        return
     assert _libc is not None
     recursive, at_cwd = 0x8000, -100
     # MOUNT_ATTR_* have the values of MS_*.
@@ -211,7 +207,7 @@ def fresh_scratch() -> str | None:
     """An empty folder in memory for one program; `None` where only a folder on disk is available."""
     if not active.namespaces:
         return None
-    _mount("scratch", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, SCRATCH_OPTIONS)
+    _mount("scratch", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, b"size=67108864,nr_inodes=4096,mode=0700")
     return SCRATCH
 
 
@@ -240,7 +236,7 @@ def hide_memory() -> None:
 
 
 def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> None:
-    """Set the resource limits, hard ones too, so that they cannot be raised again."""
+    """Set the resource limits; hard ones too but the stack's, so that they cannot be raised again."""
     for what, bound in (
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_AS, memory_bytes),
@@ -248,13 +244,11 @@ def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> Non
         (resource.RLIMIT_NPROC, processes),
         (resource.RLIMIT_NOFILE, 256),
         (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_STACK, STACK_BYTES),
     ):
         hard = resource.getrlimit(what)[1]
         bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        resource.setrlimit(what, (bound, bound))
-    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    stack = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
+        resource.setrlimit(what, (bound, hard if what == resource.RLIMIT_STACK else bound))
 
 
 def give_up_privileges() -> None:

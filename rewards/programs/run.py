@@ -78,8 +78,7 @@ def adopt_orphans(parent: int) -> None:
 def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:
     """Run the program in one process and the tests on it in another, under one clock.
 
-    Returns:
-        `passed`, `total` and a `detail` about the first failure; or `error` where a test does not compile.
+    Returns `passed`, `total` and a `detail` about the first failure; or `error`: a test does not compile.
     """
     assert _zygote is not None
     ours, theirs = socket.socketpair()

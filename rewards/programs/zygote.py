@@ -33,16 +33,11 @@ LINK_FD = 3
 class Limits:
     """Limits of one run of a program."""
 
-    timeout_s: float
-    """Wall clock, seconds; CPU time is limited to a second more."""
-    memory_bytes: int = 1 << 30
-    """Address space, the interpreter's own (about 100 MB) included."""
-    output_bytes: int = 8 << 20
-    """What it may print."""
-    file_bytes: int = 16 << 20
-    """The largest file it may write."""
-    processes: int = 4096
-    """Processes and threads of this user; the kernel exempts root, seccomp and the hook do not."""
+    timeout_s: float  # wall clock, seconds; CPU time is limited to a second more
+    memory_bytes: int = 1 << 30  # address space, the interpreter's own (about 100 MB) included
+    output_bytes: int = 8 << 20  # what it may print
+    file_bytes: int = 16 << 20  # the largest file it may write
+    processes: int = 4096  # and threads of this user; the kernel exempts root, seccomp and the hook do not
 
 
 class Zygote:
@@ -57,11 +52,9 @@ class Zygote:
         self._socket = ours
 
     def start(self, code: str, kind: str, limits: Limits, fds: list[int]) -> int:
-        """Start a program with `fds` as its descriptors 0, 1, …; its process id.
+        """Start a program with `fds` as its input, output, error output; its process id.
 
-        Args:
-            kind: `asserts`, which answers a judge at descriptor 3, or `stdio`, a script.
-            fds: Its input, output, error output, and for `asserts` the judge's socket.
+        `kind` is `stdio`, a script, or `asserts`, which answers the judge at a fourth descriptor, a socket.
         """
         return int(self._ask({"code": code, "kind": kind, "limits": asdict(limits)}, fds)["pid"])
 
