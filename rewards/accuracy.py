@@ -1,7 +1,5 @@
 """The accuracy reward: is the final answer right? The only reward whose verifier needs a worker process."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from rewards.maths.extract import Mode, final_answer

@@ -74,7 +74,9 @@ class WorkerPool:
                 child.prepare(task["op"])
                 reply = child.exchange(task, timeout_s)
             except BaseException:
-                self._discard(child)
+                with self._lock:
+                    self._children.discard(child)
+                child.kill()
                 raise
             with self._lock:
                 if not self._closed:
@@ -119,11 +121,6 @@ class WorkerPool:
             child = _Child(self.memory_bytes)
             self._children.add(child)
             return child
-
-    def _discard(self, child: _Child) -> None:
-        with self._lock:
-            self._children.discard(child)
-        child.kill()
 
 
 class _Child:

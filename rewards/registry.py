@@ -13,8 +13,6 @@ A user's own function needs no registration: `"module:function"` names it, and t
 explains it.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import math

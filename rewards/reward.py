@@ -4,8 +4,6 @@ R1-Zero adds accuracy and format, R1's first RL stage also language consistency,
 (arXiv:2501.12948, Sec. 2.2.2 and 2.3.2). What a reward is: `rewards.registry`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -71,7 +69,7 @@ class Scorer:
             for entry, weight in check_weights(weights)
         ]
         self._pool = WorkerPool(workers)
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(self._pool.size, thread_name_prefix="rewards")
         self._accuracy = Accuracy(mode, partial_credit, self._pool)
 
     def grade(self, rollout: Rollout, text: str) -> Graded:
@@ -85,7 +83,7 @@ class Scorer:
         for rollout, text in pairs:
             problem = rollout.prompt.problem
             quick, _ = self._accuracy.quick(problem, text)
-            outcomes.append(quick or self._executor().submit(self._accuracy, problem, text))
+            outcomes.append(quick or self._threads.submit(self._accuracy, problem, text))
         return [
             self._assemble(rollout, text, outcome.result() if isinstance(outcome, Future) else outcome)
             for (rollout, text), outcome in zip(pairs, outcomes, strict=True)
@@ -97,8 +95,7 @@ class Scorer:
 
     def close(self) -> None:
         """Stop the threads and the children. A closed scorer grades no more."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -106,11 +103,6 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._pool.size, thread_name_prefix="rewards")
-        return self._threads
 
     def _assemble(self, rollout: Rollout, text: str, accuracy: Outcome) -> Graded:
         problem = rollout.prompt.problem

@@ -7,8 +7,6 @@ Papers  format      arXiv:2501.12948  Sec. 2.2.2: one think block, then one answ
                     reproductions of R1 punish repeated n-grams for that
 """
 
-from __future__ import annotations
-
 import keyword
 import re
 
@@ -80,16 +78,12 @@ def language_consistency(completion: str, target: Language, *, code: bool = Fals
     """
     if code:
         completion = _ANSWER.sub(" ", completion)
-    counts = {"en": 0, "zh": 0, "other": 0}
+    counts: dict[str | None, int] = {"en": 0, "zh": 0, "other": 0}
     for match in _WORD.finditer(_NOT_PROSE.sub(" ", completion)):
-        script = match.lastgroup
-        if script is None or script == "notation":
-            continue
-        if script == "en":
-            word = match[0]
-            if len(word) == 1 or word.lower() in _FUNCTIONS or (code and keyword.iskeyword(word)):
-                continue
-        counts[script] += 1
+        script, word = match.lastgroup, match[0]
+        no_word = len(word) == 1 or word.lower() in _FUNCTIONS or (code and keyword.iskeyword(word))
+        if script in counts and not (script == "en" and no_word):
+            counts[script] += 1
     words = sum(counts.values())
     return counts[target] / words if words else 1.0
 

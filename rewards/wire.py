@@ -1,7 +1,5 @@
 """Messages between the processes of this package: a length of four bytes, then JSON."""
 
-from __future__ import annotations
-
 import json
 import os
 import struct

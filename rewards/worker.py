@@ -4,8 +4,6 @@ Answers requests one at a time until its input closes. Mathematics runs in a for
 program under test in another (`programs.run`), so that neither can harm the next task.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import resource
@@ -39,7 +37,7 @@ def _load(op: str) -> dict[str, Any]:
         engine.load()
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"pid": os.getpid(), "active": active}
+    return {"active": active}
 
 
 def main() -> int:

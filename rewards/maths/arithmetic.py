@@ -14,8 +14,6 @@ points agree everywhere but for a chance below 1e-9 (Schwartz-Zippel). With root
 floating point, and only say when expressions differ.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from contextlib import suppress

@@ -19,8 +19,6 @@ The rules, each with its reason:
   inequality  1 < x < 2 may be answered as (1, 2), and the other way round (by the engine)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from contextlib import suppress
@@ -315,10 +313,9 @@ def is_words(text: str) -> bool:
     letters = text.replace(" ", "").replace("-", "").replace("'", "")
     if letters.lower() in ("sin", "cos", "tan", "infty", "infinity"):
         return False
-    words = re.findall(r"[^\W\d_]{3,}", text)
-    return (len(letters) > 2 and letters.isalpha()) or (
-        bool(words) and "\\" not in text and not is_expression(text)
-    )
+    if len(letters) > 2 and letters.isalpha():
+        return True
+    return "\\" not in text and re.search(r"[^\W\d_]{3}", text) is not None and not is_expression(text)
 
 
 def _letters(text: str) -> str:

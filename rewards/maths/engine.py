@@ -5,8 +5,6 @@ pool holds the clock. Its unit list is off too, because it eats variables (`3t` 
 `rewards.maths.compare`'s. An expression that does not parse is reported, and never counts as "different".
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable

@@ -25,8 +25,6 @@ strict mode, and nothing from lenient mode: there the completion was often only 
 learned the tags. Likewise an answer that the end of the text cuts off, `\boxed{12`, is no answer.
 """
 
-from __future__ import annotations
-
 import re
 from itertools import islice
 from typing import Literal

@@ -11,8 +11,6 @@ Everything else (the gold does not parse or is too expensive itself, the child d
 is a verifier failure.
 """
 
-from __future__ import annotations
-
 from rewards.maths.compare import Undecided, compare, quick_leaf
 from rewards.maths.notation import compact, normalise, unjoined
 from rewards.pool import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool

@@ -4,8 +4,6 @@ Integers, decimals, fractions, mixed numbers, thousands separators, powers of te
 units, number words. All arithmetic is in fractions; nothing is rounded but where `equal_numbers` says so.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction

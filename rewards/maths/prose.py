@@ -1,7 +1,5 @@
 """The answer that prose states: after a marker ("the answer is"), or last of all in the text."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 

@@ -5,8 +5,6 @@ milliseconds. So the worker holds the clock of each comparison itself, and one t
 and no more.
 """
 
-from __future__ import annotations
-
 import gc
 import math
 import os

@@ -4,8 +4,6 @@ Nothing here knows what an answer is (`extract` does). All of it is linear in th
 pattern is bounded, for the text is whatever a model wrote.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -115,9 +113,8 @@ def is_expression(text: str) -> bool:
     if not text or len(text) > 500 or "\n" in text:
         return False
     bare = _COMMAND.sub(" ", text.strip("$"))
-    if any(word.lower() not in _MATHS_WORDS for word in _LONG_WORD.findall(bare)):
-        return False
-    return any(character.isalnum() for character in text)
+    known = all(word.lower() in _MATHS_WORDS for word in _LONG_WORD.findall(bare))
+    return known and any(character.isalnum() for character in text)
 
 
 def maths(text: str) -> list[Span]:

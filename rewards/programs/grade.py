@@ -1,7 +1,5 @@
 """Grade a program by its tests, in a sandboxed child process; `rewards.programs.run` says what it defends."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

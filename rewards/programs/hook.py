@@ -4,8 +4,6 @@ An audit hook sees what Python's functions do, and cannot be removed. Native cod
 is refused too; where the kernel has namespaces and seccomp, `isolate` confines native code as well.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any

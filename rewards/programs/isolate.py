@@ -13,8 +13,6 @@ In order of strength, each used where the machine has it:
 Linux on x86-64 and aarch64; elsewhere the last two remain, and `describe` reports it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform
@@ -25,7 +23,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
@@ -88,10 +86,11 @@ def enter(project: Path) -> None:
 
     Where that is not possible the process stays as it was, and `describe` tells why.
     """
-    active.seccomp = _seccomp_available()
     if _libc is None or _machine is None:
         active.why_not = f"not supported on {platform.system()} {platform.machine()}"
         return
+    # A filter at address 0: a kernel that has filters returns EFAULT, one without EINVAL.
+    active.seccomp = _libc.prctl(PR_SET_SECCOMP, 2, 0, 0, 0) < 0 and ctypes.get_errno() == 14
     # Tried in a child first: half a move could not be undone.
     probe = os.fork()
     if probe == 0:
@@ -157,7 +156,7 @@ def _visible(project: Path) -> list[str]:
     paths = {*needed, *map(os.path.realpath, needed)}
     kept: list[str] = []
     for path in sorted(paths):
-        if not any(path == other or path.startswith(other.rstrip("/") + "/") for other in kept):
+        if not any(path.startswith(other.rstrip("/") + "/") for other in kept):
             kept.append(path)
     return [path for path in kept if path != "/"]
 
@@ -270,7 +269,7 @@ class _Filter(ctypes.Structure):
     _kept: Any = None
 
     @classmethod
-    def build(cls) -> _Filter:
+    def build(cls) -> Self:
         assert _machine is not None
         arch = _machine[0]
         allow, refuse, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno EPERM, ENOSYS
@@ -293,10 +292,3 @@ class _Filter(ctypes.Structure):
         code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
         cls._kept = ctypes.create_string_buffer(code)
         return cls(len(program), ctypes.addressof(cls._kept))
-
-
-def _seccomp_available() -> bool:
-    if _libc is None or _machine is None:
-        return False
-    # A filter at address 0: a kernel that has filters returns EFAULT, one without EINVAL.
-    return _libc.prctl(PR_SET_SECCOMP, 2, 0, 0, 0) < 0 and ctypes.get_errno() == 14

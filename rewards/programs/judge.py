@@ -247,10 +247,9 @@ def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
     return operator
 
 
-for _name in "add sub mul matmul truediv floordiv mod pow and or xor lt le gt ge".split():  # noqa: SIM905
+_PLAIN = "add sub mul matmul truediv floordiv mod pow and or xor lt le gt ge"
+for _name in f"{_PLAIN} radd rsub rmul rmatmul rtruediv".split():
     setattr(Remote, f"__{_name}__", _arithmetic(f"__{_name}__"))
-for _name in "add sub mul matmul truediv".split():  # noqa: SIM905
-    setattr(Remote, f"__r{_name}__", _arithmetic(f"__r{_name}__"))
 
 
 def _change(old: Any, new: Any) -> None:

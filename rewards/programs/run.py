@@ -14,8 +14,6 @@ and fill the disk, one file of limited size after the other, until its time is u
 function of the program trusts that function. And a program may reproduce a public benchmark from memory.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal

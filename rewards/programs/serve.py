@@ -4,8 +4,6 @@ All of this runs in the program's own process, so none of it is trusted: a progr
 nothing that a program that answers could not.
 """
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Callable

@@ -5,8 +5,6 @@ whose class says that it equals everything arrives as the list it is. Everything
 reference goes over. So an answer is compared in the test's process, by Python's own equality.
 """
 
-from __future__ import annotations
-
 import collections
 import datetime
 import decimal

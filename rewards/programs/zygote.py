@@ -6,8 +6,6 @@ nothing but programs, with their input and output as open files. A program that 
 Python, and itself.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
