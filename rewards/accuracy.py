@@ -1,6 +1,6 @@
 """The accuracy reward: is the final answer right? The only reward whose verifier needs a worker process."""
 
-from __future__ import annotations
+from dataclasses import dataclass
 
 from rewards.maths.extract import Mode, final_answer
 from rewards.maths.grade import grade_math, normalise, quick_grade
@@ -10,21 +10,16 @@ from rewards.registry import Outcome, reward
 from rollout.types import Problem
 
 
+@dataclass(frozen=True)
 class Accuracy:
     """1 or 0, or for code with `partial_credit` the share of tests passed (arXiv:2501.12948, Sec. 2.2.2).
 
-    Args:
-        mode: How the answer is looked for, see `rewards.maths.extract`.
-        partial_credit: Code only.
-        pool: Where programs and slow mathematics run; default the process's shared pool.
+    `mode` is that of `rewards.maths.extract`. Programs and slow mathematics run in `pool`, or the shared one.
     """
 
-    def __init__(
-        self, mode: Mode = "strict", partial_credit: bool = False, pool: WorkerPool | None = None
-    ) -> None:
-        self.mode: Mode = mode
-        self.partial_credit = partial_credit
-        self.pool = pool
+    mode: Mode = "strict"
+    partial_credit: bool = False
+    pool: WorkerPool | None = None
 
     def __call__(self, problem: Problem, completion: str) -> Outcome:
         outcome, extracted = self.quick(problem, completion)

@@ -9,7 +9,6 @@ and replaced, and only its task fails. Any thread may call; each call has a chil
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import select
 import shutil
@@ -23,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from rewards import wire
@@ -36,13 +34,10 @@ T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The task got no reply: its child ran out of time, died, or raised. The message tells which.
+    """The task got no reply: by its `kind`, `time` or `memory` ran out, or its child `died` or `raised`.
 
-    Args:
-        message: What happened, one line.
-        kind: `time`, `memory`, `died` or `raised`.
-        stage: Mathematics only: the last stage that was reached (see `rewards.maths.engine`).
-        cpu_s: CPU time that was spent in that stage, seconds, where its time ran out.
+    Mathematics only: `stage` is the last that was reached (see `rewards.maths.engine`), and `cpu_s` the CPU
+    seconds spent in it, where its time ran out.
     """
 
     def __init__(self, message: str, kind: str = "raised", stage: str = "", cpu_s: float = 0.0) -> None:
@@ -53,9 +48,8 @@ class TaskFailed(Exception):
 class WorkerPool:
     """Up to `size` children, started when first needed, each running one task at a time.
 
-    Args:
-        size: At most this many children at once; default min(2, cpus).
-        memory_bytes: Address space of a child; programs under test have their own, smaller limit.
+    `size` is min(2, cpus) unless set. `memory_bytes` is a child's address space; programs under test have
+    their own, smaller limit.
     """
 
     def __init__(self, size: int | None = None, memory_bytes: int = CHILD_MEMORY_BYTES) -> None:
@@ -72,9 +66,7 @@ class WorkerPool:
     def call(self, task: dict[str, Any], timeout_s: float = DEFAULT_LIMIT_S) -> dict[str, Any]:
         """Run `task` (`{"op": …}`, see `rewards.worker`) in a child within `timeout_s` seconds of wall clock.
 
-        Raises:
-            TaskFailed: No reply in time, the child died, or the task raised there.
-            RuntimeError: The pool is closed, or belongs to the process that forked this one.
+        Raises `TaskFailed`, or RuntimeError where the pool is closed or was inherited through a fork.
         """
         with self._slots:
             child = self._checkout()
@@ -82,14 +74,16 @@ class WorkerPool:
                 child.prepare(task["op"])
                 reply = child.exchange(task, timeout_s)
             except BaseException:
-                self._discard(child)
+                with self._lock:
+                    self._children.discard(child)
+                child.kill()
                 raise
             with self._lock:
                 if not self._closed:
                     self._idle.append(child)
         if "error" in reply:
-            details = reply.get("kind", "raised"), reply.get("stage", ""), reply.get("cpu_s", 0.0)
-            raise TaskFailed(str(reply["error"]), *details)
+            details = {key: reply[key] for key in ("kind", "stage", "cpu_s") if key in reply}
+            raise TaskFailed(str(reply["error"]), **details)
         return reply
 
     def pids(self) -> list[int]:
@@ -108,24 +102,16 @@ class WorkerPool:
             child.kill()
         atexit.unregister(self.close)
 
-    @property
-    def closed(self) -> bool:
-        return self._closed
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _checkout(self) -> _Child:
         with self._lock:
             if self._closed or self._owner != os.getpid():
-                raise RuntimeError(
-                    "This WorkerPool is closed, or was inherited through a fork: make a new one."
-                )
+                raise RuntimeError("This WorkerPool is closed, or inherited through a fork: make a new one.")
             while self._idle:
                 child = self._idle.pop()
                 if child.process.poll() is None:
@@ -136,21 +122,14 @@ class WorkerPool:
             self._children.add(child)
             return child
 
-    def _discard(self, child: _Child) -> None:
-        with self._lock:
-            self._children.discard(child)
-        child.kill()
-
 
 class _Child:
     """One child process and its two pipes."""
 
     def __init__(self, memory_bytes: int) -> None:
         root = str(Path(__file__).resolve().parent.parent)
+        self._folder = tempfile.mkdtemp(prefix="r1-worker-")  # deleted here, since a killed child leaves it
         # Nothing of the trainer's environment reaches a child; a fixed hash seed keeps verdicts repeatable.
-        self._folder = tempfile.mkdtemp(
-            prefix="r1-worker-"
-        )  # a killed child leaves it, so the parent deletes it
         environment = {"PATH": os.defpath, "PYTHONPATH": root, "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
         environment["TMPDIR"] = self._folder
         self.process = subprocess.Popen(
@@ -175,9 +154,13 @@ class _Child:
 
     def exchange(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
-        self._write(wire.frame(task), deadline, timeout_s)
-        length = wire.length_of(self._read(wire.HEAD_BYTES, deadline, timeout_s))
-        reply: dict[str, Any] = json.loads(self._read(length, deadline, timeout_s))
+        try:
+            self._write(wire.frame(task), deadline)
+            reply: dict[str, Any] = wire.receive(lambda length: self._read(length, deadline))
+        except TimeoutError:
+            raise TaskFailed(f"time ran out: no reply within {timeout_s:g} s", "time") from None
+        except (EOFError, BrokenPipeError):
+            raise self._death() from None
         return reply
 
     def kill(self) -> None:
@@ -189,34 +172,16 @@ class _Child:
         self._out.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _write(self, data: bytes, deadline: float, limit_s: float) -> None:
+    def _write(self, data: bytes, deadline: float) -> None:
         view = memoryview(data)
         while view:
-            self._await(self._in.fileno(), select.POLLOUT, deadline, limit_s)
-            try:
+            _await(self._in.fileno(), select.POLLOUT, deadline)
+            with suppress(BlockingIOError):
                 view = view[os.write(self._in.fileno(), view[:65536]) :]
-            except BlockingIOError:
-                continue
-            except BrokenPipeError:
-                raise self._death() from None
 
-    def _read(self, length: int, deadline: float, limit_s: float) -> bytes:
-        parts: list[bytes] = []
-        while length:
-            self._await(self._out.fileno(), select.POLLIN, deadline, limit_s)
-            part = os.read(self._out.fileno(), min(length, 1 << 20))
-            if not part:
-                raise self._death()
-            parts.append(part)
-            length -= len(part)
-        return b"".join(parts)
-
-    def _await(self, fd: int, event: int, deadline: float, limit_s: float) -> None:
-        poll = select.poll()
-        poll.register(fd, event)
-        left = deadline - time.monotonic()
-        if left <= 0 or not poll.poll(1000 * left):
-            raise TaskFailed(f"time ran out: no reply within {limit_s:g} s", "time")
+    def _read(self, length: int, deadline: float) -> bytes:
+        _await(self._out.fileno(), select.POLLIN, deadline)
+        return os.read(self._out.fileno(), length)
 
     def _death(self) -> TaskFailed:
         with suppress(subprocess.TimeoutExpired):
@@ -226,8 +191,16 @@ class _Child:
         return TaskFailed(f"the worker process died ({how})", "died")
 
 
+def _await(fd: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(fd, event)
+    left = deadline - time.monotonic()
+    if left <= 0 or not poll.poll(1000 * left):
+        raise TimeoutError
+
+
 class Memo(Generic[T]):
-    """Least recently used results by key, shared by threads; `keep` decides which results are kept."""
+    """The last `size` results used, by key, shared by threads; `keep` decides which are kept."""
 
     def __init__(self, size: int, keep: Callable[[T], bool]) -> None:
         self._size, self._keep = size, keep
@@ -258,10 +231,10 @@ _shared_lock = threading.Lock()
 
 
 def shared_pool() -> WorkerPool:
-    """The process's own pool, made when first asked for and closed at exit."""
+    """The process's own pool, made at the first call and closed at exit."""
     global _shared
     with _shared_lock:
-        if _shared is None or _shared.closed:
+        if _shared is None or _shared._closed:
             _shared = WorkerPool()
         return _shared
 

@@ -13,8 +13,6 @@ A user's own function needs no registration: `"module:function"` names it, and t
 explains it.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import math
@@ -35,12 +33,9 @@ Function = Callable[..., Any]
 class Outcome:
     """What a reward found for one completion."""
 
-    value: float | None
-    """`None`: the verifier failed (the gold does not parse, time or memory ran out)."""
-    detail: str = ""
-    """One line: why."""
-    extracted: str | None = None
-    """The final answer that was read out of the completion, where there is one."""
+    value: float | None  # `None`: the verifier failed (the gold does not parse, time or memory ran out)
+    detail: str = ""  # why, one line
+    extracted: str | None = None  # the final answer that was read out of the completion, where there is one
 
 
 def verdict_of(outcome: Outcome) -> Verdict:
@@ -54,10 +49,8 @@ def verdict_of(outcome: Outcome) -> Verdict:
 class Reward:
     """A function with its name; calling it always gives an `Outcome`."""
 
-    name: str
-    """Name of its part in samples.jsonl and, behind `reward/`, of its metric."""
-    summary: str
-    """What its mean over a step says, one line of the glossary."""
+    name: str  # of its part in samples.jsonl and, behind `reward/`, of its metric
+    summary: str  # what its mean over a step says, one line of the glossary
     function: Function
     takes_rollout: bool
 
@@ -66,18 +59,14 @@ class Reward:
         named = {"rollout": rollout} if self.takes_rollout else {}
         try:
             result = self.function(problem, completion, **named)
-            outcome = result if isinstance(result, Outcome) else Outcome(_number(result))
+            if result is None or isinstance(result, str):
+                raise TypeError(f"a reward returns a number or an Outcome, not {result!r}")
+            outcome = result if isinstance(result, Outcome) else Outcome(float(result))
             if outcome.value is not None and not math.isfinite(outcome.value):
                 return Outcome(None, f"{self.name} returned {outcome.value}, which is no finite number")
         except Exception as error:
             return Outcome(None, _one_line(f"{self.name} raised {type(error).__name__}: {error}"))
         return outcome
-
-
-def _number(value: Any) -> float:
-    if value is None or isinstance(value, str):
-        raise TypeError(f"a reward returns a number or an Outcome, not {value!r}")
-    return float(value)
 
 
 REWARDS: dict[str, Reward] = {}
@@ -97,8 +86,7 @@ def reward(name: str, summary: str) -> Callable[[Function], Function]:
 def find(name: str) -> Reward:
     """The registered reward `name`, or the user's function "module:function".
 
-    Raises:
-        ValueError: There is none, or its parameters are not a reward's; in one line with the nearest name.
+    ValueError, in one line with the nearest name: there is none, or its parameters are not a reward's.
     """
     if name in REWARDS:
         return REWARDS[name]
@@ -117,8 +105,7 @@ def find(name: str) -> Reward:
 def own_function(name: str, what: str = "loss") -> Function:
     """The user's function "module:function", from a file of the working directory or an installed module.
 
-    Raises:
-        ValueError: in one line, with the nearest name; `what` says what the function is for.
+    ValueError, in one line with the nearest name, where there is none; `what` says what the function is for.
     """
     where, _, attribute = name.partition(":")
     module = _imported(name, where, what)
@@ -148,20 +135,14 @@ def _imported(name: str, where: str, what: str) -> ModuleType:
 
 
 def _takes_rollout(name: str, function: Function) -> bool:
-    """Whether the function has the third parameter `rollout`.
-
-    Raises:
-        ValueError: It cannot be called with a problem and a completion, nor with those and a rollout.
-    """
+    """Whether the function has the third parameter `rollout`; ValueError: its parameters are no reward's."""
+    has = "parameters that Python cannot read"
     try:
         signature = inspect.signature(function)
+        has = str(signature.replace(return_annotation=inspect.Signature.empty))
         takes_rollout = "rollout" in signature.parameters
         signature.bind("problem", "completion", **({"rollout": None} if takes_rollout else {}))
     except (TypeError, ValueError):
-        try:
-            has = str(inspect.signature(function).replace(return_annotation=inspect.Signature.empty))
-        except (TypeError, ValueError):
-            has = "parameters that Python cannot read"
         raise ValueError(
             f"reward {name!r} takes {has}; expected (problem, completion) or (problem, completion, rollout)."
         ) from None

@@ -4,8 +4,6 @@ R1-Zero adds accuracy and format, R1's first RL stage also language consistency,
 (arXiv:2501.12948, Sec. 2.2.2 and 2.3.2). What a reward is: `rewards.registry`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
@@ -29,12 +27,9 @@ ALWAYS = ("accuracy", "format", "language", "repetition")
 def check_weights(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
     """Check `[rewards]`, name = weight; a user's module is imported for it, torch is not.
 
-    Returns:
-        Rewards and weights in the order of the sum: those of `ALWAYS`, then the others as `weights` has them.
-
-    Raises:
-        ValueError: In one line: no such reward, module or function, parameters that are not a reward's, two
-            rewards of one name, or a weight that is no finite number.
+    Returns rewards and weights in the order of the sum: those of `ALWAYS`, then the others as `weights` has
+    them. ValueError, in one line: no such reward, module or function, parameters that are not a reward's, two
+    rewards of one name, or a weight that is no finite number.
     """
     found: dict[str, tuple[Reward, float]] = {}
     for key, weight in {**dict.fromkeys(ALWAYS, 0.0), **weights}.items():
@@ -53,14 +48,11 @@ class Scorer:
     """Grade rollouts with every reward that has a weight, and those of `ALWAYS`, and add the parts up.
 
     Args:
-        weights: Weight of each reward by name, or by "module:function" for a user's own.
+        weights: By name, or by "module:function" for a user's own; raises what `check_weights` raises.
         mode: How the final answer is looked for: `strict` to train, `lenient` to evaluate.
         partial_credit: Code earns the share of tests that it passes.
         workers: Child processes for programs and slow mathematics; default min(2, cpus).
         overlong_buffer: Length of the ramp of the reward `overlong`, tokens (DAPO's L_cache).
-
-    Raises:
-        ValueError: See `check_weights`.
     """
 
     def __init__(
@@ -77,7 +69,7 @@ class Scorer:
             for entry, weight in check_weights(weights)
         ]
         self._pool = WorkerPool(workers)
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads = ThreadPoolExecutor(self._pool.size, thread_name_prefix="rewards")
         self._accuracy = Accuracy(mode, partial_credit, self._pool)
 
     def grade(self, rollout: Rollout, text: str) -> Graded:
@@ -91,9 +83,7 @@ class Scorer:
         for rollout, text in pairs:
             problem = rollout.prompt.problem
             quick, _ = self._accuracy.quick(problem, text)
-            outcomes.append(
-                quick if quick is not None else self._executor().submit(self._accuracy, problem, text)
-            )
+            outcomes.append(quick or self._threads.submit(self._accuracy, problem, text))
         return [
             self._assemble(rollout, text, outcome.result() if isinstance(outcome, Future) else outcome)
             for (rollout, text), outcome in zip(pairs, outcomes, strict=True)
@@ -105,8 +95,7 @@ class Scorer:
 
     def close(self) -> None:
         """Stop the threads and the children. A closed scorer grades no more."""
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
+        self._threads.shutdown(cancel_futures=True)
         self._pool.close()
 
     def __enter__(self) -> Self:
@@ -114,11 +103,6 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _executor(self) -> ThreadPoolExecutor:
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._pool.size, thread_name_prefix="rewards")
-        return self._threads
 
     def _assemble(self, rollout: Rollout, text: str, accuracy: Outcome) -> Graded:
         problem = rollout.prompt.problem

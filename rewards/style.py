@@ -7,15 +7,11 @@ Papers  format      arXiv:2501.12948  Sec. 2.2.2: one think block, then one answ
                     reproductions of R1 punish repeated n-grams for that
 """
 
-from __future__ import annotations
-
 import keyword
 import re
 
 from rewards.registry import reward
 from rollout.types import Language, Problem, Rollout
-
-# ---- format
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _SHAPE = re.compile(r"\s*<think>(?P<think>.*)</think>\s*<answer>(?P<answer>.*)</answer>\s*", re.DOTALL)
@@ -37,8 +33,6 @@ def in_format(completion: str) -> bool:
     shape = _SHAPE.fullmatch(completion)
     return shape is not None and bool(shape["think"].strip()) and bool(shape["answer"].strip())
 
-
-# ---- language
 
 # What is not prose tells nothing about the language.
 _NOT_PROSE = re.compile(
@@ -80,34 +74,21 @@ def language_consistency(completion: str, target: Language, *, code: bool = Fals
     """Share of words in the target language, 0 .. 1; 1 where there are no words at all.
 
     A word is a run of letters of one alphabet, or a single Han character. Single-letter variables and names
-    of functions (`sin`) are not counted.
-
-    Args:
-        completion: The complete completion, tags included.
-        target: `en` or `zh`.
-        code: The problem asks for a program: `<answer>` and Python's keywords are left out.
+    of functions (`sin`) are not counted, nor, with `code`, the `<answer>` (a program) and Python's keywords.
     """
     if code:
         completion = _ANSWER.sub(" ", completion)
-    counts = {"en": 0, "zh": 0, "other": 0}
+    counts: dict[str | None, int] = {"en": 0, "zh": 0, "other": 0}
     for match in _WORD.finditer(_NOT_PROSE.sub(" ", completion)):
-        script = match.lastgroup
-        if script is None or script == "notation":
-            continue
-        if script == "en":
-            word = match[0]
-            if len(word) == 1 or word.lower() in _FUNCTIONS or (code and keyword.iskeyword(word)):
-                continue
-        counts[script] += 1
+        script, word = match.lastgroup, match[0]
+        no_word = len(word) == 1 or word.lower() in _FUNCTIONS or (code and keyword.iskeyword(word))
+        if script in counts and not (script == "en" and no_word):
+            counts[script] += 1
     words = sum(counts.values())
     return counts[target] / words if words else 1.0
 
 
-# ---- repetition
-
-N = 8
-"""Length of an n-gram. Worked arithmetic repeats shorter runs for good reason (`= 12`, `Then`, `so x`)."""
-
+N = 8  # of an n-gram; worked arithmetic repeats shorter runs for good reason (`= 12`, `Then`, `so x`)
 # Words, single Han characters, numbers and signs: the same measure in both languages and in mathematics.
 _TOKEN = re.compile(f"[{_HAN}]|[^\\W\\d_]+|\\d+|[^\\w\\s]|_")
 
@@ -125,9 +106,6 @@ def repetition(completion: str, n: int = N) -> float:
     return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
-# ---- length
-
-
 @reward("overlong", "mean soft punishment of completions near max_tokens (DAPO Eq. 13), 0 to -1")
 def overlong_reward(problem: Problem, completion: str, rollout: Rollout, buffer_tokens: int = 0) -> float:
     """`soft_overlong` of the rollout, whose limit is known; 0 .. -1."""
@@ -143,13 +121,8 @@ def soft_overlong(tokens: int, max_tokens: int, buffer_tokens: int) -> float:
         ((max - buffer) - tokens) / buffer      max - buffer < tokens <= max
         -1                                      max < tokens
 
-    Args:
-        tokens: Length of the completion, tokens.
-        max_tokens: The paper's L_max, tokens.
-        buffer_tokens: The paper's L_cache: the ramp's length, tokens. 0 = a step at `max_tokens`.
-
-    Raises:
-        ValueError: The buffer is negative or longer than `max_tokens`.
+    `max_tokens` is the paper's L_max, `buffer_tokens` its L_cache: the ramp's length, 0 = a step at the end.
+    ValueError: the buffer is negative or longer than `max_tokens`.
     """
     if not 0 <= buffer_tokens <= max_tokens:
         raise ValueError(f"buffer_tokens={buffer_tokens} must lie in 0 .. max_tokens={max_tokens}.")

@@ -4,16 +4,13 @@ Answers requests one at a time until its input closes. Mathematics runs in a for
 program under test in another (`programs.run`), so that neither can harm the next task.
 """
 
-from __future__ import annotations
-
 import gc
-import json
 import os
 import resource
 import shutil
 import sys
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import Any
 
 from rewards import wire
 from rewards.maths import engine
@@ -22,7 +19,6 @@ from rewards.programs import run
 
 
 def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
-    """The reply to one request; `op` names the task."""
     match task["op"]:
         case "load":
             return _load(task["for"])
@@ -36,21 +32,12 @@ def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
 
 
 def _load(op: str) -> dict[str, Any]:
+    active = "" if op == "math" else run.warm()
     if op == "math":
         engine.load()
-        active = ""
-    else:
-        active = run.warm()
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"pid": os.getpid(), "active": active}
-
-
-def _read(source: BinaryIO, length: int) -> bytes:
-    data = source.read(length)
-    if len(data) < length:
-        raise EOFError
-    return data
+    return {"active": active}
 
 
 def main() -> int:
@@ -65,21 +52,16 @@ def main() -> int:
     os.dup2(nothing, 1)
     run.adopt_orphans(requests.fileno())
     solver = Solver(requests.fileno())
-
     while True:
         try:
-            task = json.loads(_read(requests, wire.length_of(_read(requests, wire.HEAD_BYTES))))
+            task = wire.receive(requests.read)
         except EOFError:  # the parent is gone, and may have left the folder
             shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
             return 0
         try:
             reply = answer(task, solver)
-        except MemoryError:
-            reply = {"error": "memory ran out", "kind": "memory"}
-        except RecursionError:
-            reply = {"error": "recursion too deep", "kind": "memory"}
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
+            reply = wire.failure(error)
         with suppress(BrokenPipeError):  # the parent is gone: the next read ends the loop
             wire.write(replies, reply)
 

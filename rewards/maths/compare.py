@@ -19,11 +19,10 @@ The rules, each with its reason:
   inequality  1 < x < 2 may be answered as (1, 2), and the other way round (by the engine)
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
-from itertools import permutations
+from contextlib import suppress
+from itertools import accumulate, pairwise, permutations
 
 from rewards.maths.arithmetic import differ_or_equal, readable, value_of
 from rewards.maths.notation import compact, split_unit
@@ -36,6 +35,10 @@ Verdict = tuple[float | None, str]
 
 class Undecided(Exception):
     """Takes algebra to decide."""
+
+
+def _verdict(same: bool, equal: str, different: str) -> Verdict:
+    return float(same), equal if same else different
 
 
 _AND = re.compile(r"\s*,?\s+(?:and|or)\s+|\s*(?:和|或者?)\s*|\s*;\s*|,\s*(?:and|or)\s+")
@@ -53,6 +56,7 @@ _CHOSEN = re.compile(
 _MODULUS = re.compile(r"\(?\s*\\?(?:p|b)?mod\s*(?:\{\s*\w+\s*\}|\w+)\s*\)?\s*$")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _BASE = re.compile(r"(-?[0-9A-Za-z]*\d[0-9A-Za-z]*)\s*_\s*\{?\s*(\d{1,2})\s*\}?")
+_THOUSANDS = re.compile(r"\d,\d{3}(?!\d)")
 _OPEN, _CLOSE = "([{", ")]}"
 _LIST_LIMIT = 6  # members matched in any order by trying all; beyond that each takes the first that fits
 _DEPTH_LIMIT = 8
@@ -61,8 +65,7 @@ _DEPTH_LIMIT = 8
 def compare(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> Verdict:
     """Value (1, 0, or `None` where the gold does not parse) and why, of two normalised answers.
 
-    Raises:
-        Undecided: `leaf` did.
+    Raises what `leaf` raises.
     """
     gold, answer = _MEMBERSHIP.sub("", gold), _MEMBERSHIP.sub("", answer)
     if gold == answer or compact(gold) == compact(answer):
@@ -74,15 +77,11 @@ def compare(gold: str, answer: str, leaf: Leaf, depth: int = 0) -> Verdict:
     if (chosen := _choice(gold, answer, leaf, depth)) is not None:
         return chosen
     verdict = _by_members(gold, answer, leaf, depth, thousands=True)
-    if verdict[0] == 0 and (_ambiguous(gold) or _ambiguous(answer)):
+    # The commas of `100,200` may separate thousands or members.
+    if verdict[0] == 0 and any(_THOUSANDS.search(text) and len(text) < 200 for text in (gold, answer)):
         other = _by_members(gold, answer, leaf, depth, thousands=False)
         return other if other[0] == 1 else verdict
     return verdict
-
-
-def _ambiguous(text: str) -> bool:
-    """Whether its commas may separate thousands or members: `100,200`."""
-    return re.search(r"\d,\d{3}(?!\d)", text) is not None and len(text) < 200
 
 
 def _by_members(gold: str, answer: str, leaf: Leaf, depth: int, *, thousands: bool) -> Verdict:
@@ -93,11 +92,10 @@ def _by_members(gold: str, answer: str, leaf: Leaf, depth: int, *, thousands: bo
         return _single(gold, answer, leaf, depth)
     if several and len(answer_members) == 1 and _RELATION.search(answer) and gold_kind not in ("", "{}"):
         return leaf(gold, answer)  # an interval answered by an inequality
-    if not several and not answer_kind and len(answer_members) <= 3:
-        # One value in several notations, "15 39/40, or 639/40", is one value.
-        each = [compare(gold, member, leaf, depth + 1)[0] == 1 for member in answer_members]
-        if all(each):
-            return 1.0, "each of them equal"
+    notations = answer_members if not several and not answer_kind and len(answer_members) <= 3 else []
+    # One value in several notations, "15 39/40, or 639/40", is one value.
+    if notations and all([compare(gold, member, leaf, depth + 1)[0] == 1 for member in notations]):
+        return 1.0, "each of them equal"
     if several and len(answer_members) == 1 and _EQUALS.search(answer) and not _EQUALS.search(gold):
         return compare(gold, _EQUALS.split(answer)[-1].strip(), leaf, depth + 1)  # M = (a, b) = (1, 2)
     if len(gold_members) != len(answer_members):
@@ -131,24 +129,21 @@ def members(text: str, thousands: bool = True) -> tuple[str, list[str]]:
 
 def _wraps(text: str) -> bool:
     r"""Whether the first bracket closes only at the end: not `(1,2) \cup (3,4)`."""
-    depth = 0
-    for i, character in enumerate(text):
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if depth == 0:
-            return i == len(text) - 1
-    return False
+    depths = _depths(text)
+    return depths[-1] == 0 and 0 not in depths[:-1]
+
+
+def _depths(text: str) -> list[int]:
+    """Brackets open behind each character."""
+    return list(accumulate((character in _OPEN) - (character in _CLOSE) for character in text))
 
 
 def _split(text: str, thousands: bool) -> list[str]:
     if "\\begin" in text:
         return [text.strip()]
-    parts, depth, start = [], 0, 0
-    for i, character in enumerate(text):
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if character == "," and depth == 0 and not (thousands and _thousands(text, i)):
-            parts.append(text[start:i].strip())
-            start = i + 1
-    return [*parts, text[start:].strip()]
+    commas = [i for i, depth in enumerate(_depths(text)) if depth == 0 and text[i] == ","]
+    cuts = [i for i in commas if not (thousands and _thousands(text, i))]
+    return [text[before + 1 : cut].strip() for before, cut in pairwise([-1, *cuts, len(text)])]
 
 
 def _thousands(text: str, comma: int) -> bool:
@@ -184,30 +179,24 @@ def _all_equal(gold: list[str], answer: list[str], ordered: bool, leaf: Leaf, de
         found = any(all(same(pair) for pair in zip(gold, order, strict=True)) for order in orders)
     if found:
         return 1.0, "all members equal"
-    unparsed = next((verdict for verdict in verdicts.values() if verdict[0] is None), None)
-    return unparsed or (0.0, "a member differs")
+    return next((verdict for verdict in verdicts.values() if verdict[0] is None), (0.0, "a member differs"))
 
 
 def _choice(gold: str, answer: str, leaf: Leaf, depth: int) -> Verdict | None:
     """The verdict where one of them is a choice letter, with or without the text that it stands for."""
     expected, got = _CHOSEN.fullmatch(gold), _CHOSEN.fullmatch(answer)
+    said = (
+        (got[1] or got[2]).upper() if got else answer.upper() if len(answer) == 1 and answer.isalpha() else ""
+    )
     if len(gold) == 1 and "A" <= gold <= "Z":
-        if got and (got[1] or got[2]):
-            same = (got[1] or got[2]).upper() == gold
-            return float(same), "same choice" if same else "another choice"
-        if len(answer) == 1 and answer.isalpha():
-            return float(
-                gold == answer.upper()
-            ), "same choice" if gold == answer.upper() else "another choice"
-        return None
+        return _verdict(said == gold, "same choice", "another choice") if said else None
     if expected and expected[3]:
-        letter = (expected[1] or expected[2]).upper()
-        if len(answer) == 1 and answer.isalpha():
-            return float(letter == answer.upper()), "choice by its letter"
-        if got:
-            same = (got[1] or got[2]).upper() == letter
-            return float(same), "same choice" if same else "another choice"
-        return compare(expected[3].strip(), answer, leaf, depth + 1)
+        if not said:
+            return compare(expected[3].strip(), answer, leaf, depth + 1)
+        same = said == (expected[1] or expected[2]).upper()
+        return (
+            _verdict(same, "same choice", "another choice") if got else (float(same), "choice by its letter")
+        )
     if got and got[3] and not expected:
         return compare(gold, got[3].strip(), leaf, depth + 1)
     return None
@@ -228,10 +217,8 @@ def _single(gold: str, answer: str, leaf: Leaf, depth: int) -> Verdict:
         if unit_conflict(gold_unit, answer_unit):
             return 0.0, "another unit"
         return compare(gold_bare, answer_bare, leaf, depth + 1)
-    for rule in (_bases, _matrices):
-        verdict = rule(gold, answer, leaf, depth)
-        if verdict is not None:
-            return verdict
+    if (verdict := _bases(gold, answer) or _matrices(gold, answer, leaf, depth)) is not None:
+        return verdict
     if ("\\cup" in gold and readable(answer)) or ("\\cup" in answer and readable(gold)):
         return 0.0, "a union of intervals is not a number"
     return leaf(gold, answer)
@@ -256,14 +243,15 @@ def _chain(gold: str, parts: list[str], leaf: Leaf, depth: int) -> Verdict:
     if not parts:
         return 0.0, "empty answer"
     verdict = compare(gold, parts[-1].strip(), leaf, depth + 1)
-    last = _value(parts[-1])
-    for part in parts[:-1][::-1][:4]:
-        if verdict[0] == 1 or last is None:
-            break
-        value = _value(part)
-        if value is not None and abs(value - last) <= 0.01 * abs(last):
-            earlier = compare(gold, part.strip(), leaf, depth + 1)
-            verdict = earlier if earlier[0] == 1 else verdict
+    with suppress(OverflowError):  # a number too large for floating point
+        last = _value(parts[-1])
+        for part in parts[:-1][::-1][:4]:
+            if verdict[0] == 1 or last is None:
+                break
+            value = _value(part)
+            if value is not None and abs(value - last) <= 0.01 * abs(last):
+                earlier = compare(gold, part.strip(), leaf, depth + 1)
+                verdict = earlier if earlier[0] == 1 else verdict
     return verdict
 
 
@@ -272,7 +260,7 @@ def _value(text: str) -> complex | None:
     return complex(number.value) if number else value_of(text)
 
 
-def _bases(gold: str, answer: str, _leaf: Leaf, _depth: int) -> Verdict | None:
+def _bases(gold: str, answer: str) -> Verdict | None:
     """Numerals with a base: `1011_2`. The base may be left out, but not be another."""
     expected, got = _BASE.fullmatch(gold), _BASE.fullmatch(answer)
     if not expected and not got:
@@ -283,37 +271,30 @@ def _bases(gold: str, answer: str, _leaf: Leaf, _depth: int) -> Verdict | None:
     if not all(part.removeprefix("-").isalnum() for part in digits):
         return (0.0, "a numeral is not an expression") if readable(gold if got else answer) else None
     same = digits[0].lstrip("0").casefold() == digits[1].lstrip("0").casefold()
-    return float(same), "same digits" if same else "other digits"
+    return _verdict(same, "same digits", "other digits")
 
 
 def quick_leaf(gold: str, answer: str) -> Verdict:
-    """Two single expressions, where certain.
-
-    Raises:
-        Undecided: It takes algebra.
-    """
+    """The verdict on two single expressions; raises `Undecided` where it takes algebra."""
     a, b = plain_number(gold), plain_number(answer)
     if a and b:
-        same = equal_numbers(a, b)
-        return float(same), "equal numbers" if same else "different numbers"
+        return _verdict(equal_numbers(a, b), "equal numbers", "different numbers")
     if is_words(gold):
-        same = _letters(gold) == _letters(answer)
-        return float(same), "equal words" if same else "different words"
+        return _verdict(_letters(gold) == _letters(answer), "equal words", "different words")
     if not any(character.isalnum() for character in answer):
         return 0.0, "the answer is empty"
     if not is_expression(answer):
         return _prose(gold, answer)
     decided = differ_or_equal(gold, answer)
-    if decided is not None:
-        return float(decided), "equal expressions" if decided else "different values"
-    raise Undecided
+    if decided is None:
+        raise Undecided
+    return _verdict(decided, "equal expressions", "different values")
 
 
 def _prose(gold: str, answer: str) -> Verdict:
     """An answer with words in it: its one number, if it has just one."""
     if not is_expression(gold):
-        same = _letters(gold) == _letters(answer)
-        return float(same), "equal text" if same else "different text"
+        return _verdict(_letters(gold) == _letters(answer), "equal text", "different text")
     found = numbers(answer)
     if len(found) != 1:
         if re.search(r"\\[a-zA-Z]|[=^]", answer):
@@ -321,8 +302,7 @@ def _prose(gold: str, answer: str) -> Verdict:
         return 0.0, "words where an expression is expected"
     a, b = plain_number(gold), plain_number(found[0].content)
     if a and b and len(re.findall(r"\d", answer)) == len(re.findall(r"\d", found[0].content)):
-        same = equal_numbers(a, b)
-        return float(same), "equal numbers" if same else "different numbers"
+        return _verdict(equal_numbers(a, b), "equal numbers", "different numbers")
     raise Undecided
 
 
@@ -333,10 +313,9 @@ def is_words(text: str) -> bool:
     letters = text.replace(" ", "").replace("-", "").replace("'", "")
     if letters.lower() in ("sin", "cos", "tan", "infty", "infinity"):
         return False
-    words = re.findall(r"[^\W\d_]{3,}", text)
-    return (len(letters) > 2 and letters.isalpha()) or (
-        bool(words) and "\\" not in text and not is_expression(text)
-    )
+    if len(letters) > 2 and letters.isalpha():
+        return True
+    return "\\" not in text and re.search(r"[^\W\d_]{3}", text) is not None and not is_expression(text)
 
 
 def _letters(text: str) -> str:

@@ -5,8 +5,6 @@ pool holds the clock. Its unit list is off too, because it eats variables (`3t` 
 `rewards.maths.compare`'s. An expression that does not parse is reported, and never counts as "different".
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable
@@ -41,7 +39,7 @@ def load() -> None:
 
 
 def equivalent(gold: str, answer: str, stage: Stage = lambda name: None) -> Verdict:
-    """Compare two normalised answers: value (1, 0, or `None` where the gold does not parse) and why.
+    """`compare`, down to math-verify.
 
     `stage` is called with "gold" before a gold expression is parsed and with "answer" before the answer is:
     which of them is at fault when time or memory runs out.

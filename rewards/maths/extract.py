@@ -25,16 +25,12 @@ strict mode, and nothing from lenient mode: there the completion was often only 
 learned the tags. Likewise an answer that the end of the text cuts off, `\boxed{12`, is no answer.
 """
 
-from __future__ import annotations
-
 import re
 from itertools import islice
 from typing import Literal
 
 from rewards.maths.prose import last_stated, value_after
-from rewards.maths.spans import Span, boxes, is_expression, maths
-
-__all__ = ["Mode", "answer_block", "final_answer", "is_expression", "last_boxed", "outside_think"]
+from rewards.maths.spans import Span, boxes, is_expression, maths, trim
 
 Mode = Literal["strict", "lenient"]
 
@@ -108,15 +104,12 @@ def final_answer(completion: str, mode: Mode) -> str | None:
     visible = _own_turn(outside_think(completion, mode))
     if mode == "strict":
         block = answer_block(visible)
-        if block is not None:
-            return last_boxed(block) or block
-        return last_boxed(visible)
+        return last_boxed(visible) if block is None else last_boxed(block) or block
     if (found := _from_blocks(visible)) is not None:
         return found
     visible = visible.replace("<answer>", " ").replace("</answer>", " ")
     for question in islice(_NEXT_QUESTION.finditer(visible), MOST_QUESTIONS):
-        answered = _explicit(visible[: question.start()])
-        if answered is not None:
+        if (answered := _explicit(visible[: question.start()])) is not None:
             return answered
     return _read(visible)
 
@@ -138,22 +131,23 @@ def _from_blocks(visible: str) -> str | None:
         # A sampler that stops at "</answer>" takes it away.
         rest = visible.rpartition("<answer>")[2].strip()
         return rest if rest and "</answer>" not in rest and is_expression(rest) else None
-    said = [_trim(blocks[-1][1])]
+    said = [trim(blocks[-1][1])]
     for earlier, later in zip(blocks[-2::-1], blocks[:0:-1], strict=True):
         if visible[earlier.end() : later.start()].strip():
             break
-        said.append(_trim(earlier[1]))
+        said.append(trim(earlier[1]))
     if len(set(said)) > 1:
         return ", ".join(reversed(said))
     block = blocks[-1][1].strip()
-    return _from_boxes(block) or (block if is_expression(block) else _read(block) or block)
+    if found := boxes(block, lenient=True):
+        return _joined(block, found)
+    return block if is_expression(block) else _read(block) or block
 
 
 def _read(visible: str) -> str | None:
-    explicit = _explicit(visible)
-    if explicit is not None:
+    if (explicit := _explicit(visible)) is not None:
         return explicit
-    whole = _trim(visible)
+    whole = trim(visible)
     return whole if is_expression(whole) else last_stated(visible)
 
 
@@ -185,11 +179,6 @@ def _explicit(text: str) -> str | None:
     return max(found)[1] if found else stated
 
 
-def _from_boxes(text: str) -> str | None:
-    found = boxes(text, lenient=True)
-    return _joined(text, found) if found else None
-
-
 def _joined(text: str, found: list[Span]) -> str:
     """The last box, with those before it that stand on the same line and are joined to it."""
     said = [found[-1].content]
@@ -204,7 +193,7 @@ def _joined(text: str, found: list[Span]) -> str:
 
 def _after_hashes(said: str) -> str | None:
     """The answer after `####`, or `None` where that was a heading: "#### Step 4", "#### 1. Set up"."""
-    said = _trim(said)
+    said = trim(said)
     if spans := maths(said):
         return spans[0].content if spans[0].start == 0 else None
     if is_expression(said):
@@ -212,8 +201,3 @@ def _after_hashes(said: str) -> str | None:
     if re.match(r"[-−$\\(£€¥]{0,4}\d", said) and not _HEADING.match(said) and len(said.split()) <= 5:
         return said
     return None
-
-
-def _trim(text: str) -> str:
-    """Without the white space, emphasis and full stops around it."""
-    return text.strip().strip("*").strip().rstrip(".。,，").strip("*").strip()

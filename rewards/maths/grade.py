@@ -11,14 +11,12 @@ Everything else (the gold does not parse or is too expensive itself, the child d
 is a verifier failure.
 """
 
-from __future__ import annotations
-
 from rewards.maths.compare import Undecided, compare, quick_leaf
 from rewards.maths.notation import compact, normalise, unjoined
 from rewards.pool import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
 from rewards.registry import Outcome
 
-__all__ = ["LONGEST_ANSWER", "grade_math", "normalise", "quick_grade"]
+__all__ = ["grade_math", "normalise", "quick_grade"]
 
 LONGEST_ANSWER = 2000  # characters; longer ones are not answers, and would only cost parsing time
 LONGEST_GOLD = 10_000
@@ -30,16 +28,11 @@ _results: Memo[Outcome] = Memo(size=16384, keep=lambda outcome: outcome.value is
 def grade_math(
     gold: str, answer: str, *, pool: WorkerPool | None = None, timeout_s: float = DEFAULT_LIMIT_S
 ) -> Outcome:
-    """1 where `answer` equals `gold`, 0 where it does not, `None` where the verifier failed.
+    """1 where `answer` equals `gold`, both text or LaTeX, 0 where it does not, `None`: the verifier failed.
 
-    Args:
-        gold: The right answer, text or LaTeX, as the data set gives it.
-        answer: The answer that was extracted from a completion.
-        pool: Where math-verify runs; default the process's shared pool.
-        timeout_s: Wall clock for it, seconds.
+    math-verify runs in `pool`, or the process's shared one, for at most `timeout_s` seconds of wall clock.
     """
-    outcome = quick_grade(gold, answer)
-    if outcome is not None:
+    if (outcome := quick_grade(gold, answer)) is not None:
         return outcome
     return _results.get((gold, answer), lambda: _slow_grade(gold, answer, pool or shared_pool(), timeout_s))
 
@@ -74,10 +67,8 @@ def _slow_grade(gold: str, answer: str, pool: WorkerPool, timeout_s: float) -> O
         # The worker holds the comparison's clock; ours is a second, later one, for the worker itself.
         reply = pool.call(task, timeout_s + 5)
     except TaskFailed as failure:
-        blame = failure.stage == "answer" and (
-            failure.kind == "memory" or (failure.kind == "time" and failure.cpu_s >= EXPENSIVE * timeout_s)
-        )
-        if blame:
+        worked = failure.kind == "time" and failure.cpu_s >= EXPENSIVE * timeout_s
+        if failure.stage == "answer" and (failure.kind == "memory" or worked):
             return Outcome(0.0, f"the answer is too expensive to compare: {failure}", answer)
         return Outcome(None, str(failure), answer)
     return Outcome(reply["value"], reply["detail"], answer)

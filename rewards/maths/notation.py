@@ -4,8 +4,6 @@ r"""One notation for what is written alike: the strings that answers are compare
 signs, ordinal endings, full-width digits); `split_unit` takes a unit off an expression.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 
@@ -24,10 +22,9 @@ _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\\circ\b")
 _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mbox)\s*\{?\s*)?(?:st|nd|rd|th)\b\s*\}?\}?"
 )
-_WRAPPERS = (
-    "text|textbf|textrm|textit|textsf|mathrm|mathbf|mathit|mathsf|bf|rm|it|mbox|hbox|operatorname|emph|bm"
+_TEXT = re.compile(
+    r"\\(?:(?:text|math)(?:bf|rm|it|sf)|text|bf|rm|it|mbox|hbox|operatorname|emph|bm)\s*\{([^{}]*)\}"
 )
-_TEXT = re.compile(rf"\\(?:{_WRAPPERS})\s*\{{([^{{}}]*)\}}")
 _OLD_FONT = re.compile(r"\\(?:bf|rm|it|mathrm)(?![A-Za-z])")
 _UNIT_TEXT = re.compile(r"\s((?:[A-Za-z]{2,}+\.?\s*+){1,4})(?:\^?\s*\{?[23]\}?)?\s*$")
 _SHORT_UNITS = frozenset("cm mm km ft in mi yd kg lb mg ml oz hr cu sq".split())  # noqa: SIM905

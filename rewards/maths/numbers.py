@@ -4,8 +4,6 @@ Integers, decimals, fractions, mixed numbers, thousands separators, powers of te
 units, number words. All arithmetic is in fractions; nothing is rounded but where `equal_numbers` says so.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,13 +28,10 @@ _NOT_UNITS = frozenset(
     "sqrt infinity oo not is choose".split()
 )
 _MULTIPLES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_WORDS = {
-    word: value
-    for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "  # noqa: E501, SIM905
-        "seventeen eighteen nineteen twenty".split()
-    )
-}
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "  # noqa: SIM905
+    "seventeen eighteen nineteen twenty".split()
+)  # each at its value
 _UNIT_NAMES = {
     alias: names.split()[0]
     for names in (
@@ -67,7 +62,7 @@ def plain_number(text: str) -> Number | None:
     assigned = _ASSIGNED.fullmatch(text)
     text = (assigned[1] if assigned else text).replace("{,}", ",").strip()
     if text.casefold() in _WORDS:
-        return Number(Fraction(_WORDS[text.casefold()]), None, False, "")
+        return Number(Fraction(_WORDS.index(text.casefold())), None, False, "")
     if len(text) > 200:
         return None
     unit, factor = "", 1

@@ -1,11 +1,9 @@
 """The answer that prose states: after a marker ("the answer is"), or last of all in the text."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 
-from rewards.maths.spans import Span, is_expression, maths, numbers
+from rewards.maths.spans import Span, is_expression, maths, numbers, trim
 
 LONGEST_STATED = 600  # characters after a marker that are looked at
 TAIL = 4000  # characters at the end of a text in which its last expression is looked for
@@ -32,6 +30,7 @@ _CUT_WORDS = frozenset(
     "because when where has have can will would how first next now i our their its but not get gives find use "  # noqa: E501
     "using plus minus times".split()
 )
+_ENDS = tuple(".!?。！？)]}\"'*$")
 _CUT_CHARACTERS = "=+-−*/^_({[,:;\\&<>~，、：≈×÷"
 _LABEL_ONLY = re.compile(
     r"(?:\\(?:triangle|angle|overline|overrightarrow|vec|mathbf|mathrm|text)\s*)*\{?[A-Za-z](?:[A-Z]{0,3}|_\{?\w\}?|'*)\}?"
@@ -78,11 +77,11 @@ def value_after(text: str, position: int, *, after_heading: bool = False) -> str
         return _group(said, inside, first[0])
     if bold := _BOLD.search(sentence):
         sentence = bold[1]
-    return _plain(sentence, whole=stop is not None or _ended(said))
+    return _plain(sentence, whole=stop is not None or said.rstrip().endswith(_ENDS))
 
 
 def _plain(sentence: str, *, whole: bool) -> str | None:
-    sentence = _trim(sentence)
+    sentence = trim(sentence)
     if not sentence or (not whole and _looks_cut(sentence)):
         return None
     if is_expression(sentence):
@@ -90,8 +89,7 @@ def _plain(sentence: str, *, whole: bool) -> str | None:
     found = numbers(sentence)
     if not found:
         return sentence if len(sentence.split()) <= 4 and len(sentence) <= 60 else None
-    first = found[0]
-    if first.start == 0 and "=" not in sentence:  # "18 dollars a day": the unit is part of the answer
+    if found[0].start == 0 and "=" not in sentence:  # "18 dollars a day": the unit is part of the answer
         return _with_unit(sentence, found)
     if re.match(r"\(?[A-Z]\)", sentence):  # "(C) 15 apples"
         return sentence
@@ -102,9 +100,7 @@ def _plain(sentence: str, *, whole: bool) -> str | None:
 
 
 def _with_unit(sentence: str, found: list[Span]) -> str:
-    if len(found) == 1 and len(sentence.split()) <= 4:
-        return sentence
-    if is_expression(sentence):
+    if (len(found) == 1 and len(sentence.split()) <= 4) or is_expression(sentence):
         return sentence
     joined = [found[0]]
     for span in found[1:]:
@@ -120,19 +116,18 @@ def last_stated(text: str) -> str | None:
         return None
     tail = _FENCE.sub(" ", _tail(text))
     spans = maths(tail)
-    outside = _blanked(tail, spans)
+    outside = tail  # of the maths: that is blanked out
+    for span in spans:
+        outside = outside[: span.start] + "\x1f" * (span.end - span.start) + outside[span.end :]
     tokens = sorted([*spans, *numbers(outside)], key=lambda span: span.start)
-    for sentence_start, sentence_end in _sentences(outside)[::-1]:
+    ends = [match.end() for match in _SENTENCE_END.finditer(outside)]
+    for sentence_start, sentence_end in list(pairwise([0, *ends, len(outside)]))[::-1]:
         sentence = outside[sentence_start:sentence_end].strip()
         if sentence.endswith(("?", "？")) or sentence.startswith(("(", "Note")):
             continue
         inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
-        telling = [
-            token
-            for token in inside
-            if not _label_only(token.content)
-            and not _DENIED.search(tail[max(0, token.start - 12) : token.start])
-        ]
+        named = [token for token in inside if not _label_only(token.content)]
+        telling = [t for t in named if not _DENIED.search(tail[max(0, t.start - 12) : t.start])]
         if not telling:
             continue
         for bold in list(_BOLD.finditer(tail, sentence_start, sentence_end))[::-1]:
@@ -145,13 +140,9 @@ def last_stated(text: str) -> str | None:
 
 def _tail(text: str) -> str:
     """The end of the text, from the start of a paragraph or at least a line on: never from within maths."""
-    start = len(text) - TAIL
-    if start <= 0:
-        return text
-    for boundary in ("\n\n", "\n"):
-        if (at := text.find(boundary, start)) >= 0:
-            return text[at:]
-    return text[start:]
+    start = max(len(text) - TAIL, 0)
+    breaks = (text.find(boundary, start) for boundary in ("\n\n", "\n"))
+    return text[next((at for at in breaks if at >= 0), start) :] if start else text
 
 
 def _main(text: str, tokens: list[Span]) -> Span:
@@ -167,7 +158,7 @@ def _main(text: str, tokens: list[Span]) -> Span:
 
 def _bold(content: str) -> str | None:
     """The value of bold text, without the words before it: `**Total: 18 dollars**`."""
-    content = _trim(content)
+    content = trim(content)
     if spans := maths(content):
         return spans[-1].content
     if is_expression(content):
@@ -176,24 +167,6 @@ def _bold(content: str) -> str | None:
     if found and found[0].start == 0:
         return _with_unit(content, found)
     return found[-1].content if found else content
-
-
-def _sentences(outside: str) -> list[tuple[int, int]]:
-    """Start and end of each sentence of a text whose maths is blanked out, in order."""
-    cuts = [0]
-    for match in _SENTENCE_END.finditer(outside):
-        cuts.append(match.end())
-    cuts.append(len(outside))
-    return list(pairwise(cuts))
-
-
-def _blanked(text: str, spans: list[Span]) -> str:
-    """The text with its maths replaced by spaces, so that positions stay."""
-    parts, position = [], 0
-    for span in spans:
-        parts += [text[position : span.start], "\x1f" * (span.end - span.start)]
-        position = span.end
-    return "".join([*parts, text[position:]])
 
 
 def _group(text: str, spans: list[Span], chosen: Span, *, backwards: bool = False) -> str:
@@ -240,10 +213,6 @@ def _label_only(content: str) -> bool:
     return _LABEL_ONLY.fullmatch(content.strip().strip("$").strip()) is not None
 
 
-def _ended(text: str) -> bool:
-    return text.rstrip()[-1:] in tuple(".!?。！？)]}\"'*$")
-
-
 def _looks_cut(text: str) -> bool:
     """Whether the text breaks off in the middle of a sentence or a formula."""
     text = text.rstrip()
@@ -256,7 +225,3 @@ def _looks_cut(text: str) -> bool:
         return True
     last = re.search(r"([A-Za-z]+)$", tail)
     return last is not None and last[1].lower() in _CUT_WORDS and len(tail) > len(last[1])
-
-
-def _trim(text: str) -> str:
-    return text.strip().strip("*").strip().rstrip(".。,，").strip("*").strip()

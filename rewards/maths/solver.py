@@ -5,10 +5,7 @@ milliseconds. So the worker holds the clock of each comparison itself, and one t
 and no more.
 """
 
-from __future__ import annotations
-
 import gc
-import json
 import math
 import os
 import resource
@@ -24,14 +21,10 @@ from rewards.programs import isolate
 
 
 class Solver:
-    """The fork that compares, and the worker's two pipes to it.
-
-    Args:
-        parent: A descriptor that hangs up when the worker's own parent is gone; -1 for none.
-    """
+    """The fork that compares, and the worker's two pipes to it."""
 
     def __init__(self, parent: int = -1) -> None:
-        self._parent = parent
+        self._parent = parent  # a descriptor that hangs up when the worker's own parent is gone
         self._pid = 0
 
     def compare(self, gold: str, answer: str, timeout_s: float) -> dict[str, Any]:
@@ -43,7 +36,7 @@ class Solver:
         try:
             wire.write(self._requests, {"gold": gold, "answer": answer, "cpu_s": timeout_s + 1})
             while True:
-                reply = self._read(deadline)
+                reply = wire.receive(lambda length: self._read(length, deadline))
                 if "stage" not in reply:
                     break
                 stage, stage_cpu_s = reply["stage"], reply["cpu_s"]
@@ -80,38 +73,28 @@ class Solver:
         self._pid = 0
         return usage.ru_utime + usage.ru_stime
 
-    def _read(self, deadline: float) -> dict[str, Any]:
-        length = wire.length_of(self._exactly(wire.HEAD_BYTES, deadline))
-        reply: dict[str, Any] = json.loads(self._exactly(length, deadline))
-        return reply
-
-    def _exactly(self, length: int, deadline: float) -> bytes:
-        data = b""
+    def _read(self, length: int, deadline: float) -> bytes:
         poll = select.poll()
         poll.register(self._replies, select.POLLIN)
         if self._parent >= 0:
             poll.register(self._parent, 0)  # no events asked for: only a hang-up is reported
-        while len(data) < length:
-            left = deadline - time.monotonic()
-            ready = poll.poll(1000 * left) if left > 0 else []
-            if not ready or any(fd == self._parent for fd, _ in ready):
-                raise TimeoutError
-            part = os.read(self._replies, length - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return data
+        left = deadline - time.monotonic()
+        ready = poll.poll(1000 * left) if left > 0 else []
+        if not ready or any(fd == self._parent for fd, _ in ready):
+            raise TimeoutError
+        return os.read(self._replies, length)
 
 
 def _serve(requests: int, replies: int) -> NoReturn:
-    """In the fork: compare until the worker is gone."""
     try:
         isolate.die_with_parent()
         gc.freeze()
         with open(requests, "rb") as source:
-            while len(head := source.read(wire.HEAD_BYTES)) == wire.HEAD_BYTES:
-                task = json.loads(source.read(wire.length_of(head)))
-                _limit_cpu(task["cpu_s"])
+            while True:
+                task = wire.receive(source.read)  # raises when the worker is gone
+                # The kernel ends this process then, even if the worker is gone.
+                limit = math.ceil(time.process_time() + task["cpu_s"]) + 1
+                resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
                 wire.write(replies, _answer(task, replies))
     finally:
         os._exit(0)
@@ -124,15 +107,5 @@ def _answer(task: dict[str, Any], replies: int) -> dict[str, Any]:
     try:
         value, detail = equivalent(task["gold"], task["answer"], stage)
         return {"value": value, "detail": detail}
-    except MemoryError:
-        return {"error": "memory ran out", "kind": "memory"}
-    except RecursionError:
-        return {"error": "recursion too deep", "kind": "memory"}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
-
-
-def _limit_cpu(seconds: float) -> None:
-    """Let this process use `seconds` more of CPU: the kernel ends it then, even if the worker is gone."""
-    limit = math.ceil(time.process_time() + seconds) + 1
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        return wire.failure(error)

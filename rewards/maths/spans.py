@@ -4,8 +4,6 @@ Nothing here knows what an answer is (`extract` does). All of it is linear in th
 pattern is bounded, for the text is whatever a model wrote.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 
@@ -37,7 +35,7 @@ _MATHS_WORDS = frozenset(
 )
 _OPENER = re.compile(r"\$\$|\\\[|\\\(|\\begin\{(?P<env>(?:align|equation|gather|aligned)\*?)\}|\\\$|\$")
 _PLAIN_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
-NUMBER = re.compile(
+_NUMBER = re.compile(
     # A minus sign counts where it does not join two terms: "= -3", "is -3", but not "5 - 3" or "2010-2015".
     rf"(?<![\w.\\])(?:(?<![\d)\]}}])(?<![\d)\]}}] )[-−–]\s?)?(?:\\?[$£€¥]\s?)?{_PLAIN_NUMBER}"
     rf"(?:\s?/\s?\d+|\s\d+/\d+|:\d+)?(?:\s?√\s?\(?\d+\)?)?(?:\s?(?:\\?%|π|percent\b))?"
@@ -115,9 +113,8 @@ def is_expression(text: str) -> bool:
     if not text or len(text) > 500 or "\n" in text:
         return False
     bare = _COMMAND.sub(" ", text.strip("$"))
-    if any(word.lower() not in _MATHS_WORDS for word in _LONG_WORD.findall(bare)):
-        return False
-    return any(character.isalnum() for character in text)
+    known = all(word.lower() in _MATHS_WORDS for word in _LONG_WORD.findall(bare))
+    return known and any(character.isalnum() for character in text)
 
 
 def maths(text: str) -> list[Span]:
@@ -142,8 +139,7 @@ def maths(text: str) -> list[Span]:
             end = close + len(closing)
         if close < 0:
             continue
-        content = text[start:close].strip()
-        if content:
+        if content := text[start:close].strip():
             found.append(Span(opener.start(), end, content))
         position = end
     return found
@@ -151,44 +147,39 @@ def maths(text: str) -> list[Span]:
 
 def _closing_dollar(text: str, start: int) -> int:
     """The `$` that closes the maths opened before `start`, or -1 where that one was a currency's."""
-    close = start
-    while True:
-        close = text.find("$", close, start + LONGEST_SPAN)
-        if close < 0 or text[close - 1] != "\\":
-            break
-        close += 1
+    close = text.find("$", start, start + LONGEST_SPAN)
+    while close >= 0 and text[close - 1] == "\\":
+        close = text.find("$", close + 1, start + LONGEST_SPAN)
     if close <= start or "\n\n" in text[start:close]:
         return -1
     content = text[start:close]
-    money = content[0].isdigit() and (text[close + 1 : close + 2].isdigit() or content[-1].isspace())
-    prose = content[0].isdigit() and _PROSE_WORD.search(_COMMAND.sub(" ", content)) is not None
-    return -1 if money or prose else close
+    money = content[0].isdigit() and (
+        text[close + 1 : close + 2].isdigit()
+        or content[-1].isspace()
+        or _PROSE_WORD.search(_COMMAND.sub(" ", content))
+    )
+    return -1 if money else close
+
+
+def trim(text: str) -> str:
+    """Without the white space, emphasis and full stops around it."""
+    return text.strip().strip("*").strip().rstrip(".。,，").strip("*").strip()
 
 
 def numbers(text: str) -> list[Span]:
     """Numbers in prose, with sign, currency, fraction and percent; not those that label a step or a part."""
-    return [
-        Span(match.start(), match.end(), match[0].strip())
-        for match in NUMBER.finditer(text)
-        if not _is_label(text, match)
-    ]
+    found = (match for match in _NUMBER.finditer(text) if not _is_label(text, match))
+    return [Span(match.start(), match.end(), match[0].strip()) for match in found]
 
 
 def _is_label(text: str, match: re.Match[str]) -> bool:
-    before = text[max(0, match.start() - 16) : match.start()]
-    found = _LABELS.search(before)
+    found = _LABELS.search(text[max(0, match.start() - 16) : match.start()])
     if found is None:
         return False
     word = found[0].strip().lower()
     after = text[match.end() : match.end() + 2]
     if word in ("", "(", "[", "#"):
         # "1. First", "(1)", "[1]"; but "(18 dollars)" and a line "18" are numbers
-        return bool(re.match(r"[.):\]]\s|[\])]", after + " ")) and (
-            word != "" or not _ends(text, match.end())
-        )
+        more = text[match.end() : match.end() + 40].strip(" \n.*$)")
+        return bool(re.match(r"[.):\]]\s|[\])]", after + " ")) and bool(word or more)
     return word != "and"
-
-
-def _ends(text: str, position: int) -> bool:
-    """Whether nothing but punctuation follows up to the end of the text."""
-    return not text[position : position + 40].strip(" \n.*$)")

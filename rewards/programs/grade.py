@@ -1,7 +1,5 @@
 """Grade a program by its tests, in a sandboxed child process; `rewards.programs.run` says what it defends."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence
@@ -25,10 +23,10 @@ def extract_code(completion: str) -> str | None:
     ```` ```python ```` fence, or else its last fence, or else all of it. `None` where nothing is left."""
     visible = outside_think(completion, "lenient")
     text = answer_block(visible) or visible
-    fences = [(match[1].lower(), match[2]) for match in _FENCE.finditer(text)]
+    fences = _FENCE.findall(text)
     if not fences and not _CODE_LIKE.search(text):  # "<answer>see above</answer>": the fence is outside it
-        fences = [(match[1].lower(), match[2]) for match in _FENCE.finditer(visible)]
-    python = [body for tag, body in fences if tag in ("python", "python3", "py")]
+        fences = _FENCE.findall(visible)
+    python = [body for tag, body in fences if tag.lower() in ("python", "python3", "py")]
     code = python[-1] if python else fences[-1][1] if fences else text
     return code.strip("\n") if code.strip() else None
 
@@ -44,18 +42,19 @@ def run_tests(
     """Whether `code` passes `tests`: 1 or 0, or with `partial_credit` the share that it passes.
 
     Args:
-        code: The program's source.
         tests: Python statements that raise on failure, run in the program's namespace; or stdin/stdout cases.
         timeout_s: Wall clock, seconds, of one run of the program: for all statements together, for each case.
-        partial_credit: Run on after a failure and give the share; a run that times out still gets nothing.
-        pool: Where to run; default the process's shared pool.
+        partial_credit: Run on after a failure; a run that times out still gets nothing.
 
     Returns:
         `value=None` where the verifier failed: no tests, tests of both kinds, a test that does not compile,
         or a worker that died. A program that crashes or never ends is simply wrong.
     """
-    key = _key(code, tests, timeout_s, partial_credit)
-    return _results.get(key, lambda: _run(code, tests, timeout_s, partial_credit, pool or shared_pool()))
+    job = repr((timeout_s, partial_credit, list(tests), code)).encode()
+    return _results.get(
+        hashlib.sha256(job).digest(),
+        lambda: _run(code, tests, timeout_s, partial_credit, pool or shared_pool()),
+    )
 
 
 def active_sandbox(pool: WorkerPool | None = None) -> str:
@@ -85,9 +84,3 @@ def _run(
     passed, total = reply["passed"], reply["total"]
     value = passed / total if partial else float(passed == total)
     return Outcome(value, reply["detail"] or f"passed {passed} of {total}", code)
-
-
-def _key(code: str, tests: Sequence[str | StdioTest], timeout_s: float, partial: bool) -> bytes:
-    digest = hashlib.sha256(repr((timeout_s, partial, list(tests))).encode("utf-8", "surrogatepass"))
-    digest.update(b"\0" + code.encode("utf-8", "surrogatepass"))
-    return digest.digest()

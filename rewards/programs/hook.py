@@ -4,8 +4,6 @@ An audit hook sees what Python's functions do, and cannot be removed. Native cod
 is refused too; where the kernel has namespaces and seccomp, `isolate` confines native code as well.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from typing import Any
@@ -36,26 +34,22 @@ def forbid(folder: str) -> None:
     readable = (inside, *(root.rstrip("/") + "/" for root in roots))
     devices = (os.devnull, "/dev/zero", "/dev/urandom", "/etc/localtime")
 
-    def within(path: Any) -> bool:
+    def within(
+        path: Any, folders: tuple[str, ...] = (inside,), files: tuple[str, ...] = (os.devnull,)
+    ) -> bool:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return True  # a descriptor that is already open, or a flag
         real = realpath(fsdecode(fspath(path)))
-        return real == home or real.startswith(inside) or real == os.devnull
-
-    def visible(path: Any) -> bool:
-        if not isinstance(path, (str, bytes, os.PathLike)):
-            return True
-        real = realpath(fsdecode(fspath(path)))
-        return real == home or real in devices or real.startswith(readable)
+        return real == home or real in files or real.startswith(folders)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
-            allowed = within(args[0]) if (args[2] or 0) & _WRITING else visible(args[0])
+            writing = (args[2] or 0) & _WRITING
+            allowed = within(args[0]) if writing else within(args[0], readable, devices)
         elif event in _CHANGES:
             # A name relative to an open folder's descriptor (the last argument) could lie anywhere.
-            relative = (
-                event.startswith("os.") and isinstance(args[-1], int) and args[-1] >= 0 and len(args) > 1
-            )
+            by_folder = isinstance(args[-1], int) and args[-1] >= 0 and len(args) > 1
+            relative = by_folder and event.startswith("os.")
             allowed = all(within(arg) for arg in args[:2]) and (event in _WITH_MODE or not relative)
         else:
             allowed = event not in _REFUSED and not event.startswith(_FAMILIES)

@@ -13,8 +13,6 @@ In order of strength, each used where the machine has it:
 Linux on x86-64 and aarch64; elsewhere the last two remain, and `describe` reports it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform
@@ -25,7 +23,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
@@ -33,7 +31,6 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 <<
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 SCRATCH = "/scratch"
-SCRATCH_OPTIONS = b"size=67108864,nr_inodes=4096,mode=0700"
 STACK_BYTES = 64 << 20  # deep recursion is a legitimate way to write a solution
 
 # Refused to programs, by kernel name: x86-64's number, aarch64's number.
@@ -66,7 +63,7 @@ _machine = _ARCHITECTURES.get(platform.machine()) if _linux else None
 
 @dataclass
 class _Active:
-    """What `enter` and the first program found to work in this process."""
+    """What `enter` found to work in this process."""
 
     namespaces: bool = False
     seccomp: bool = False
@@ -77,7 +74,7 @@ active = _Active()
 
 
 def describe() -> str:
-    """One line: the measures that confine a program of this process."""
+    """The measures that confine a program of this process, in words."""
     parts = ["namespaces (user, mount, pid, network, ipc)"] if active.namespaces else []
     parts += ["seccomp"] if active.seccomp else []
     missing = f"; no namespaces: {active.why_not}" if not active.namespaces else ""
@@ -89,10 +86,11 @@ def enter(project: Path) -> None:
 
     Where that is not possible the process stays as it was, and `describe` tells why.
     """
-    active.seccomp = _seccomp_available()
     if _libc is None or _machine is None:
         active.why_not = f"not supported on {platform.system()} {platform.machine()}"
         return
+    # A filter at address 0: a kernel that has filters returns EFAULT, one without EINVAL.
+    active.seccomp = _libc.prctl(PR_SET_SECCOMP, 2, 0, 0, 0) < 0 and ctypes.get_errno() == 14
     # Tried in a child first: half a move could not be undone.
     probe = os.fork()
     if probe == 0:
@@ -158,7 +156,7 @@ def _visible(project: Path) -> list[str]:
     paths = {*needed, *map(os.path.realpath, needed)}
     kept: list[str] = []
     for path in sorted(paths):
-        if not any(path == other or path.startswith(other.rstrip("/") + "/") for other in kept):
+        if not any(path.startswith(other.rstrip("/") + "/") for other in kept):
             kept.append(path)
     return [path for path in kept if path != "/"]
 
@@ -172,11 +170,8 @@ def _bind(path: str, root: str, *, read_only: bool = True) -> None:
         with open(target, "w"):
             pass
     _mount(path, target, None, MS_BIND | MS_REC)
-    if read_only:
-        _make_read_only(target)
-
-
-def _make_read_only(target: str) -> None:
+    if not read_only:
+        return
     assert _libc is not None
     recursive, at_cwd = 0x8000, -100
     # MOUNT_ATTR_* have the values of MS_*.
@@ -211,12 +206,11 @@ def fresh_scratch() -> str | None:
     """An empty folder in memory for one program; `None` where only a folder on disk is available."""
     if not active.namespaces:
         return None
-    _mount("scratch", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, SCRATCH_OPTIONS)
+    _mount("scratch", SCRATCH, "tmpfs", MS_NOSUID | MS_NODEV, b"size=67108864,nr_inodes=4096,mode=0700")
     return SCRATCH
 
 
 def drop_scratch() -> None:
-    """Unmount the folder with its contents."""
     assert _libc is not None
     with suppress(OSError):
         _check(_libc.umount2(os.fsencode(SCRATCH), MNT_DETACH))
@@ -241,7 +235,7 @@ def hide_memory() -> None:
 
 
 def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> None:
-    """Set the resource limits, hard ones too, so that they cannot be raised again."""
+    """Set the resource limits; hard ones too but the stack's, so that they cannot be raised again."""
     for what, bound in (
         (resource.RLIMIT_CPU, cpu_s),
         (resource.RLIMIT_AS, memory_bytes),
@@ -249,13 +243,11 @@ def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> Non
         (resource.RLIMIT_NPROC, processes),
         (resource.RLIMIT_NOFILE, 256),
         (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_STACK, STACK_BYTES),
     ):
         hard = resource.getrlimit(what)[1]
         bound = bound if hard == resource.RLIM_INFINITY else min(bound, hard)
-        resource.setrlimit(what, (bound, bound))
-    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    stack = STACK_BYTES if hard == resource.RLIM_INFINITY else min(STACK_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (stack, hard))
+        resource.setrlimit(what, (bound, hard if what == resource.RLIMIT_STACK else bound))
 
 
 def give_up_privileges() -> None:
@@ -277,7 +269,7 @@ class _Filter(ctypes.Structure):
     _kept: Any = None
 
     @classmethod
-    def build(cls) -> _Filter:
+    def build(cls) -> Self:
         assert _machine is not None
         arch = _machine[0]
         allow, refuse, absent, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000  # errno EPERM, ENOSYS
@@ -300,10 +292,3 @@ class _Filter(ctypes.Structure):
         code = b"".join(struct.pack("HBBI", *instruction) for instruction in program)
         cls._kept = ctypes.create_string_buffer(code)
         return cls(len(program), ctypes.addressof(cls._kept))
-
-
-def _seccomp_available() -> bool:
-    if _libc is None or _machine is None:
-        return False
-    # A filter at address 0: a kernel that has filters returns EFAULT, one without EINVAL.
-    return _libc.prctl(PR_SET_SECCOMP, 2, 0, 0, 0) < 0 and ctypes.get_errno() == 14

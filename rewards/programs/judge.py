@@ -57,17 +57,10 @@ class Pipe:
             raise ProgramGone("the program sent something that is no message") from None
 
     def _exactly(self, length: int) -> bytes:
-        parts = []
-        while length:
-            try:
-                part = self._read(self._fd, min(length, 1 << 20))
-            except OSError:
-                part = b""
-            if not part:
-                raise ProgramGone(ENDED)
-            parts.append(part)
-            length -= len(part)
-        return b"".join(parts)
+        try:
+            return wire.exactly(lambda most: self._read(self._fd, most), length)
+        except (OSError, EOFError):
+            raise ProgramGone(ENDED) from None
 
 
 class _Changed:
@@ -78,7 +71,7 @@ class _Changed:
 
 
 class Link:
-    """The judge's end."""
+    """The judge's end of the socket."""
 
     def __init__(self, fd: int) -> None:
         self.pipe = Pipe(fd)
@@ -162,6 +155,27 @@ def _exception(name: str, text: str, bases: Any) -> BaseException:
     return error
 
 
+def _ask(remote: Remote, operation: str, *args: Any) -> Any:
+    link = object.__getattribute__(remote, "_link")
+    return link.ask(operation, object.__getattribute__(remote, "_id"), *(link.encoded(arg) for arg in args))
+
+
+def _plain(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"the program gave a {type(value).__name__} for a {kind.__name__}")
+    return value
+
+
+def _operation(name: str, kind: type | None = None) -> Callable[..., Any]:
+    """A method that asks the program, for a plain `kind` where one is named."""
+
+    def method(self: Remote, *args: Any) -> Any:
+        value = _ask(self, name, *args)
+        return value if kind is None else _plain(value, kind)
+
+    return method
+
+
 class Remote:
     """An object of the program, by reference."""
 
@@ -182,38 +196,18 @@ class Remote:
             _change(args[at], new)
         return answer.value
 
-    def __getattr__(self, name: str) -> Any:
-        return _ask(self, "getattr", name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        _ask(self, "setattr", name, value)
-
-    def __delattr__(self, name: str) -> None:
-        _ask(self, "delattr", name)
-
-    def __getitem__(self, key: Any) -> Any:
-        return _ask(self, "getitem", key)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        _ask(self, "setitem", key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        _ask(self, "delitem", key)
-
-    def __len__(self) -> int:
-        return int(_plain(_ask(self, "len"), int))
-
-    def __bool__(self) -> bool:
-        return bool(_plain(_ask(self, "bool"), bool))
-
-    def __str__(self) -> str:
-        return str(_plain(_ask(self, "str"), str))
-
-    def __repr__(self) -> str:
-        return str(_plain(_ask(self, "repr"), str))
-
-    def __hash__(self) -> int:
-        return int(_plain(_ask(self, "hash"), int))
+    __getattr__ = _operation("getattr")
+    __setattr__ = _operation("setattr")
+    __delattr__ = _operation("delattr")
+    __getitem__ = _operation("getitem")
+    __setitem__ = _operation("setitem")
+    __delitem__ = _operation("delitem")
+    __enter__ = _operation("enter")
+    __len__ = _operation("len", int)
+    __bool__ = _operation("bool", bool)
+    __str__ = _operation("str", str)
+    __repr__ = _operation("repr", str)
+    __hash__ = _operation("hash", int)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Remote) and bool(_plain(_ask(self, "eq", other), bool))
@@ -236,25 +230,11 @@ class Remote:
     def __contains__(self, item: Any) -> bool:
         return item in list(self)  # all of it first: an endless one must not find everything
 
-    def __enter__(self) -> Any:
-        return _ask(self, "enter")
-
     def __exit__(self, *_: object) -> None:
         _ask(self, "exit")
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, Remote) and bool(_ask(self, "isinstance", instance))
-
-
-def _ask(remote: Remote, operation: str, *args: Any) -> Any:
-    link = object.__getattribute__(remote, "_link")
-    return link.ask(operation, object.__getattribute__(remote, "_id"), *(link.encoded(arg) for arg in args))
-
-
-def _plain(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"the program gave a {type(value).__name__} for a {kind.__name__}")
-    return value
 
 
 def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
@@ -267,10 +247,9 @@ def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
     return operator
 
 
-for _name in "add sub mul matmul truediv floordiv mod pow and or xor lt le gt ge".split():  # noqa: SIM905
+_PLAIN = "add sub mul matmul truediv floordiv mod pow and or xor lt le gt ge"
+for _name in f"{_PLAIN} radd rsub rmul rmatmul rtruediv".split():
     setattr(Remote, f"__{_name}__", _arithmetic(f"__{_name}__"))
-for _name in "add sub mul matmul truediv".split():  # noqa: SIM905
-    setattr(Remote, f"__r{_name}__", _arithmetic(f"__r{_name}__"))
 
 
 def _change(old: Any, new: Any) -> None:
@@ -282,23 +261,23 @@ def _change(old: Any, new: Any) -> None:
         old.update(new)
 
 
-def judge(fd: int, tests: list[str], stop_early: bool, report: Callable[[str], None]) -> None:
-    """Run the tests against the program at the end of `fd`, and report "PASSED DETAIL" or "E DETAIL"."""
+def judge(fd: int, tests: list[str], stop_early: bool) -> str:
+    """Run the tests against the program at the end of `fd`: "PASSED DETAIL" or "E DETAIL"."""
     compiled = []
     for number, test in enumerate(tests, 1):
         try:
             compiled.append(compile(test, f"test {number}", "exec"))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            return report(f"E test {number} does not compile: {error}")
+            return f"E test {number} does not compile: {error}"
     link = Link(fd)
     passed, detail = 0, ""
     try:
         kind, *rest = link.pipe.receive()
         if kind != "ready":
-            return report(f"0 the program raised {rest[0]}")
+            return f"0 the program raised {rest[0]}"
         namespace = _namespace(link, [str(name) for name in rest[0]], tests)
     except (ProgramGone, Malformed, ValueError, TypeError) as error:
-        return report(f"0 {error} before the tests")
+        return f"0 {error} before the tests"
     for number, statement in enumerate(compiled, 1):
         try:
             exec(statement, namespace)
@@ -307,7 +286,7 @@ def judge(fd: int, tests: list[str], stop_early: bool, report: Callable[[str], N
             detail = detail or f"test {number} of {len(tests)}: {words(error)}"
             if stop_early or link.gone:
                 break
-    report(f"{passed} {detail}")
+    return f"{passed} {detail}"
 
 
 def _namespace(link: Link, offered: list[str], tests: list[str]) -> dict[str, Any]:

@@ -14,8 +14,6 @@ and fill the disk, one file of limited size after the other, until its time is u
 function of the program trusts that function. And a program may reproduce a public benchmark from memory.
 """
 
-from __future__ import annotations
-
 import os
 import select
 import signal
@@ -45,15 +43,12 @@ _zygote: Zygote | None = None  # set by `warm`
 
 @dataclass(slots=True)
 class _Run:
-    """A process that is running, or has run."""
-
     pid: int
     status: int = 0  # waitpid's
     killed: str = ""  # why it was killed, or ""
     output: dict[int, bytearray] = field(default_factory=dict)  # by descriptor
 
     def failure(self) -> str:
-        """Why there is no result, in words."""
         if self.killed:
             return self.killed
         if os.WIFSIGNALED(self.status):
@@ -62,11 +57,7 @@ class _Run:
 
 
 def warm() -> str:
-    """Import what programs commonly import, confine this process, and fork the zygote.
-
-    Returns:
-        The measures that are active, in words.
-    """
+    """Import what programs commonly import, confine this process, fork the zygote; the active measures."""
     global _zygote
     if _zygote is None:
         for name in WARM_MODULES:
@@ -85,8 +76,7 @@ def adopt_orphans(parent: int) -> None:
 def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:
     """Run the program in one process and the tests on it in another, under one clock.
 
-    Returns:
-        `passed`, `total` and a `detail` about the first failure; or `error` where a test does not compile.
+    Returns `passed`, `total` and a `detail` about the first failure; or `error`: a test does not compile.
     """
     assert _zygote is not None
     ours, theirs = socket.socketpair()
@@ -131,30 +121,21 @@ def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Lim
     return run, run.output[result_in].decode("utf-8", "replace")
 
 
-def _become_judge(link: int, result: int, tests: list[str], stop_early: bool, limits: Limits) -> NoReturn:
-    """In the fork: keep the two pipes, then run the tests. Never returns."""
+def _become_judge(link: int, out: int, tests: list[str], stop_early: bool, limits: Limits) -> NoReturn:
     try:
         isolate.die_with_parent()
         isolate.hide_memory()
         os.setsid()
         nothing = os.open(os.devnull, os.O_RDWR)
-        keep([nothing, nothing, nothing, link, result])
+        keep([nothing, nothing, nothing, link, out])
         sys.stdin, sys.stdout, sys.stderr = (open(os.devnull, mode) for mode in ("r", "w", "w"))  # noqa: SIM115
         isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
         sys.set_int_max_str_digits(0)
         seed()
-        judge.judge(
-            LINK_FD,
-            tests,
-            stop_early,
-            lambda text: _write(LINK_FD + 1, text[:1000].encode("utf-8", "replace")),
-        )
+        result = judge.judge(LINK_FD, tests, stop_early)
+        os.write(LINK_FD + 1, result[:1000].encode("utf-8", "replace"))
     finally:
         os._exit(0)
-
-
-def _write(fd: int, data: bytes) -> None:
-    os.write(fd, data)
 
 
 def run_stdio(code: str, cases: list[list[str]], limits: Limits, stop_early: bool) -> dict[str, Any]:
@@ -200,9 +181,8 @@ def _run_once(code: str, given: bytes, limits: Limits) -> tuple[_Run, str, str]:
 
 def same_output(got: str, want: str) -> bool:
     """Token by token, line by line; spaces within a line and blank lines at the end do not matter."""
-    return [line.split() for line in got.rstrip().splitlines()] == [
-        line.split() for line in want.rstrip().splitlines()
-    ]
+    lines = [[line.split() for line in text.rstrip().splitlines()] for text in (got, want)]
+    return lines[0] == lines[1]
 
 
 def _collect(run: _Run, pipes: list[int], limits: Limits, *, until_exit: bool) -> None:

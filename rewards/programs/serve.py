@@ -4,8 +4,6 @@ All of this runs in the program's own process, so none of it is trusted: a progr
 nothing that a program that answers could not.
 """
 
-from __future__ import annotations
-
 import sys
 import types
 from collections.abc import Callable
@@ -49,9 +47,8 @@ class _Served:
                 return self.decoded(rest[0])
             if operation == "raised":
                 kind = getattr(__import__("builtins"), rest[0], RuntimeError)
-                raise (
-                    kind(rest[1]) if isinstance(kind, type) and issubclass(kind, Exception) else RuntimeError
-                )
+                known = isinstance(kind, type) and issubclass(kind, Exception)
+                raise kind(rest[1]) if known else RuntimeError
             try:
                 answer = self.done(operation, rest)
             except BaseException as error:
@@ -87,10 +84,8 @@ class _Own:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         served = self._served
-        given = [served.encoded(arg) for arg in args]
-        served.pipe.send(
-            ["own", self._number, "", given, [[k, served.encoded(v)] for k, v in kwargs.items()]]
-        )
+        named = [[key, served.encoded(arg)] for key, arg in kwargs.items()]
+        served.pipe.send(["own", self._number, "", [served.encoded(arg) for arg in args], named])
         return served.until_answered()
 
     def __getattr__(self, name: str) -> Any:
@@ -141,8 +136,7 @@ def serve(fd: int, code: str) -> None:
 
     The program is not `__main__` here, so its own demonstration under that guard stays out.
     """
-    pipe = Pipe(fd)
-    served = _Served(pipe)
+    served = _Served(pipe := Pipe(fd))
     namespace = module("solution")
     try:
         exec(compile(code, "program", "exec"), namespace)

@@ -5,8 +5,6 @@ whose class says that it equals everything arrives as the list it is. Everything
 reference goes over. So an answer is compared in the test's process, by Python's own equality.
 """
 
-from __future__ import annotations
-
 import collections
 import datetime
 import decimal
@@ -29,6 +27,7 @@ SAFE_BUILTINS = frozenset(
 
 Reference = Callable[[Any], list[Any]]
 Dereference = Callable[[str, Any], Any]
+Encoder = Callable[[Any, Reference], Any]
 
 
 class Malformed(Exception):
@@ -38,8 +37,7 @@ class Malformed(Exception):
 def encode(value: Any, reference: Reference) -> Any:
     """`value` as JSON data; what is not plain goes through `reference`.
 
-    Raises:
-        RecursionError: Nested too deep, or a container that contains itself.
+    RecursionError: nested too deep, or a container that contains itself.
     """
     kind = type(value)
     if value is None or kind is bool or kind is float or kind is str:
@@ -72,22 +70,15 @@ def _safe_name(value: Any) -> tuple[str, str] | None:
     return (module, name) if getattr(sys.modules.get(module), name, None) is value else None
 
 
-def _items(kind: str, base: Any) -> Callable[[Any, Reference], Any]:
-    def encoder(value: Any, reference: Reference) -> Any:
-        return [kind, [encode(item, reference) for item in base.__iter__(value)]]
-
-    return encoder
+def _items(kind: str, base: Any) -> Encoder:
+    return lambda value, send: [kind, [encode(item, send) for item in base.__iter__(value)]]
 
 
-def _pairs(kind: str) -> Callable[[Any, Reference], Any]:
-    def encoder(value: Any, reference: Reference) -> Any:
-        pairs = dict.items(value)
-        return [kind, [[encode(key, reference), encode(item, reference)] for key, item in pairs]]
-
-    return encoder
+def _pairs(kind: str) -> Encoder:
+    return lambda value, send: [kind, [[encode(k, send), encode(v, send)] for k, v in dict.items(value)]]
 
 
-_ENCODERS: dict[type, Callable[[Any, Reference], Any]] = {
+_ENCODERS: dict[type, Encoder] = {
     bool: lambda value, _: bool(value),
     int: lambda value, _: ["i", hex(int.__index__(value))],
     float: lambda value, _: float.__add__(value, 0.0),
@@ -116,11 +107,7 @@ _ENCODERS: dict[type, Callable[[Any, Reference], Any]] = {
 
 
 def decode(data: Any, dereference: Dereference) -> Any:
-    """The value that `data` stands for.
-
-    Raises:
-        Malformed: It stands for none.
-    """
+    """The value that `data` stands for; raises `Malformed` where it stands for none."""
     if data is None or isinstance(data, (bool, int, float, str)):
         return data
     try:
@@ -137,10 +124,11 @@ def decode(data: Any, dereference: Dereference) -> Any:
             return slice(*(decode(part, dereference) for part in rest))
         if kind == "n" and (rest[0] in SAFE_MODULES or (rest[0] == "builtins" and rest[1] in SAFE_BUILTINS)):
             return getattr(importlib.import_module(rest[0]), rest[1])
-        if kind == "m" and rest[0].split(".")[0] in sys.stdlib_module_names:
-            return importlib.import_module(rest[0])
-        if kind == "m" and rest[0] in ("numpy", "sympy", "pandas"):
-            return importlib.import_module(rest[0])
+        named = kind == "m" and rest[0]
+        if named and (
+            named in ("numpy", "sympy", "pandas") or named.split(".")[0] in sys.stdlib_module_names
+        ):
+            return importlib.import_module(named)
         if kind == "a":
             numpy = importlib.import_module("numpy")
             return numpy.frombuffer(bytes.fromhex(rest[2]), dtype=rest[0]).reshape(rest[1]).copy()

@@ -6,8 +6,6 @@ nothing but programs, with their input and output as open files. A program that 
 Python, and itself.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -18,7 +16,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -34,16 +31,11 @@ LINK_FD = 3
 class Limits:
     """Limits of one run of a program."""
 
-    timeout_s: float
-    """Wall clock, seconds; CPU time is limited to a second more."""
-    memory_bytes: int = 1 << 30
-    """Address space, the interpreter's own (about 100 MB) included."""
-    output_bytes: int = 8 << 20
-    """What it may print."""
-    file_bytes: int = 16 << 20
-    """The largest file it may write."""
-    processes: int = 4096
-    """Processes and threads of this user; the kernel exempts root, seccomp and the hook do not."""
+    timeout_s: float  # wall clock, seconds; CPU time is limited to a second more
+    memory_bytes: int = 1 << 30  # address space, the interpreter's own (about 100 MB) included
+    output_bytes: int = 8 << 20  # what it may print
+    file_bytes: int = 16 << 20  # the largest file it may write
+    processes: int = 4096  # and threads of this user; the kernel exempts root, seccomp and the hook do not
 
 
 class Zygote:
@@ -58,13 +50,9 @@ class Zygote:
         self._socket = ours
 
     def start(self, code: str, kind: str, limits: Limits, fds: list[int]) -> int:
-        """Start a program with `fds` as its descriptors 0, 1, …; its process id.
+        """Start a program with `fds` as its input, output, error output; its process id.
 
-        Args:
-            code: Its source.
-            kind: `asserts`, which answers a judge at descriptor 3, or `stdio`, a script.
-            limits: What it may use.
-            fds: Its input, output, error output, and for `asserts` the judge's socket.
+        `kind` is `stdio`, a script, or `asserts`, which answers the judge at a fourth descriptor, a socket.
         """
         return int(self._ask({"code": code, "kind": kind, "limits": asdict(limits)}, fds)["pid"])
 
@@ -88,19 +76,8 @@ def _send(channel: socket.socket, message: dict[str, Any], fds: list[int]) -> No
 
 def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
     head, fds, _, _ = socket.recv_fds(channel, wire.HEAD_BYTES, 8)
-    length = wire.length_of(head + _exactly(channel, wire.HEAD_BYTES - len(head)))
-    message: dict[str, Any] = json.loads(_exactly(channel, length))
-    return message, fds
-
-
-def _exactly(channel: socket.socket, length: int) -> bytes:
-    data = b""
-    while len(data) < length:
-        part = channel.recv(length - len(data))
-        if not part:
-            raise EOFError("the other end is gone")
-        data += part
-    return data
+    length = wire.length_of(head + wire.exactly(channel.recv, wire.HEAD_BYTES - len(head)))
+    return json.loads(wire.exactly(channel.recv, length)), fds
 
 
 def _serve_forks(channel: socket.socket) -> NoReturn:
@@ -123,7 +100,7 @@ def _serve_forks(channel: socket.socket) -> NoReturn:
                     _drop(folder)
                     program = 0
                 else:
-                    folder = _folder()
+                    folder = isolate.fresh_scratch() or tempfile.mkdtemp(prefix="program-")
                     program = _fork(message, fds, folder)
                     _send(channel, {"pid": program}, [])
             except OSError as error:
@@ -132,11 +109,6 @@ def _serve_forks(channel: socket.socket) -> NoReturn:
                 os.close(given)
     finally:
         os._exit(0)
-
-
-def _folder() -> str:
-    """An empty folder for one program."""
-    return isolate.fresh_scratch() or tempfile.mkdtemp(prefix="program-")
 
 
 def _drop(folder: str) -> None:
@@ -168,7 +140,7 @@ def _end(pid: int) -> int:
 
 
 def _children() -> list[int]:
-    """Process ids of this process's children (Linux; elsewhere none are found)."""
+    """This process's children (Linux; elsewhere none are found)."""
     try:
         with open(f"/proc/self/task/{os.getpid()}/children") as listing:
             return [int(pid) for pid in listing.read().split()]
@@ -197,8 +169,10 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str) -> int:
         isolate.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
         isolate.give_up_privileges()
         hook.forbid(folder)
-        run: Callable[[str], None] = _script if message["kind"] == "stdio" else _served
-        run(message["code"])
+        if message["kind"] == "stdio":
+            _script(message["code"])
+        else:
+            serve.serve(LINK_FD, message["code"])
     finally:
         os._exit(70)
 
@@ -216,10 +190,6 @@ def seed() -> None:
     """The same random numbers in every run, so that verdicts repeat."""
     if random := sys.modules.get("random"):
         random.seed(0)
-
-
-def _served(code: str) -> None:
-    serve.serve(LINK_FD, code)
 
 
 def _script(code: str) -> None:

@@ -76,6 +76,7 @@ EQUAL = [
     ("2x+3y=6", "4x+6y=12"),
     ("1<x<2", "(1,2)"),
     ("1:2", "1/2"),
+    ("1e400", "x = y = 1e400"),  # more than floating point holds
 ]
 DIFFERENT = [
     ("3", "four"),
@@ -98,6 +99,8 @@ DIFFERENT = [
     ("(1,234)", "1234"),
     ("10", "banana"),
     ("2", r"2\text{ and }3"),
+    ("1950", r"= 125\times10^{1947}"),  # more than floating point holds
+    ("7", "5 = 1e400"),
 ]
 
 
