@@ -2,8 +2,8 @@
 
     python examples/grpo_in_one_file.py [--seed 0]
 
-1. A base of 0.2 million parameters, a DeepSeek-V3 in miniature, reads sums such as `47+25=`. Most of its texts
-   guess the answer at once; few work it out column by column inside the think tags. So the base guesses.
+1. A base of 0.2 million parameters, a DeepSeek-V3 in miniature, reads sums such as `47+25=`. Most of its
+   texts guess the answer at once; few work it out column by column inside the think tags.
 2. GRPO (DeepSeekMath, arXiv:2402.03300, Algorithm 1) trains it on such sums by rules alone: 1 for the right
    answer, 0.2 for the format. Working is right more often than guessing, so the policy learns to work.
 
