@@ -35,6 +35,7 @@ def pattern(words: str) -> re.Pattern[str]:
 PATTERNS = {pattern(words): say for words, say in WORDS.items()}
 ALLOWED = [  # (file, what the line matches, why)
     ("tests/test_words.py", r"", "the list itself"),
+    ("CONTRIBUTING.md", r"^\|", "a row of the word list"),
     ("tests/bench/balance.py", r"\bdraw\(curves", "a picture: the load of experts as an SVG"),
 ]
 
@@ -74,7 +75,7 @@ def test_every_exception_is_still_needed():
 @pytest.mark.parametrize(
     "text",
     [
-        "most_requests: int",
+        "most_draws: int",
         "def redraw():",
         "Drawn once",
         "it drew 3",
