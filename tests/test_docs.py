@@ -46,8 +46,8 @@ def test_the_pages_show_what_is_public_and_no_more(made):
     page = made["docs/api/pipeline.md"]
     for shown in (
         "\n## pipeline.train.losses\n",
-        "\n### policy_loss\n",
-        "    kl_coef: float,\n",
+        "\n### grpo\n",
+        "    tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float\n",
         "Units   log-",
     ):
         assert shown in page

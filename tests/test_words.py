@@ -35,6 +35,7 @@ def pattern(words: str) -> re.Pattern[str]:
 PATTERNS = {pattern(words): say for words, say in WORDS.items()}
 ALLOWED = [  # (file, what the line matches, why)
     ("tests/test_words.py", r"", "the list itself"),
+    ("CONTRIBUTING.md", r"^\|", "a row of the word list"),
 ]
 
 
