@@ -86,6 +86,11 @@ def test_the_page_tells_the_whole_story(fake_run, report, capsys):
         "greedy accuracy on a slice of the held-out problems", "Wilson",  # glossary
     ):  # fmt: skip
         assert words in page.shown, words
+    assert (
+        "R1 88.1 % 95 % interval 84 to 91 % student 74.1 % 95 % interval 69 to 79 %; plain 54.1 %"
+        in page.shown
+    )
+    assert "time 5m33s 9 stages peak memory 0.9 GiB of the largest stage" in page.shown
     assert page.classes.count("curve") == 6 * 3 + 3 + 3 + 3 + 1 and page.classes.count("box") >= 16
 
 
