@@ -9,8 +9,6 @@ less (under 5 % here).
 Units   lengths and budgets in tokens, prompt and completion together
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Sequence

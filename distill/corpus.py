@@ -8,8 +8,6 @@ Papers  distillation from the teacher's kept samples    arXiv:2501.12948  Sec. 2
         GSM8K's calculator marks and `####` line        arXiv:2110.14168  Sec. 2, App. C
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace

@@ -11,8 +11,6 @@ Paper   arXiv:2501.12948  Sec. 2.4 (distillation: SFT only), supplementary (2 to
         1e-4 for 1.5B, cosine to a tenth, context 32,768, batch 64)
 """
 
-from __future__ import annotations
-
 import math
 import random
 from pathlib import Path

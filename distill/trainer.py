@@ -7,8 +7,6 @@ Trainer checkpoints lie in LABEL/checkpoint-N. The stage's own checkpoint holds 
 its hash, so that metrics, pointer and weights are always of the same step.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import time

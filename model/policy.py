@@ -30,6 +30,7 @@ class Policy(nn.Module):
 
     engine: ClassVar[str]
     """Name of the in-process engine that generates from this kind of policy, see `rollout.open`."""
+    routed: ClassVar[bool] = False  # has experts, whose load can be balanced
     config: PolicyConfig
     lm_head: nn.Linear
     """States (.. d) to logits (.. vocab)."""

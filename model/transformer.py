@@ -46,7 +46,7 @@ class Transformer(Policy):
     global one), norms 1, biases of the gates 0.
     """
 
-    engine = "native"
+    engine, routed = "native", True
     config: ModelConfig
     # nn.ModuleList has no item type: these annotations are for readers and type checkers.
     layers: Sequence[DecoderLayer]

@@ -3,8 +3,6 @@
 Exit codes: 0 done, 2 the user's input is wrong, 1 a defect, 130 interrupted with everything saved.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib import import_module

@@ -4,8 +4,6 @@ pydantic validates the settings' dataclasses and reports errors as data; tyro re
 a file with flags nor names the nearest right key: that is here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

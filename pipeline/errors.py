@@ -1,7 +1,5 @@
 """Errors that a user can cause, and what to type next."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from pathlib import Path

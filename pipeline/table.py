@@ -3,8 +3,6 @@
 Makefile, `--help` and README are held to this table by tests.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from pipeline.settings.distill import DistillSettings

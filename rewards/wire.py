@@ -10,6 +10,7 @@ HEAD_BYTES = 4
 
 
 def frame(message: Any) -> bytes:
+    """A message as bytes."""
     data = json.dumps(message, separators=(",", ":"), check_circular=False).encode()
     return struct.pack(">I", len(data)) + data
 
@@ -20,6 +21,7 @@ def length_of(head: bytes) -> int:
 
 
 def write(fd: int, message: Any) -> None:
+    """Send a message, however much of it the pipe takes at once."""
     data = frame(message)
     while data:
         data = data[os.write(fd, data) :]

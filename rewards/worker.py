@@ -19,6 +19,7 @@ from rewards.programs import run
 
 
 def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
+    """The reply to one request; `op` names what is asked."""
     match task["op"]:
         case "load":
             return _load(task["for"])

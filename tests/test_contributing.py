@@ -118,7 +118,7 @@ def test_a_reward_and_a_loss_of_your_own_are_one_file_each(policy, tmp_path, cli
     metrics = lines(stage / "metrics.jsonl")
     assert len(metrics) == 2 and "brief 0." in done.stdout
     for row in metrics:
-        assert 0 < row["reward/brief"] < 1 and row["optim/grad_norm"] > 0 and 0 <= row["loss/clip_frac"] <= 1
+        assert 0 < row["reward/brief"] < 1 and row["optim/grad_norm"] > 0 and 0 <= row["loss/capped"] <= 1
         assert "loss/kl_ref" not in row  # a part of grpo's metrics, not of this loss's
 
 

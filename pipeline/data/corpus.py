@@ -1,7 +1,5 @@
 """A corpus of worked answers: JSONL rows that SFT, rejection sampling and distillation share."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields

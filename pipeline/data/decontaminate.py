@@ -1,7 +1,5 @@
 """Training problems less the copies and near copies of evaluation problems."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

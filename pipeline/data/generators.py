@@ -10,8 +10,6 @@ has to be computed (`key`: "3+4-5", whatever the family, language or wording), s
 never appears in training in any guise, nor in the pretraining corpus, which uses the train split only.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import random

@@ -1,7 +1,5 @@
 """Rows of the hub's data sets, downloaded or from its cache."""
 
-from __future__ import annotations
-
 import functools
 import os
 import socket

@@ -3,8 +3,6 @@
 A line ends at a line feed alone: U+2028 and its like, which `str.splitlines` takes for ends, are text.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path

@@ -9,8 +9,6 @@
 No data travels with the code. A source that cannot be read is a `UserError` with how to get it.
 """
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Rows of the known data sets as problems, whatever their keys are called."""
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 from pipeline.data.jsonl import JsonObject

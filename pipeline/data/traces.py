@@ -6,8 +6,6 @@ the wrong language. So the base scores near zero, and RL has to discover that wo
 which is R1-Zero's effect in miniature.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

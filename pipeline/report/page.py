@@ -1,7 +1,5 @@
 """The report page: one HTML file for people. No network, no script, all text escaped."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -4,8 +4,6 @@ A plot is SVG that stands in the page. Its text is text, in the page's font, and
 CSS variables, so it follows the page into dark mode. The same data makes the same bytes.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

@@ -1,7 +1,5 @@
 """What the stages of a run left in their directories, and `summary.json`, the run's result for programs."""
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path

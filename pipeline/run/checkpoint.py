@@ -3,8 +3,6 @@
 A checkpoint counts from the moment that `latest` names it; a kill before that leaves the earlier one.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

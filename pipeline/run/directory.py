@@ -8,8 +8,6 @@
 A directory in use is never overwritten. `--resume` goes on from `latest`, to the same bits.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Where a result comes from: package versions, machine, code version, memory."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

@@ -1,7 +1,5 @@
 """Metrics: every key explained once, one JSON line a step, one console line a step with the time left."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping
@@ -97,7 +95,7 @@ class MetricsLog:
 
     def explain(self, glossary: Mapping[str, str]) -> None:
         """Accept the metrics of `glossary`, name: one line, too. Its new lines go to `GLOSSARY_FILE`."""
-        self.own = {key: line for key, line in glossary.items() if key not in GLOSSARY}
+        self.own |= {key: line for key, line in glossary.items() if explained(key) not in GLOSSARY}
 
     def begin(self) -> None:
         """The first step starts now; time before it, such as loading, is not counted in it."""

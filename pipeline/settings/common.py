@@ -1,7 +1,5 @@
 """What stages share: the run, the optimizer, sampling, and where problems come from."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

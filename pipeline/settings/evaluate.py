@@ -1,7 +1,5 @@
 """Settings of stage `eval` (every model on every benchmark) and of the command `evaluate` (one on one)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Settings of the RL stages `zero`, `grpo` and `grpo2`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Settings of the stages `report` and `smollm2`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

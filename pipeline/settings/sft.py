@@ -1,7 +1,5 @@
 """Settings of the stages `sft` and `sft2`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from pipeline.settings.common import OptimSettings, StageSettings, TemplateSettings

@@ -1,7 +1,5 @@
 """Settings of the commands beside the chain: up, grade, generate, chat, serve."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -8,8 +8,6 @@ changed ones are scored again. Nothing is left out silently: a benchmark that ca
 with the reason, a model that is not there yet with the command that makes it.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from pathlib import Path

@@ -13,8 +13,6 @@ Algorithm 1:
 Papers  GRPO  arXiv:2402.03300 Sec. 4.1; R1 arXiv:2501.12948 Sec. 2.2, 2.3.2, 2.3.4; DAPO arXiv:2503.14476
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -182,6 +180,7 @@ class Trainer:
         for batch, logprobs in zip(batches, old, strict=True):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             mismatch = max(mismatch, metrics["policy/mismatch_kl"])
+        self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
         if mismatch > config.max_mismatch_kl:
             bound = f"{mismatch:.3g} nats a token (bound {config.max_mismatch_kl})"
             why = "the rollouts do not come from these weights"

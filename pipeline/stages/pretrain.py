@@ -1,7 +1,5 @@
 """Stage `pretrain`: the tiny base, a DeepSeek-V3 in miniature, trained from scratch on a synthetic corpus."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import random

@@ -4,8 +4,6 @@ The paper samples several completions a prompt, keeps the correct ones, and drop
 repetition. What is left, with general data that RL did not cover, trains the second SFT and the students.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pipeline.data.corpus import Row, readable, split_blocks, write_corpus

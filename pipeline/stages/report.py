@@ -3,8 +3,6 @@
 It reads the other stages' directories and trains nothing, so it may be run at any time, and again.
 """
 
-from __future__ import annotations
-
 import json
 
 import torch

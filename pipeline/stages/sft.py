@@ -5,8 +5,6 @@ right and readable and put into one canonical form. The second SFT (Sec. 2.3.3) 
 the corpus that rejection sampling kept.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 

@@ -8,8 +8,6 @@ Paper   SmolLM2, arXiv:2502.02737
 Format  https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import io

@@ -1,7 +1,5 @@
 """`python -m pipeline chat --model DIR`: talk to a model in the terminal, thinking shown dim."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from contextlib import closing

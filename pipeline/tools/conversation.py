@@ -1,7 +1,5 @@
 """What `chat` and `serve` share: a model opened for conversation, messages in, thinking and answer out."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ returns the scores in it.
 Defaults: arXiv:2501.12948, Sec. 3: temperature 0.6, top-p 0.95, 32,768 tokens.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """`python -m pipeline generate`: completions from any checkpoint, one JSON line a rollout."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Every input line is answered by one output line, in order, whatever it holds: th
 `verdict` (correct, incorrect, error), `extracted` and `detail`. No torch here.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter, deque

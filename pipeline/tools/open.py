@@ -1,7 +1,5 @@
 """What the commands that sample from a checkpoint share: how it is opened, and errors that name it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -13,8 +13,6 @@ Format is R1's think/answer format whatever the template: under `boxed`, which d
 low rate is no fault.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ server runs on our engines: `/v1/models`, `/v1/completions`, `/v1/chat/completio
 Thinking is separate, in `reasoning_content`. Concurrent requests alternate, a few tokens each.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 import json

@@ -8,8 +8,6 @@ A stage is made when its done.json exists. Age does not count. Each stage runs i
 returns its memory and passes on its exit code.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

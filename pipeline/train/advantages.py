@@ -4,8 +4,6 @@ Papers  GRPO      arXiv:2402.03300  Sec. 4.1.2 (mean and standard deviation of t
         Dr. GRPO  arXiv:2503.20783  Sec. 3.1 (the division by the deviation favours easy and hard prompts)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Literal

@@ -4,8 +4,6 @@ It takes any `model.Policy`. Multi-token prediction (DeepSeek-V3, arXiv:2412.194
 bias (Sec. 2.1.2) are the policy's own: empty where it has none.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +68,12 @@ class Learner:
         self.policy, self.optim, self.total_updates = policy, optim, total_updates
         self.micro_rows, self.mtp_coef, self.mtp_late_from = micro_rows, mtp_coef, mtp_late_from
         self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
+        if optim.balance_alpha and not policy.routed:
+            raise UserError("optim.balance_alpha is for experts, and this policy has none; set it to 0")
         try:
             policy.recompute, policy.balance_alpha = optim.recompute, optim.balance_alpha
         except ValueError as error:
-            raise UserError(f"{error} Switch it off: --optim.recompute False") from error
+            raise UserError(f"{error} Switch it off: --optim.no-recompute") from error
         if next(policy.parameters()).device.type == "cpu":
             heap.keep_freed()
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.

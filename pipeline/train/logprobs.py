@@ -4,8 +4,6 @@ Axes    n scored tokens of a micro-batch; d hidden size; v vocabulary
 Units   log-probabilities and entropy in nats
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

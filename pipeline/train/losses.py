@@ -12,8 +12,6 @@ Axes    n scored tokens of a micro-batch, rollouts laid end to end
 Units   log-probabilities and KL in nats
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from collections.abc import Callable

@@ -17,6 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
+
 Per = Literal["rollout", "token", "constant"]
 """What a policy loss averages over, see `rollout_weights`."""
 
@@ -86,10 +88,10 @@ def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """Indices of the sequences that share a row: first-fit decreasing, so the same lengths pack the same way.
 
     Raises:
-        ValueError: a sequence is longer than a row.
+        UserError: a sequence is longer than a row.
     """
     if (longest := max(lengths, default=0)) > row_tokens:
-        raise ValueError(
+        raise UserError(
             f"a sequence of {longest} tokens does not fit a row of {row_tokens}; raise row_tokens"
         )
     rows: list[list[int]] = []

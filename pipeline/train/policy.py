@@ -1,7 +1,5 @@
 """A policy on disk: a public checkpoint directory with its tokenizer, template and model card."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

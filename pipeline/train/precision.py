@@ -5,8 +5,6 @@ of them, and gradients add up in fp32 (DeepSeek-V3, arXiv:2412.19437, Sec. 3.3.1
 the linear layers' products in FP8 (`model.scale.fp8`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

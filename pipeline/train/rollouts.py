@@ -1,7 +1,5 @@
 """From graded rollouts to what a step trains on and what it logs: examples, metrics, transcripts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The supervised loop of pretraining and SFT, and the checkpoints that all native stages share."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from typing import Any

@@ -211,6 +211,7 @@ def fresh_scratch() -> str | None:
 
 
 def drop_scratch() -> None:
+    """Unmount the scratch folder."""
     assert _libc is not None
     with suppress(OSError):
         _check(_libc.umount2(os.fsencode(SCRATCH), MNT_DETACH))

@@ -197,8 +197,13 @@ def test_recompute_reaches_the_model_or_is_refused(recompute, monkeypatch):
         Learner(policy, OptimSettings(lr=1e-3, recompute=recompute), 1, micro_rows=1)
         assert policy.recompute is recompute
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
-    with pytest.raises(UserError, match=r"does not support .* --optim\.recompute False"):
+    with pytest.raises(UserError, match=r"does not support .* --optim\.no-recompute"):
         Learner(DensePolicy(llama()), OptimSettings(lr=1e-3, recompute=True), 1, micro_rows=1)
+
+
+def test_a_dense_policy_has_no_experts_to_balance():
+    with pytest.raises(UserError, match="this policy has none"):
+        Learner(DensePolicy(llama()), OptimSettings(lr=1e-3, balance_alpha=1e-4), 1, micro_rows=1)
 
 
 def test_load_metrics_tell_of_each_layer_that_was_trained():

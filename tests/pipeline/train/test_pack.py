@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from pipeline.train.pack import PADDING, Example, assign_rows, mean_weights, pack
 
 
@@ -18,7 +19,7 @@ def test_every_sequence_is_placed_once_within_its_row():
 
 
 def test_a_sequence_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="raise row_tokens"):
+    with pytest.raises(UserError, match="raise row_tokens"):
         assign_rows([65], 64)
 
 
