@@ -13,15 +13,5 @@ from model.transformer import Transformer
 
 load, save = Transformer.load, Transformer.save
 
-__all__ = [
-    "DEEPSEEK_V3",
-    "MOONLIGHT_16B",
-    "TINY",
-    "CheckpointError",
-    "LatentCache",
-    "ModelConfig",
-    "Policy",
-    "Transformer",
-    "load",
-    "save",
-]
+__all__ = ["DEEPSEEK_V3", "MOONLIGHT_16B", "TINY", "CheckpointError", "LatentCache", "ModelConfig", "Policy"]
+__all__ += ["Transformer", "load", "save"]

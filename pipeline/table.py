@@ -5,13 +5,10 @@ Makefile, `--help` and README are held to this table by tests.
 
 from dataclasses import dataclass
 
-from pipeline.settings.distill import DistillSettings
-from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
-from pipeline.settings.grpo import GrpoSettings
-from pipeline.settings.pretrain import PretrainSettings
-from pipeline.settings.reject import RejectSettings
-from pipeline.settings.report import ReportSettings, SmolLM2Settings
-from pipeline.settings.sft import SftSettings
+from pipeline.settings.distill import DistillSettings, SmolLM2Settings
+from pipeline.settings.evaluate import EvalSettings, EvaluateSettings, ReportSettings
+from pipeline.settings.rollouts import GrpoSettings, RejectSettings
+from pipeline.settings.supervised import PretrainSettings, SftSettings
 from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
 
 

@@ -23,7 +23,7 @@ from pipeline.arguments import defaults, fields_of
 from pipeline.data.corpus import Row
 from pipeline.settings.common import to_dict
 from pipeline.settings.evaluate import EvaluateSettings
-from pipeline.settings.sft import SftSettings
+from pipeline.settings.supervised import SftSettings
 from pipeline.settings.tools import GenerateSettings
 from pipeline.stages import smollm2
 from pipeline.table import COMMANDS, STAGES

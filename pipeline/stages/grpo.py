@@ -22,7 +22,7 @@ from torch import Tensor
 from pipeline.data.problems import order, pooled, problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.settings.grpo import GrpoSettings
+from pipeline.settings.rollouts import GrpoSettings
 from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import loss_named, takes_settings

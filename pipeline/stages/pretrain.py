@@ -12,7 +12,7 @@ from model.transformer import Transformer
 from pipeline.data.generators import items
 from pipeline.data.traces import corpus, random_document
 from pipeline.run.directory import RunDir
-from pipeline.settings.pretrain import PretrainSettings
+from pipeline.settings.supervised import PretrainSettings
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.policy import save_policy, set_up

@@ -12,7 +12,7 @@ from pipeline.data.problems import pooled
 from pipeline.data.traces import curated_rows, tagged
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.settings.reject import RejectSettings
+from pipeline.settings.rollouts import RejectSettings
 from pipeline.train.policy import load_policy, open_rollouts, set_up
 from pipeline.train.rollouts import mean, transcript
 from rewards.reward import Scorer

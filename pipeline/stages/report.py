@@ -13,7 +13,7 @@ from pipeline.report.summary import read_stages, summarise
 from pipeline.run.directory import RunDir
 from pipeline.run.files import write_atomic
 from pipeline.run.metrics import say
-from pipeline.settings.report import ReportSettings
+from pipeline.settings.evaluate import ReportSettings
 from pipeline.stages.evaluate import print_table
 
 

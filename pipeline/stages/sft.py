@@ -15,7 +15,7 @@ from pipeline.data.jsonl import read_log
 from pipeline.data.traces import curated_rows, tagged
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.settings.sft import SftSettings
+from pipeline.settings.supervised import SftSettings
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.policy import load_policy, save_policy, set_up

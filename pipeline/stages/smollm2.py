@@ -22,7 +22,7 @@ from transformers.utils import logging
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
-from pipeline.settings.report import SmolLM2Settings
+from pipeline.settings.distill import SmolLM2Settings
 from pipeline.train.policy import describe, set_up
 from rollout.text.tokenizer import encode_prompt
 

@@ -26,7 +26,7 @@ MAX_SKIPPED = 5
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective:
-    """What an RL update minimizes; `pipeline.settings.grpo` explains the settings."""
+    """What an RL update minimizes; `pipeline.settings.rollouts` explains the settings."""
 
     loss: Loss
     settings: dict[str, float]

@@ -17,7 +17,7 @@ import torch
 from model import TINY
 from model.transformer import Transformer
 from pipeline.data.traces import corpus
-from pipeline.settings.pretrain import PretrainSettings
+from pipeline.settings.supervised import PretrainSettings
 from pipeline.stages.pretrain import batches
 from pipeline.train.learner import Learner
 from rollout.text.tokenizer import train_tokenizer

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
 from pipeline.errors import UserError
-from pipeline.settings.sft import SftSettings
+from pipeline.settings.supervised import SftSettings
 from pipeline.stages.sft import kept_samples
 from pipeline.train.rollouts import rollout_metrics
 from rollout.types import Graded, Problem, Prompt, Rollout

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.run.directory import open_run
 from pipeline.settings.common import OptimSettings
-from pipeline.settings.grpo import GrpoSettings
+from pipeline.settings.rollouts import GrpoSettings
 from pipeline.stages.grpo import Trainer
 from pipeline.table import STAGES
 from pipeline.train.rollouts import rollout_metrics

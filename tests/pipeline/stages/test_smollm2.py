@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from pipeline.errors import UserError
 from pipeline.run.directory import open_run
-from pipeline.settings.report import SmolLM2Settings
+from pipeline.settings.distill import SmolLM2Settings
 from pipeline.stages import smollm2
 from pipeline.stages.smollm2 import find_gguf, read_tokenizer, run
 from pipeline.table import STAGES

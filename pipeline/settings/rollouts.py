@@ -1,4 +1,4 @@
-"""Settings of the RL stages `zero`, `grpo` and `grpo2`."""
+"""Settings of the stages that generate: RL (`zero`, `grpo`, `grpo2`) and rejection sampling (`reject`)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,17 +11,25 @@ from rollout.settings import RolloutSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings(TemplateSettings, Sampling, StageSettings):
-    """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
+class GeneratingSettings(TemplateSettings, Sampling, StageSettings):
+    """What both have in common."""
 
-    init_from: str = "pretrain"
-    """Model that the policy (and the reference) starts from: a stage of this run, or a directory."""
     problems: tuple[str, ...] = ("generator:tiny",)
     """Problem sources: `generator:TASK`, a JSONL file, a benchmark's name, or `hub:OWNER/NAME:SPLIT`."""
     pool: Count = 4_000
     """Problems taken from each source."""
     data: Path | None = None
     """Folder of local data files; default: the environment variable R1_DATA."""
+    rollout: RolloutSettings = field(default_factory=RolloutSettings)
+    """The engine that generates, in the trainer's process or in workers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoSettings(GeneratingSettings):
+    """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
+
+    init_from: str = "pretrain"
+    """Model that the policy (and the reference) starts from: a stage of this run, or a directory."""
     steps: Count = 40
     """Rounds of rollouts."""
     prompts_per_step: Count = 32
@@ -38,8 +46,6 @@ class GrpoSettings(TemplateSettings, Sampling, StageSettings):
     """Dynamic sampling: requests of a step, after which it is filled up with groups without spread."""
     overlap: bool = False
     """Generate a step's rollouts while the step before is trained on: they are one step off-policy."""
-    rollout: RolloutSettings = field(default_factory=RolloutSettings)
-    """The engine that generates, in the trainer's process or in workers."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
     """Weight of each reward by name, or by "module:function" for your own; the weighted values are summed
     (R1-Zero: accuracy and format, equal). A table in a file replaces the default, flags add to it."""
@@ -99,3 +105,23 @@ class GrpoSettings(TemplateSettings, Sampling, StageSettings):
                 f"{buffer} and the weight of the reward overlong ({weight:g}) have an effect only together: "
                 "set both or neither."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectSettings(GeneratingSettings):
+    """Rejection sampling."""
+
+    init_from: str = "grpo"
+    """Model that is sampled: a stage of this run, or a directory."""
+    pool: Count = 3_000
+    """Problems taken from each source, train split."""
+    samples: Count = 4
+    """Completions sampled a problem."""
+    keep: Count = 2
+    """At most this many completions are kept a problem; they differ."""
+    general: Natural = 200
+    """Rows of general data (no arithmetic, no code) that are added, to keep other skills alive."""
+    min_language: Share = 0.99
+    """Least share of words in the question's language."""
+    prompts_per_step: Count = 500
+    """Problems between lines of the log; a killed run loses at most these."""
