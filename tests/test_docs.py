@@ -47,7 +47,7 @@ def test_the_pages_show_what_is_public_and_no_more(made):
     for shown in (
         "\n## pipeline.train.losses\n",
         "\n### grpo\n",
-        "    tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float\n",
+        "tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float",
         "Units   log-",
     ):
         assert shown in page
