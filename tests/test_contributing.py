@@ -26,7 +26,6 @@ EDITS = {  # part of a block -> what stands before the lines in the file
     "in ENGINES": "ENGINES: dict[str, Callable[..., RolloutEngine]] = {\n",
     "in STAGES": "STAGES = (\n",
     "in BENCHMARKS": "BENCHMARKS: dict[str, Benchmark] = {\n",
-    "beside the other imports": "from __future__ import annotations\n",
 }
 
 
@@ -49,6 +48,10 @@ def project(tmp_path_factory):
                 file.parent.mkdir(exist_ok=True)
                 assert not file.exists(), f"{name} is there already"
                 file.write_text(lines)
+            elif where == "beside the other imports":
+                first = re.search(r"^(?:from|import) ", file.read_text(encoding="utf-8"), re.MULTILINE)
+                text = file.read_text(encoding="utf-8")
+                file.write_text(text[: first.start()] + lines + text[first.start() :], encoding="utf-8")
             elif where != "in STAGES":
                 insert(file, EDITS[where], lines, after=True)
             else:  # a row stands after those that it needs
@@ -109,7 +112,10 @@ def test_a_reward_and_a_loss_of_your_own_are_one_file_each(policy, tmp_path, cli
     assert done.returncode == 0, done.stderr
     stage = tmp_path / "runs/micro/zero"
     line = FILES["my_rewards.py"].split('"""')[1]
-    assert json.loads((stage / "glossary.json").read_text()) == {"reward/brief": line}
+    assert json.loads((stage / "glossary.json").read_text()) == {
+        "reward/brief": line,
+        "loss/capped": "a metric of the loss my_losses:reinforce",
+    }
     for row in lines(stage / "samples.jsonl"):
         brief = min(1.0, max(0.0, (400 - len(row["text"])) / 360))
         assert row["parts"]["brief"] == pytest.approx(brief)

@@ -40,11 +40,11 @@ def test_long_prompts_are_read_in_pieces():
     net = make(SHAPES["q_lora"])
     tokens = torch.randint(97, (3, 100), generator=torch.Generator().manual_seed(4))
     lengths = [100, 31, 64]
-    full = net.hidden_and_mtp(tokens)
+    states, _ = net.hidden_and_mtp(tokens)
     full, parts = (net.new_cache(3, 101, drafts=True) for _ in range(2))
     prompts = [row[:n].tolist() for row, n in zip(tokens, lengths, strict=True)]
     want = net.prefill(prompts, full)
-    close(want, full[0][range(3), [n - 1 for n in lengths]])
+    close(want, states[range(3), [n - 1 for n in lengths]])
     close(net.prefill(prompts, parts, chunk=30), want)
     for row, n in enumerate(lengths):  # the module's last place waits for its token
         trunk, module = parts.latent[:-1], parts.latent[-1]
