@@ -6,8 +6,6 @@ behind a four-byte length. The parent holds the clock: a child that is late, dea
 and replaced, and only its task fails. Any thread may call; each call has a child to itself.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import select
@@ -108,7 +106,7 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _checkout(self) -> _Child:
+    def _checkout(self) -> "_Child":
         with self._lock:
             if self._closed or self._owner != os.getpid():
                 raise RuntimeError("This WorkerPool is closed, or inherited through a fork: make a new one.")

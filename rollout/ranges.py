@@ -31,10 +31,10 @@ class Range:
         return above and below and math.isfinite(value)
 
     def __str__(self) -> str:
-        if self.high > 2**53:  # no limit that a person would meet
+        if self.high == math.inf:
             return f"{'above' if self.open_low else 'at least'} {self.low:g}"
         left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
-        return f"in {left}{self.low:g}, {self.high:g}{right}"
+        return f"in {left}{self.low:g}, {self.high if self.high > 2**53 else f'{self.high:g}'}{right}"
 
 
 Count = Annotated[int, Range(1)]

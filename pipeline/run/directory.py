@@ -161,6 +161,9 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         return
     try:
         run.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {run.path}: {error.strerror}; choose another --runs") from error
+    try:
         with locked(run.path):
             begin(run, resume=used)
             before = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}

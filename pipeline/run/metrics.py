@@ -85,7 +85,7 @@ class MetricsLog:
         """Append to `path`; on a resume, drop what came after step `keep_to`, which will be made again."""
         self.stage, self.first, self.elapsed_before = stage, keep_to or 0, 0.0
         self.started = self.loop_began = time.monotonic()
-        self.own: dict[str, str] = {}
+        self.own, self.explained = dict[str, str](), 0
         self.glossary_file = path.with_name(GLOSSARY_FILE)
         if keep_to is not None:
             truncate_after(path, keep_to)
@@ -112,7 +112,8 @@ class MetricsLog:
             raise KeyError(f"metrics without an entry in pipeline.run.metrics.GLOSSARY: {sorted(unknown)}")
         row = {"step": step, **{k: float(f"{float(v):.8g}") for k, v in metrics.items()}}
         row["time/elapsed_s"] = round(self.elapsed_s, 3)
-        if self.own and not self.glossary_file.exists():
+        if len(self.own) > self.explained:
+            self.explained = len(self.own)
             write_atomic(self.glossary_file, json.dumps(self.own, indent=2) + "\n")
         self.file.write(json.dumps(row) + "\n")
         short = SHORT | {key: key.removeprefix("reward/") for key in self.own}

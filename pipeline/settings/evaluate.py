@@ -1,5 +1,6 @@
 """Settings of the stages `eval` and `report`, and of the command `evaluate` (one model on one benchmark)."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +65,7 @@ class EvalSettings(BenchmarkSettings, StageSettings):
         if not self.models or not self.benchmarks:
             raise ValueError("models and benchmarks need at least one entry each.")
         for entry in self.models:
-            if not all(entry.partition("=")):
+            if not re.fullmatch(r"\w[\w.-]*=.+", entry):
                 raise ValueError(f"models: {entry!r} must read LABEL=STAGE or LABEL=MODEL_DIRECTORY.")
 
 
@@ -76,7 +77,7 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     """math500, aime24, aime25, gsm8k, humaneval, mbpp, ..., heldout, generator:TASK, hub:OWNER/NAME:SPLIT, or
     a FILE.jsonl."""
     out: Path
-    """Folder for generations.jsonl and scores.json; new, or one that these same settings left unfinished."""
+    """Folder for generations.jsonl and scores.json; new, or one that has these same scores."""
     limit: Annotated[int, Range(1)] | None = None
     """At most this many problems, from the start; of a generator, how many (default 320)."""
     max_tokens: Count = 32_768

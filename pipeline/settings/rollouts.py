@@ -23,6 +23,11 @@ class GeneratingSettings(TemplateSettings, Sampling, StageSettings):
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The engine that generates, in the trainer's process or in workers."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.problems:
+            raise ValueError("problems must name at least one source.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GrpoSettings(GeneratingSettings):

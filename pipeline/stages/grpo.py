@@ -33,7 +33,7 @@ from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, sample_groups
 from rollout.engine import EngineDied, StaleWeights
-from rollout.text.tokenizer import completion_text, make_prompt
+from rollout.text.tokenizer import completion_text, encode_prompt, make_prompt
 from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 
@@ -66,10 +66,7 @@ class Trainer:
     """Policy, reference, source of rollouts, rewards and learner of one RL stage."""
 
     def __init__(self, config: GrpoSettings, run_dir: RunDir) -> None:
-        """
-        Raises:
-            UserError: a loss, model, engine or problem source that cannot be used.
-        """
+        """Raises `UserError` for a loss, model, engine or problem source that cannot be used."""
         self.config, self.run_dir = config, run_dir
         try:
             self.loss = loss_named(config.loss)
@@ -78,17 +75,20 @@ class Trainer:
         set_up(config.seed, config.threads)
         start = run_dir.model_input(config.init_from)
         self.policy, self.tokenizer = load_policy(start)
+        data = config.data
+        self.problems = pooled(config.problems, count=config.pool, seed=config.seed, data_dir=data)
+        prompts = (encode_prompt(self.tokenizer, p.question, config.template) for p in self.problems)
+        if (need := max(map(len, prompts)) + config.max_tokens) > config.row_tokens:
+            raise UserError(f"row_tokens={config.row_tokens}: the longest prompt and max_tokens need {need}")
+        self.heldout_problems = []
+        if config.eval_every:
+            count = config.eval_problems
+            self.heldout_problems = problems(config.eval_source, count=count, seed=1, data_dir=data)
         engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start)
         self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer)
         run_dir.metrics.explain(self.scorer.glossary())
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)
-        data = config.data
-        self.problems = pooled(config.problems, count=config.pool, seed=config.seed, data_dir=data)
-        self.heldout_problems = []
-        if config.eval_every:
-            count = config.eval_problems
-            self.heldout_problems = problems(config.eval_source, count=count, seed=1, data_dir=data)
         updates = config.steps * config.minibatches
         self.learner = Learner(self.policy, config.optim, updates, micro_rows=config.micro_rows)
         self.reference = self.policy.frozen() if config.kl_coef else None

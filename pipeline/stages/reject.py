@@ -33,6 +33,7 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     done, kept = (newest[0], newest[1] / "kept.jsonl") if newest else (0, None)
     rows = [Row(**row) for row in read_log(kept)] if kept else []
     steps = -(-len(pool) // config.prompts_per_step)
+    run_dir.metrics.begin()
     try:
         for step in range(done + 1, steps + 1):
             part = pool[(step - 1) * config.prompts_per_step : step * config.prompts_per_step]

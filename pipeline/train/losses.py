@@ -118,15 +118,16 @@ def takes_settings(loss: Loss, name: str) -> set[str]:
     """The settings that a loss takes by keyword.
 
     Raises:
-        ValueError: it takes others too, or not `tokens` alone by position.
+        ValueError: it needs others too, or not `tokens` alone by position.
     """
-    rest = list(inspect.signature(loss).parameters.values())[1:]
-    if any(p.kind is p.VAR_KEYWORD for p in rest):
-        return set(SETTINGS)
-    unknown = [p.name for p in rest if p.name not in SETTINGS and p.default is p.empty]
-    if unknown:
-        raise ValueError(f"loss {name!r} takes {unknown[0]}; a loss is f(tokens, *, {', '.join(SETTINGS)}).")
-    return {p.name for p in rest} & set(SETTINGS)
+    try:
+        parameters = inspect.signature(loss).parameters
+        every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        taken = set(SETTINGS) if every else set(SETTINGS) & set(parameters)
+        inspect.signature(loss).bind("tokens", **dict.fromkeys(taken))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss {name!r} is not f(tokens, *, {', '.join(SETTINGS)}): {error}") from error
+    return taken
 
 
 def k3(p: Tensor, q: Tensor) -> Tensor:

@@ -8,8 +8,6 @@ micro-batches, padding and packing cannot change the loss afterwards.
 Axes  r rows of a batch, l tokens of a row
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -50,7 +48,7 @@ class Batch:
     rollout_logprobs: Tensor
     advantages: Tensor
 
-    def micro_batches(self, rows: int) -> Iterator[Batch]:
+    def micro_batches(self, rows: int) -> Iterator["Batch"]:
         """The batch in parts of at most `rows` rows."""
         for start in range(0, self.token_ids.shape[0], rows):
             yield Batch(*(getattr(self, name)[start : start + rows] for name in self.__slots__))

@@ -14,8 +14,6 @@ Known differences from running in one process: a module-level variable is copied
 argument changed in place is seen by the test when the call returns.
 """
 
-from __future__ import annotations
-
 import builtins
 import json
 import os
@@ -155,7 +153,7 @@ def _exception(name: str, text: str, bases: Any) -> BaseException:
     return error
 
 
-def _ask(remote: Remote, operation: str, *args: Any) -> Any:
+def _ask(remote: "Remote", operation: str, *args: Any) -> Any:
     link = object.__getattribute__(remote, "_link")
     return link.ask(operation, object.__getattribute__(remote, "_id"), *(link.encoded(arg) for arg in args))
 
@@ -169,7 +167,7 @@ def _plain(value: Any, kind: type) -> Any:
 def _operation(name: str, kind: type | None = None) -> Callable[..., Any]:
     """A method that asks the program, for a plain `kind` where one is named."""
 
-    def method(self: Remote, *args: Any) -> Any:
+    def method(self: "Remote", *args: Any) -> Any:
         value = _ask(self, name, *args)
         return value if kind is None else _plain(value, kind)
 
@@ -238,7 +236,7 @@ class Remote:
 
 
 def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
-    def operator(self: Remote, other: Any) -> Any:
+    def operator(self: "Remote", other: Any) -> Any:
         value = _ask(self, "operator", name, other)
         # A result of the program's own type; a plain one could be forged to match the test.
         both = isinstance(other, Remote)

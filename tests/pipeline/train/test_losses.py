@@ -91,6 +91,9 @@ def reinforce(tokens):
 def half(tokens, *, clip_low, temperature_of_mars):
     return tokens.logprobs.sum(), {}
 
+def nothing():
+    return 0
+
 NUMBER = 3
 """
 
@@ -116,7 +119,9 @@ def test_a_loss_of_your_own_is_found_and_says_what_it_takes(own):
         ("my_losses:reinforced", "reinforce"),
         ("my_losses:NUMBER", "NUMBER"),
         ("no_such_file:f", "no_such_file"),
-        ("my_losses:half", "takes temperature_of_mars"),
+        ("my_losses:half", "temperature_of_mars"),
+        ("my_losses:nothing", "is not f.tokens"),
+        ("os:getcwd", "is not f.tokens"),
     ],
 )
 def test_a_loss_that_is_none_is_refused_in_one_line(own, name, says):
