@@ -154,3 +154,14 @@ def test_what_the_verifier_failed_on_teaches_nothing_and_is_counted(trainer):
     metrics = rollout_metrics(graded)
     assert metrics["reward/errors"] == 4
     assert metrics["reward/mean"] == pytest.approx(sum(g.reward for g in graded[4:]) / 12)
+
+
+def test_a_metric_of_ours_without_a_line_in_the_glossary_is_a_defect(trainer, monkeypatch):
+    """Only a user's loss explains its metrics by itself."""
+    it = trainer()
+    monkeypatch.setattr(
+        it.learner, "policy_update", lambda *args: {"policy/mismatch_kl": 0.0, "loss/forgotten": 1.0}
+    )
+    metrics, _ = it.step(1)
+    with pytest.raises(KeyError, match="loss/forgotten"):
+        it.run_dir.log(1, 1, metrics)
