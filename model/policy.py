@@ -10,10 +10,13 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.kernels.packed import Packed
 
 
 class PolicyConfig(Protocol):
@@ -25,6 +28,21 @@ class PolicyConfig(Protocol):
     def max_position_embeddings(self) -> int: ...
 
 
+class Head(NamedTuple):
+    """From final-normed states h to logits: softcap(scale * (W h + bias))."""
+
+    weight: Tensor  # v d
+    bias: Tensor | None = None  # v
+    scale: float = 1.0  # Cohere multiplies logits, Granite divides them
+    softcap: float | None = None  # c tanh(z / c), Gemma 2
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits (.. v) of states `hidden` (.. d)."""
+        z = F.linear(hidden, self.weight, self.bias)
+        z = z if self.scale == 1 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
 class Policy(nn.Module):
     """A causal language model over packed rows: states first, logits only where a caller needs them."""
 
@@ -32,8 +50,6 @@ class Policy(nn.Module):
     """Name of the in-process engine that generates from this kind of policy, see `rollout.open`."""
     routed: ClassVar[bool] = False  # has experts, whose load can be balanced
     config: PolicyConfig
-    lm_head: nn.Linear
-    """States (.. d) to logits (.. vocab)."""
     recompute: bool
     """Activation checkpointing: the backward computes each layer again (arXiv:1604.06174)."""
     balance_alpha: float = 0.0
@@ -57,26 +73,24 @@ class Policy(nn.Module):
 
     def logits(self, token_ids: Tensor) -> Tensor:
         """Next-token logits (b s vocab) of `token_ids` (b s), a sequence a row."""
-        return self.lm_head(self.hidden(token_ids))
+        return self.head(self.hidden(token_ids))
+
+    @property
+    @abstractmethod
+    def head(self) -> Head:
+        """What turns states into logits; its tensors are the policy's own."""
 
     @abstractmethod
-    def hidden(
-        self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
-    ) -> Tensor:
-        """Final-normed states (b s d) of packed rows; `lm_head` turns them into logits.
+    def hidden(self, token_ids: Tensor, packed: Packed | None = None) -> Tensor:
+        """Final-normed states (b s d) of `token_ids` (b s); `head` turns them into logits.
 
-        Args:
-            token_ids: `b s`.
-            positions: `b s`, of a token in its own sequence. None = 0 .. s - 1 in every row.
-            sequence_ids: `b s`; a token sees the earlier tokens of its row with its own id. -1 = padding,
-                whose states mean nothing. None = a row is one sequence.
+        `packed` has the sequences of a single row (b = 1): a token sees the earlier tokens of its own. None =
+        each row is one sequence.
         """
 
-    def hidden_and_mtp(
-        self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def hidden_and_mtp(self, token_ids: Tensor, packed: Packed | None = None) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and the states of each multi-token-prediction module (b s d): none without modules."""
-        return self.hidden(token_ids, positions, sequence_ids), []
+        return self.hidden(token_ids, packed), []
 
     def frozen(self) -> Self:
         """A copy that no update touches, for scoring."""

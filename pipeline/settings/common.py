@@ -27,6 +27,14 @@ class StageSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeSettings(StageSettings):
+    """What every stage has that computes with our own learner or engine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where policy, reference and optimizer lie: auto = the GPU where torch finds one, else the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TemplateSettings(Settings):
     """The prompt template: the default (`auto` in evaluations), or a name that exists."""
 
