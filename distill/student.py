@@ -31,7 +31,8 @@ from pipeline.run.directory import RunDir
 from pipeline.run.files import replacing
 from pipeline.run.metrics import say
 from pipeline.settings.distill import DistillSettings
-from pipeline.train.policy import describe, set_up
+from pipeline.train.place import Place
+from pipeline.train.policy import describe
 from rollout.text.templates import template_named
 from rollout.text.tokenizer import encode_example, load_tokenizer
 
@@ -177,7 +178,7 @@ def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
 
 def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
-    set_up(config.seed, config.threads)
+    Place.open(config)
     logging.set_verbosity_error()  # no bars, and no notes of Trainer's on the token ids that it aligns
     logging.disable_progress_bar()
     lora = lora_config(config.lora_rank)

@@ -27,7 +27,7 @@ from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective
 from pipeline.train.losses import grpo
 from pipeline.train.pack import Batch, Example, mean_weights, pack, rollout_weights
-from pipeline.train.policy import set_up
+from pipeline.train.place import seed_all
 from pipeline.train.rollouts import example, mean
 from rewards.reward import Scorer
 from rollout.collect import sample_groups
@@ -36,7 +36,7 @@ from rollout.text.tokenizer import completion_text, encode_example, make_prompt,
 from rollout.types import Graded, Problem, SamplingParams
 
 TEMPLATE = "raw"  # the prompt is the question as it stands
-ROW_TOKENS = 128
+MICRO_TOKENS = 4096  # of one forward and backward
 
 PRETRAIN_STEPS, DOCUMENTS = 600, 32  # documents an update
 WORKED = 0.3  # share of documents that work the sum out
@@ -86,7 +86,7 @@ def documents(
             pairs.append(encode_example(tokenizer, problem, TEMPLATE, text))
         weights = mean_weights([[False] * len(prompt) + [True] * len(text) for prompt, text in pairs])
         rows = [Example([*p, *c], w) for (p, c), w in zip(pairs, weights, strict=True)]
-        yield pack(rows, ROW_TOKENS)
+        yield pack(rows, MICRO_TOKENS)
 
 
 def pretrain(problems: Sequence[Problem], seed: int) -> tuple[Transformer, PreTrainedTokenizerFast]:
@@ -102,7 +102,7 @@ def pretrain(problems: Sequence[Problem], seed: int) -> tuple[Transformer, PreTr
     policy = Transformer(shape, seed=seed).train()
     print(f"{policy.num_parameters():,} parameters")
     optim = OptimSettings(lr=3e-3, warmup_steps=20, schedule="cosine")
-    learner = Learner(policy, optim, PRETRAIN_STEPS, micro_rows=32)
+    learner = Learner(policy, optim, PRETRAIN_STEPS)
     for step, batch in enumerate(itertools.islice(documents(problems, tokenizer, rng), PRETRAIN_STEPS), 1):
         metrics = learner.supervised_update(batch)
         if step % 100 == 0:
@@ -137,7 +137,7 @@ class Rollouts:
 def train(policy: Transformer, rollouts: Rollouts, problems: Sequence[Problem], seed: int) -> None:
     """Algorithm 1, with one update a batch of questions: the policy that sampled is the old policy."""
     optim = OptimSettings(lr=3e-4, warmup_steps=3, schedule="linear", weight_decay=0.0, router_bias_gamma=0.0)
-    learner = Learner(policy, optim, STEPS, micro_rows=32)
+    learner = Learner(policy, optim, STEPS)
     objective = PolicyObjective(
         grpo, {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": KL_COEF}, temperature=1.0, tis_cap=2.0
     )
@@ -155,7 +155,7 @@ def train(policy: Transformer, rollouts: Rollouts, problems: Sequence[Problem], 
             advantages += group_advantages(rewards, "std")
         weights = rollout_weights([len(g.rollout.token_ids) for g in graded], "rollout", MAX_TOKENS)
         rows = zip(graded, advantages, weights, strict=True)
-        batch = pack([example(g.rollout, a, w) for g, a, w in rows if a is not None], ROW_TOKENS)
+        batch = pack([example(g.rollout, a, w) for g, a, w in rows if a is not None], MICRO_TOKENS)
         metrics = learner.policy_update(batch, objective, None, reference)  # lines 10 and 11
         right = mean([g.verdict == "correct" for g in graded])
         tokens = mean([len(g.rollout.token_ids) for g in graded])
@@ -171,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A base that guesses sums learns by GRPO to work them out.")
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
-    set_up(seed, threads=1)
+    seed_all(seed, threads=1)
     problems, heldout = sums(seed)
     policy, tokenizer = pretrain(problems, seed)
     rollouts = Rollouts(policy, tokenizer)

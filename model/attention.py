@@ -29,6 +29,7 @@ from model.config import ModelConfig
 from model.kernels.cpu.attention import CausalAttention
 from model.kernels.cpu.linear import Linear
 from model.kernels.layout import Layout
+from model.kernels.packed import Packed
 from model.layers import RMSNorm
 from model.rope import Rope, softmax_scale
 
@@ -88,8 +89,8 @@ class Attention(nn.Module):
             q = torch.cat([q, self.rope.rotate(q_rot, rotations.unsqueeze(-2))], dim=-1)  # b s h n+r
             k, v = kv.split([self.nope, self.value], dim=-1)
             k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1)  # b s h n+r
-            q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # b h s ..
-            o = attend(q, k, v, layout.mask, self.scale).transpose(1, 2)  # b s h v
+            q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # b s .. -> N ..
+            o = attend(q, k, v, layout.packed, self.scale).unflatten(0, x.shape[:2])  # b s h v
         return self.o_proj(o.flatten(-2))
 
     def decode(self, x: Tensor, rotations: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:
@@ -128,14 +129,13 @@ class Attention(nn.Module):
         return o.view(g, s, h, w)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention of `q`, `k` (b h s n+r) over `v` (b h s v) by torch's fused kernels: (b h s v).
-
-    They need heads of one size, and fall back to complete score matrices where values are narrower: padding
-    the values is faster and never holds an s x s matrix.
-    """
+def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
+    """Stand-in until model.kernels.attend is merged: a loop over sequences."""
     pad = q.shape[-1] - v.shape[-1]
-    o = F.scaled_dot_product_attention(
-        q, k, F.pad(v, (0, pad)) if pad > 0 else v, attn_mask=mask, is_causal=mask is None, scale=scale
-    )
-    return o[..., : v.shape[-1]]
+    v = F.pad(v, (0, pad)) if pad > 0 else v
+    out = []
+    for begin, n in zip(packed.ends.tolist(), packed.lengths, strict=False):
+        part = (x[begin : begin + n].transpose(0, 1) for x in (q, k, v))
+        qs, ks, vs = part
+        out.append(F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale).transpose(0, 1))
+    return torch.cat(out)[..., : v.shape[-1] - max(pad, 0)]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from model.kernels.layout import packed_mask
-from model.policy import Policy
+from model.kernels.packed import Packed
+from model.policy import Head, Policy
 
 
 class DensePolicy(Policy):
@@ -42,11 +42,9 @@ class DensePolicy(Policy):
         return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
     @property
-    def lm_head(self) -> nn.Linear:  # type: ignore[override]
-        """States (.. d) to logits (.. vocab)."""
-        head = self.network.get_output_embeddings()
-        assert isinstance(head, nn.Linear)
-        return head
+    def head(self) -> Head:
+        """See `Policy.head`."""
+        return Head(self.network.get_output_embeddings().weight)
 
     @property
     def recompute(self) -> bool:
@@ -64,16 +62,14 @@ class DensePolicy(Policy):
         elif self.recompute:
             self.network.gradient_checkpointing_disable()
 
-    def hidden(
-        self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
-    ) -> Tensor:
-        """As `Policy.hidden`. Sequences of a packed row are separated by a (b 1 s s) mask: the one form that
-        every architecture and attention of transformers takes as it is."""
-        mask = None
-        if sequence_ids is not None:  # added to the scores, which all attentions of transformers support
-            seen = packed_mask(sequence_ids)
+    def hidden(self, token_ids: Tensor, packed: Packed | None = None) -> Tensor:
+        """Stand-in until packed attention is merged."""
+        mask, positions = None, None
+        if packed is not None:
+            seen = (packed.index[:, None] == packed.index).tril()[None, None]
             mask = torch.zeros(seen.shape, dtype=self.network.dtype, device=seen.device)
             mask.masked_fill_(~seen, float("-inf"))
+            positions = packed.positions
         out = self.network.base_model(
             input_ids=token_ids, attention_mask=mask, position_ids=positions, use_cache=False
         )

@@ -87,7 +87,8 @@ class Gate(nn.Module):
     @torch.no_grad()
     def count(self, ids: Tensor) -> None:
         """Add the tokens that each expert received, `ids` (any shape), to `load` (e)."""
-        self.load += torch.bincount(ids.flatten(), minlength=len(self.load))
+        flat = ids.flatten()  # not by bincount: it makes the host wait for a GPU
+        self.load.scatter_add_(0, flat, torch.ones_like(flat))
 
     @torch.no_grad()
     def update_bias(self, gamma: float) -> None:
@@ -121,11 +122,9 @@ def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Te
         f_i = e / (k T) * tokens sent to i     P_i = 1 / T * sum_t s_i / sum_j s_j     loss = sum_i f_i P_i
 
     Of `ids` (t k) only k is used: Eq. 18 counts the top-k of the affinities `s` (t e) themselves, without the
-    bias. `sequence` (t) numbers the `sequences` that the tokens are in, -1 = none (padding).
+    bias. `sequence` (t) numbers the `sequences` that the tokens are in.
     """
     e, k = s.shape[1], ids.shape[1]
-    inside = sequence >= 0
-    s, sequence = s[inside], sequence[inside]
     chosen = torch.zeros_like(s).scatter_(1, s.detach().topk(k, dim=1).indices, 1.0)  # t e
     share = s / s.sum(1, keepdim=True)
     zeros = s.new_zeros(sequences, e)
@@ -323,12 +322,9 @@ class MoE(nn.Module):
         u = x.flatten(0, -2)  # t d
         ids, g, s = self.gate(u, None if replay is None else replay.flatten(0, -2).long())
         if layout is not None and layout.counted and not self.recomputing:
-            self.gate.count(ids if layout.sequence is None else ids[layout.sequence.flatten() >= 0])
+            self.gate.count(ids)
         if layout is not None and layout.balance:
-            sequence, n = layout.sequence, layout.sequences
-            if sequence is None:  # each row is one
-                sequence, n = torch.arange(len(x), device=x.device)[:, None].expand(x.shape[:2]), len(x)
-            loss = balance_loss(s, ids, sequence.flatten(), n)
+            loss = balance_loss(s, ids, layout.packed.index, len(layout.packed.lengths))
             if not self.recomputing:
                 self.balance_loss = loss if self.balance_loss is None else self.balance_loss + loss
         return (self.experts(u, ids, g) + self.shared_experts(u)).view_as(x), ids

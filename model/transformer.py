@@ -30,10 +30,11 @@ from model.cache import DecodeStep, LatentCache, LayerCache, Rows
 from model.config import ModelConfig
 from model.decoder import DecoderLayer
 from model.kernels.layout import Layout
+from model.kernels.packed import Packed
 from model.layers import RMSNorm
 from model.moe import MoE, load_metrics
 from model.mtp import MTPModule
-from model.policy import Policy
+from model.policy import Head, Policy
 from model.rope import Rope
 
 PREFILL_CHUNK = 2048  # tokens of a prompt in one forward
@@ -107,6 +108,11 @@ class Transformer(Policy):
         """
         checkpoint.save(self.state_dict(keep_vars=True), self.config, path, fp8)
 
+    @property
+    def head(self) -> Head:
+        """See `Policy.head`."""
+        return Head(self.lm_head.weight)
+
     def public_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Policy.public_weights`."""
         return checkpoint.trunk_weights(self.state_dict(keep_vars=True), self.config)
@@ -114,13 +120,12 @@ class Transformer(Policy):
     def hidden(
         self,
         token_ids: Tensor,
-        positions: Tensor | None = None,
-        sequence_ids: Tensor | None = None,
+        packed: Packed | None = None,
         routed_experts: Tensor | None = None,
     ) -> Tensor:
         """As `Policy.hidden`. `routed_experts` (b s moe_layers k) are recorded expert choices to repeat, as
         `LatentCache.routed_experts` returns them; -1, and None for all, = let the gate choose."""
-        layout = self._layout(token_ids, positions, sequence_ids)
+        layout = self._layout(token_ids, packed)
         x = self.embed_tokens(token_ids)
         first = self.config.first_k_dense_replace
         for i, layer in enumerate(self.layers):
@@ -132,32 +137,31 @@ class Transformer(Policy):
                 x = layer(x, layout, replay)
         return self.norm(x)
 
-    def hidden_and_mtp(
-        self, token_ids: Tensor, positions: Tensor | None = None, sequence_ids: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def hidden_and_mtp(self, token_ids: Tensor, packed: Packed | None = None) -> tuple[Tensor, list[Tensor]]:
         """States of the trunk (b s d), and of each MTP module k = 1 .. D (b s d); arguments as for `hidden`.
 
         At position i the head predicts token i + 1 from the trunk's state and token i + 1 + k from module
         k's, which has also seen tokens i + 1 to i + k. The last k states of a sequence know no such token
-        (they read into the next sequence, or around the row's end): the caller masks them.
+        (they read into the next sequence, or around the row's end): the caller leaves them out.
         """
-        state = hidden = self.hidden(token_ids, positions, sequence_ids)
+        state = hidden = self.hidden(token_ids, packed)
         if not len(self.mtp):
             return hidden, []
-        layout, states = self._layout(token_ids, positions, sequence_ids), []
+        layout, states = self._layout(token_ids, packed), []
         for k, module in enumerate(self.mtp, start=1):
             state = module.predict(state, self.embed_tokens(token_ids.roll(-k, dims=1)), layout)
             states.append(state)
         return hidden, states
 
-    def _layout(self, token_ids: Tensor, positions: Tensor | None, sequence_ids: Tensor | None) -> Layout:
-        s, most = token_ids.shape[1], self.config.max_position_embeddings
-        if positions is None and s > most:
-            raise ValueError(f"A row of {s} tokens is longer than max_position_embeddings={most}.")
-        rotations = self.rope.first(s, token_ids.device) if positions is None else self.rope(positions)
+    def _layout(self, token_ids: Tensor, packed: Packed | None) -> Layout:
+        (b, s), most, device = token_ids.shape, self.config.max_position_embeddings, token_ids.device
+        longest = s if packed is None else packed.longest
+        if longest > most:
+            raise ValueError(f"A sequence of {longest} tokens is longer than max_position_embeddings={most}.")
+        rotations = self.rope.first(s, device) if packed is None else self.rope(packed.positions)
         learning = self.training and torch.is_grad_enabled()  # rollouts and evaluation are not counted
         balance = learning and self.balance_alpha > 0
-        return Layout.of(rotations, token_ids, sequence_ids, learning, balance)
+        return Layout.of(rotations, packed or Packed.of([s] * b, device), learning, balance)
 
     def new_cache(self, rows: int, max_tokens: int, **options: Any) -> LatentCache:
         """An empty cache for `rows` of up to `max_tokens`; `options` as in `LatentCache.empty`."""
@@ -185,9 +189,8 @@ class Transformer(Policy):
         cache.lengths[rows] = lengths
         device = self.norm.weight.device
         tokens = torch.tensor([i for prompt in first for i in prompt], device=device)[None]  # 1 N
-        at = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)[None]
-        sequence = torch.from_numpy(np.repeat(np.arange(len(rows)), lengths)).to(device)[None]
-        layout = Layout.of(self.rope(at), tokens, sequence)._replace(slots=cache.slots(rows))
+        packed = Packed.of(lengths.tolist(), device)
+        layout = Layout.of(self.rope(packed.positions), packed)._replace(slots=cache.slots(rows))
         x = self.embed_tokens(tokens)
         for layer, part in zip(self.layers, self._caches(cache), strict=True):
             x = layer(x, layout, cache=part)
@@ -196,7 +199,7 @@ class Transformer(Policy):
             following = [i for prompt in prompts for i in _following(prompt, 0, chunk)]
             embedded = self.embed_tokens(torch.tensor(following, device=device)[None])
             self.mtp[0].predict(x, embedded, layout, cache.layer(len(self.layers)))
-        states = x[0, torch.from_numpy(lengths.cumsum() - 1).to(device)]  # b d
+        states = x[0, packed.ends[1:] - 1]  # b d
         for i, prompt in enumerate(prompts):
             for begin in range(chunk, len(prompt), chunk):
                 tokens = torch.tensor([prompt[begin : begin + chunk]], device=device)
@@ -261,7 +264,7 @@ class Transformer(Policy):
 
     def after_update(self, gamma: float) -> dict[str, float]:
         """The load of each layer's router as metrics; then `update_router_bias`."""
-        metrics = load_metrics(self.router_load().float())
+        metrics = load_metrics(self.router_load().cpu().float())
         self.update_router_bias(gamma)
         return metrics
 

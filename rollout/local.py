@@ -36,7 +36,10 @@ def engine_name(path: Path | str, engine: str = "auto") -> str:
 
 
 def load_policy(
-    path: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", engine: str = "auto"
+    path: Path | str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    engine: str = "auto",
 ) -> Policy:
     """The model of a checkpoint, as the class that `engine` generates from.
 

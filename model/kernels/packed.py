@@ -7,14 +7,16 @@ Axes    s tokens of the row, n sequences
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 
-class Packed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Packed:
     """The sequences of one row. Made by `Packed.of`."""
 
     lengths: tuple[int, ...]  # n, tokens of each, on the host

@@ -4,14 +4,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings.common import OptimSettings, Sampling, StageSettings, TemplateSettings
+from pipeline.settings.common import (
+    ComputeSettings,
+    OptimSettings,
+    Sampling,
+    TemplateSettings,
+    TrainSettings,
+)
 from rewards.reward import check_weights
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 from rollout.settings import RolloutSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(TemplateSettings, Sampling, StageSettings):
+class GeneratingSettings(TemplateSettings, Sampling, ComputeSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
@@ -30,7 +36,7 @@ class GeneratingSettings(TemplateSettings, Sampling, StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings(GeneratingSettings):
+class GrpoSettings(GeneratingSettings, TrainSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
 
     init_from: str = "pretrain"
@@ -72,10 +78,6 @@ class GrpoSettings(GeneratingSettings):
     """Cap of the importance correction between engine and trainer."""
     max_mismatch_kl: Positive = 0.1
     """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
-    row_tokens: Count = 256
-    """Tokens of a packed row; at least prompt plus completion."""
-    micro_rows: Count = 32
-    """Rows of one forward and backward."""
     eval_every: Natural = 10
     """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
     eval_problems: Count = 64

@@ -3,12 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pipeline.settings.common import OptimSettings, StageSettings, TemplateSettings
+from pipeline.settings.common import OptimSettings, TemplateSettings, TrainSettings
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(StageSettings):
+class PretrainSettings(TrainSettings):
     """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
 
     task: str = "tiny"
@@ -17,12 +17,10 @@ class PretrainSettings(StageSettings):
     """Different problems that the documents are about."""
     steps: Count = 2_200
     """Optimizer updates."""
-    rows: Count = 8
-    """Packed rows an update."""
-    row_tokens: Count = 128
-    """Tokens of a packed row."""
-    micro_rows: Count = 32
-    """Rows of one forward and backward; fewer take less memory and give the same sum."""
+    batch_tokens: Count = 1_024
+    """Tokens an update, at most."""
+    max_length: Count = 128
+    """Longest document, tokens; a longer one is cut."""
     mtp_coef: NotNegative = 0.3
     """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
     mtp_coef_late: NotNegative = 0.1
@@ -54,9 +52,14 @@ class PretrainSettings(StageSettings):
     )
     """AdamW, schedule and router balancing."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length > self.batch_tokens:
+            raise ValueError(f"max_length={self.max_length} exceeds batch_tokens={self.batch_tokens}.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(TemplateSettings, StageSettings):
+class SftSettings(TemplateSettings, TrainSettings):
     """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"
@@ -73,12 +76,10 @@ class SftSettings(TemplateSettings, StageSettings):
     """At most this many of those samples, the latest first; 0 = all."""
     epochs: Count = 2
     """Passes over the corpus (R1: 2)."""
-    rows: Count = 8
-    """Packed rows an update."""
-    row_tokens: Count = 256
-    """Tokens of a packed row."""
-    micro_rows: Count = 32
-    """Rows of one forward and backward."""
+    batch_tokens: Count = 2_048
+    """Tokens an update, at most."""
+    max_length: Count = 256
+    """Longest prompt plus completion, tokens; a longer row is left out and counted."""
     mtp_coef: NotNegative = 0.1
     """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.1 late in training)."""
     log_every: Count = 5
@@ -92,5 +93,7 @@ class SftSettings(TemplateSettings, StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_length > self.batch_tokens:
+            raise ValueError(f"max_length={self.max_length} exceeds batch_tokens={self.batch_tokens}.")
         if not (self.corpus or self.curated or self.samples_from):
             raise ValueError("nothing to train on: set corpus, curated or samples_from.")

@@ -27,13 +27,14 @@ from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import loss_named, takes_settings
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
-from pipeline.train.policy import load_policy, open_rollouts, save_policy, set_up
+from pipeline.train.place import Place
+from pipeline.train.policy import load_policy, open_rollouts, save_policy
 from pipeline.train.rollouts import example, mean, rollout_metrics, transcript
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, sample_groups
 from rollout.engine import EngineDied, StaleWeights
-from rollout.text.tokenizer import completion_text, encode_prompt, make_prompt
+from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 
@@ -72,14 +73,11 @@ class Trainer:
             self.loss = loss_named(config.loss)
         except ValueError as error:
             raise UserError(str(error)) from error
-        set_up(config.seed, config.threads)
+        self.place = Place.open(config)
         start = run_dir.model_input(config.init_from)
-        self.policy, self.tokenizer = load_policy(start)
+        self.policy, self.tokenizer = load_policy(start, self.place.device)
         data = config.data
         self.problems = pooled(config.problems, count=config.pool, seed=config.seed, data_dir=data)
-        prompts = (encode_prompt(self.tokenizer, p.question, config.template) for p in self.problems)
-        if (need := max(map(len, prompts)) + config.max_tokens) > config.row_tokens:
-            raise UserError(f"row_tokens={config.row_tokens}: the longest prompt and max_tokens need {need}")
         self.heldout_problems = []
         if config.eval_every:
             count = config.eval_problems
@@ -90,7 +88,7 @@ class Trainer:
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)
         updates = config.steps * config.minibatches
-        self.learner = Learner(self.policy, config.optim, updates, micro_rows=config.micro_rows)
+        self.learner = Learner(self.policy, config.optim, updates)
         self.reference = self.policy.frozen() if config.kl_coef else None
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
         self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
@@ -147,7 +145,7 @@ class Trainer:
         return [advantage for group in groups for advantage in group_advantages(group, scale)]
 
     def batches(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> list[Batch]:
-        """Packed rows, a batch a minibatch of groups; a minibatch in which no rollout counts has none.
+        """Packed rollouts, a batch a minibatch of groups; a minibatch in which no rollout counts has none.
 
         A rollout without advantage changes nothing unless there is a KL penalty, and is left out of the
         forward; it still counts in the denominator of the loss.
@@ -162,7 +160,7 @@ class Trainer:
             weights = rollout_weights([len(r.token_ids) for r, _ in pairs], per, config.max_tokens)
             trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or config.kl_coef)
             if examples := [example(*of) for of in trained]:
-                out.append(pack(examples, config.row_tokens))
+                out.append(pack(examples, self.place.micro_tokens(config)))
         return out
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
@@ -174,7 +172,7 @@ class Trainer:
         config = self.config
         old: list[list[Tensor] | None] = [None] * len(batches)
         if len(batches) > 1:  # later updates move away from the policy that sampled
-            parts = [b.micro_batches(config.micro_rows) for b in batches]
+            parts = [b.micro_batches(self.place.device) for b in batches]
             old = [[score(self.policy, part, config.temperature) for part in of] for of in parts]
         metrics, mismatch = dict[str, float](), 0.0
         for batch, logprobs in zip(batches, old, strict=True):

@@ -15,15 +15,17 @@ from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import PretrainSettings
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch, Encoded, pack_supervised
-from pipeline.train.policy import save_policy, set_up
+from pipeline.train.place import Place
+from pipeline.train.policy import save_policy
 from pipeline.train.supervised import train_loop
 from rollout.text.tokenizer import train_tokenizer
 
 
-def batches(config: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
+def batches(
+    config: PretrainSettings, tokenizer: PreTrainedTokenizerBase, micro_tokens: int
+) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
     known = items(config.task, config.pool, "train", config.seed)
-    room = 0.97 * config.rows * config.row_tokens  # first-fit can always place it in so short documents
     for step in range(config.steps):
         rng = random.Random(f"documents/{config.seed}/{step}")
         docs: list[Encoded] = []
@@ -31,17 +33,17 @@ def batches(config: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> Ite
         while True:
             text = random_document(known, rng)
             ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
-            del ids[config.row_tokens :]
+            del ids[config.max_length :]
             total += len(ids)
-            if total > room:
+            if total > config.batch_tokens:
                 break
             docs.append((ids, [True] * len(ids)))
-        yield pack_supervised(docs, config.row_tokens)
+        yield pack_supervised(docs, micro_tokens)
 
 
 def run(config: PretrainSettings, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
-    set_up(config.seed, config.threads)
+    place = Place.open(config)
     texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     shape = dataclasses.replace(
@@ -57,15 +59,15 @@ def run(config: PretrainSettings, run_dir: RunDir) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    net = Transformer(shape, seed=config.seed).train()
+    net = Transformer(shape, seed=config.seed).train().to(place.device)
     learner = Learner(
         net,
         config.optim,
         config.steps,
-        micro_rows=config.micro_rows,
         mtp_coef=config.mtp_coef,
         mtp_coef_late=config.mtp_coef_late,
         mtp_late_from=config.mtp_late_from,
     )
-    train_loop(run_dir, learner, batches(config, tokenizer), config.log_every, config.checkpoint_every)
+    packed = batches(config, tokenizer, place.micro_tokens(config))
+    train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
     run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))

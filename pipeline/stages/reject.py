@@ -13,7 +13,8 @@ from pipeline.data.traces import curated_rows, tagged
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.rollouts import RejectSettings
-from pipeline.train.policy import load_policy, open_rollouts, set_up
+from pipeline.train.place import Place
+from pipeline.train.policy import load_policy, open_rollouts
 from pipeline.train.rollouts import mean, transcript
 from rewards.reward import Scorer
 from rollout.collect import sample_groups
@@ -24,9 +25,9 @@ from rollout.types import Graded
 
 def run(config: RejectSettings, run_dir: RunDir) -> None:
     """Sample and filter; leave `corpus.jsonl`."""
-    set_up(config.seed, config.threads)
+    place = Place.open(config)
     start = run_dir.model_input(config.init_from)
-    policy, tokenizer = load_policy(start)
+    policy, tokenizer = load_policy(start, place.device)
     pool = pooled(config.problems, count=config.pool, seed=config.seed + 2, data_dir=config.data)
     engine, scorer = open_rollouts(policy, tokenizer, config.rollout, start), Scorer({"accuracy": 1.0})
     newest = run_dir.latest()

@@ -18,7 +18,8 @@ from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import SftSettings
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch, Encoded, pack_supervised
-from pipeline.train.policy import load_policy, save_policy, set_up
+from pipeline.train.place import Place
+from pipeline.train.policy import load_policy, save_policy
 from pipeline.train.supervised import train_loop
 from rollout.text.tokenizer import encode_example
 
@@ -60,37 +61,37 @@ def examples(rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSet
     out = []
     for row in rows:
         prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
-        if len(prompt) + len(completion) <= config.row_tokens:
+        if len(prompt) + len(completion) <= config.max_length:
             out.append((prompt + completion, [False] * len(prompt) + [True] * len(completion)))
     if len(out) < len(rows):
-        print(f"{len(rows) - len(out)} of {len(rows)} rows exceed row_tokens={config.row_tokens}: left out")
+        print(f"{len(rows) - len(out)} of {len(rows)} rows exceed max_length={config.max_length}: left out")
     return out
 
 
-def epoch_batches(encoded: list[Encoded], config: SftSettings) -> Iterator[Batch]:
+def epoch_batches(encoded: list[Encoded], config: SftSettings, micro_tokens: int) -> Iterator[Batch]:
     """Packed updates, epoch after epoch; the order depends on seed and epoch alone."""
     for epoch in range(config.epochs):
         order = list(range(len(encoded)))
         random.Random(f"sft/{config.seed}/{epoch}").shuffle(order)
         group: list[Encoded] = []
-        for place, i in enumerate(order, start=1):
+        total = 0
+        for i in order:
+            total += len(encoded[i][0])
+            if total > config.batch_tokens:
+                yield pack_supervised(group, micro_tokens)
+                group, total = [], len(encoded[i][0])
             group.append(encoded[i])
-            tokens = sum(len(ids) for ids, _ in group)
-            if tokens > 0.9 * (config.rows * config.row_tokens) or place == len(order):
-                yield pack_supervised(group, config.row_tokens)
-                group = []
+        yield pack_supervised(group, micro_tokens)
 
 
 def run(config: SftSettings, run_dir: RunDir) -> None:
     """Train; leave `model/` and its corpus."""
-    set_up(config.seed, config.threads)
-    policy, tokenizer = load_policy(run_dir.model_input(config.init_from))
+    place = Place.open(config)
+    policy, tokenizer = load_policy(run_dir.model_input(config.init_from), place.device)
     rows = gather(config, run_dir)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
-    packed = list(epoch_batches(examples(rows, tokenizer, config), config))
+    packed = list(epoch_batches(examples(rows, tokenizer, config), config, place.micro_tokens(config)))
     print(f"{run_dir.stage.name}: {len(rows)} rows, {len(packed)} updates")
-    learner = Learner(
-        policy, config.optim, len(packed), micro_rows=config.micro_rows, mtp_coef=config.mtp_coef
-    )
+    learner = Learner(policy, config.optim, len(packed), mtp_coef=config.mtp_coef)
     train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))

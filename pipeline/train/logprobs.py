@@ -7,10 +7,11 @@ Units   log-probabilities and entropy in nats
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.kernels.cpu import linear
+from model.policy import Head
 
 CHUNK_BYTES = 64 << 20
 """Most bytes of fp32 logits alive at once; their softmax takes the same again."""
@@ -21,7 +22,7 @@ SMALL = 1e-30
 
 
 def token_logprobs(
-    hidden: Tensor, head: nn.Linear, targets: Tensor, temperature: float = 1.0, entropy: bool = True
+    hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0, entropy: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target (n, with gradient), and the entropy there (n, without).
 

@@ -1,21 +1,23 @@
-"""Packing: sequences of any length end to end in rows of equal length, each token with its share of the loss.
+"""Packing: sequences of any length end to end in micro-batches of a budget of tokens, without padding.
 
-Every per-token array is aligned with the token that it is about: `weights[r, t]` is the share of the
-global loss that predicting token `t` of row `r` (from the state at `t - 1`) has, and 0 for prompts,
-padding and the first token of a sequence. Shares are fixed here, once, from all of the global batch;
-micro-batches, padding and packing cannot change the loss afterwards.
+Each token's share of the global loss is fixed here, once, from all of the global batch: micro-batches and
+packing cannot change the loss afterwards. A share is 0 for prompts and for the first token of a sequence,
+which nothing precedes. Batches stay on the host as arrays; a micro-batch is built when it is computed.
 
-Axes  r rows of a batch, l tokens of a row
+Axes  t tokens of a micro-batch, n those that have weight
 """
 
+import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from pipeline.errors import UserError
+from model.kernels.packed import Packed, upload
 
 Per = Literal["rollout", "token", "constant"]
 """What a policy loss averages over, see `rollout_weights`."""
@@ -23,120 +25,119 @@ Per = Literal["rollout", "token", "constant"]
 Encoded = tuple[list[int], list[bool]]
 """Token ids, and which of them are scored."""
 
-PADDING = -1
-"""Sequence id of padding; tokens attend only within their own id."""
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence to train on; the arrays are as long as `token_ids`."""
+    """One sequence to train on; what has a value a token is a list or an array as long as `token_ids`."""
 
-    token_ids: Sequence[int]
-    weights: Sequence[float]
-    rollout_logprobs: Sequence[float] = ()
+    token_ids: Sequence[int] | NDArray[Any]
+    weights: ArrayLike
+    rollout_logprobs: ArrayLike | None = None
     advantage: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
+class Micro:
+    """Sequences of one forward and backward, on a device."""
+
+    token_ids: Tensor  # 1 t
+    packed: Packed
+    scored: Tensor  # n, places in the row of the tokens that have weight
+    weights: Tensor  # n
+    rollout_logprobs: Tensor  # n
+    advantages: Tensor  # n
+    positions: NDArray[Any]  # n, on the host: of the scored tokens in their own sequences
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], device: torch.device | str = "cpu") -> "Micro":
+        """The sequences of `examples`, in their order."""
+        lengths = [len(e.token_ids) for e in examples]
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        weights = np.concatenate([np.asarray(e.weights, np.float32) for e in examples])
+        weights[starts] = 0.0
+        scored = np.flatnonzero(weights)
+        sequence = np.searchsorted(ends, scored, side="right")
+        logprobs = np.zeros(len(weights), np.float32)
+        for e, begin, end in zip(examples, starts, ends, strict=True):
+            if e.rollout_logprobs is not None:
+                logprobs[begin:end] = e.rollout_logprobs
+        advantages = np.array([e.advantage for e in examples], np.float32)
+        token_ids = np.concatenate([np.asarray(e.token_ids, np.int64) for e in examples])[None]
+        arrays = (token_ids, scored, weights[scored], logprobs[scored], advantages[sequence])
+        ids, places, shares, sampled, each = (upload(torch.from_numpy(x), device) for x in arrays)
+        packed, positions = Packed.of(lengths, device), scored - starts[sequence]
+        return cls(ids, packed, places, shares, sampled, each, positions)
+
+    def ahead(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """States that predict the scored tokens `k` further: index, that token's id and weight (m <= n)."""
+        places, weights = self.scored, self.weights
+        if k > 1:
+            kept = upload(torch.from_numpy(np.flatnonzero(self.positions >= k)), places.device)
+            places, weights = places[kept], weights[kept]
+        return places - k, self.token_ids[0, places], weights
+
+    @property
+    def rollout(self) -> Tensor:
+        """Number of each scored token's sequence, `n`."""
+        return self.packed.index[self.scored]
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
-    """Packed rows. All tensors are `r l`."""
+    """What one update trains on, in micro-batches."""
 
-    token_ids: Tensor
-    positions: Tensor
-    sequence_ids: Tensor
-    weights: Tensor
-    rollout_logprobs: Tensor
-    advantages: Tensor
+    parts: list[list[Example]]
 
-    def micro_batches(self, rows: int) -> Iterator["Batch"]:
-        """The batch in parts of at most `rows` rows."""
-        for start in range(0, self.token_ids.shape[0], rows):
-            yield Batch(*(getattr(self, name)[start : start + rows] for name in self.__slots__))
+    def micro_batches(self, device: torch.device | str = "cpu") -> Iterator[Micro]:
+        """One after the other; the same every time."""
+        return (Micro.of(part, device) for part in self.parts)
 
     @property
-    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a policy reads."""
-        return self.token_ids, self.positions, self.sequence_ids
-
-    @property
-    def scored(self) -> Tensor:
-        """Mask `r l-1` over states: the next token has weight."""
-        return self.weights[:, 1:] != 0
-
-    def at_scored(self, values: Tensor) -> Tensor:
-        """`values` (r l) of the tokens that have weight, `n`."""
-        return values[:, 1:][self.scored]
-
-    @property
-    def sequence_index(self) -> Tensor:
-        """`r l`: index of each token's sequence in the batch, row after row; padding continues the last."""
-        starts = (self.positions == 0) & (self.sequence_ids != PADDING)
-        return (starts.flatten().cumsum(0) - 1).view_as(starts)
-
-    def sequences(self) -> int:
-        """Sequences, padding left out."""
-        return int(self.sequence_index[-1, -1]) + 1
-
-    def tokens(self) -> int:
-        """Real tokens, padding left out."""
-        return int((self.sequence_ids != PADDING).sum())
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(e.token_ids) for part in self.parts for e in part]
 
 
-def assign_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
-    """Indices of the sequences that share a row: first-fit decreasing, so the same lengths pack the same way.
+def assign(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
+    """Indices of the sequences of each micro-batch: as even as the longest-first rule makes them.
 
-    Raises:
-        UserError: a sequence is longer than a row.
+    A micro-batch has at most `micro_tokens`, or one sequence that is longer.
     """
-    if (longest := max(lengths, default=0)) > row_tokens:
-        raise UserError(
-            f"a sequence of {longest} tokens does not fit a row of {row_tokens}; raise row_tokens"
-        )
-    rows: list[list[int]] = []
-    room: list[int] = []
+    least = sum(min(n, micro_tokens) for n in lengths)
+    bins: list[list[int]] = [[] for _ in range(-(-least // micro_tokens))]
+    emptiest = [(0, b) for b in range(len(bins))]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        r = next((r for r, free in enumerate(room) if lengths[i] <= free), len(rows))
-        if r == len(rows):
-            rows.append([])
-            room.append(row_tokens)
-        rows[r].append(i)
-        room[r] -= lengths[i]
-    return rows
+        used, b = emptiest[0]
+        if used and used + lengths[i] > micro_tokens:
+            used, b = 0, len(bins)
+            bins.append([])
+            heapq.heappush(emptiest, (lengths[i], b))
+        else:
+            heapq.heapreplace(emptiest, (used + lengths[i], b))
+        bins[b].append(i)
+    return [members for members in bins if members]
 
 
-def pack(examples: Sequence[Example], row_tokens: int) -> Batch:
-    """Examples in as few rows of `row_tokens` as first-fit finds."""
-    rows = assign_rows([len(e.token_ids) for e in examples], row_tokens)
-    shape = (len(rows), row_tokens)
-    token_ids, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    sequence_ids = torch.full(shape, PADDING)
-    weights, logprobs, advantages = (torch.zeros(shape) for _ in range(3))
-    for r, members in enumerate(rows):
-        at = 0
-        for number, example in enumerate(examples[i] for i in members):
-            span = slice(at, at + len(example.token_ids))
-            token_ids[r, span] = torch.tensor(example.token_ids)
-            positions[r, span] = torch.arange(len(example.token_ids))
-            sequence_ids[r, span] = number
-            weights[r, span] = torch.tensor(example.weights, dtype=torch.float)
-            weights[r, at] = 0.0  # nothing precedes a sequence's first token
-            if example.rollout_logprobs:
-                logprobs[r, span] = torch.tensor(example.rollout_logprobs, dtype=torch.float)
-            advantages[r, span] = example.advantage
-            at = span.stop
-    return Batch(token_ids, positions, sequence_ids, weights, logprobs, advantages)
+def pack(examples: Sequence[Example], micro_tokens: int) -> Batch:
+    """Examples in micro-batches of at most `micro_tokens`; a longer sequence is one by itself."""
+    parts = assign([len(e.token_ids) for e in examples], micro_tokens)
+    return Batch([[examples[i] for i in part] for part in parts])
 
 
-def mean_weights(scored: Sequence[Sequence[bool]]) -> list[list[float]]:
+def mean_weights(scored: Sequence[Sequence[bool]]) -> list[NDArray[Any]]:
     """Weights of a mean over all scored tokens of the batch; a sequence's first token cannot be scored."""
-    total = sum(sum(flags[1:]) for flags in scored)
-    return [[0.0, *(float(flag) / max(total, 1) for flag in flags[1:])] for flags in scored]
+    flags = [np.asarray(each, np.float32) for each in scored]
+    for each in flags:
+        each[:1] = 0.0
+    total = max(1.0, float(sum(each.sum(dtype=np.float64) for each in flags)))
+    return [(each / total).astype(np.float32) for each in flags]
 
 
-def pack_supervised(texts: Sequence[Encoded], row_tokens: int) -> Batch:
+def pack_supervised(texts: Sequence[Encoded], micro_tokens: int) -> Batch:
     """Texts whose loss is the mean over all scored tokens."""
     weights = mean_weights([scored for _, scored in texts])
-    return pack([Example(ids, w) for (ids, _), w in zip(texts, weights, strict=True)], row_tokens)
+    return pack([Example(ids, w) for (ids, _), w in zip(texts, weights, strict=True)], micro_tokens)
 
 
 def rollout_weights(lengths: Sequence[int], per: Per, max_tokens: int) -> list[float]:

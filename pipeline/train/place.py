@@ -8,7 +8,10 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.settings.common import ComputeSettings
+from pipeline.settings.common import ComputeSettings, TrainSettings
+
+MICRO_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""Tokens of one forward and backward, by type of device, where the settings leave it open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +30,23 @@ class Place:
         Raises:
             UserError: no GPU where one was asked for.
         """
-        random.seed(config.seed)
-        np.random.seed(config.seed % 2**32)
-        torch.manual_seed(config.seed)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         place = cls(device_named(config.device))
+        seed_all(config.seed, config.threads)
         torch.use_deterministic_algorithms(place.device.type == "cpu", warn_only=True)
         return place
+
+    def micro_tokens(self, config: TrainSettings) -> int:
+        """Most tokens of one forward and backward."""
+        return config.micro_tokens or MICRO_TOKENS[self.device.type]
+
+
+def seed_all(seed: int, threads: int) -> None:
+    """Seed every generator, and set torch's CPU threads; 0 = one a core."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def device_named(name: str) -> torch.device:
@@ -45,6 +57,6 @@ def device_named(name: str) -> torch.device:
     """
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
-        build = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else "no GPU is visible"
-        raise UserError(f"--device cuda: torch finds no GPU here ({build}); set --device cpu, or auto")
-    return torch.device("cuda", torch.cuda.current_device()) if found and name != "cpu" else torch.device("cpu")
+        why = "no GPU is visible" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"
+        raise UserError(f"--device cuda: torch finds no GPU here ({why}); set --device cpu, or auto")
+    return torch.device("cuda" if found and name != "cpu" else "cpu")

@@ -1,10 +1,8 @@
 """A policy on disk: a public checkpoint directory with its tokenizer, template and model card."""
 
 import json
-import random
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -17,24 +15,14 @@ from rollout.settings import RolloutSettings
 from rollout.text.tokenizer import load_tokenizer
 
 
-def set_up(seed: int, threads: int) -> None:
-    """Seed every generator and fix what makes CPU bits reproducible."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    if threads:
-        torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def load_policy(path: Path) -> tuple[Policy, PreTrainedTokenizerFast]:
-    """The model at `path`, in training mode, with its tokenizer.
+def load_policy(path: Path, device: torch.device) -> tuple[Policy, PreTrainedTokenizerFast]:
+    """The model at `path`, in training mode on `device`, with its tokenizer.
 
     Raises:
         UserError: no readable checkpoint there.
     """
     try:
-        return local.load_policy(path).train(), load_tokenizer(path)
+        return local.load_policy(path, device=device).train(), load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the model at {path}: {error}") from error
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from pipeline.train.pack import Example
 from rollout.types import Graded, Rollout
 
@@ -14,11 +16,12 @@ def mean(values: Sequence[float]) -> float:
 
 def example(rollout: Rollout, advantage: float, weight: float) -> Example:
     """Prompt and completion as one sequence; only the completion has weight."""
-    prompt = rollout.prompt.token_ids
+    prompt, n = rollout.prompt.token_ids, len(rollout.token_ids)
+    zeros = np.zeros(len(prompt), np.float32)
     return Example(
-        token_ids=(*prompt, *rollout.token_ids),
-        weights=(*[0.0] * len(prompt), *[weight] * len(rollout.token_ids)),
-        rollout_logprobs=(*[0.0] * len(prompt), *rollout.logprobs),
+        token_ids=np.concatenate([np.array(prompt, np.int32), np.asarray(rollout.token_ids, np.int32)]),
+        weights=np.concatenate([zeros, np.full(n, weight, np.float32)]),
+        rollout_logprobs=np.concatenate([zeros, np.asarray(rollout.logprobs, np.float32)]),
         advantage=advantage,
     )
 

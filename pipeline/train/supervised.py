@@ -36,7 +36,7 @@ def train_loop(
     tokens, steps = 0, learner.total_updates
     run_dir.metrics.begin()
     for step, batch in enumerate(batches, start=1):
-        tokens += batch.tokens()
+        tokens += sum(batch.lengths)
         if step <= done:
             continue
         began = time.monotonic()

@@ -197,7 +197,7 @@ class _Run:
                 return
             drafts = [draft for _, draft in started]
             states = torch.stack([group.state for group, _ in started if group.state is not None])
-            self._sample(self.net.lm_head(states), drafts)
+            self._sample(self.net.head(states), drafts)
             self._guess_first(states, drafts)
             schedule.run(drafts)
 
@@ -216,7 +216,7 @@ class _Run:
         tokens = self._tensor([[draft.tokens[-1], draft.guess][:width] for draft in drafts])  # b s
         # b s d
         states = self.graphs.decode(tokens, step) if self.graphs else self.net.decode(tokens, cache, step)
-        logits = self.net.lm_head(states)  # b s v
+        logits = self.net.head(states)  # b s v
         self._sample(logits[:, 0], drafts)
         self.stats.steps += 1
         if not self.speculate:
@@ -247,7 +247,7 @@ class _Run:
     def _guess(self, states: Tensor, drafts: list[Draft]) -> None:
         """The guess for each row's next token by `states` (b d) of the MTP module, sampled with the uniform
         that token will use."""
-        logits = self.net.lm_head(states)
+        logits = self.net.head(states)
         self._refuse_nonfinite(logits, drafts)
         guesses, _ = sample(logits, self._uniforms(drafts), self.sampling)
         for draft, guess in zip(drafts, guesses.tolist(), strict=True):

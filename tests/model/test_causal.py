@@ -11,36 +11,25 @@ from model.kernels.cpu.attention import BLOCK, FULLNESS, CausalAttention, bucket
 from model.rope import Rope
 
 
-def plain(q, kv, k_rot, turns, rope, scale, sequence_ids):
-    """Softmax over the earlier tokens of the same sequence, all tokens at once; padding gives zeros."""
+def plain(q, kv, k_rot, turns, rope, scale, lengths):
+    """Softmax over the earlier tokens of the same sequence, all tokens at once."""
     n = q.shape[-1] - k_rot.shape[-1]
     q = torch.cat([q[..., :n], rope.rotate(q[..., n:], turns[:, None])], dim=-1)
     k = torch.cat([kv[..., :n], k_rot[:, None].expand(-1, q.shape[1], -1)], dim=-1)
     v = kv[..., n:]
-    ids = sequence_ids.flatten()
-    rows = torch.arange(len(sequence_ids)).repeat_interleave(sequence_ids.shape[1])
-    seen = ((ids[:, None] == ids) & (rows[:, None] == rows)).tril()
+    ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    seen = (ids[:, None] == ids).tril()
     scores = torch.einsum("nhd,mhd->hnm", q, k) * scale
-    o = torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
-    return o * (ids >= 0)[:, None, None]
-
-
-def rows(*lengths, width):
-    """One packed row: the sequences, then padding."""
-    ids = torch.full((width,), -1)
-    start = 0
-    for number, length in enumerate(lengths):
-        ids[start : start + length] = number
-        start += length
-    return ids
+    return torch.einsum("hnm,mhd->nhd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
 CASES = {
-    "one short": torch.stack([rows(5, width=5)]),
-    "a block and one more": torch.stack([rows(BLOCK + 1, width=BLOCK + 1)]),
-    "several blocks": torch.stack([rows(3 * BLOCK - 7, 20, width=4 * BLOCK)]),
-    "ragged": torch.stack([rows(70, 60, 1, 9, width=150), rows(64, 33, 2, width=150), rows(width=150)]),
-    "interleaved": torch.tensor([[0, 1, 0, 1, 1, -1, 0]]),
+    "one short": [5],
+    "a block and one more": [BLOCK + 1],
+    "several blocks": [3 * BLOCK - 7, 20],
+    "ragged": [70, 60, 1, 9, 64, 33, 2],
+    "equal": [8, 8, 8],
+    "equal, but apart": [8, 30, 8],
 }
 
 
@@ -65,12 +54,12 @@ def rope(interleave=True):
 def test_attention_and_its_gradients_are_those_of_plain_softmax(case, again, h, interleave, monkeypatch):
     if again:
         monkeypatch.setattr(causal, "KEEP", 0)
-    ids, turning = CASES[case], rope(interleave)
-    tensors, turns = inputs(ids.numel(), h, 4, 4, 5, seed=0)
+    lengths, turning = CASES[case], rope(interleave)
+    tensors, turns = inputs(sum(lengths), h, 4, 4, 5, seed=0)
     tensors = [x.mul_(2).requires_grad_() for x in tensors]
     before = [x.detach().clone() for x in tensors]
-    ours = CausalAttention.apply(*tensors, turns, turning, 0.7, buckets(ids))
-    want = plain(*tensors, turns, turning, 0.7, ids)
+    ours = CausalAttention.apply(*tensors, turns, turning, 0.7, buckets(lengths))
+    want = plain(*tensors, turns, turning, 0.7, lengths)
     assert all(map(torch.equal, tensors, before))  # rotated in a copy
     torch.testing.assert_close(ours, want, atol=1e-12, rtol=1e-12)
     upstream = torch.randn(want.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -83,21 +72,26 @@ def test_attention_and_its_gradients_are_those_of_plain_softmax(case, again, h, 
 
 
 def test_buckets_hold_every_token_once_and_like_lengths():
-    ids = CASES["ragged"]
-    plan = [bucket.indices for bucket in buckets(ids)]
+    lengths = CASES["ragged"]
+    plan = [bucket.indices for bucket in buckets(lengths)]
     indices = torch.cat([bucket[bucket >= 0] for bucket in plan]).sort().values
-    assert torch.equal(indices, (ids.flatten() >= 0).nonzero().squeeze(1))
+    assert torch.equal(indices, torch.arange(sum(lengths)))
     assert len(plan) > 2  # lengths from 1 to 70 do not share one
     for bucket in plan:
         assert (bucket >= 0).sum(1).min() >= FULLNESS * bucket.shape[1]
 
 
+def test_a_bucket_of_neighbours_of_one_length_is_a_run():
+    runs = [bucket.run for case in ("equal", "equal, but apart") for bucket in buckets(CASES[case])]
+    assert runs == [slice(0, 24), slice(8, 38), None]
+
+
 def test_bf16_is_near_fp64():
-    ids, turning = CASES["several blocks"], rope()
-    wide, turns = inputs(ids.numel(), 4, 32, 16, 32, seed=1)
+    lengths, turning = CASES["several blocks"], rope()
+    wide, turns = inputs(sum(lengths), 4, 32, 16, 32, seed=1)
     narrow = [x.bfloat16().requires_grad_() for x in wide]
     wide = [x.detach().double().requires_grad_() for x in narrow]
-    ours, want = (CausalAttention.apply(*x, turns, turning, 48**-0.5, buckets(ids)) for x in (narrow, wide))
+    ours, want = (CausalAttention.apply(*x, turns, turning, 48**-0.5, buckets(lengths)) for x in (narrow, wide))
     assert ours.dtype == torch.bfloat16
     assert (ours - want).norm() < 0.01 * want.norm()
     for x in (ours, want):

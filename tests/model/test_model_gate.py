@@ -9,6 +9,7 @@ import pytest
 import torch
 from model_shapes import BASE, make
 
+from model.kernels.packed import Packed
 from model.moe import Gate
 from tests.reference.gate import balance_loss_one_sequence, gate_one_token
 
@@ -59,14 +60,13 @@ def test_bias_updates_even_out_a_skewed_gate():
     assert worst[0] > 1 and worst[-1] < 0.2
 
 
-def test_load_is_counted_in_training_only_and_padding_never():
+def test_load_is_counted_in_training_only():
     net = make(BASE)
-    tokens, ids = torch.randint(97, (2, 10)), torch.zeros(2, 10, dtype=torch.long)
-    ids[:, 6:] = -1
-    net.hidden(tokens, None, ids)
-    assert net.router_load().sum(1).tolist() == [2 * 6 * 3] * 2 + [0]  # the MTP module has not run
+    tokens = torch.randint(97, (2, 10))
+    net.hidden(tokens[:1], Packed.of([6, 4]))
+    assert net.router_load().sum(1).tolist() == [10 * 3] * 2 + [0]  # the MTP module has not run
     net.hidden_and_mtp(tokens)
-    assert net.router_load().sum(1).tolist() == [2 * 16 * 3] * 2 + [2 * 10 * 3]
+    assert net.router_load().sum(1).tolist() == [30 * 3] * 2 + [2 * 10 * 3]
     before, biases = net.router_load(), [m.gate.e_score_correction_bias.clone() for m in net.moe_layers()]
     with torch.no_grad():
         net.hidden(tokens)
@@ -86,19 +86,14 @@ def test_balance_loss_is_eq_17_over_sequences_whatever_their_packing():
     net.balance_alpha = 0.5
     lengths = [9, 4, 6]
     sequences = [torch.randint(97, (n,)) for n in lengths]
-    width = sum(lengths) + 3
-    tokens = torch.cat([*sequences, torch.zeros(3, dtype=torch.long)])[None]
-    positions = torch.cat([*(torch.arange(n) for n in lengths), torch.zeros(3, dtype=torch.long)])[None]
-    ids = torch.full((1, width), -1)
-    ids[0, :-3] = torch.repeat_interleave(torch.tensor([5, 0, 2]), torch.tensor(lengths))
     affinities = []
     for moe in net.moe_layers()[:2]:
         moe.gate.register_forward_hook(lambda gate, args, out: affinities.append(out[2].detach().double()))
-    net.hidden(tokens, positions, ids)
+    net.hidden(torch.cat(sequences)[None], Packed.of(lengths))
     packed = net.pop_balance_loss()
     want = 0.0
     for s in affinities:
-        for part in s[:-3].split(lengths):
+        for part in s.split(lengths):
             want += 0.5 * balance_loss_one_sequence(part.tolist(), k=3) / 3
     assert packed.item() == pytest.approx(want, rel=1e-5)
     packed.backward()

@@ -5,22 +5,13 @@ import torch
 from model_shapes import BASE, SHAPES, make
 
 from model.dense import DensePolicy
+from model.kernels.packed import Packed
 from tests.small import VOCAB, llama
-
-
-def pack(sequences, width):
-    """One row of `sequences`, then padding: token_ids, positions, sequence_ids, each 1 x width."""
-    pad = width - sum(map(len, sequences))
-    tokens = torch.cat([*sequences, torch.zeros(pad, dtype=torch.long)])
-    positions = torch.cat([*(torch.arange(len(s)) for s in sequences), torch.zeros(pad, dtype=torch.long)])
-    ids = torch.cat([torch.full((len(s),), i) for i, s in enumerate(sequences)] + [torch.full((pad,), -1)])
-    return tokens[None], positions[None], ids[None]
 
 
 def check_packed(policy, vocab):
     sequences = [torch.randint(vocab, (n,)) for n in (7, 1, 12)]
-    packed = policy.hidden(*pack(sequences, 26))
-    assert packed.isfinite().all()
+    packed = policy.hidden(torch.cat(sequences)[None], Packed.of([7, 1, 12]))
     packed.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)
     start = 0
@@ -28,6 +19,13 @@ def check_packed(policy, vocab):
         alone = policy.hidden(sequence[None])[0]
         torch.testing.assert_close(packed[0, start : start + len(sequence)], alone, atol=1e-5, rtol=1e-5)
         start += len(sequence)
+
+
+def test_packed_has_each_sequence_once():
+    packed = Packed.of([3, 1, 2])
+    assert packed.positions.tolist() == [[0, 1, 2, 0, 0, 1]] and packed.index.tolist() == [0, 0, 0, 1, 2, 2]
+    assert packed.ends.tolist() == [0, 3, 4, 6] and packed.ends.dtype == torch.int32
+    assert packed.lengths == (3, 1, 2) and packed.longest == 3
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -7,17 +7,19 @@ that a CPU trains. Here queries are taken a block at a time against the keys up 
 
     dV += P_b^T dO_b      dS_b = softmax'(dO_b V^T, P_b)      dQ_b = scale dS_b K      dK += scale dS_b^T Q_b
 
-Packed rows are taken apart into their sequences, and short sequences of like length share a bucket, padded on
+A packed row is taken apart into its sequences, and short sequences of like length share a bucket, padded on
 the right: a causal query never sees padding behind it, so there is no mask but the diagonal block's. A bucket
 is small, so that what its products hand to each other stays in the core's cache.
 
-Axes    N tokens of all rows laid end to end, h heads, n unrotated and r rotated query dimensions, v value
+Axes    N tokens of the row, h heads, n unrotated and r rotated query dimensions, v value
         dimensions; of a bucket: n sequences, L its longest
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,11 +42,14 @@ class Bucket(NamedTuple):
     run: slice | None  # those indices, if they are consecutive and without padding
 
     @classmethod
-    def of(cls, indices: Tensor) -> "Bucket":
-        """With its run, if it is one."""
-        first, count = int(indices[0, 0]), indices.numel()
-        run = torch.equal(indices.flatten(), torch.arange(first, first + count))
-        return cls(indices, slice(first, first + count) if run else None)
+    def of(cls, sequences: Sequence[tuple[int, int]]) -> "Bucket":
+        """Of sequences that begin at a token and have a length, the longest first; with their run, if any."""
+        first, longest = sequences[0]
+        run = all(each == (first + i * longest, longest) for i, each in enumerate(sequences))
+        starts, lengths = torch.tensor(sequences).T[:, :, None]  # n 1 each
+        column = torch.arange(longest)
+        indices = torch.where(column < lengths, starts + column, -1)
+        return cls(indices, slice(first, first + len(sequences) * longest) if run else None)
 
     def rows(self, x: Tensor) -> Tensor:
         """The bucket's part of `x` (N ..): (n L ..). Padding takes the last token: any will do."""
@@ -62,30 +67,18 @@ class Bucket(NamedTuple):
 Buckets = list[Bucket]
 
 
-def full_rows(b: int, s: int) -> Buckets:
-    """Buckets of `b` rows that are one sequence of `s` tokens each."""
-    indices = torch.arange(b * s).view(b, s)
-    return [Bucket.of(part) for part in indices.split(max(1, TOKENS // s))]
-
-
-def buckets(sequence_ids: Tensor) -> Buckets:
-    """Sequences of packed rows, `sequence_ids` (b s), -1 = padding, by like length."""
-    b, s = sequence_ids.shape
-    row = torch.arange(b).repeat_interleave(s)
-    flat = sequence_ids.flatten()
-    key = row * (int(flat.max()) + 2) + flat
-    inside = (flat >= 0).nonzero().squeeze(1)
-    order = inside[key[inside].argsort(stable=True)]
-    lengths = torch.unique_consecutive(key[order], return_counts=True)[1].tolist()
-    sequences = sorted(order.split(lengths), key=len, reverse=True)
-    found, start = [], 0
-    while start < len(sequences):
-        longest = len(sequences[start])
-        end, last = start + 1, min(len(sequences), start + max(1, TOKENS // longest))
-        while end < last and len(sequences[end]) >= FULLNESS * longest:
+def buckets(lengths: Sequence[int]) -> Buckets:
+    """The sequences of a packed row, `lengths` (n) tokens each, by like length."""
+    starts = np.cumsum([0, *lengths]).tolist()
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    found, begin = [], 0
+    while begin < len(order):
+        longest = lengths[order[begin]]
+        end, last = begin + 1, min(len(order), begin + max(1, TOKENS // longest))
+        while end < last and lengths[order[end]] >= FULLNESS * longest:
             end += 1
-        found.append(Bucket.of(torch.nn.utils.rnn.pad_sequence(sequences[start:end], True, -1)))
-        start = end
+        found.append(Bucket.of([(starts[i], lengths[i]) for i in order[begin:end]]))
+        begin = end
     return found
 
 
@@ -108,7 +101,7 @@ class CausalAttention(torch.autograd.Function):
         rotations: `N r/2`, for the queries, applied by `rope`.
 
     Returns:
-        `N h v`; zeros for padding.
+        `N h v`.
     """
 
     @staticmethod
@@ -124,7 +117,7 @@ class CausalAttention(torch.autograd.Function):
     ) -> Tensor:
         nope = q.shape[-1] - k_rot.shape[-1]
         k, v = kv[..., :nope], kv[..., nope:]
-        o = _with_a_row_for_padding(v, v.shape, plan)
+        o = _with_a_row_for_padding(v, v.shape)
         learning = any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         for bucket in plan:
@@ -152,7 +145,7 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rotations, *rest = ctx.saved_tensors
         kept, scale = iter(rest), ctx.scale
-        dq, dkv, dk_rot = (_with_a_row_for_padding(grad, shape, ctx.plan) for shape in ctx.shapes)
+        dq, dkv, dk_rot = (_with_a_row_for_padding(grad, shape) for shape in ctx.shapes)
         nope = dq.shape[-1] - dk_rot.shape[-1]
         for bucket in ctx.plan:
             shape = len(bucket.indices), dq.shape[1]
@@ -195,11 +188,9 @@ def _heads_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
-def _with_a_row_for_padding(like: Tensor, shape: torch.Size, plan: Buckets) -> Tensor:
+def _with_a_row_for_padding(like: Tensor, shape: torch.Size) -> Tensor:
     """Room for a result of `shape` (N ..): (N + 1 ..), whose last row takes what padding computes."""
-    full = sum(bucket.indices.numel() for bucket in plan if bucket.run is not None) == shape[0]
-    room = (shape[0] + 1, *shape[1:])
-    return like.new_empty(room) if full else like.new_zeros(room)  # tokens of no sequence get zeros
+    return like.new_empty(shape[0] + 1, *shape[1:])
 
 
 def _blocks(bucket: Bucket) -> list[tuple[int, int]]:

@@ -35,9 +35,9 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}
 OBJECTIVE = PolicyObjective(grpo, CLIP, temperature=1.0, tis_cap=2.0)
 
 
-def learner(micro_rows=64, mtp_coef=0.0, gamma=0.0, lr=1e-3):
+def learner(mtp_coef=0.0, gamma=0.0, lr=1e-3):
     optim = OptimSettings(lr=lr, router_bias_gamma=gamma)
-    return Learner(Transformer(MICRO, seed=0).train(), optim, 10, micro_rows=micro_rows, mtp_coef=mtp_coef)
+    return Learner(Transformer(MICRO, seed=0).train(), optim, 10, mtp_coef=mtp_coef)
 
 
 def sequences(n=9, seed=0):
@@ -45,9 +45,9 @@ def sequences(n=9, seed=0):
     return [torch.randint(1, 40, (int(k),)).tolist() for k in torch.randint(3, 14, (n,))]
 
 
-def supervised(row_tokens, texts):
+def supervised(micro_tokens, texts):
     weights = mean_weights([[True] * len(t) for t in texts])
-    return pack([Example(t, w) for t, w in zip(texts, weights, strict=True)], row_tokens)
+    return pack([Example(t, w) for t, w in zip(texts, weights, strict=True)], micro_tokens)
 
 
 def parameters(it):
@@ -57,9 +57,9 @@ def parameters(it):
 @pytest.mark.parametrize("mtp_coef", [0.0, 0.3])
 def test_micro_batches_and_packing_cannot_change_the_update(mtp_coef):
     texts, results = sequences(), []
-    for micro_rows, row_tokens in ((64, 64), (1, 64), (64, 14), (2, 30)):
-        it = learner(micro_rows, mtp_coef)
-        metrics = it.supervised_update(supervised(row_tokens, texts))
+    for micro_tokens in (1, 14, 30, 1000):
+        it = learner(mtp_coef)
+        metrics = it.supervised_update(supervised(micro_tokens, texts))
         results.append((metrics["loss/lm"], metrics["optim/grad_norm"], metrics.get("loss/mtp", 0.0)))
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=2e-5)
@@ -76,7 +76,7 @@ def test_the_supervised_loss_is_the_mean_cross_entropy():
     )
 
 
-def rollouts(it, row_tokens=40):
+def rollouts(it, micro_tokens=1000):
     """Completions of four tokens with true log-probabilities, as an engine would record them."""
     texts, examples = [t for t in sequences() if len(t) > 5], []
     weights = rollout_weights([4] * len(texts), "dapo", 8)
@@ -87,15 +87,16 @@ def rollouts(it, row_tokens=40):
         sampled = [logits[t - 1, text[t]].item() for t in range(len(text) - 4, len(text))]
         zeros = [0.0] * (len(text) - 4)
         examples.append(Example(text, [*zeros, *[weight] * 4], [*zeros, *sampled], advantage=(-1.0) ** i))
-    return pack(examples, row_tokens)
+    return pack(examples, micro_tokens)
 
 
 def test_a_policy_update_raises_what_did_well_and_lowers_what_did_not():
     it = learner(lr=1e-2)
     batch = rollouts(it)
-    before = score(it.policy, batch, 1.0)
+    (micro,) = batch.micro_batches()
+    before = score(it.policy, micro, 1.0)
     metrics = it.policy_update(batch, OBJECTIVE, None, None)
-    change = (score(it.policy, batch, 1.0) - before) * batch.advantages[:, 1:][batch.scored]
+    change = (score(it.policy, micro, 1.0) - before) * micro.advantages
     assert change.mean() > 0.01
     assert metrics["policy/mismatch_max"] < 1e-4  # engine and trainer agree here
     assert metrics["loss/kl_ref"] == 0
@@ -150,7 +151,7 @@ def roundtrip(value):
 def test_an_update_that_is_not_finite_is_skipped_and_counted_then_stops_the_run():
     it = learner()
     good, bad = supervised(40, sequences()), supervised(40, sequences())
-    bad.weights[0, 2] = float("nan")
+    bad.parts[0][0].weights[2] = float("nan")
     before = parameters(it)
     assert it.supervised_update(bad)["optim/skipped"] == 1
     assert torch.equal(parameters(it), before)
@@ -181,7 +182,7 @@ def test_schedules():
 def test_the_mtp_weight_falls_at_its_share_of_the_updates():
     net = Transformer(MICRO, seed=0).train()
     late = Learner(
-        net, OptimSettings(lr=1e-9), 4, micro_rows=64, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5
+        net, OptimSettings(lr=1e-9), 4, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5
     )
     batch = supervised(64, sequences())
     for update in range(4):
@@ -194,16 +195,16 @@ def test_the_mtp_weight_falls_at_its_share_of_the_updates():
 @pytest.mark.parametrize("recompute", [True, False])
 def test_recompute_reaches_the_model_or_is_refused(recompute, monkeypatch):
     for policy in (Transformer(MICRO, seed=0), DensePolicy(llama())):
-        Learner(policy, OptimSettings(lr=1e-3, recompute=recompute), 1, micro_rows=1)
+        Learner(policy, OptimSettings(lr=1e-3, recompute=recompute), 1)
         assert policy.recompute is recompute
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     with pytest.raises(UserError, match=r"does not support .* --optim\.no-recompute"):
-        Learner(DensePolicy(llama()), OptimSettings(lr=1e-3, recompute=True), 1, micro_rows=1)
+        Learner(DensePolicy(llama()), OptimSettings(lr=1e-3, recompute=True), 1)
 
 
 def test_a_dense_policy_has_no_experts_to_balance():
     with pytest.raises(UserError, match="this policy has none"):
-        Learner(DensePolicy(llama()), OptimSettings(lr=1e-3, balance_alpha=1e-4), 1, micro_rows=1)
+        Learner(DensePolicy(llama()), OptimSettings(lr=1e-3, balance_alpha=1e-4), 1)
 
 
 def test_load_metrics_tell_of_each_layer_that_was_trained():
@@ -217,8 +218,8 @@ def test_load_metrics_tell_of_each_layer_that_was_trained():
     assert load_metrics(torch.zeros(0, 4)) == {"router/max_violation": 0.0}
 
 
-@pytest.mark.parametrize("micro_rows", [64, 1])
-def test_the_balance_loss_is_a_mean_over_sequences_whatever_the_micro_batches(micro_rows):
+@pytest.mark.parametrize("micro_tokens", [1000, 1])
+def test_the_balance_loss_is_a_mean_over_sequences_whatever_the_micro_batches(micro_tokens):
     """Eq. 17 with its weight: part of the loss of SFT and of RL, the same however the batch is cut."""
     texts = sequences()
     net = Transformer(MICRO, seed=0).train()
@@ -229,8 +230,8 @@ def test_the_balance_loss_is_a_mean_over_sequences_whatever_the_micro_batches(mi
         alone.append(net.pop_balance_loss().item())
     for alpha in (0.0, 0.01):
         optim = OptimSettings(lr=1e-3, router_bias_gamma=0.0, balance_alpha=alpha)
-        it = Learner(Transformer(MICRO, seed=0).train(), optim, 10, micro_rows=micro_rows)
-        metrics = it.supervised_update(supervised(30, texts))
+        it = Learner(Transformer(MICRO, seed=0).train(), optim, 10)
+        metrics = it.supervised_update(supervised(micro_tokens, texts))
         if alpha:
             want = sum(alone) / len(alone)
             assert metrics["loss/balance"] == pytest.approx(want, rel=1e-4)

@@ -19,10 +19,10 @@ from tests.small import llama
 HALF = ("bfloat16", "fp8")
 
 
-def learner(precision, micro_rows=64, **optim):
+def learner(precision, **optim):
     settings = {"lr": 1e-3, "router_bias_gamma": 0.0, **optim}
     net = Transformer(MICRO, seed=0).train()
-    return Learner(net, OptimSettings(precision=precision, **settings), 10, micro_rows=micro_rows)
+    return Learner(net, OptimSettings(precision=precision, **settings), 10)
 
 
 def masters(it):
@@ -30,7 +30,7 @@ def masters(it):
 
 
 def batches(n=4):
-    return [supervised(40, sequences(seed=seed)) for seed in range(n)]
+    return [supervised(1000, sequences(seed=seed)) for seed in range(n)]
 
 
 def test_float32_has_the_bits_of_a_plain_loop_that_knows_no_precisions():
@@ -42,10 +42,11 @@ def test_float32_has_the_bits_of_a_plain_loop_that_knows_no_precisions():
     adamw = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
     for batch in batches():
         it.supervised_update(batch)
-        weights = batch.weights[:, 1:]
-        hidden = net.hidden(batch.token_ids, batch.positions, batch.sequence_ids)[:, :-1][weights != 0]
-        logprobs, _ = token_logprobs(hidden, net.lm_head, batch.token_ids[:, 1:][weights != 0], entropy=False)
-        (-(weights[weights != 0] @ logprobs)).backward()
+        (micro,) = batch.micro_batches()
+        states, targets, weights = micro.ahead(1)
+        hidden = net.hidden(micro.token_ids, micro.packed)[0, states]
+        logprobs, _ = token_logprobs(hidden, net.head, targets, entropy=False)
+        (-(weights @ logprobs)).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         adamw.step()
         adamw.zero_grad()
@@ -113,9 +114,9 @@ def test_steps_too_small_for_bf16_add_up_in_the_masters():
 
 @pytest.mark.parametrize("precision", HALF)
 def test_gradients_of_micro_batches_add_up_in_fp32(precision):
-    whole, split = learner(precision), learner(precision, micro_rows=1)
-    batch = supervised(14, sequences())
-    norms = [it.supervised_update(batch)["optim/grad_norm"] for it in (whole, split)]
+    whole, split = learner(precision), learner(precision)
+    both = ((whole, 1000), (split, 1))
+    norms = [it.supervised_update(supervised(n, sequences()))["optim/grad_norm"] for it, n in both]
     assert norms[1] == pytest.approx(norms[0], rel=0.03)
     assert not any(p.grad is not None for p in split.policy.parameters())
 
@@ -220,12 +221,12 @@ def test_a_second_moment_that_bf16_cannot_hold_is_refused():
 @pytest.mark.parametrize("precision", HALF)
 def test_a_dense_policy_trains_in_every_precision(precision):
     policy = DensePolicy(llama(vocab_size=40, tie_word_embeddings=True, initializer_range=0.02)).train()
-    it = Learner(policy, OptimSettings(lr=1e-2, precision=precision), 10, micro_rows=64)
+    it = Learner(policy, OptimSettings(lr=1e-2, precision=precision), 10)
     batch = batches(1)[0]
     losses = [it.supervised_update(batch)["loss/lm"] for _ in range(5)]
     assert losses[-1] < losses[0] - 0.05 and it.skipped == 0
-    assert policy.lm_head.weight is policy.network.get_input_embeddings().weight
-    assert not isinstance(policy.lm_head, fp8.Fp8Linear)
+    assert policy.head.weight is policy.network.get_input_embeddings().weight
+    assert not isinstance(policy.network.lm_head, fp8.Fp8Linear)
     converted = [m for m in policy.modules() if isinstance(m, fp8.Fp8Linear)]
     assert len(converted) == (14 if precision == "fp8" else 0)
     assert {b.dtype for b in policy.buffers() if b.is_floating_point()} == {
