@@ -12,11 +12,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
+import numpy as np
+import torch
+
 from model.policy import Policy
 from rollout.engine import RolloutEngine
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams, StdioTest
 from rollout.weights import InPlaceEngine
 
+ARRAYS = ("token_ids", "logprobs")
+"""What a `Rollout` holds as arrays."""
 REFILL_SEED = 0x9E3779B1
 """Between the seeds of a round's refills, so that they use other random numbers."""
 
@@ -51,8 +56,12 @@ class Round:
         return min(found), max(found)
 
     def plain(self) -> dict[str, Any]:
-        """As dicts and lists, for a checkpoint."""
-        return asdict(self)
+        """As dicts, lists and tensors, for a checkpoint."""
+        values = asdict(self)
+        for graded in values["graded"]:
+            for name in ARRAYS:
+                graded["rollout"][name] = torch.from_numpy(np.asarray(graded["rollout"][name]))
+        return values
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Self:
@@ -65,7 +74,8 @@ def _graded(values: dict[str, Any]) -> Graded:
     prompt = rollout["prompt"]
     tests = tuple(StdioTest(**t) if isinstance(t, dict) else t for t in prompt["problem"]["tests"])
     problem = Problem(**prompt["problem"] | {"tests": tests})
-    made = Rollout(**rollout | {"prompt": Prompt(**prompt | {"problem": problem})})
+    arrays = {name: rollout[name].tolist() for name in ARRAYS}
+    made = Rollout(**rollout | arrays | {"prompt": Prompt(**prompt | {"problem": problem})})
     return Graded(**values | {"rollout": made})
 
 

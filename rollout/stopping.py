@@ -5,6 +5,7 @@ neither before `min_tokens`, up to which stop tokens have probability 0. Otherwi
 at the model's last position.
 """
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,8 +118,8 @@ class Completion:
     index: int  # of the prompt in the request
     sample: int
     limit: int  # largest number of its tokens
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
     ended: bool = False
     stopped: bool = False  # ended by a stop token or string, not by its limit
 
@@ -135,8 +136,8 @@ class Completion:
             prompt=self.prompt,
             index=self.index,
             sample=self.sample,
-            token_ids=tuple(self.tokens),
-            logprobs=tuple(self.logprobs),
+            token_ids=self.tokens,
+            logprobs=self.logprobs,
             finish_reason="stop" if self.stopped else "length",
             policy_version=version,
             routed_experts=routed_experts,

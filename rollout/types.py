@@ -4,7 +4,8 @@ Standard library only, so that engines, rewards and trainers in any process can 
 Units: log-probabilities in nats under the distribution that was sampled from.
 """
 
-from collections.abc import Mapping
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -89,17 +90,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion with the record of its sampling."""
+    """One completion with the record of its sampling: 8 bytes a token, whatever sequences it is made of."""
 
     prompt: Prompt
     index: int
     """Of the prompt in the request."""
     sample: int
     """0 .. n - 1 within the prompt's group."""
-    token_ids: tuple[int, ...]
-    """The completion, stop token included; a prefill belongs to the prompt."""
-    logprobs: tuple[float, ...]
-    """Of each completion token, under the sampling distribution."""
+    token_ids: Sequence[int]
+    """The completion, stop token included; a prefill belongs to the prompt. Held as `array("i")`."""
+    logprobs: Sequence[float]
+    """Of each completion token, under the sampling distribution. Held as `array("f")`."""
     finish_reason: FinishReason
     policy_version: int = 0
     routed_experts: Any | None = None
@@ -107,6 +108,12 @@ class Rollout:
     token has none, because no layer read it."""
     max_tokens: int = 0
     """Limit of completion tokens that it was sampled under; 0 = not recorded."""
+
+    def __post_init__(self) -> None:
+        for name, code in (("token_ids", "i"), ("logprobs", "f")):
+            value = getattr(self, name)
+            if not isinstance(value, array) or value.typecode != code:
+                object.__setattr__(self, name, array(code, value))
 
 
 @dataclass(frozen=True, slots=True)

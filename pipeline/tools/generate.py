@@ -69,8 +69,8 @@ def rollout_row(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> 
     return {
         "index": rollout.index,
         "sample": rollout.sample,
-        "token_ids": rollout.token_ids,
-        "logprobs": rollout.logprobs,
+        "token_ids": list(rollout.token_ids),
+        "logprobs": list(rollout.logprobs),
         "text": completion_text(tokenizer, rollout, "raw") if tokenizer else None,
         "finish_reason": rollout.finish_reason,
     }

@@ -38,7 +38,7 @@ def to_rollout(
         prompt=prompt,
         index=index,
         sample=sample,
-        token_ids=tuple(output.token_ids)[:end],
+        token_ids=list(output.token_ids)[:end],
         logprobs=logprobs,
         finish_reason="stop" if end is not None or output.finish_reason == "stop" else "length",
         policy_version=version,

@@ -58,9 +58,9 @@ def compare(rollouts: Sequence[Rollout], reference: Policy, temperature: float =
         for rollout in rollouts:
             ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]], device=device)
             logits = reference.logits(ids)[0, len(rollout.prompt.token_ids) - 1 : -1].float().cpu()  # s v
-            chosen = torch.tensor(rollout.token_ids).unsqueeze(1)
+            chosen = torch.tensor(list(rollout.token_ids)).unsqueeze(1)
             expected = (logits / (temperature or 1)).log_softmax(-1).gather(1, chosen).squeeze(1)
-            gaps.append((expected - torch.tensor(rollout.logprobs)).abs())
+            gaps.append((expected - torch.tensor(list(rollout.logprobs))).abs())
             regrets.append((logits.amax(-1) - logits.gather(1, chosen).squeeze(1)).max())
     finally:
         reference.train(training)

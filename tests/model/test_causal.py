@@ -91,7 +91,9 @@ def test_bf16_is_near_fp64():
     wide, turns = inputs(sum(lengths), 4, 32, 16, 32, seed=1)
     narrow = [x.bfloat16().requires_grad_() for x in wide]
     wide = [x.detach().double().requires_grad_() for x in narrow]
-    ours, want = (CausalAttention.apply(*x, turns, turning, 48**-0.5, buckets(lengths)) for x in (narrow, wide))
+    ours, want = (
+        CausalAttention.apply(*x, turns, turning, 48**-0.5, buckets(lengths)) for x in (narrow, wide)
+    )
     assert ours.dtype == torch.bfloat16
     assert (ours - want).norm() < 0.01 * want.norm()
     for x in (ours, want):

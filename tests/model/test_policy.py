@@ -29,7 +29,7 @@ def test_states_head_logits_and_sizes_fit_together(policy):
     hidden, ahead = policy.hidden_and_mtp(TOKENS)
     assert torch.equal(hidden, policy.hidden(TOKENS))
     assert len(ahead) == (BASE.num_nextn_predict_layers if isinstance(policy, Transformer) else 0)
-    assert torch.equal(policy(TOKENS), policy.lm_head(hidden))
+    assert torch.equal(policy(TOKENS), policy.head(hidden))
     assert policy.logits(TOKENS).shape == (2, 12, policy.config.vocab_size)
     assert policy.config.max_position_embeddings >= 12
     assert policy.num_parameters() == sum(p.numel() for p in policy.parameters())
@@ -53,7 +53,7 @@ def test_public_weights_are_the_saved_ones_and_can_be_written(policy, tmp_path):
     again = type(policy).load(tmp_path)
     saved, weights = dict(again.public_weights()), dict(policy.public_weights())
     assert saved.keys() == weights.keys() and all(torch.equal(saved[n], t) for n, t in weights.items())
-    tied = policy.lm_head.weight is not weights.get("lm_head.weight", policy.lm_head.weight)
+    tied = policy.head.weight is not weights.get("lm_head.weight", policy.head.weight)
     assert ("lm_head.weight" in weights) == (not getattr(policy.config, "tie_word_embeddings", tied))
     before = policy.logits(TOKENS)
     assert torch.equal(again.eval().logits(TOKENS), policy.eval().logits(TOKENS))

@@ -181,9 +181,7 @@ def test_schedules():
 
 def test_the_mtp_weight_falls_at_its_share_of_the_updates():
     net = Transformer(MICRO, seed=0).train()
-    late = Learner(
-        net, OptimSettings(lr=1e-9), 4, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5
-    )
+    late = Learner(net, OptimSettings(lr=1e-9), 4, mtp_coef=0.3, mtp_coef_late=0.1, mtp_late_from=0.5)
     batch = supervised(64, sequences())
     for update in range(4):
         m = late.supervised_update(batch)
