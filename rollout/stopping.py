@@ -118,8 +118,8 @@ class Completion:
     index: int  # of the prompt in the request
     sample: int
     limit: int  # largest number of its tokens
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    logprobs: array[float] = field(default_factory=lambda: array("f"))
+    tokens: "array[int]" = field(default_factory=lambda: array("i"))
+    logprobs: "array[float]" = field(default_factory=lambda: array("f"))
     ended: bool = False
     stopped: bool = False  # ended by a stop token or string, not by its limit
 

@@ -12,7 +12,7 @@ from rollout.engine import RolloutEngine, StaleWeights
 from rollout.settings import RolloutSettings
 from rollout.types import FinishReason, Prompt, SamplingParams
 
-Finished = tuple[int, int, tuple[int, ...], tuple[float, ...], FinishReason, int]
+Finished = tuple[int, int, Sequence[int], Sequence[float], FinishReason, int]
 """A rollout without its prompt: index in the task, sample, tokens, log-probabilities, reason, version."""
 FLUSH_S = 0.2
 """Seconds over which finished rollouts are gathered into one answer."""

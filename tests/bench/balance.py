@@ -30,7 +30,7 @@ def violations(gamma: float) -> list[float]:
         # Random walks: something to learn, and another batch each step.
         ids = torch.randint(1, 4, (ROWS, TOKENS), generator=generator).cumsum(1) % CONFIG.vocab_size
         logprobs, _ = token_logprobs(
-            net.hidden(ids)[:, :-1].flatten(0, 1), net.lm_head, ids[:, 1:].flatten(), entropy=False
+            net.hidden(ids)[:, :-1].flatten(0, 1), net.head, ids[:, 1:].flatten(), entropy=False
         )
         (-logprobs.mean()).backward()
         adamw.step()

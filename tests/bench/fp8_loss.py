@@ -23,6 +23,7 @@ from pipeline.train.learner import Learner
 from rollout.text.tokenizer import train_tokenizer
 
 SUMMARY = "a pretraining in fp32, bf16 and FP8, five seeds: mean loss of the last 50 updates"
+MICRO_TOKENS = 4096
 SEEDS, STEPS, LAST = range(5), 300, 50
 PRECISIONS = ("float32", "bfloat16", "fp8")
 VOCABULARY = 400
@@ -30,7 +31,7 @@ VOCABULARY = 400
 
 def train(precision: str, seed: int, tokenizer: Any) -> list[float]:
     """Loss of every update."""
-    config = PretrainSettings(seed=seed, steps=STEPS, rows=4)
+    config = PretrainSettings(seed=seed, steps=STEPS, batch_tokens=512)
     shape = dataclasses.replace(
         TINY,
         vocab_size=len(tokenizer),
@@ -45,8 +46,8 @@ def train(precision: str, seed: int, tokenizer: Any) -> list[float]:
     )
     optim = dataclasses.replace(config.optim, precision=precision)
     net = Transformer(shape, seed=seed).train()
-    learner = Learner(net, optim, STEPS, micro_rows=config.micro_rows)
-    return [learner.supervised_update(batch)["loss/lm"] for batch in batches(config, tokenizer)]
+    learner = Learner(net, optim, STEPS)
+    return [learner.supervised_update(batch)["loss/lm"] for batch in batches(config, tokenizer, MICRO_TOKENS)]
 
 
 def run() -> dict[str, Any]:

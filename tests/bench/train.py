@@ -28,9 +28,9 @@ def token_ids() -> torch.Tensor:
 def our_step(precision: str) -> Callable[[], Any]:
     """Updates of the learner on packed rows: the path that every stage takes."""
     weights = mean_weights([[True] * TOKENS] * ROWS)
-    batch = pack([Example(i, w) for i, w in zip(token_ids().tolist(), weights, strict=True)], TOKENS)
+    batch = pack([Example(i, w) for i, w in zip(token_ids().tolist(), weights, strict=True)], ROWS * TOKENS)
     net = ours().train()
-    learner = Learner(net, OptimSettings(lr=1e-4, precision=precision), 1000, micro_rows=ROWS)
+    learner = Learner(net, OptimSettings(lr=1e-4, precision=precision), 1000)
 
     def steps() -> None:
         for _ in range(STEPS):

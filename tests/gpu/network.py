@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model import ModelConfig, Transformer
+from model.kernels.packed import Packed
 from tests.gpu._compare import SMALL, at_most, relative
 
 SUMMARY = "the network in fp32 and bf16 against fp32 on the CPU: gradients, packed rows, absorbed decoding"
@@ -47,10 +48,8 @@ def run(device: torch.device, config: ModelConfig = SMALL) -> dict[str, Any]:
 
 def _packed(net: Transformer, row: Tensor) -> float:
     """Largest distance of a packed sequence's states from its states in a row of its own."""
-    device = row.device
-    ids = torch.cat([torch.full((n,), k) for k, n in enumerate(LENGTHS)]).expand(len(row), -1).to(device)
-    places = torch.cat([torch.arange(n) for n in LENGTHS]).expand(len(row), -1).to(device)
-    packed = net.hidden(row, places, ids)
+    layout = Packed.of(LENGTHS, row.device)
+    packed = torch.cat([net.hidden(one[None], layout) for one in row])
     worst, start = 0.0, 0
     for n in LENGTHS:
         alone = net.hidden(row[:, start : start + n])

@@ -12,7 +12,7 @@ from model.kernels.fp8 import gemm
 from model.kernels.fp8.blocks import BLOCK
 from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import Learner
-from pipeline.train.pack import Batch
+from pipeline.train.pack import Example, mean_weights, pack
 from rollout.native.engine import NativeEngine
 from rollout.types import Problem, Prompt, SamplingParams
 from tests.gpu._compare import MEDIUM, measured, seconds
@@ -77,19 +77,16 @@ def training(
     """Tokens a second and peak memory of an update, and the losses of ten on the same batch."""
     net = network(device, config).train()
     optim = OptimSettings(lr=1e-4, precision=precision, moments="bfloat16")  # type: ignore[arg-type]
-    learner = Learner(net, optim, 1000, micro_rows=2)
+    learner = Learner(net, optim, 1000)
     shape = (rows, row_tokens)
-    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(device)
-    places = torch.arange(row_tokens, device=device).expand(shape).contiguous()
-    zeros = torch.zeros(shape, device=device)
-    weights = torch.full(shape, 1 / (rows * (row_tokens - 1)), device=device)
-    weights[:, 0] = 0
-    batch = Batch(ids, places, torch.zeros_like(ids), weights, zeros, zeros)
+    ids = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).numpy()
+    weights = mean_weights([[True] * row_tokens] * rows)
+    batch = pack([Example(i, w) for i, w in zip(ids, weights, strict=True)], 2 * row_tokens)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     losses = [learner.supervised_update(batch)["loss/lm"] for _ in range(10)]
     time = seconds(lambda: learner.supervised_update(batch), device, rounds=5, warmup=1)
-    claims = [measured(f"training in {precision}", ids.numel() / time, "tokens/s")]
+    claims = [measured(f"training in {precision}", ids.size / time, "tokens/s")]
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         claims.append(measured(f"training in {precision}: peak memory", peak, "GiB"))
@@ -103,7 +100,7 @@ def decoding(device: torch.device, config: ModelConfig, batch: int, context: int
     cache = net.new_cache(batch, context + 64)
     row = torch.randint(config.vocab_size, (batch, context), device=device)
     net.prefill(row.tolist(), cache)
-    time = seconds(lambda: net.lm_head(net.decode(row[:, :1], cache)), device, rounds=20, warmup=5)
+    time = seconds(lambda: net.head(net.decode(row[:, :1], cache)), device, rounds=20, warmup=5)
     return [measured(f"decoding, batch {batch}, context {context}", batch / time, "tokens/s")]
 
 

@@ -44,7 +44,7 @@ def named_rollouts(engine, prompts, params):
 
 
 def tokens(rollouts):
-    return {name: (r.token_ids, r.finish_reason) for name, r in rollouts.items()}
+    return {name: (tuple(r.token_ids), r.finish_reason) for name, r in rollouts.items()}
 
 
 def teacher_forced(peer, rollout):
@@ -174,7 +174,7 @@ def test_bad_prompts_are_refused_before_anything_is_generated(engine, bad, messa
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weights_are_named(pair, prompts, value):
     kind, module, _ = pair
-    weight = module.network.get_input_embeddings().weight if kind is DenseEngine else module.lm_head.weight
+    weight = module.network.get_input_embeddings().weight if kind is DenseEngine else module.head.weight
     row, saved = weight.data[50], weight.data[50].clone()
     row.fill_(value)
     try:
@@ -209,7 +209,7 @@ def test_weights_are_used_in_place_and_versioned(pair, prompts):
     engine = kind(module)
     assert {r.policy_version for r in engine.generate(prompts, GREEDY)} == {0}
     before = tokens(named_rollouts(engine, prompts, GREEDY))
-    head = module.lm_head.weight
+    head = module.head.weight
     with torch.no_grad():
         head.neg_()
     try:

@@ -16,7 +16,7 @@ def policy(tokenizer, tmp_path_factory):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--row-tokens", "41"], "row_tokens=41: the longest prompt and max_tokens need"),
+        (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
         (["--problems"], "problems must name at least one source"),
         (["--loss", "gpro"], "did you mean grpo?"),
         (["--loss", "os:getcwd"], "is not f(tokens"),

@@ -35,7 +35,7 @@ def trainer(policy, tmp_path):
             **{
                 "runs": tmp_path, "init_from": str(policy), "template": "r1-zero-short", "pool": 6,
                 "problems": ("generator:sum",), "eval_every": 0, "prompts_per_step": 4, "group_size": 4,
-                "max_tokens": LONGEST, "row_tokens": 128, "kl_coef": 0.0, "threads": 1,
+                "max_tokens": LONGEST, "kl_coef": 0.0, "threads": 1,
                 "rewards": {"accuracy": 1.0, "language": 1.0}, "optim": OptimSettings(lr=1e-3), **settings,
             }
         )  # fmt: skip
