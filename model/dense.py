@@ -1,26 +1,45 @@
-"""Any dense causal language model of transformers, as a `Policy`.
+"""Any dense causal language model of transformers, as a `Policy` that computes what transformers computes.
 
 Students and small public policies are Llama- or Qwen-shaped. `import model` leaves this file out, because
 transformers takes seconds to import.
 
-Axes    b rows, s tokens, d width
+transformers looks up its attention by name. PACKED is ours: packed rows go to `model.kernels.attend`, which
+knows where sequences end and needs no mask; what an engine computes with its cache goes to transformers' own.
+An architecture that this would change is refused: before it trains or scores, a policy is compared with its
+network's plain attention on a few tokens.
+
+Axes    b rows, s tokens, d width; in an attention h query heads, g key heads, q queries, k keys
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
+from model.kernels.attend import attend
 from model.kernels.packed import Packed
 from model.policy import Head, Policy
 
+PACKED = "r1_packed"
+LAYERS = {"full_attention", "sliding_attention"}
+"""Types of layers that packing keeps."""
+CHECKED = (3, 6)
+"""Lengths of the sequences of random tokens on which a policy is compared with its network."""
+
 
 class DensePolicy(Policy):
-    """`network`, a transformers causal language model, with packed rows in and states out."""
+    """`network`, a transformers causal language model, with packed rows in and states out.
+
+    Trains without dropout, whatever the architecture's own: a policy whose log-probabilities are noise cannot
+    be compared with itself.
+    """
 
     engine = "dense"
 
@@ -28,6 +47,15 @@ class DensePolicy(Policy):
         super().__init__()
         self.network, self.training = network, network.training
         self.config: Any = network.config.get_text_config()
+        self._compared = False
+        for module in network.modules():
+            for name in vars(module):
+                if name.endswith(("dropout", "pdrop", "layerdrop")) or (
+                    name == "p" and isinstance(module, nn.Dropout)
+                ):
+                    setattr(module, name, 0.0)
+        if self._whole.config._attn_implementation == "sdpa":
+            self._whole.set_attn_implementation(PACKED)
 
     @classmethod
     def load(
@@ -42,9 +70,20 @@ class DensePolicy(Policy):
         return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
 
     @property
+    def _whole(self) -> PreTrainedModel:
+        """The network without the wrapper of adapters."""
+        net: Any = self.network
+        return net.get_base_model() if hasattr(net, "peft_config") else net
+
+    @property
     def head(self) -> Head:
-        """See `Policy.head`."""
-        return Head(self.network.get_output_embeddings().weight)
+        """See `Policy.head`: with the scale and the soft cap of the architecture."""
+        out, config = self._whole.get_output_embeddings(), self.config
+        scale = (getattr(config, "logit_scale", None) or 1.0) / (
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(out.weight, getattr(out, "bias", None), scale, softcap)
 
     @property
     def recompute(self) -> bool:
@@ -62,18 +101,84 @@ class DensePolicy(Policy):
         elif self.recompute:
             self.network.gradient_checkpointing_disable()
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module.
+
+        Raises:
+            ValueError: an architecture that would not be computed exactly, by name and reason.
+        """
+        if mode and not self._compared:
+            self._compare()
+        return super().train(mode)
+
     def hidden(self, token_ids: Tensor, packed: Packed | None = None) -> Tensor:
-        """Stand-in until packed attention is merged."""
-        mask, positions = None, None
-        if packed is not None:
-            seen = (packed.index[:, None] == packed.index).tril()[None, None]
-            mask = torch.zeros(seen.shape, dtype=self.network.dtype, device=seen.device)
-            mask.masked_fill_(~seen, float("-inf"))
-            positions = packed.positions
-        out = self.network.base_model(
-            input_ids=token_ids, attention_mask=mask, position_ids=positions, use_cache=False
+        """See `Policy.hidden`.
+
+        Raises:
+            ValueError: as `train`.
+        """
+        if not self._compared:
+            self._compare()
+        b, s = token_ids.shape
+        return self._states(token_ids, packed or Packed.of([s] * b, token_ids.device))
+
+    def _states(self, token_ids: Tensor, packed: Packed) -> Tensor:
+        # A mask of four axes goes to the layers as it is: transformers makes none, and looks for no padding.
+        unused = torch.zeros(1, 1, 1, 1, dtype=self.network.dtype, device=token_ids.device)
+        out = self._whole.get_decoder()(
+            input_ids=token_ids.view(1, -1),
+            attention_mask=unused,
+            position_ids=packed.positions,
+            use_cache=False,
+            packed=packed,
         )
-        return out.last_hidden_state
+        states: Tensor = out.last_hidden_state
+        return states.view(*token_ids.shape, -1)
+
+    def _compare(self) -> None:
+        """Compare states and logits with those of the network's plain attention, a sequence at a time.
+
+        In training mode, so that what is random there is found as well.
+
+        Raises:
+            ValueError: see `train`.
+        """
+        net, training = self._whole, self.network.training
+        before, name = net.config._attn_implementation, type(net).__name__
+        if net.device.type == "meta":
+            return
+        ids = torch.arange(sum(CHECKED), device=net.device)[None] % self.config.vocab_size
+        found: list[Tensor] = []
+        watch = net.get_decoder().register_forward_hook(
+            lambda _, __, out: found.append(out.last_hidden_state)
+        )
+
+        def alone(attention: str) -> tuple[Tensor, Tensor]:
+            net.set_attn_implementation(attention)
+            logits = torch.cat([net(input_ids=x, use_cache=False).logits for x in ids.split(CHECKED, 1)], 1)
+            return torch.cat(found[-len(CHECKED) :], 1), logits
+
+        try:
+            self.network.train()
+            kinds = set(getattr(self.config, "layer_types", None) or ()) - LAYERS
+            if kinds:
+                raise ValueError(f"it has layers of type {', '.join(sorted(kinds))}")
+            with torch.no_grad():
+                states, logits = alone("eager")
+                again, _ = alone(PACKED)
+                if net.config._attn_implementation != PACKED:
+                    raise ValueError("its attention cannot be exchanged")
+                packed = self._states(ids, Packed.of(CHECKED, net.device))
+                _near("states", again, states)
+                _near("states of packed sequences", packed, states)
+                _near("logits", self.head(states), logits)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            net.set_attn_implementation(before)
+            raise ValueError(f"{name} is no architecture for training here: {error}.") from error
+        finally:
+            watch.remove()
+            self.network.train(training)
+        self._compared = True
 
     def public_weights(self) -> Iterator[tuple[str, Tensor]]:
         """See `Policy.public_weights`."""
@@ -85,3 +190,71 @@ class DensePolicy(Policy):
     def save(self, path: str | Path) -> None:
         """See `Policy.save`."""
         self.network.save_pretrained(path)
+
+
+def _near(what: str, ours: Tensor, theirs: Tensor) -> None:
+    """
+    Raises:
+        ValueError: they differ by more than rounding.
+    """
+    gap, most = float((ours - theirs).abs().max() / theirs.abs().max()), torch.finfo(theirs.dtype).eps ** 0.5
+    if gap > most:
+        raise ValueError(
+            f"its {what} differ from its own forward's by {gap:.1e}, rounding is below {most:.1e}"
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packed: Packed | None = None,
+    **parts: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention of transformers: `query` (b h q d) to `key` (b g k d) over `value` (b g k e): (b q h e).
+
+    Raises:
+        ValueError: packed, with a part that `attend` does not have.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts["dropout"] = 0.0
+    beyond = [name for name in ("s_aux", "position_bias") if parts.get(name) is not None]
+    if packed is not None:
+        if beyond:
+            raise ValueError(f"its attention has {beyond[0]}")
+        window = _window(module, parts.get("sliding_window"))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # 1 h s d -> s h d
+        return attend(q, k, v, packed, scale, window, parts.get("softcap"))[None], None
+    if attention_mask is not None and attention_mask.numel() == 1 < key.shape[2]:
+        raise ValueError("its layers do not pass on where sequences end")
+    how: Callable[..., tuple[Tensor, Tensor | None]] = sdpa_attention_forward
+    if beyond or parts.get("softcap") is not None:  # SDPA would leave it out
+        how = sys.modules[type(module).__module__].eager_attention_forward
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        seen = seen.tril(key.shape[2] - query.shape[2]) if attention_mask is None else attention_mask
+        attention_mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill_(~seen, float("-inf"))
+    return how(module, query, key, value, attention_mask, scaling=scale, **parts)
+
+
+def _window(module: Any, passed: int | None) -> int | None:
+    """Tokens that a token of this layer sees. Where the config has types of layers, they decide.
+
+    Raises:
+        ValueError: the attention is not causal, or its window is not that of the config.
+    """
+    config = module.config
+    if not getattr(module, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        raise ValueError("its attention is not causal")
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if kinds is not None and kinds[module.layer_idx] != "sliding_attention":
+        window = None
+    if window != passed:
+        raise ValueError(f"its attention has a window of {passed} tokens, its config of {window}")
+    return window
+
+
+AttentionInterface.register(PACKED, _attention)
+AttentionMaskInterface.register(PACKED, sdpa_mask)
