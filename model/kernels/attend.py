@@ -69,10 +69,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, windo
     """One kernel for all sequences. It takes heads of one size, a multiple of 8."""
     size = -q.shape[-1] % 8 + q.shape[-1]
     x = [F.pad(x, (0, size - x.shape[-1])) if x.shape[-1] < size else x for x in (q, k, v)]
-    x = x if GROUPED else [x[0], *_repeated(q, *x[1:])]
+    a, b, c = x if GROUPED else [x[0], *_repeated(q, *x[1:])]
     longest, behind = packed.longest, -1 if window is None else window - 1
     out: Any = varlen_attn(
-        *x, packed.ends, packed.ends, longest, longest, scale=scale, window_size=(behind, 0), **GROUPED
+        a, b, c, packed.ends, packed.ends, longest, longest, scale=scale, window_size=(behind, 0), **GROUPED
     )
     return out[..., : v.shape[-1]]
 
