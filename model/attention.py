@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from model.cache import PAGE, DecodeStep, Group
 from model.config import ModelConfig
+from model.kernels.attend import attend
 from model.kernels.cpu.attention import CausalAttention
 from model.kernels.cpu.linear import Linear
 from model.kernels.layout import Layout
-from model.kernels.packed import Packed
 from model.layers import RMSNorm
 from model.rope import Rope, softmax_scale
 
@@ -127,15 +127,3 @@ class Attention(nn.Module):
         mask = group.mask if s == 1 else group.mask.repeat_interleave(h, dim=2)  # g 1 s h, n
         o = F.scaled_dot_product_attention(q.view(g, 1, s * h, w), kv, kv, attn_mask=mask, scale=self.scale)
         return o.view(g, s, h, w)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float) -> Tensor:
-    """Stand-in until model.kernels.attend is merged: a loop over sequences."""
-    pad = q.shape[-1] - v.shape[-1]
-    v = F.pad(v, (0, pad)) if pad > 0 else v
-    out = []
-    for begin, n in zip(packed.ends.tolist(), packed.lengths, strict=False):
-        part = (x[begin : begin + n].transpose(0, 1) for x in (q, k, v))
-        qs, ks, vs = part
-        out.append(F.scaled_dot_product_attention(qs, ks, vs, is_causal=True, scale=scale).transpose(0, 1))
-    return torch.cat(out)[..., : v.shape[-1] - max(pad, 0)]
