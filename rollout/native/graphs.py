@@ -83,7 +83,8 @@ class DecodeGraphs:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Another thread may allocate meanwhile: the trainer, where rollouts overlap with it.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out = run()
 
         def replay() -> Tensor:
