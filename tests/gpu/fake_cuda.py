@@ -33,9 +33,22 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only
 
-from tests.gpu.fake_tensor import CALLS, FOUND, GENERATORS, GPU, RECORDED, Cuda, Found, aten, moving, pin, run
+from tests.gpu.fake_tensor import (
+    CALLS,
+    FOUND,
+    GENERATORS,
+    GPU,
+    RECORDED,
+    Cuda,
+    Found,
+    aten,
+    leaves,
+    mapped,
+    moving,
+    pin,
+    run,
+)
 
 NAME = "NVIDIA H100 80GB HBM3"
 MEMORY = 85_520_809_984
@@ -64,7 +77,7 @@ class Functions(TorchFunctionMode):
                     return _backward(*args, **kwargs)
         if name in ("tensor", "as_tensor") and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             return _moved("cuda", func(*args, **{**kwargs, "device": None}))
-        inside = any(isinstance(x, Cuda) for x in tree_flatten((args, kwargs))[0])
+        inside = any(isinstance(x, Cuda) for x in leaves(args))
         CALLS.append(inside and kwargs.get("device") is None)
         try:
             return func(*args, **kwargs)
@@ -155,7 +168,7 @@ class Graph:
 
     def replay(self) -> None:
         for func, args, kwargs, out in self.operators:
-            for old, new in zip(tree_flatten(out)[0], tree_flatten(run(func, args, kwargs))[0], strict=True):
+            for old, new in zip(leaves(out), leaves(run(func, args, kwargs)), strict=True):
                 if isinstance(old, Cuda) and old.data_ptr() != new.data_ptr():  # neither a view nor in place
                     old.elem.copy_(new.elem)
 
@@ -222,7 +235,7 @@ def _load(file: Any, map_location: Any = None, **kwargs: Any) -> Any:
     loaded = LOAD(file, map_location="cpu", **kwargs)
     if torch.device(map_location or "cpu").type == "cpu":
         return loaded
-    return tree_map_only(Tensor, Cuda, loaded)
+    return mapped(lambda x: Cuda(x) if isinstance(x, Tensor) else x, loaded)
 
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from tests.gpu.fake_attention import varlen_backward, varlen_forward
 
@@ -218,26 +217,50 @@ class Cuda(torch.Tensor):
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Operator `func` on the values of its arguments; its result lies where a GPU build would have it."""
-    flat, _ = tree_flatten((args, kwargs))
-    gpu = [x for x in flat if isinstance(x, Cuda)]
-    cpu = [x for x in flat if isinstance(x, Tensor) and not isinstance(x, Cuda)]
-    on_gpu = _noted(func, args, kwargs, gpu, cpu)
-    device = {"device": torch.device("cpu")} if kwargs.get("device") is not None else {}
-    inner = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")} | device
+    found = [x for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
+    gpu = [x for x in found if isinstance(x, Cuda)]
+    on_gpu = _noted(func, args, kwargs, gpu, [x for x in found if not isinstance(x, Cuda)])
+    plain: dict[str, Any] = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory")}
+    if kwargs.get("device") is not None:
+        plain["device"] = torch.device("cpu")
     if func is aten._to_copy.default:
-        inner.pop("non_blocking", None)
-    flat, spec = tree_flatten((args, inner))
-    plain = tree_unflatten([x.elem if isinstance(x, Cuda) else x for x in flat], spec)
-    out = INSTEAD.get(func, func)(*plain[0], **plain[1])
+        plain.pop("non_blocking", None)
+    out = INSTEAD.get(func, func)(*mapped(_value, args), **mapped(_value, plain))
     if kwargs.get("pin_memory"):
         pin(out)
     if not on_gpu:
         return out
     owner = {id(x.elem): x for x in gpu}
-    out = tree_map_only(Tensor, lambda x: owner[id(x)] if id(x) in owner else Cuda(x), out)
+
+    def wrapped(x: Any) -> Any:
+        return x if not isinstance(x, Tensor) else owner[id(x)] if id(x) in owner else Cuda(x)
+
+    out = mapped(wrapped, out)
     for graph in RECORDED:
         graph.append((func, args, kwargs, out))
     return out
+
+
+def leaves(x: Any) -> Iterator[Any]:
+    """What lists, tuples and dictionaries hold. torch's own trees take most of a test's time."""
+    if isinstance(x, list | tuple | dict):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from leaves(part)
+    else:
+        yield x
+
+
+def mapped(function: Callable[[Any], Any], x: Any) -> Any:
+    """`x` with each leaf replaced."""
+    if isinstance(x, dict):
+        return {key: mapped(function, part) for key, part in x.items()}
+    if isinstance(x, list | tuple):
+        return (list if isinstance(x, list) else tuple)(mapped(function, part) for part in x)
+    return function(x)
+
+
+def _value(x: Any) -> Any:
+    return x.elem if isinstance(x, Cuda) else x
 
 
 def _noted(

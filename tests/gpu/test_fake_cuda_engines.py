@@ -1,4 +1,4 @@
-"""Engines and the commands that generate, on the fake GPU: the CPU's tokens, and nothing that a GPU refuses."""
+"""Engines and the command `generate` on the fake GPU: the CPU's tokens, and nothing that a GPU refuses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from pipeline.settings.tools import GenerateSettings
 from pipeline.tools import generate
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
-from rollout.text.tokenizer import load_tokenizer
 from rollout.types import Problem, Prompt, SamplingParams
 from tests.gpu.fake_cuda import fake_cuda
 from tests.small import llama, random_policy, tiny
@@ -96,6 +95,6 @@ def test_the_command_generate(engine, dtype, tmp_path, tokenizer, capsys):
         rows[device] = [json.loads(line) for line in out.read_text().splitlines()]
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["engine"] == engine
     assert not found.mixed and not found.captured, found.report()
-    assert found.live >= 0 and found.peak > 0  # it did lie there
-    assert [row["token_ids"] for row in rows["cuda"]] == [row["token_ids"] for row in rows["cpu"]]
-    assert load_tokenizer(path).decode(rows["cuda"][0]["token_ids"]) == rows["cuda"][0]["text"]
+    assert found.peak > 0  # it did lie there
+    for part in ("token_ids", "text", "finish_reason"):
+        assert [row[part] for row in rows["cuda"]] == [row[part] for row in rows["cpu"]]
