@@ -12,11 +12,11 @@ import torch
 from tests.bench import measure
 from tests.bench.__main__ import holds
 from tests.gpu import __main__ as gpu_check
-from tests.gpu import _compare, attention, engine, fp8_layers, logprobs, network, speed
+from tests.gpu.checks import attention, compare, engine, fp8_layers, logprobs, network, speed
 
 CPU = torch.device("cpu")
 SMALL = replace(
-    _compare.SMALL,
+    compare.SMALL,
     vocab_size=97,
     hidden_size=48,
     intermediate_size=80,
@@ -85,9 +85,9 @@ def test_a_network_that_differs_is_found_out(monkeypatch):
 
 def test_what_is_not_comparable_is_infinitely_far():
     x = torch.ones(3)
-    assert _compare.relative(x, x) == 0 and _compare.relative(1.5 * x, x) == pytest.approx(0.5)
-    assert _compare.relative(torch.ones(4), x) == float("inf")
-    assert _compare.relative(x * float("nan"), x) == float("inf")
+    assert compare.relative(x, x) == 0 and compare.relative(1.5 * x, x) == pytest.approx(0.5)
+    assert compare.relative(torch.ones(4), x) == float("inf")
+    assert compare.relative(x * float("nan"), x) == float("inf")
 
 
 def test_results_are_written_and_a_check_that_breaks_fails_but_stops_nothing(monkeypatch, tmp_path, capsys):
@@ -99,7 +99,7 @@ def test_results_are_written_and_a_check_that_breaks_fails_but_stops_nothing(mon
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(network, "run", broken)
-    monkeypatch.setattr(engine, "run", lambda device: {"claims": [_compare.true("fine", True)]})
+    monkeypatch.setattr(engine, "run", lambda device: {"claims": [compare.true("fine", True)]})
     assert gpu_check.main(["network", "engine"]) == 1
     failed = json.loads((tmp_path / "gpu-network.json").read_text())
     assert failed["gpu"] == "made up" and "no kernel image" in failed["claims"][0]["claim"]

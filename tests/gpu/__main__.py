@@ -25,8 +25,8 @@ ORDER = ("fp8_kernels", "fp8_layers", "network", "engine", "attention", "logprob
 
 
 def names() -> list[str]:
-    """The checks there are; a file whose name begins with an underscore holds what several share."""
-    found = {file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_")}
+    """The checks there are."""
+    found = {file.stem for file in (Path(__file__).parent / "checks").glob("*.py")} - {"__init__", "compare"}
     return [*ORDER, *sorted(found - set(ORDER))]
 
 
@@ -46,7 +46,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 def run(name: str, device: torch.device) -> dict[str, Any]:
     """Result of one check; an exception becomes a claim that does not hold."""
     try:
-        module = import_module(f"tests.gpu.{name}")
+        module = import_module(f"tests.gpu.checks.{name}")
         print(f"{name}: {module.SUMMARY}", flush=True)
         return module.run(device)
     except Exception as error:

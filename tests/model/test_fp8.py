@@ -17,7 +17,7 @@ import model
 from model.kernels.fp8 import blocks, gemm
 from model.moe import Experts
 from model.scale import fp8
-from tests.gpu._compare import relative
+from tests.gpu.checks.compare import relative
 from tests.reference import fp8 as reference
 
 SHAPES = [(256, 256, 256), (100, 72, 200), (37, 130, 129), (300, 24, 576), (8, 512, 40)]  # t o i

@@ -11,7 +11,7 @@ from model.kernels.fp8 import blocks, cuda, gemm
 from model.kernels.fp8.blocks import Quantized, dequantize, transpose
 from model.kernels.fp8.quantize import square_blocks, tiles
 from tests.bench.__main__ import holds
-from tests.gpu import fp8_kernels
+from tests.gpu.checks import fp8_kernels
 
 NAN, INF = float("nan"), float("inf")
 

@@ -1,4 +1,4 @@
-"""Which networks decode from CUDA graphs. What graphs compute: tests/gpu/engine.py."""
+"""Which networks decode from CUDA graphs. What graphs compute: tests/gpu/checks/engine.py."""
 
 from __future__ import annotations
 

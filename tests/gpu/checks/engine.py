@@ -10,7 +10,7 @@ import torch
 from model import ModelConfig, Transformer
 from rollout.native.engine import NativeEngine
 from rollout.types import Problem, Prompt, Rollout, SamplingParams
-from tests.gpu._compare import SMALL, at_most, measured, true
+from tests.gpu.checks.compare import SMALL, at_most, measured, true
 
 SUMMARY = "the native engine: the same tokens and log-probabilities as on the CPU"
 LENGTHS = (3, 17, 40, 9)

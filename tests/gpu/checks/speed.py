@@ -15,7 +15,7 @@ from pipeline.train.learner import Learner
 from pipeline.train.pack import Example, mean_weights, pack
 from rollout.native.engine import NativeEngine
 from rollout.types import Problem, Prompt, SamplingParams
-from tests.gpu._compare import MEDIUM, measured, seconds
+from tests.gpu.checks.compare import MEDIUM, measured, seconds
 
 SUMMARY = "products, training steps in bf16 and FP8, decoding: tokens a second"
 PRODUCTS = [(8192, 4096, 7168), (8192, 7168, 2048), (8192, 1536, 7168)]  # t o i

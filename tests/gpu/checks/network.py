@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import ModelConfig, Transformer
 from model.kernels.packed import Packed
-from tests.gpu._compare import SMALL, at_most, relative
+from tests.gpu.checks.compare import SMALL, at_most, relative
 
 SUMMARY = "the network in fp32 and bf16 against fp32 on the CPU: gradients, packed rows, absorbed decoding"
 LENGTHS = (5, 40, 1, 17, 30)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.kernels.fp8 import blocks, gemm
 from model.kernels.fp8.blocks import Quantized, dequantize, transpose
-from tests.gpu._compare import at_most, relative, true
+from tests.gpu.checks.compare import at_most, relative, true
 
 SUMMARY = "FP8 quantization, and dense and grouped products of each kind, against the CPU"
 SHAPES = [(1024, 2048, 7168), (4096, 576, 7168), (37, 130, 200), (1, 256, 512), (300, 24, 576)]  # t o i

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model import ModelConfig
 from model.moe import Experts
 from model.scale import fp8
-from tests.gpu._compare import SMALL, at_most, relative, true
+from tests.gpu.checks.compare import SMALL, at_most, relative, true
 
 SUMMARY = "FP8 linear layer and experts, three products each, against the CPU and float64"
 CONFIG = replace(SMALL, hidden_size=520, moe_intermediate_size=200, n_routed_experts=16)

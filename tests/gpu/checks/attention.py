@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from tests.gpu._compare import at_most, measured, relative, seconds
+from tests.gpu.checks.compare import at_most, measured, relative, seconds
 
 SUMMARY = "packed causal attention: varlen, SDPA with a mask, SDPA a sequence at a time; errors and times"
 BOUND = 1e-2

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.train import logprobs as module
-from tests.gpu._compare import measured, seconds
+from tests.gpu.checks.compare import measured, seconds
 
 SUMMARY = "log-probabilities at a vocabulary of 152k: time and memory by the size of a chunk"
 CHUNKS = (64 << 20, 256 << 20, 1 << 30, 2 << 30)

@@ -1,0 +1,112 @@
+"""`torch.nn.attention.varlen` on a CPU, which has no kernel for it: a sequence at a time, complete scores.
+
+It refuses what the kernel refuses, and returns what the kernel does, so that autograd keeps the same tensors.
+
+Axes    t tokens of all sequences, h heads of queries, g of keys and values, d head size, n sequences
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 256
+"""Largest head size of the kernel."""
+
+
+def varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    key_ends: Tensor,
+    longest: int,
+    longest_key: int,
+    causal: bool = False,
+    scale: float | None = None,
+    window: list[int] | None = None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (t h d), log of the scores' sums (h t) and the state of a generator that is not used."""
+    _check(q, k, v, ends, key_ends, longest, longest_key)
+    out, sums = torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float)
+    for begin, end in _sequences(ends):
+        scores = _scores(q[begin:end], k[begin:end], scale, window, causal)
+        sums[:, begin:end] = scores.logsumexp(-1)
+        values = _repeated(v[begin:end], q.shape[1])
+        out[begin:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.float()).to(q.dtype)
+    return out, sums, torch.zeros(2, dtype=torch.uint64)
+
+
+def varlen_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    ends: Tensor,
+    key_ends: Tensor,
+    longest: int,
+    longest_key: int,
+    causal: bool,
+    state: Tensor,
+    scale: float | None = None,
+    window: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    _check(q, k, v, ends, key_ends, longest, longest_key)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for begin, end in _sequences(ends):
+        queries, do, o = (x[begin:end].float() for x in (q, grad, out))
+        keys, values = (_repeated(x[begin:end].float(), q.shape[1]) for x in (k, v))
+        p = _scores(q[begin:end], k[begin:end], scale, window, causal).softmax(-1)
+        ds = p * (torch.einsum("qhd,khd->hqk", do, values) - (do * o).sum(-1).T[..., None])
+        ds *= scale or 1 / math.sqrt(q.shape[-1])
+        dq[begin:end] = torch.einsum("hqk,khd->qhd", ds, keys)
+        for d, product in ((dk, torch.einsum("hqk,qhd->khd", ds, queries)),
+                           (dv, torch.einsum("hqk,qhd->khd", p, do))):  # fmt: skip
+            d[begin:end] = product.unflatten(1, (d.shape[1], -1)).sum(2)
+    return dq, dk, dv
+
+
+def _sequences(ends: Tensor) -> list[tuple[int, int]]:
+    return list(pairwise(ends.tolist()))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float | None, window: list[int] | None, causal: bool) -> Tensor:
+    """Scaled scores (h t t) of one sequence in fp32, -inf where a query does not see a key."""
+    left, right = window or (-1, -1)
+    right = 0 if causal else right
+    keys = _repeated(k, q.shape[1]).float()
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * (scale or 1 / math.sqrt(q.shape[-1]))
+    ahead = torch.arange(len(k))[None] - torch.arange(len(q))[:, None]  # how far behind its query a key lies
+    hidden = torch.zeros_like(ahead, dtype=torch.bool)
+    hidden |= (ahead > right) if right >= 0 else hidden
+    hidden |= (ahead < -left) if left >= 0 else hidden
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, ends: Tensor, key_ends: Tensor, longest: int, longest_key: int
+) -> None:
+    """Raise as the kernel does."""
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    if not q.shape[-1] == k.shape[-1] == v.shape[-1] <= MOST or q.shape[-1] % 8:
+        raise RuntimeError(f"FlashAttention head sizes {q.shape[-1]}, {k.shape[-1]}, {v.shape[-1]}")
+    if ends.dtype != torch.int32 or key_ends.dtype != torch.int32:
+        raise RuntimeError("cu_seqlens must have dtype int32")
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise RuntimeError("Input tensor must have contiguous last dimension")
+    lengths = ends.diff()
+    if int(ends[-1]) != len(q) or int(lengths.max()) > min(longest, longest_key):
+        raise RuntimeError(f"sequences of {lengths.tolist()} in {len(q)} tokens, longest {longest}")
