@@ -30,7 +30,7 @@ from model.policy import Head, Policy
 PACKED = "r1_packed"
 LAYERS = {"full_attention", "sliding_attention"}
 """Types of layers that packing keeps."""
-CHECKED = (3, 6)
+CHECKED = (5, 16)
 """Lengths of the sequences of random tokens on which a policy is compared with its network."""
 
 
@@ -174,7 +174,7 @@ class DensePolicy(Policy):
                 _near("logits", self.head(states), logits)
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             net.set_attn_implementation(before)
-            raise ValueError(f"{name} is no architecture for training here: {error}.") from error
+            raise ValueError(f"{name} cannot be trained or scored here: {error}.") from error
         finally:
             watch.remove()
             self.network.train(training)
@@ -197,10 +197,11 @@ def _near(what: str, ours: Tensor, theirs: Tensor) -> None:
     Raises:
         ValueError: they differ by more than rounding.
     """
-    gap, most = float((ours - theirs).abs().max() / theirs.abs().max()), torch.finfo(theirs.dtype).eps ** 0.5
+    most = torch.finfo(theirs.dtype).eps ** 0.5
+    gap = float((ours - theirs).abs().max() / theirs.abs().max())
     if gap > most:
         raise ValueError(
-            f"its {what} differ from its own forward's by {gap:.1e}, rounding is below {most:.1e}"
+            f"its {what} differ from its own forward's by {gap:.0e}, rounding by less than {most:.0e}"
         )
 
 

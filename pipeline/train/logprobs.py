@@ -13,12 +13,11 @@ from torch.autograd.function import once_differentiable
 from model.kernels.cpu import linear
 from model.policy import Head
 
-CHUNK_BYTES = 64 << 20
-"""Most bytes of fp32 logits alive at once; their softmax takes the same again."""
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Most bytes of a chunk's softmax in fp32, by device; its logits are alive beside it. A chunk adds to the
+gradient of the whole head, so that small ones cost a GPU much traffic (docs/LOG.md)."""
 CPU_ROWS = 512
 """Most rows of a chunk on a CPU: between its passes a chunk should stay in the cache."""
-SMALL = 1e-30
-"""Probabilities below this are not read off the softmax: fp32 loses digits from 1e-38 on, all at 1e-45."""
 
 
 def token_logprobs(
@@ -26,86 +25,115 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target (n, with gradient), and the entropy there (n, without).
 
-    `hidden` (n d) are final-normed states at the positions before the `targets` (n). Logits are divided by
-    the `temperature` of sampling. Entropies that are not asked for are zeros.
+    `hidden` (n d) are final-normed states at the positions before the `targets` (n). The head's logits are
+    divided by the `temperature` of sampling. Entropies that are not asked for are zeros.
     """
     found: tuple[Tensor, Tensor]
-    found = _TokenLogprobs.apply(hidden, head.weight, targets, temperature, entropy)
+    found = _TokenLogprobs.apply(
+        hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature, entropy
+    )
     return found
 
 
 class _TokenLogprobs(torch.autograd.Function):
     """As `token_logprobs`, chunk by chunk in both directions; the logits' gradient takes the softmax's place.
 
-        z = logits / temperature       p = softmax z       log p_target       dz = d (onehot - p)
+        y = scale (W h + b)     z = y / temperature, or c tanh(y / c) / temperature     p = softmax z
 
-    The softmax is one pass over memory; a maximum, a difference, an exponential and a sum are four. What fits
-    into CHUNK_BYTES is kept for the backward as p, more is computed again.
+        log p_target = z_target - max z + log max p       entropy = max z - log max p - sum p z
+
+        dz = d (onehot - p)                               dy = dz / temperature (1 - tanh(y / c)^2)
+
+    The softmax is one pass over memory; a logarithm of the sum of exponentials would be four, and the
+    logarithm of p_target has no digits below 1e-38. What fits into one chunk of CHUNK_BYTES is kept for the
+    backward as p, more is computed again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropy: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        softcap: float | None,
+        temperature: float,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
-        keep = any(ctx.needs_input_grad) and len(hidden) <= rows
-        rows = min(rows, CPU_ROWS) if hidden.device.type == "cpu" else rows
-        chosen = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        device = hidden.device.type
+        rows = max(1, CHUNK_BYTES[device] // (4 * len(weight)))
+        learning = any(ctx.needs_input_grad)
+        keep = learning and len(hidden) <= rows and softcap is None
+        rows = min(rows, CPU_ROWS) if device == "cpu" else rows
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        chosen = hidden.new_empty(len(hidden), dtype=wide)
         entropies = torch.zeros_like(chosen)
-        kept = []
+        ctx.how, ctx.rows, ctx.kept = (scale, softcap, temperature), rows, []
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            z = _scaled_logits(hidden[part], weight, temperature)
-            p = z.softmax(1)
-            at_target = z.gather(1, targets[part, None]).squeeze(1)
-            chosen[part] = _log(p.gather(1, targets[part, None]).squeeze(1), at_target, z)
-            if entropy:  # -sum p log p = log sum exp z - sum p z
-                entropies[part] = at_target - chosen[part] - torch.linalg.vecdot(p, z)
+            z = _logits(hidden[part], weight, bias, *ctx.how)
+            p = z.softmax(1, dtype=wide)
+            most, log_sum = z.amax(1).to(wide), p.amax(1).log_().neg_()  # of exp(z - most)
+            chosen[part] = z.gather(1, targets[part, None]).squeeze(1).to(wide) - most - log_sum
+            if entropy:
+                entropies[part] = most + log_sum - torch.linalg.vecdot(p, z.to(wide))
             if keep:
-                kept.append(p)
+                ctx.kept.append(p)
         ctx.mark_non_differentiable(entropies)
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(hidden, weight, targets)
-            ctx.rows, ctx.temperature, ctx.kept = rows, temperature, kept
+        if learning:
+            ctx.save_for_backward(hidden, weight, bias, targets)
         return chosen, entropies
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
+        scale, softcap, temperature = ctx.how
+        _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=d.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros_like(weight, dtype=d.dtype) if needs_weight else None
+        d_bias = torch.zeros_like(bias, dtype=d.dtype) if needs_bias else None
         kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second backward computes it again
         for begin in range(0, len(hidden), ctx.rows):
             part = slice(begin, begin + ctx.rows)
             p = next(kept, None)
             if p is None:
-                p = _scaled_logits(hidden[part], weight, ctx.temperature).softmax(1)
-            scale = (d[part] / ctx.temperature)[:, None]
-            gradient = p.mul_(-scale).scatter_add_(1, targets[part, None], scale).to(weight.dtype)
+                z = _logits(hidden[part], weight, bias, *ctx.how)
+                p = z.softmax(1, dtype=d.dtype)
+            p.scatter_add_(1, targets[part, None], torch.full_like(targets[part, None], -1, dtype=p.dtype))
+            if softcap is not None:
+                p.mul_(z.mul_(temperature / softcap).square_().neg_().add_(1))
+            into = p if p.dtype == weight.dtype else torch.empty_like(p, dtype=weight.dtype)
+            gradient = torch.mul(p, (d[part] * (-scale / temperature))[:, None], out=into)
             d_hidden[part] = linear.times_transposed(gradient, weight.T)
-            if d_weight is not None:
-                if d_weight.dtype == gradient.dtype:
-                    d_weight.addmm_(gradient.T, hidden[part])
-                else:
-                    d_weight += gradient.T @ hidden[part]
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+            if d_weight is not None and d_weight.dtype == gradient.dtype:
+                d_weight.addmm_(gradient.T, hidden[part])
+            elif d_weight is not None:
+                d_weight += gradient.T @ hidden[part]
+            if d_bias is not None:
+                d_bias += gradient.sum(0, dtype=d.dtype)
+        found = (x if x is None else x.to(weight.dtype) for x in (d_weight, d_bias))
+        return d_hidden, *found, None, None, None, None, None
 
 
-def _scaled_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Logits (n v) in at least fp32, divided by the temperature."""
-    logits = linear.times_transposed(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if temperature == 1 else logits.div_(temperature)
+def _logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> Tensor:
+    """Logits (n v) of `hidden` (n d), divided by the temperature, in fp32 at least.
 
-
-def _log(p: Tensor, at_target: Tensor, z: Tensor) -> Tensor:
-    """Logarithms of probabilities `p` (n), of logits `at_target` (n) among `z` (n v).
-
-    As precise as their fp32, but for those so small that the softmax has rounded them to 0 or nearly: these
-    are computed from the logits.
+    On a GPU as the product leaves them if nothing follows it: what reads them there widens them on the way.
     """
-    log_p, small = p.log(), p < SMALL
-    if small.any():
-        log_p[small] = at_target[small] - z[small].logsumexp(1)
-    return log_p
+    z = linear.times_transposed(hidden, weight)
+    if z.device.type == "cuda" and bias is None and softcap is None and scale == temperature:
+        return z
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = z if bias is None else z.add_(bias)
+    if softcap is None:
+        return z if scale == temperature else z.mul_(scale / temperature)
+    return z.mul_(scale / softcap).tanh_().mul_(softcap / temperature)
