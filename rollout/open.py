@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
+from rollout.checkpoint import read_config
 from rollout.engine import RolloutEngine
 from rollout.local import LOCAL, engine_name, open_local
 from rollout.pool.engine import RolloutPool
@@ -14,7 +15,7 @@ from rollout.settings import DtypeName, EngineName, LocalSettings, RolloutSettin
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.options import cpu_build
-from rollout.weights import DTYPES, device_of
+from rollout.weights import device_of
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "native": open_local,
@@ -89,7 +90,7 @@ def engine_for(
         settings: the engine. None, and every in-process engine, generate from the trainer's own weights in
             place: there is nothing to copy.
         path: the policy's checkpoint, which engines with weights of their own open.
-        dtype: what the trainer computes in, for `settings.dtype` auto; None = the policy's own type.
+        dtype: what the trainer computes in, for `settings.dtype` auto; None = there is no trainer.
 
     Raises:
         ValueError: an engine that is not for this policy.
@@ -104,8 +105,7 @@ def engine_for(
             "use auto or vllm."
         )
     if settings.dtype == "auto":
-        own = next(policy.parameters()).dtype
-        settings = replace(settings, dtype=dtype or ("bfloat16" if own == DTYPES["bfloat16"] else "float32"))
+        settings = replace(settings, dtype=dtype or stored_dtype(policy, path))
     settings = with_workers(settings, name)
     eos = tokenizer.eos_token_id
     if settings.workers:
@@ -113,6 +113,12 @@ def engine_for(
         trainer = device_of(policy)
         return RolloutPool(path, settings, open_worker_engine, eos_token_id=eos, trainer=trainer)
     return ENGINES[name](path, settings, policy=policy, tokenizer=tokenizer, eos_token_id=eos)
+
+
+def stored_dtype(policy: Policy, path: Path | None) -> DtypeName:
+    """The type of a policy that nobody trains: on a GPU its checkpoint's, on a CPU float32."""
+    config = read_config(path) if path is not None and device_of(policy).type == "cuda" else {}
+    return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float32"
 
 
 def open_worker_engine(

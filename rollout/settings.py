@@ -77,7 +77,8 @@ class RolloutSettings(Settings):
     (transformers) for all others. vllm needs the environment of `make test-vllm`, or a GPU build of vLLM."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights of engines that have their own: vLLM, and workers. auto = the trainer's arithmetic:
-    float32, or bfloat16 for precisions bfloat16 and fp8."""
+    float32, or bfloat16 for precisions bfloat16 and fp8; without a trainer (reject) the checkpoint's own on a
+    GPU, float32 on a CPU."""
     workers: Natural = 0
     """Engines in processes of their own, on Ray; 0 = one engine in the trainer's process."""
     address: str = ""

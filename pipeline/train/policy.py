@@ -32,16 +32,16 @@ def open_rollouts(
     tokenizer: PreTrainedTokenizerFast,
     settings: RolloutSettings,
     path: Path,
-    precision: str = "float32",
+    precision: str = "",
 ) -> RolloutEngine:
-    """The engine that generates from a policy loaded from `path`, which is trained in `precision`.
+    """The engine that generates from a policy loaded from `path` and trained in `precision`, if at all.
 
     Raises:
         UserError: an engine that is not for it, not installed here, or wrong about it.
     """
     try:
-        dtype: DtypeName = "float32" if precision == "float32" else "bfloat16"
-        return engine_for(policy, tokenizer, settings, path, dtype)
+        trained: DtypeName = "float32" if precision == "float32" else "bfloat16"
+        return engine_for(policy, tokenizer, settings, path, trained if precision else None)
     except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
         raise UserError(str(error)) from error
 

@@ -163,7 +163,8 @@ def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[s
     refuse_what_cannot_work(settings, config, on_cpu)
     prepare_environment(config, on_cpu, in_process=False)
     context, _ = context_and_vocabulary(path, settings.context)
-    flags = []
+    copies = settings.data_parallel
+    flags = ["--data-parallel-size", str(copies)] if copies > 1 else []
     for key, value in llm_options(path, config, dtype, settings, context, on_cpu).items():
         name = key.replace("_", "-")
         if isinstance(value, bool) and key not in ENGINE_ONLY:
