@@ -137,8 +137,8 @@ def make_vllm() -> None:
     code = subprocess.run(["make", "--no-print-directory", str(VLLM / "stamp")], check=False).returncode
     if code:
         raise UserError(
-            f"the environment with vLLM, {VLLM}, cannot be set up (exit code {code}, see above); run the same "
-            "command again, or take --rollout.engine auto"
+            f"the environment with vLLM, {VLLM}, cannot be set up (exit code {code}, see above): run the "
+            "same command again, or take --rollout.engine auto"
         )
 
 
