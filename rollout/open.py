@@ -104,9 +104,9 @@ def engine_for(
             f"the policy is a {policy.engine} model, which rollout.engine = {name!r} does not generate from; "
             "use auto or vllm."
         )
-    if settings.dtype == "auto":
-        settings = replace(settings, dtype=dtype or stored_dtype(policy, path))
     settings = with_workers(settings, name)
+    if settings.dtype == "auto" and (settings.workers or name not in LOCAL):
+        settings = replace(settings, dtype=dtype or stored_dtype(policy, path))
     eos = tokenizer.eos_token_id
     if settings.workers:
         assert path is not None
