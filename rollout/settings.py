@@ -74,7 +74,7 @@ class RolloutSettings(Settings):
 
     engine: EngineName = "auto"
     """auto = in the trainer's process and from its own weights: native for DeepSeek-V3 policies, dense
-    (transformers) for all others. vllm needs the environment of `make test-vllm`, or a GPU build of vLLM."""
+    (transformers) for all others. vllm: the make targets set up an environment with it (.venv-vllm)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights of engines that have their own: vLLM, and workers. auto = the trainer's arithmetic:
     float32, or bfloat16 for precisions bfloat16 and fp8; without a trainer (reject) the checkpoint's own on a
