@@ -71,6 +71,8 @@ class DistillSettings(TemplateSettings, ComputeSettings):
     """Rank of LoRA adapters (arXiv:2106.09685) on all linear layers, merged at the end; 0 = full training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward; bfloat16 keeps float32 weights and moments."""
+    recompute: bool = False
+    """Activation checkpointing: the backward computes each layer again, which takes less memory."""
     template: str = "r1"
     """Prompt template of the student, in training and, by its pipeline.json, in evaluation."""
     plain_control: bool = True

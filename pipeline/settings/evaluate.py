@@ -5,7 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pipeline.settings.common import AnswerSampling, StageSettings, TemplateSettings, TruncatedSampling
+from pipeline.settings.common import (
+    AnswerSampling,
+    ComputeSettings,
+    StageSettings,
+    TemplateSettings,
+    TruncatedSampling,
+)
 from pipeline.settings.tools import ModelSettings
 from rollout.ranges import Count, Natural, NotNegative, Range, Seed
 from rollout.settings import DtypeName, EngineName
@@ -27,7 +33,7 @@ class BenchmarkSettings(TemplateSettings, TruncatedSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(BenchmarkSettings, StageSettings):
+class EvalSettings(BenchmarkSettings, ComputeSettings):
     """Score every model of the chain on every benchmark."""
 
     models: tuple[str, ...] = (

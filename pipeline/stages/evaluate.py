@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.data.hub import is_model_name
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
@@ -26,10 +27,12 @@ from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
 from pipeline.tools.evaluate import evaluate
 from pipeline.tools.scores import percent
+from pipeline.train.place import device_named
 
 
 def run(config: EvalSettings, run_dir: RunDir) -> None:
     """The stage."""
+    device_named(config.device)  # refuse it before the first model is opened
     if config.threads:
         torch.set_num_threads(config.threads)
     made, missing = find_models(config, run_dir)
@@ -60,7 +63,13 @@ def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[s
         stage = value.split("/")[0]
         of_run = stage in {s.name for s in STAGES}
         path = run_dir.path.parent / value / "model" if of_run else Path(value)
-        if (path / "config.json").is_file():
+        if not of_run and is_model_name(value):
+            try:
+                path = run_dir.model_input(value)
+                made[label] = {"from": value, "path": str(path), "sha256": path.name}
+            except UserError as error:
+                missing[label] = str(error)
+        elif (path / "config.json").is_file():
             made[label] = {"from": value, "path": str(path), "sha256": run_dir.record_input(path)}
         elif of_run:
             missing[label] = f"not made yet: make {stage} ARGS='--name {config.name}'"

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
+from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, tagged, write_corpus
 from pipeline.data.jsonl import read_log
-from pipeline.data.traces import curated_rows, tagged
+from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import SftSettings
@@ -33,7 +33,7 @@ def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
         path = run_dir.file_input(config.samples_from, "samples.jsonl")
         rows += kept_samples(read_log(path), config)
     if config.corpus:
-        rows += read_corpus(run_dir.file_input(config.corpus, "corpus.jsonl"))
+        rows += read_corpus(run_dir.corpus_input(config.corpus), config.count, config.seed)
     if not rows:
         stage = run_dir.stage.name
         raise UserError(f"{stage}: no rows are left after filtering; train {config.samples_from} longer")

@@ -17,9 +17,15 @@ def save_state(run_dir: RunDir, step: int, state: dict[str, Any]) -> None:
 
 
 def load_state(run_dir: RunDir) -> tuple[int, dict[str, Any]]:
-    """Steps that the newest checkpoint stands for, and its state; 0 and nothing where there is none."""
+    """Steps that the newest checkpoint stands for, and its state; 0 and nothing where there is none.
+
+    The state is read into host memory, a GPU's too. Its tensors are then copied in place: no device ever holds a
+    second one.
+    """
     newest = run_dir.latest()
-    return (newest[0], torch.load(newest[1] / "state.pt", weights_only=True)) if newest else (0, {})
+    if newest is None:
+        return 0, {}
+    return newest[0], torch.load(newest[1] / "state.pt", map_location="cpu", weights_only=True)
 
 
 def train_loop(
