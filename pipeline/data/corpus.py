@@ -78,7 +78,7 @@ def to_row(row: JsonObject, where: str, source: str, index: int) -> Row | None:
     texts = row.get("generations") or [row.get("generation") or turns.get("assistant")]
     if not isinstance(question, str) or not all(isinstance(text, str) for text in texts):
         shapes = "question and completion, problem and generation(s), or messages"
-        raise UserError(f"{where}: no trace; expected the keys {shapes}")
+        raise UserError(f"{where}: not a corpus row; expected the keys {shapes}")
     checks = [row[key] for key in ("correctness_math_verify", "correctness_llama") if row.get(key)]
     right = (
         t for i, t in enumerate(texts) if not checks or any(check[i : i + 1] == [True] for check in checks)

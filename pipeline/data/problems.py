@@ -137,8 +137,7 @@ def data_folder(chosen: Path | None) -> Path | None:
 def benchmark_rows(
     name: str, folder: Path | None, split: Split = "heldout"
 ) -> tuple[str, Iterator[Located], bool]:
-    """Name and rows, with their places, of a benchmark's local file, or else of its hub data set; True for the
-    hub's."""
+    """Name and located rows of a benchmark: of its local file, or else of its hub data set, and True then."""
     bench = BENCHMARKS[name]
     row_split = ("train" if split == "train" else "test") if name == "mbpp" else None
     for file in (folder / bench.file, folder / f"{name}.jsonl") if folder else ():

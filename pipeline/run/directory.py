@@ -57,8 +57,8 @@ class RunDir:
         return path
 
     def corpus_input(self, value: str) -> Path | str:
-        """The corpus that `value` names: that of a stage of this run (`reject`) or a file, recorded by hash, or
-        a data set of the hub, as it stands (`hub:OWNER/NAME:SPLIT`)."""
+        """The corpus that `value` names: that of a stage of this run (`reject`), or a file; recorded by hash.
+        A data set of the hub stays its name (`hub:OWNER/NAME:SPLIT`)."""
         return value if value.startswith("hub:") else self.file_input(value, "corpus.jsonl")
 
     def file_input(self, value: str | Path, filename: str) -> Path:

@@ -37,8 +37,8 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenize
     """The engine and, if it has one, the tokenizer of a model.
 
     Raises:
-        UserError: no GPU where one was asked for, no such model, an engine that is not for it or not installed
-            here, or one that is wrong.
+        UserError: no GPU where one was asked for, no such model, an engine that is not for it or not
+            installed here, or one that is wrong.
     """
     if config.threads:
         torch.set_num_threads(config.threads)

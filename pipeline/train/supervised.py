@@ -19,8 +19,8 @@ def save_state(run_dir: RunDir, step: int, state: dict[str, Any]) -> None:
 def load_state(run_dir: RunDir) -> tuple[int, dict[str, Any]]:
     """Steps that the newest checkpoint stands for, and its state; 0 and nothing where there is none.
 
-    The state is read into host memory, a GPU's too. Its tensors are then copied in place: no device ever holds a
-    second one.
+    The state is read into host memory, a GPU's too. Its tensors are then copied in place, so that a GPU never
+    holds a second one.
     """
     newest = run_dir.latest()
     if newest is None:
