@@ -17,6 +17,7 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import SftSettings
 from pipeline.train.learner import Learner
+from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, save_policy
@@ -87,7 +88,9 @@ def epoch_batches(encoded: list[Encoded], config: SftSettings, micro_tokens: int
 def run(config: SftSettings, run_dir: RunDir) -> None:
     """Train; leave `model/` and its corpus."""
     place = Place.open(config)
-    policy, tokenizer = load_policy(run_dir.model_input(config.init_from), place.device)
+    start = run_dir.model_input(config.init_from)
+    check_memory(start, place, config.optim, min(place.micro_tokens(config), config.batch_tokens))
+    policy, tokenizer = load_policy(start, place.device)
     rows = gather(config, run_dir)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     packed = list(epoch_batches(examples(rows, tokenizer, config), config, place.micro_tokens(config)))

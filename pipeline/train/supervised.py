@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.run.directory import RunDir
+from pipeline.run.usage import Usage
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch
 
@@ -40,6 +41,7 @@ def train_loop(
     if done:
         learner.load_state_dict(state)
     tokens, steps = 0, learner.total_updates
+    usage = Usage(learner.policy.config, learner.device, mtp=bool(learner.mtp_coef))
     run_dir.metrics.begin()
     for step, batch in enumerate(batches, start=1):
         tokens += sum(batch.lengths)
@@ -48,7 +50,8 @@ def train_loop(
         began = time.monotonic()
         metrics = learner.supervised_update(batch)
         if step % log_every == 0 or step == steps:
-            metrics |= {"data/tokens": tokens, "time/step_s": time.monotonic() - began}
+            seconds = time.monotonic() - began
+            metrics |= {"data/tokens": tokens, "time/step_s": seconds, **usage.of(batch.lengths, seconds)}
             run_dir.log(step, steps, metrics)
         if step % checkpoint_every == 0 and step < steps:
             save_state(run_dir, step, learner.state_dict())

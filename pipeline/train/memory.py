@@ -1,0 +1,185 @@
+"""Whether a stage fits the memory of its place, found before it reads data and opens engines.
+
+The estimate is a lower bound, from the model's config alone: kernels, fragments and a chunk of logits come on
+top. So nothing that would fit is refused; what is refused cannot fit.
+
+Units   GB = 10^9 bytes
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from model.config import ModelConfig
+from model.sizes.memory import training_bytes
+from pipeline.errors import UserError
+from pipeline.settings.common import OptimSettings
+from pipeline.train.place import Place
+from rollout.checkpoint import NATIVE_TYPES, read_config
+from rollout.settings import RolloutSettings
+
+LEAST_TOKENS = 512
+"""Of a micro-batch that is worth proposing."""
+CGROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+)
+"""Limit and use of a container below /sys/fs/cgroup, versions 2 and 1, and what of the use can be dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a stage holds in one memory."""
+
+    config: Any
+    optim: OptimSettings
+    tokens: int
+    """Of the largest micro-batch."""
+    reference: bool = False
+    vllm: int = 0
+    """Bytes of the GPU that vLLM takes."""
+    sleeps: bool = False
+    """vLLM frees them while the trainer works. While vLLM works there are no gradients and activations."""
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by what they are for, those that are there at once; raises as `training_bytes`."""
+        optim = self.optim
+        parts = training_bytes(
+            self.config,
+            tokens=self.tokens,
+            precision=optim.precision,
+            moments=optim.moments,
+            reference=self.reference,
+            recompute=optim.recompute,
+        )
+        resting = parts["gradients"] + parts["activations"] if self.sleeps else 0
+        return parts | {"vLLM": max(0, self.vllm - resting)}
+
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.parts().values())
+
+    def lighter(self, share: float, free: int) -> Iterator[tuple[str, "Need"]]:
+        """Settings that take less memory, and what is needed with each; `share` is vLLM's of the GPU."""
+        optim = self.optim
+        if self.vllm and not self.sleeps:
+            yield "--rollout.vllm.sleep on", replace(self, sleeps=True)
+        if not optim.recompute:
+            yield "--optim.recompute", replace(self, optim=replace(optim, recompute=True))
+        if optim.moments == "float32" and optim.beta2 <= 0.99:
+            yield "--optim.moments bfloat16", replace(self, optim=replace(optim, moments="bfloat16"))
+        tokens = self.tokens // 2
+        while tokens > LEAST_TOKENS and replace(self, tokens=tokens).total() > free:
+            tokens //= 2
+        if tokens >= LEAST_TOKENS:
+            yield f"--micro-tokens {tokens}", replace(self, tokens=tokens)
+        if optim.precision == "float32":
+            yield "--optim.precision bfloat16", replace(self, optim=replace(optim, precision="bfloat16"))
+        if self.vllm:
+            less = 0.05 * int(20 * share * max(0.0, 1 - (self.total() - free) / self.vllm))
+            if less:
+                yield (
+                    f"--rollout.vllm.gpu-memory {less:.2f}",
+                    replace(self, vllm=int(self.vllm * less / share)),
+                )
+
+
+def check_memory(
+    model: Path | ModelConfig,
+    place: Place,
+    optim: OptimSettings,
+    tokens: int,
+    *,
+    reference: bool = False,
+    rollout: RolloutSettings | None = None,
+) -> None:
+    """Nothing where a stage may fit, or where the architecture's sizes are not known.
+
+    Args:
+        model: its checkpoint, not loaded yet, or its config.
+        tokens: of the largest micro-batch.
+        reference: a frozen copy of the policy stays beside it.
+        rollout: the engine that generates.
+
+    Raises:
+        UserError: it cannot fit, with the parts and the settings that would.
+    """
+    free = free_bytes(place.device)
+    vllm, sleeps, share = 0, False, 1.0
+    if rollout and rollout.engine == "vllm" and not rollout.workers and place.device.type == "cuda":
+        share, sleeps = rollout.vllm.gpu_memory, rollout.vllm.sleep != "off"
+        vllm = int(share * torch.cuda.mem_get_info(place.device)[1])
+    config = config_of(model) if isinstance(model, Path) else model
+    need = Need(config, optim, tokens, reference, vllm, sleeps)
+    try:
+        total = need.total()
+    except ValueError:
+        return
+    if free is not None and total > free:
+        where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "this machine"
+        parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.parts().items() if size)
+        raise UserError(
+            f"too little memory: training needs at least {total / 1e9:.1f} GB ({parts}), and "
+            f"{free / 1e9:.1f} GB are free on {where}; {advice(need, share, free)}"
+        )
+
+
+def advice(need: Need, share: float, free: int) -> str:
+    """Each setting that would make it fit by itself, or else the first few that do together."""
+    alone = [flag for flag, less in need.lighter(share, free) if less.total() <= free]
+    if alone:
+        return f"it would fit with {' or '.join(alone)}"
+    flags: list[str] = []
+    while need.total() > free:
+        offers = need.lighter(share, free)
+        flag, less = next((o for o in offers if o[1].total() < need.total()), ("", need))
+        if not flag:
+            tried = f": with {' '.join(flags)} it needs {need.total() / 1e9:.1f} GB" if flags else ""
+            return f"no setting makes it fit{tried}"
+        flags, need = [*flags, flag], less
+    return f"it would fit with {' '.join(flags)}"
+
+
+def config_of(path: Path) -> Any:
+    """The model's config without its weights: a `ModelConfig`, or a dense model's text config.
+
+    Raises:
+        UserError: no config.json that can be read.
+    """
+    try:
+        values = read_config(path)
+        if values.get("model_type") in NATIVE_TYPES:
+            return ModelConfig.from_dict(values)
+        return AutoConfig.from_pretrained(path).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load the model at {path}: {error}") from error
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that this process can still take on `device`; of a CPU also swap, and a container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+    free = 1024 * (kib.get("MemAvailable", kib["MemFree"]) + kib["SwapFree"])
+    return min([free, *container_bytes(Path("/sys/fs/cgroup"))])
+
+
+def container_bytes(root: Path) -> Iterator[int]:
+    """What a container may still take, where one has a limit."""
+    for limit, used, dropped in CGROUPS:
+        try:
+            most, now = ((root / name).read_text().strip() for name in (limit, used))
+            stat = (root / limit).with_name("memory.stat").read_text().splitlines()
+        except OSError:
+            continue
+        cached = dict(line.split(maxsplit=1) for line in stat).get(dropped, "0")
+        if most != "max":
+            yield int(most) - int(now) + int(cached)
