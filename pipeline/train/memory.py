@@ -9,7 +9,7 @@ Units   GB = 10^9 bytes
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from transformers import AutoConfig
@@ -45,6 +45,23 @@ class Need:
     sleeps: bool = False
     """vLLM frees them while the trainer works. While vLLM works there are no gradients and activations."""
 
+    @classmethod
+    def of(
+        cls,
+        config: Any,
+        optim: OptimSettings,
+        tokens: int,
+        reference: bool,
+        rollout: RolloutSettings | None,
+        gpu: int,
+    ) -> Self:
+        """With the engine of `rollout` beside it, on a GPU of `gpu` bytes (0: a CPU)."""
+        shared = gpu and rollout and rollout.engine == "vllm" and not rollout.workers
+        if not shared or rollout is None:
+            return cls(config, optim, tokens, reference)
+        vllm = rollout.vllm
+        return cls(config, optim, tokens, reference, int(vllm.gpu_memory * gpu), vllm.sleep != "off")
+
     def parts(self) -> dict[str, int]:
         """Bytes by what they are for, those that are there at once; raises as `training_bytes`."""
         optim = self.optim
@@ -63,8 +80,8 @@ class Need:
         """All of them."""
         return sum(self.parts().values())
 
-    def lighter(self, share: float, free: int) -> Iterator[tuple[str, "Need"]]:
-        """Settings that take less memory, and what is needed with each; `share` is vLLM's of the GPU."""
+    def lighter(self, free: int, gpu: int) -> Iterator[tuple[str, "Need"]]:
+        """Settings that take less memory, and what is needed then; `free` of the `gpu` bytes are free."""
         optim = self.optim
         if self.vllm and not self.sleeps:
             yield "--rollout.vllm.sleep on", replace(self, sleeps=True)
@@ -79,13 +96,10 @@ class Need:
             yield f"--micro-tokens {tokens}", replace(self, tokens=tokens)
         if optim.precision == "float32":
             yield "--optim.precision bfloat16", replace(self, optim=replace(optim, precision="bfloat16"))
-        if self.vllm:
-            less = 0.05 * int(20 * share * max(0.0, 1 - (self.total() - free) / self.vllm))
-            if less:
-                yield (
-                    f"--rollout.vllm.gpu-memory {less:.2f}",
-                    replace(self, vllm=int(self.vllm * less / share)),
-                )
+        steps = int(20 * (self.vllm - self.total() + free) / gpu) if self.vllm else 0
+        if steps > 0:
+            share = steps / 20
+            yield f"--rollout.vllm.gpu-memory {share:g}", replace(self, vllm=int(share * gpu))
 
 
 def check_memory(
@@ -108,34 +122,31 @@ def check_memory(
     Raises:
         UserError: it cannot fit, with the parts and the settings that would.
     """
-    free = free_bytes(place.device)
-    vllm, sleeps, share = 0, False, 1.0
-    if rollout and rollout.engine == "vllm" and not rollout.workers and place.device.type == "cuda":
-        share, sleeps = rollout.vllm.gpu_memory, rollout.vllm.sleep != "off"
-        vllm = int(share * torch.cuda.mem_get_info(place.device)[1])
+    free, gpu = free_bytes(place.device), place.device.type == "cuda"
     config = config_of(model) if isinstance(model, Path) else model
-    need = Need(config, optim, tokens, reference, vllm, sleeps)
+    size = torch.cuda.mem_get_info(place.device)[1] if gpu else 0
+    need = Need.of(config, optim, tokens, reference, rollout, size)
     try:
         total = need.total()
     except ValueError:
         return
     if free is not None and total > free:
-        where = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else "this machine"
+        where = torch.cuda.get_device_name(place.device) if gpu else "this machine"
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.parts().items() if size)
         raise UserError(
             f"too little memory: training needs at least {total / 1e9:.1f} GB ({parts}), and "
-            f"{free / 1e9:.1f} GB are free on {where}; {advice(need, share, free)}"
+            f"{free / 1e9:.1f} GB are free on {where}; {advice(need, free, size)}"
         )
 
 
-def advice(need: Need, share: float, free: int) -> str:
+def advice(need: Need, free: int, gpu: int) -> str:
     """Each setting that would make it fit by itself, or else the first few that do together."""
-    alone = [flag for flag, less in need.lighter(share, free) if less.total() <= free]
+    alone = [flag for flag, less in need.lighter(free, gpu) if less.total() <= free]
     if alone:
         return f"it would fit with {' or '.join(alone)}"
     flags: list[str] = []
     while need.total() > free:
-        offers = need.lighter(share, free)
+        offers = need.lighter(free, gpu)
         flag, less = next((o for o in offers if o[1].total() < need.total()), ("", need))
         if not flag:
             tried = f": with {' '.join(flags)} it needs {need.total() / 1e9:.1f} GB" if flags else ""

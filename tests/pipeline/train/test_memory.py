@@ -92,8 +92,8 @@ def test_what_is_advised_fits():
         for sleeps in (False, True):
             need = Need(QWEN, OptimSettings(), 16_384, True, int(30e9), sleeps)
             if need.total() > free:
-                text = advice(need, 0.4, free)
-                fits = {flag: less.total() <= free for flag, less in need.lighter(0.4, free)}
+                text = advice(need, free, int(80e9))
+                fits = {flag: less.total() <= free for flag, less in need.lighter(free, int(80e9))}
                 if any(fits.values()):
                     assert {flag for flag in fits if flag in text} == {flag for flag in fits if fits[flag]}
                 seen.add((any(fits.values()), text.partition(" --")[0].partition(":")[0]))
