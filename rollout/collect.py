@@ -22,6 +22,8 @@ from rollout.weights import InPlaceEngine
 
 ARRAYS = ("token_ids", "logprobs")
 """What a `Rollout` holds as arrays."""
+NEVER = -1
+"""Stands for the version of an engine that has no weights."""
 REFILL_SEED = 0x9E3779B1
 """Between the seeds of a round's refills, so that they use other random numbers."""
 
@@ -111,6 +113,11 @@ class RolloutSource:
             self.engine.load_weights(policy, version)
         self.synced = version
 
+    def rest(self) -> None:
+        """Have the engine free what it can while the trainer works."""
+        if self.engine.rest():
+            self.synced = NEVER
+
     def next(
         self, policy: Policy, version: int, sampling: SamplingParams, then: SamplingParams | None = None
     ) -> Round:
@@ -132,6 +139,8 @@ class RolloutSource:
         if then is not None:
             self.sync(policy.frozen() if self.in_place else policy, version)
             self.begin(self.cursor, then)
+        else:
+            self.rest()
         return replace(done, sync_s=sync_s, wait_s=wait_s)
 
     def collect(self, cursor: int, sampling: SamplingParams) -> Round:

@@ -23,6 +23,9 @@ class RolloutEngine(Protocol):
     def load_weights(self, source: Any, version: int) -> None:
         """Generate from `source`, a policy, from now on; rollouts carry `version`."""
 
+    def rest(self) -> bool:
+        """Free what is not needed until the next request; whether that needs `load_weights` first."""
+
     def drain(self) -> dict[str, float]:
         """Metrics of the generation since the last call, by metric name; empty where an engine has none."""
 

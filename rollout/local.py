@@ -71,7 +71,8 @@ def open_local(
         ValueError: speculation with a model that has no MTP module.
     """
     if policy is None:
-        policy = load_policy(path, DTYPES[settings.dtype], device, settings.engine)
+        name = "float32" if settings.dtype == "auto" else settings.dtype
+        policy = load_policy(path, DTYPES[name], device, settings.engine)
     local = settings.local
     return LOCAL[policy.engine](
         policy,

@@ -1,6 +1,7 @@
 """Open an engine by name. The only file that knows every engine; nothing else in this package imports it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +13,8 @@ from rollout.pool.engine import RolloutPool
 from rollout.settings import DtypeName, EngineName, LocalSettings, RolloutSettings, VllmSettings
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.vllm.engine import VllmEngine
+from rollout.vllm.options import cpu_build
+from rollout.weights import DTYPES, device_of
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "native": open_local,
@@ -47,7 +50,30 @@ def open_engine(
     settings = RolloutSettings(
         engine=engine, dtype=dtype, vllm=vllm or VllmSettings(), local=local or LocalSettings()
     )
+    settings = with_workers(settings, name)
+    if settings.workers:
+        return RolloutPool(path, settings, open_worker_engine), tokenizer
     return ENGINES[name](path, settings, device=device, tokenizer=tokenizer), tokenizer
+
+
+def with_workers(settings: RolloutSettings, engine: str) -> RolloutSettings:
+    """The settings with the copies of `vllm.data_parallel` as workers of a pool, each on GPUs of its own.
+
+    Raises:
+        ModuleNotFoundError, ValueError: as `cpu_build`; or workers without a GPU for vLLM's GPU build.
+    """
+    if engine != "vllm":
+        return settings
+    vllm, gpus = settings.vllm, 0 if cpu_build() else settings.vllm.tensor_parallel
+    if vllm.data_parallel > 1:
+        one = replace(vllm, data_parallel=1)
+        return replace(settings, workers=vllm.data_parallel, worker_gpus=float(gpus), vllm=one)
+    if settings.workers and gpus and not settings.worker_gpus:
+        raise ValueError(
+            "vLLM here is the GPU build, and rollout.worker_gpus = 0 hides the GPUs from its workers: set "
+            f"--rollout.worker-gpus {gpus}, or less than 1 to share a GPU."
+        )
+    return settings
 
 
 def engine_for(
@@ -55,6 +81,7 @@ def engine_for(
     tokenizer: PreTrainedTokenizerFast,
     settings: RolloutSettings | None = None,
     path: Path | None = None,
+    dtype: DtypeName | None = None,
 ) -> RolloutEngine:
     """An engine for a policy in training.
 
@@ -62,6 +89,7 @@ def engine_for(
         settings: the engine. None, and every in-process engine, generate from the trainer's own weights in
             place: there is nothing to copy.
         path: the policy's checkpoint, which engines with weights of their own open.
+        dtype: what the trainer computes in, for `settings.dtype` auto; None = the policy's own type.
 
     Raises:
         ValueError: an engine that is not for this policy.
@@ -75,10 +103,15 @@ def engine_for(
             f"the policy is a {policy.engine} model, which rollout.engine = {name!r} does not generate from; "
             "use auto or vllm."
         )
+    if settings.dtype == "auto":
+        own = next(policy.parameters()).dtype
+        settings = replace(settings, dtype=dtype or ("bfloat16" if own == DTYPES["bfloat16"] else "float32"))
+    settings = with_workers(settings, name)
     eos = tokenizer.eos_token_id
     if settings.workers:
         assert path is not None
-        return RolloutPool(path, settings, open_worker_engine, eos_token_id=eos)
+        trainer = device_of(policy)
+        return RolloutPool(path, settings, open_worker_engine, eos_token_id=eos, trainer=trainer)
     return ENGINES[name](path, settings, policy=policy, tokenizer=tokenizer, eos_token_id=eos)
 
 

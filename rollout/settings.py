@@ -7,6 +7,7 @@ from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Setting
 
 EngineName = Literal["auto", "native", "dense", "vllm"]
 DtypeName = Literal["float32", "bfloat16"]
+Switch = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,24 @@ class VllmSettings(Settings):
 
     tensor_parallel: Count = 1
     """GPUs that share one engine's weights."""
+    data_parallel: Count = 1
+    """Copies of the engine, each in a process of its own on `tensor_parallel` GPUs; the prompts are shared
+    out. Above 1 they are workers on Ray, none of them on the trainer's GPU."""
+    expert_parallel: bool = False
+    """Split a mixture of experts over the `tensor_parallel` GPUs by experts, not each expert's matrices."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8 = vLLM rounds the weights to 8 bits, which GPUs since Hopper multiply. What is live then has no
+    fingerprint to compare; each transfer still has. The importance correction must hold the difference."""
+    kv_dtype: Literal["auto", "fp8"] = "auto"
+    """Type of the KV cache; auto = the weights'. fp8 holds twice the tokens, and is another policy."""
+    sleep: Switch = "auto"
+    """Free vLLM's weights and cache while the trainer works. auto = where both share a GPU."""
+    routed_experts: bool = False
+    """Record the experts of every token in the rollouts. GPUs only."""
+    seed_each: Switch = "auto"
+    """A random generator for each rollout: the same rollout in any batch. auto = on CPUs; on GPUs it launches
+    a kernel a rollout and token. off = one generator for all: rollouts depend on what they are batched with,
+    and a resumed run samples others."""
     gpu_memory: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.4
     """Share of each GPU's memory for vLLM's weights and cache; the rest is the trainer's."""
     cache_gib: Positive = 2.0
@@ -41,6 +60,13 @@ class VllmSettings(Settings):
     """Compare a greedy continuation with our own model first, and refuse to start when the two differ. Takes
     the memory of our model during the comparison."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.expert_parallel and self.tensor_parallel == 1:
+            raise ValueError(
+                "expert_parallel splits experts over the GPUs of one engine: set tensor_parallel above 1 too."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Settings):
@@ -49,8 +75,9 @@ class RolloutSettings(Settings):
     engine: EngineName = "auto"
     """auto = in the trainer's process and from its own weights: native for DeepSeek-V3 policies, dense
     (transformers) for all others. vllm needs the environment of `make test-vllm`, or a GPU build of vLLM."""
-    dtype: DtypeName = "float32"
-    """Type of the weights of engines that have their own: vLLM, and workers."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights of engines that have their own: vLLM, and workers. auto = the trainer's arithmetic:
+    float32, or bfloat16 for precisions bfloat16 and fp8."""
     workers: Natural = 0
     """Engines in processes of their own, on Ray; 0 = one engine in the trainer's process."""
     address: str = ""
@@ -65,3 +92,11 @@ class RolloutSettings(Settings):
     """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers and self.vllm.data_parallel > 1:
+            raise ValueError(
+                f"workers={self.workers} and vllm.data_parallel={self.vllm.data_parallel} both set the "
+                "number of engines: set one of them."
+            )

@@ -6,7 +6,7 @@ nothing. So the trainer computes it from its own tensors, the engine from what i
 sums mean equal weights.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,9 +18,13 @@ from rollout.engine import RolloutEngine
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """torch's type for each `DtypeName`."""
 MODULUS = 1 << 64
-CHUNK = 1 << 20
-"""Elements hashed at once; the int64 copies of more would fall out of the cache."""
+CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Elements hashed at once: their int64 copies fit a CPU's cache, and take few launches on a GPU."""
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer type of as many bytes."""
 LATENT_PARTS = ("W_UK_T", "W_UV")
+LATENT = "latent parts"
+"""Stands among the names of a network's tensors for those cut from `kv_b_proj`."""
 ALWAYS_FLOAT32 = "e_score_correction_bias"
 """The one tensor that stays fp32 in a bf16 engine: it decides between near-ties."""
 
@@ -33,7 +37,17 @@ class InPlaceEngine(RolloutEngine):
     """Of the weights."""
 
     def load_weights(self, source: Policy, version: int) -> None:
-        """Generate from `source` from now on, in place; nothing is copied."""
+        """Generate from `source` from now on, in place; nothing is copied.
+
+        Raises:
+            ValueError: `source` lies on another device than the engine's policy.
+        """
+        here, there = device_of(self.policy), device_of(source)
+        if here != there:
+            raise ValueError(
+                f"{type(self).__name__} generates on {here}, and the policy lies on {there}: it needs the "
+                "trainer's device; set the stage's device, or use engine vllm or workers."
+            )
         self.policy, self.version = source, version
 
     @torch.no_grad()
@@ -52,55 +66,96 @@ class InPlaceEngine(RolloutEngine):
         """See `RolloutEngine.drain`."""
         return {}
 
+    def rest(self) -> bool:
+        """Free what `close` frees. The weights are the trainer's own and stay."""
+        self.close()
+        return False
+
     def close(self) -> None:
         """Nothing to free: a cache lives as long as its request."""
 
 
-def in_dtype(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The weights as an engine of `dtype` holds them."""
-    for name, tensor in weights:
-        yield name, tensor.to(torch.float32 if name.endswith(ALWAYS_FLOAT32) else dtype)
+def device_of(policy: Policy) -> torch.device:
+    """Where a policy's tensors lie."""
+    return next(policy.parameters()).device
+
+
+def held_in(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The type in which an engine of `dtype` holds the tensor `name`."""
+    return torch.float32 if name.endswith(ALWAYS_FLOAT32) else dtype
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> int:
     """Sum of the elements' hashes modulo 2^64, whatever their order, grouping and padding with zeros."""
-    total = 0
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().view(-1)
-        bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-        for part in bits.split(CHUNK):
-            total += int(_hash(part.to(torch.int64)).sum())
-    return total % MODULUS
+    return sum(fingerprints(tensors)) % MODULUS
+
+
+def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
+    """The fingerprint of each tensor, computed where it lies; one wait for the device in all."""
+    sums = [_sum(tensor) for tensor in tensors]
+    return [total % MODULUS for total in torch.stack(sums).tolist()] if sums else []
+
+
+def _sum(tensor: Tensor) -> Tensor:
+    """Sum of the elements' hashes, a wrapping int64 scalar on the tensor's device."""
+    flat = tensor.detach().contiguous().view(-1)
+    bits = flat.view(INTEGERS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    if bits.element_size() <= 2 and bits.device.type == "cpu" and len(bits) >= CHUNK["cpu"]:
+        low, high = torch.iinfo(bits.dtype).min, torch.iinfo(bits.dtype).max
+        for part in bits.split(CHUNK["cpu"]):  # counting is faster than hashing where values are few
+            total = total + torch.bincount(part.int() - low, minlength=high - low + 1)
+        return (total * _hash(torch.arange(low, high + 1))).sum()
+    chunk = CHUNK["cuda" if bits.is_cuda else "cpu"]
+    x = torch.empty(min(chunk, len(bits)), dtype=torch.int64, device=bits.device)
+    for part in bits.split(chunk):
+        total += _hash(x[: len(part)].copy_(part)).sum()
+    return total
 
 
 def _hash(x: Tensor) -> Tensor:
-    """Finalizer of SplitMix64 (Steele, Lea, Flood 2014) in wrapping int64; 0 stays 0."""
-    x = x * -0x61C8864680B583EB
-    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
-    return x ^ (x >> 27)
+    """Finalizer of SplitMix64 (Steele, Lea, Flood 2014) in wrapping int64, in place; 0 stays 0."""
+    x *= -0x61C8864680B583EB
+    x ^= x >> 30
+    x *= -0x40A7B892E31B1A47
+    x ^= x >> 27
+    return x
 
 
-def live_fingerprint(network: nn.Module) -> int:
-    """Fingerprint of a vLLM model: the sum over its tensors, packed matrices as they were before packing.
+def live_fingerprints(network: nn.Module) -> dict[str, int]:
+    """The fingerprint of each tensor of a vLLM model by its path, packed matrices as before packing.
 
     Modules whose matrix is packed for a GEMM library have its fingerprint as `r1_packed`. Latent attention
-    decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill. If the parts do not
-    add up to it, the result matches no policy.
+    decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill: the entry `LATENT`
+    is 0 where the parts add up to it, else it makes the sum match no policy.
     """
-    total, complete, parts, seen = 0, 0, 0, set()
+    known, measured, seen = dict[str, int](), dict[str, Tensor](), set[int]()
     for path, module in network.named_modules():
         packed: int | None = getattr(module, "r1_packed", None)
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
+        for name, parameter in module.named_parameters(prefix=path, recurse=False):
+            if packed is not None and name.endswith(".weight") and id(parameter) not in seen:
+                known[name] = packed
+            elif id(parameter) not in seen:
+                measured[name] = parameter
             seen.add(id(parameter))
-            found = packed if packed is not None and name == "weight" else fingerprint([parameter])
-            if name in LATENT_PARTS:
-                parts += found
-                continue
-            total += found
-            complete += found if path.endswith("kv_b_proj") else 0
-    return (total + 3 * (parts - complete if parts else 0)) % MODULUS
+    known |= dict(zip(measured, fingerprints(measured.values()), strict=True))
+    parts = [known.pop(name) for name in list(known) if name.endswith(LATENT_PARTS)]
+    if parts:
+        matrices = [found for name, found in known.items() if name.endswith("kv_b_proj.weight")]
+        known[LATENT] = 3 * (sum(parts) - sum(matrices)) % MODULUS
+    return known
+
+
+def over_ranks(found: Sequence[Mapping[str, int]]) -> int:
+    """The fingerprint of an engine's weights from each rank's `live_fingerprints`.
+
+    Shards differ and add up. A tensor that is equal on all ranks is replicated and counts once.
+    """
+    total = 0
+    for name in found[0]:
+        values = [rank.get(name, 0) for rank in found]
+        total += values[0] if len(set(values)) == 1 else sum(values)
+    return total % MODULUS
 
 
 def shapes(source: Policy) -> dict[str, tuple[int, ...]]:

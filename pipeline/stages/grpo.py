@@ -87,7 +87,7 @@ class Trainer:
         if config.eval_every:
             count = config.eval_problems
             self.heldout_problems = problems(config.eval_source, count=count, seed=1, data_dir=data)
-        engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start)
+        engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start, config.optim.precision)
         self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer)
         run_dir.metrics.explain(self.scorer.glossary())
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from rollout import local
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import engine_for
-from rollout.settings import RolloutSettings
+from rollout.settings import DtypeName, RolloutSettings
 from rollout.text.tokenizer import load_tokenizer
 
 
@@ -28,15 +28,20 @@ def load_policy(path: Path, device: torch.device) -> tuple[Policy, PreTrainedTok
 
 
 def open_rollouts(
-    policy: Policy, tokenizer: PreTrainedTokenizerFast, settings: RolloutSettings, path: Path
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerFast,
+    settings: RolloutSettings,
+    path: Path,
+    precision: str = "float32",
 ) -> RolloutEngine:
-    """The engine that generates from a policy loaded from `path`.
+    """The engine that generates from a policy loaded from `path`, which is trained in `precision`.
 
     Raises:
         UserError: an engine that is not for it, not installed here, or wrong about it.
     """
     try:
-        return engine_for(policy, tokenizer, settings, path)
+        dtype: DtypeName = "float32" if precision == "float32" else "bfloat16"
+        return engine_for(policy, tokenizer, settings, path, dtype)
     except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
         raise UserError(str(error)) from error
 

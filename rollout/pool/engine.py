@@ -5,12 +5,13 @@ rollout depend on its (index, sample) alone, so it is the same from any worker. 
 nothing for `timeout_s`, is replaced, and its missing rollouts are generated again: the pool passes each
 rollout on once, and ends only when none is missing.
 
-Weights are put into Ray's store once a version; a worker fetches the newest before its next prompts and
-proves by a fingerprint that it holds them. Rollouts that are too many versions old are generated again.
+Weights go to all workers at once, from GPU to GPUs (`transport.Broadcast`), where each worker has a GPU and
+none is at work. Else they are put into Ray's store, bucket by bucket, and a worker fetches the newest before
+its next prompts. It proves by a fingerprint that it holds them. Rollouts that are too many versions old are
+generated again.
 """
 
 import contextlib
-import logging
 import os
 import signal
 import time
@@ -20,14 +21,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, stored_shapes
 from rollout.engine import EngineDied
-from rollout.pool.worker import Finished, Opener, Worker
+from rollout.pool.start import last_line, start_ray
+from rollout.pool.worker import Finished, Opener, Worker, stale
 from rollout.settings import RolloutSettings
 from rollout.stopping import check_prompts
+from rollout.transport import BUCKET_BYTES, Broadcast, Group, Outlet, buckets, join_group, send
 from rollout.types import Prompt, Rollout, SamplingParams
-from rollout.weights import DTYPES, check_shapes, fingerprint, in_dtype, shapes
+from rollout.weights import DTYPES, MODULUS, check_shapes, device_of, shapes
 
 TASKS_PER_WORKER = 4
 """Tasks that each worker's share of a request is split into: with more, workers idle less at the end; with
@@ -83,6 +89,7 @@ class RolloutPool:
         *,
         eos_token_id: int | Sequence[int] | None = None,
         max_staleness: int = 1,
+        trainer: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -90,10 +97,12 @@ class RolloutPool:
             opener: opens an engine in a worker; a function at the top of a module.
             eos_token_id: ends a completion; None = the checkpoint's.
             max_staleness: versions by which a rollout may be older than the newest weights.
+            trainer: its device, which no worker gets unless it asks for less than a GPU.
 
         Raises:
             ModuleNotFoundError: Ray is not installed here.
             EngineDied: a worker could not be started.
+            ValueError: too few GPUs beside the trainer's.
         """
         try:
             import ray
@@ -105,13 +114,15 @@ class RolloutPool:
         self.ray: Any = ray
         self.path, self.settings, self.opener = Path(path), settings, opener
         self.eos_token_id, self.max_staleness = eos_token_id, max_staleness
+        self.dtype = DTYPES["float32" if settings.dtype == "auto" else settings.dtype]
         self.context, self.vocab_size = context_and_vocabulary(self.path, settings.vllm.context)
         self.version, self.counts, self.closed = 0, Counts(), False
-        self.latest: tuple[Any, int] | None = None  # reference to the weights in Ray's store, fingerprint
+        self.latest: tuple[list[Any], int] | None = None  # buckets in Ray's store, fingerprint of all
+        self.group: tuple[list[Any], Group] | None = None  # for broadcasts, and its workers
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.own_ray = not ray.is_initialized()
         if self.own_ray:
-            start_ray(settings)
+            start_ray(settings, trainer)
         self.members: list[Member] = []
         try:
             actors = [self._actor() for _ in range(settings.workers)]
@@ -185,7 +196,10 @@ class RolloutPool:
         queue = deque(self._tasks(prompts, sampling.n))
         try:
             while queue or any(member.task for member in self.members):
-                for member in list(self.members):
+                able = [m for m in self.members if self.latest is not None or m.version == self.version]
+                if not able:
+                    raise EngineDied("every worker that held the newest weights was lost; load them again.")
+                for member in able:
                     if member.task is None and queue:
                         self._hand_out(member, queue.popleft(), sampling)
                 for member, finished in self._answers(queue):
@@ -202,13 +216,12 @@ class RolloutPool:
 
     def _hand_out(self, member: Member, task: Task, sampling: SamplingParams) -> None:
         """Send a worker a task, and the newest weights if it does not hold them."""
-        weights = update = None
+        update = None
         if self.latest is not None and member.version != self.version:
-            weights, expected = self.latest
-            update, member.version = (self.version, expected), self.version
+            update, member.version = (*self.latest, self.version), self.version
         seeded = replace(sampling, first_index=sampling.first_index + task.first)
         generate = member.actor.generate.options(num_returns="streaming")
-        member.stream = generate.remote(weights, update, task.prompts, seeded)
+        member.stream = generate.remote(update, task.prompts, seeded)
         member.task, member.alive_at = task, time.monotonic()
 
     def _answers(self, queue: deque[Task]) -> Iterator[tuple[Member, list[Finished] | None]]:
@@ -258,18 +271,54 @@ class RolloutPool:
     # ---- weights
 
     def load_weights(self, source: Policy, version: int) -> None:
-        """Broadcast: every worker loads `source`'s weights before its next prompts.
+        """Every worker has `source`'s weights before its next prompts.
 
         Raises:
             ValueError: weights of another shape than those that the workers opened.
+            StaleWeights: a worker does not hold what was broadcast.
         """
         found = shapes(source)
         self._shapes = self._shapes or stored_shapes(self.path, found)
         check_shapes(found, self._shapes, self.path)
-        weights = in_dtype(source.public_weights(), DTYPES[self.settings.dtype])
-        sent = {name: tensor.cpu() for name, tensor in weights}
-        self.latest = (self.ray.put(sent), fingerprint(sent.values()))
-        self.version = version
+        self.version, self.latest = version, None
+        (self._broadcast if self._can_broadcast(source) else self._store)(source)
+
+    def _can_broadcast(self, source: Policy) -> bool:
+        """Whether trainer and workers each have a GPU to themselves, and every worker listens."""
+        gpus = device_of(source).type == "cuda" and self.settings.worker_gpus >= 1
+        return gpus and not any(member.task for member in self.members)
+
+    def _store(self, source: Policy) -> None:
+        """Put weights into Ray's store, from which workers fetch them, those that are still to come too."""
+        outlet, refs, expected = Outlet(BUCKET_BYTES), [], 0
+        for bucket in buckets(source.public_weights(), self.dtype, outlet):
+            refs.append(self.ray.put((bucket, outlet.flat[: bucket.nbytes].numpy())))
+            expected += bucket.fingerprint
+        self.latest = (refs, expected % MODULUS)
+
+    def _broadcast(self, source: Policy) -> None:
+        """Send weights to all workers at once. A worker that is opened later has none until the next time."""
+        device, actors = device_of(source), [member.actor for member in self.members]
+        if self.group is None or self.group[0] != actors:
+            host, world = self.ray.util.get_node_ip_address(), len(actors) + 1
+            store = dist.TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
+            joined = [a.join.remote(host, store.port, rank, world) for rank, a in enumerate(actors, 1)]
+            self.group = actors, join_group(store, 0, world, device)
+            self.ray.get(joined)
+        outlet = Broadcast(BUCKET_BYTES, device, self.group[1])
+        loaded = [actor.receive.remote(self.version) for actor in actors]
+        try:
+            expected = send(source.public_weights(), self.dtype, outlet, outlet.start)
+        finally:
+            outlet.close()
+        for member, live in zip(self.members, self.ray.get(loaded), strict=True):
+            if live != expected:
+                raise stale(member.pid, self.version, live, expected)
+            member.version = self.version
+
+    def rest(self) -> bool:
+        """Nothing to free: the workers have memory of their own."""
+        return False
 
     def drain(self) -> dict[str, float]:
         """Empty: a pool has no metrics."""
@@ -284,27 +333,3 @@ class RolloutPool:
             self._kill(member)
         if self.own_ray:
             self.ray.shutdown()
-
-
-def start_ray(settings: RolloutSettings) -> None:
-    """Join the cluster at `settings.address`, or start a Ray on this machine with CPUs for the workers."""
-    import ray
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    root = str(Path(__file__).parents[2])
-    env = {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    env["OMP_NUM_THREADS"] = str(max(1, int(settings.worker_cpus)))
-    common: dict[str, Any] = {"runtime_env": {"env_vars": env}, "log_to_driver": False}
-    if settings.address:
-        try:
-            ray.init(address=settings.address, **common)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise EngineDied(f"no Ray cluster at {settings.address}: {last_line(error)}") from error
-        return
-    cores = max(os.cpu_count() or 1, int(settings.workers * settings.worker_cpus + 0.999))
-    ray.init(address="local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR, **common)
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()

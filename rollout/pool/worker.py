@@ -3,13 +3,15 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rollout.engine import RolloutEngine, StaleWeights
 from rollout.settings import RolloutSettings
+from rollout.transport import Bucket, Group, fingerprint_of, join_group, received
 from rollout.types import FinishReason, Prompt, SamplingParams
 
 Finished = tuple[int, int, Sequence[int], Sequence[float], FinishReason, int]
@@ -39,36 +41,41 @@ class Worker:
         self, opener: Opener, path: str, settings: RolloutSettings, eos_token_id: int | Sequence[int] | None
     ) -> None:
         torch.set_num_threads(max(1, int(settings.worker_cpus)))
-        device = "cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu"
-        self.engine: WorkerEngine = opener(path, settings, device, eos_token_id)  # type: ignore[assignment]
+        self.device = torch.device("cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu")
+        opened = opener(path, settings, self.device.type, eos_token_id)
+        self.engine: WorkerEngine = opened  # type: ignore[assignment]
+        self.group: Group = None
 
     def identity(self) -> tuple[int, str]:
         """Process id and machine; answers when the engine is open."""
         return os.getpid(), os.uname().nodename
 
-    def load(self, weights: dict[str, Tensor], version: int, expected: int) -> None:
-        """Load these weights, and prove by the fingerprint `expected` that they are live.
+    def load(self, refs: Sequence[Any], expected: int, version: int) -> None:
+        """Load weights from Ray's store, and prove by the fingerprint `expected` that they are live.
 
         Raises:
             StaleWeights: they are not.
         """
-        self.engine.load_tensors(weights.items(), version)
+        self.engine.load_tensors(stored(refs), version)
         if (live := self.engine.live_weights()) != expected:
-            raise StaleWeights(
-                f"worker {os.getpid()} holds weights with fingerprint {live:016x} after the update to "
-                f"version {version}, not the {expected:016x} that were sent"
-            )
+            raise stale(os.getpid(), version, live, expected)
+
+    def join(self, host: str, port: int, rank: int, world: int) -> None:
+        """Become a member of the group that weights are broadcast in, whose store is at this address."""
+        store = dist.TCPStore(host, port, world, is_master=False)
+        self.group = join_group(store, rank, world, self.device)
+
+    def receive(self, version: int) -> int:
+        """Load the weights that the group's rank 0 sends; the fingerprint of what is live."""
+        self.engine.load_tensors(received(self.group, self.device), version)
+        return self.engine.live_weights()
 
     def generate(
-        self,
-        weights: dict[str, Tensor] | None,
-        update: tuple[int, int] | None,
-        prompts: list[Prompt],
-        sampling: SamplingParams,
+        self, update: tuple[Sequence[Any], int, int] | None, prompts: list[Prompt], sampling: SamplingParams
     ) -> Iterator[list[Finished]]:
-        """Load `weights`, if any (version and fingerprint in `update`); yield rollouts as they finish."""
-        if weights is not None and update is not None:
-            self.load(weights, *update)
+        """Load the weights of `update`, if any (see `load`); yield rollouts as they finish."""
+        if update is not None:
+            self.load(*update)
         finished: list[Finished] = []
         since = time.monotonic()
         for r in self.engine.generate(prompts, sampling):
@@ -78,3 +85,30 @@ class Worker:
                 finished, since = [], time.monotonic()
         if finished:
             yield finished
+
+
+def stored(refs: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of buckets in Ray's store, one bucket in this process at a time.
+
+    Raises:
+        StaleWeights: a bucket is not what was put there.
+    """
+    import ray
+
+    for ref in refs:
+        bucket, data = ray.get(ref)
+        assert isinstance(bucket, Bucket)
+        flat = torch.from_numpy(data.copy())
+        if fingerprint_of(flat, bucket.slots) != bucket.fingerprint:
+            raise StaleWeights(
+                f"{bucket} arrived with another fingerprint than was sent. Load the weights again."
+            )
+        yield from bucket.tensors(flat)
+
+
+def stale(pid: int, version: int, live: int, expected: int) -> StaleWeights:
+    """The error of a worker that does not hold the weights that it was sent."""
+    return StaleWeights(
+        f"worker {pid} holds weights with fingerprint {live:016x} after the update to version {version}, not "
+        f"the {expected:016x} that were sent"
+    )

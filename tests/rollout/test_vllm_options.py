@@ -5,20 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 from rollout import checkpoint
 from rollout.settings import VllmSettings
 from rollout.vllm import options
-from rollout.vllm.engine import VllmEngine
-from rollout.weights import fingerprint
 
 DEEPSEEK = {"model_type": "deepseek_v3", "max_position_embeddings": 64, "vocab_size": 97}
 
@@ -87,7 +81,7 @@ def test_the_engine_gets_what_its_device_needs():
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_server_gets_the_flags_of_the_engine(environment, tmp_path, monkeypatch, gpu):
     (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(options, "cpu_build", lambda: not gpu)
     settings = VllmSettings(max_batch=7, context=48)
     flags = options.server_flags(tmp_path, "float32", settings)
     expected = options.llm_options(tmp_path, DEEPSEEK, "float32", settings, 48, not gpu)
@@ -111,23 +105,3 @@ def test_shapes_are_read_from_the_file_as_far_as_an_update_names_them(deepseek_d
     }
     with safe_open(next(deepseek_dir.glob("*.safetensors")), framework="pt") as tensors:
         assert len(list(tensors.keys())) > 2
-
-
-def test_weights_travel_by_a_file_in_memory_or_where_it_is_short_beside_the_checkpoint(tmp_path, monkeypatch):
-    stacked = torch.arange(12.0).view(2, 6)
-    sent = [("a", stacked[0]), ("b", stacked[1]), ("c", torch.ones(3, 5, dtype=torch.bfloat16).T)]
-    files = []
-
-    def received(method, file):
-        files.append(Path(file))
-        loaded = load_file(file)
-        assert method == "r1_receive_file" and all(torch.equal(loaded[name], t) for name, t in sent)
-        return fingerprint(loaded.values())
-
-    engine = VllmEngine.__new__(VllmEngine)
-    engine.path, engine._call = tmp_path, received
-    memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else tmp_path
-    for free, folder in ((1 << 20, memory), (60, tmp_path)):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
-        assert engine._through_a_file(sent) == fingerprint(tensor for _, tensor in sent)
-        assert files[-1].parent == folder and not files[-1].exists()

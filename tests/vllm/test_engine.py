@@ -11,6 +11,7 @@ from networks import LENGTHS, MOE, network
 
 import model
 from rollout.engine import EngineDied, StaleWeights
+from rollout.settings import RolloutSettings, VllmSettings
 from rollout.text.tokenizer import train_tokenizer
 from rollout.types import SamplingParams
 from rollout.vllm.self_test import compare
@@ -176,10 +177,57 @@ def test_one_changed_number_changes_the_fingerprint(engine, policies):
 
 
 def test_an_update_that_does_not_arrive_is_noticed(engine, policies, monkeypatch):
-    """Stale weights: the call succeeds and nothing changes."""
-    monkeypatch.setattr(type(engine), "_call", lambda self, method, *args: engine.weights)
-    with pytest.raises(StaleWeights, match="fingerprint"):
+    """Stale weights: every bucket is answered, one is not loaded, and the layers keep what they had."""
+    import rollout.vllm.engine as ours
+    from rollout.vllm.worker import WorkerWeights
+
+    bucket, index = WorkerWeights.r1_bucket, itertools.count()
+
+    def lost(self, message):
+        return self.r1_receiver.read(message)[1] if next(index) == 40 else bucket(self, message)
+
+    monkeypatch.setattr(ours, "BUCKET_BYTES", 1 << 16)
+    monkeypatch.setattr(WorkerWeights, "r1_bucket", lost)
+    with pytest.raises(StaleWeights, match="after the update to version 1 vLLM holds weights"):
         engine.load_weights(policies[1], 1)
+    with pytest.raises(StaleWeights, match="load them before the next request"):
+        engine.generate(PROMPTS, GREEDY)
+    engine.load_weights(policies[1], 2)
+    assert compare(list(engine.generate(PROMPTS, GREEDY)), policies[1]).worst < 1e-5
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_wrong_byte_in_one_bucket_is_found_and_named(engine, policies, monkeypatch, at):
+    import rollout.vllm.engine as ours
+
+    send, index = ours.send, itertools.count()
+
+    def faulty(weights, dtype, outlet, start, copies):
+        def flipped(message):
+            outlet.flat[77] ^= next(index) == at
+            return start(message)
+
+        return send(weights, dtype, outlet, flipped, copies)
+
+    monkeypatch.setattr(ours, "BUCKET_BYTES", 1 << 16)
+    monkeypatch.setattr(ours, "send", faulty)
+    with pytest.raises(StaleWeights, match=rf"bucket {at} of the weights \(model\..* arrived at rank 0"):
+        engine.load_weights(policies[1], 1)
+    monkeypatch.setattr(ours, "send", send)
+    engine.load_weights(policies[1], 2)
+    assert compare(list(engine.generate(PROMPTS, GREEDY)), policies[1]).worst < 1e-5
+
+
+def test_the_same_weights_three_times_are_the_same_policy(engine, policies, monkeypatch):
+    """Through many small buckets, so that layers are split over them."""
+    import rollout.vllm.engine as ours
+
+    monkeypatch.setattr(ours, "BUCKET_BYTES", 1 << 16)
+    want = tokens(list(engine.generate(PROMPTS, GREEDY)))
+    for version in (1, 2, 3):
+        engine.load_weights(policies[0], version)
+        assert tokens(list(engine.generate(PROMPTS, GREEDY))) == want
+        assert engine.live_weights() == fingerprint(t for _, t in policies[0].public_weights())
 
 
 def test_weights_of_another_shape_are_refused_and_the_old_ones_stay(engine, policies):
@@ -229,6 +277,23 @@ def test_the_trainers_process_is_left_as_it_was(folder, policies):
     assert torch.equal(torch.rand(3), want)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sleep": "on"}, "vllm.sleep = on: vLLM's CPU build does not have it; set vllm.sleep = auto"),
+        ({"quantization": "fp8"}, "vllm.quantization: vLLM's CPU build"),
+        ({"kv_dtype": "fp8"}, "vllm.kv_dtype: vLLM's CPU build"),
+        ({"routed_experts": True}, "vllm.routed_experts: vLLM's CPU build"),
+    ],
+)
+def test_what_the_cpu_build_cannot_do_is_refused_by_name(folder, settings, message):
+    from rollout.vllm.engine import VllmEngine
+
+    chosen = RolloutSettings(vllm=VllmSettings(**settings))
+    with pytest.raises(ValueError, match=message):
+        VllmEngine(folder, chosen)
+
+
 def test_a_crash_in_the_middle_is_one_clear_error(folder, policies):
     from rollout.vllm.engine import VllmEngine
 
@@ -256,6 +321,7 @@ def test_a_crash_in_the_middle_is_one_clear_error(folder, policies):
 def test_the_self_test_refuses_vllms_silent_faults(folder, fault, monkeypatch):
     """Without each workaround: either vLLM is refused, or it no longer needs the workaround."""
     import rollout.vllm.engine as ours
+    import rollout.vllm.worker as worker
 
     if fault == "rope":
         original = ours.llm_options
@@ -266,9 +332,9 @@ def test_the_self_test_refuses_vllms_silent_faults(folder, fault, monkeypatch):
             UnquantizedFusedMoEMethod as Method,
         )
 
-        ours.repack_experts_on_reload()
+        worker.repack_experts_on_reload()
         monkeypatch.setattr(Method, "_setup_kernel", Method._setup_kernel.__wrapped__)
-        monkeypatch.setattr(ours, "repack_experts_on_reload", lambda: None)
+        monkeypatch.setattr(worker, "repack_experts_on_reload", lambda: None)
         when = "after an update"
     with pytest.raises(StaleWeights, match=f"is not our model, {when}"):
         ours.VllmEngine(folder)

@@ -36,6 +36,9 @@ class Solver:
                 ids = (*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id)
                 yield Rollout(prompt, i, s, ids, (0.0,) * len(ids), "stop")
 
+    def rest(self):
+        return False
+
     def drain(self):
         return {}
 

@@ -97,6 +97,9 @@ class Counting:
             for s in range(sampling.n):
                 yield Rollout(prompts[i], i, s, (s,), (-1.0,), "stop", 3)
 
+    def rest(self):
+        return False
+
     def drain(self):
         return {}
 
