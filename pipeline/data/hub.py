@@ -82,17 +82,18 @@ def hub_model(name: str, revision: str | None = None) -> Path:
     """
     from huggingface_hub import snapshot_download
 
+    offline = not hub_answers()
     try:
-        offline = not hub_answers()
-        found = snapshot_download(
-            name, revision=revision, allow_patterns=[*MODEL_FILES], local_files_only=offline
+        files = [*MODEL_FILES]
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=offline)
         )
     except Exception as error:  # as above
+        why = "the hub is out of reach and its cache has no copy" if offline else reason(error)
         raise UserError(
-            f"no directory {name} here, and the hub model {name} cannot be read ({reason(error)}); go online "
-            f"so that it can be downloaded, or copy its files from elsewhere and name their directory"
+            f"no directory {name} here, and the hub model {name} cannot be read ({why}); go online so that "
+            f"it can be downloaded, or copy its files from elsewhere and name their directory"
         ) from error
-    return Path(found)
 
 
 def reason(error: Exception) -> str:

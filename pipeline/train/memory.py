@@ -1,7 +1,7 @@
 """Whether a stage fits the memory of its place, found before it reads data and opens engines.
 
-The estimate is a lower bound, from the model's config alone: kernels, fragments and a chunk of logits come on
-top. So nothing that would fit is refused; what is refused cannot fit.
+The estimate is a lower bound from the model's config: kernels, fragments and a chunk of logits come on top.
+So nothing that fits is refused.
 
 Units   GB = 10^9 bytes
 """
@@ -24,11 +24,6 @@ from rollout.settings import RolloutSettings
 
 LEAST_TOKENS = 512
 """Of a micro-batch that is worth proposing."""
-CGROUPS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-)
-"""Limit and use of a container below /sys/fs/cgroup, versions 2 and 1, and what of the use can be dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +40,21 @@ class Need:
     sleeps: bool = False
     """vLLM frees them while the trainer works. While vLLM works there are no gradients and activations."""
 
-    @classmethod
-    def of(
-        cls,
-        config: Any,
-        optim: OptimSettings,
-        tokens: int,
-        reference: bool,
-        rollout: RolloutSettings | None,
-        gpu: int,
-    ) -> Self:
-        """With the engine of `rollout` beside it, on a GPU of `gpu` bytes (0: a CPU)."""
-        shared = gpu and rollout and rollout.engine == "vllm" and not rollout.workers
-        if not shared or rollout is None:
-            return cls(config, optim, tokens, reference)
-        vllm = rollout.vllm
-        return cls(config, optim, tokens, reference, int(vllm.gpu_memory * gpu), vllm.sleep != "off")
+    def beside(self, rollout: RolloutSettings, gpu: int) -> Self:
+        """With the engine of `rollout` on the same GPU, which has `gpu` bytes (0: a CPU)."""
+        if not gpu or rollout.engine != "vllm" or rollout.workers:
+            return self
+        return replace(self, vllm=int(rollout.vllm.gpu_memory * gpu), sleeps=rollout.vllm.sleep != "off")
 
     def parts(self) -> dict[str, int]:
         """Bytes by what they are for, those that are there at once; raises as `training_bytes`."""
-        optim = self.optim
         parts = training_bytes(
             self.config,
             tokens=self.tokens,
-            precision=optim.precision,
-            moments=optim.moments,
+            precision=self.optim.precision,
+            moments=self.optim.moments,
             reference=self.reference,
-            recompute=optim.recompute,
+            recompute=self.optim.recompute,
         )
         resting = parts["gradients"] + parts["activations"] if self.sleeps else 0
         return parts | {"vLLM": max(0, self.vllm - resting)}
@@ -82,24 +65,35 @@ class Need:
 
     def lighter(self, free: int, gpu: int) -> Iterator[tuple[str, "Need"]]:
         """Settings that take less memory, and what is needed then; `free` of the `gpu` bytes are free."""
-        optim = self.optim
         if self.vllm and not self.sleeps:
             yield "--rollout.vllm.sleep on", replace(self, sleeps=True)
-        if not optim.recompute:
-            yield "--optim.recompute", replace(self, optim=replace(optim, recompute=True))
-        if optim.moments == "float32" and optim.beta2 <= 0.99:
-            yield "--optim.moments bfloat16", replace(self, optim=replace(optim, moments="bfloat16"))
+        if not self.optim.recompute:
+            yield "--optim.recompute", replace(self, optim=replace(self.optim, recompute=True))
+        if self.optim.moments == "float32" and self.optim.beta2 <= 0.99:
+            half = replace(self.optim, moments="bfloat16")
+            yield "--optim.moments bfloat16", replace(self, optim=half)
         tokens = self.tokens // 2
         while tokens > LEAST_TOKENS and replace(self, tokens=tokens).total() > free:
             tokens //= 2
         if tokens >= LEAST_TOKENS:
             yield f"--micro-tokens {tokens}", replace(self, tokens=tokens)
-        if optim.precision == "float32":
-            yield "--optim.precision bfloat16", replace(self, optim=replace(optim, precision="bfloat16"))
-        steps = int(20 * (self.vllm - self.total() + free) / gpu) if self.vllm else 0
-        if steps > 0:
-            share = steps / 20
+        if self.optim.precision == "float32":
+            yield "--optim.precision bfloat16", replace(self, optim=replace(self.optim, precision="bfloat16"))
+        share = int(20 * (self.vllm - self.total() + free) / gpu) / 20 if self.vllm else 0
+        if share > 0:
             yield f"--rollout.vllm.gpu-memory {share:g}", replace(self, vllm=int(share * gpu))
+
+    def advice(self, free: int, gpu: int) -> str:
+        """Each setting that makes it fit by itself, or else the first few that do together."""
+        alone = [flag for flag, less in self.lighter(free, gpu) if less.total() <= free]
+        need, flags = self, list[str]()
+        while not alone and need.total() > free:
+            offers = need.lighter(free, gpu)
+            flag, less = next((o for o in offers if o[1].total() < need.total()), ("", need))
+            if not flag:
+                return f"no setting makes it fit: with {' '.join(flags)} it needs {need.total() / 1e9:.1f} GB"
+            flags, need = [*flags, flag], less
+        return f"it would fit with {' or '.join(alone) or ' '.join(flags)}"
 
 
 def check_memory(
@@ -122,37 +116,21 @@ def check_memory(
     Raises:
         UserError: it cannot fit, with the parts and the settings that would.
     """
-    free, gpu = free_bytes(place.device), place.device.type == "cuda"
-    config = config_of(model) if isinstance(model, Path) else model
-    size = torch.cuda.mem_get_info(place.device)[1] if gpu else 0
-    need = Need.of(config, optim, tokens, reference, rollout, size)
+    on_gpu, free = place.device.type == "cuda", free_bytes(place.device)
+    gpu = torch.cuda.mem_get_info(place.device)[1] if on_gpu else 0
+    need = Need(config_of(model) if isinstance(model, Path) else model, optim, tokens, reference)
+    need = need.beside(rollout, gpu) if rollout else need
     try:
         total = need.total()
     except ValueError:
         return
     if free is not None and total > free:
-        where = torch.cuda.get_device_name(place.device) if gpu else "this machine"
+        where = torch.cuda.get_device_name(place.device) if on_gpu else "this machine"
         parts = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need.parts().items() if size)
         raise UserError(
             f"too little memory: training needs at least {total / 1e9:.1f} GB ({parts}), and "
-            f"{free / 1e9:.1f} GB are free on {where}; {advice(need, free, size)}"
+            f"{free / 1e9:.1f} GB are free on {where}; {need.advice(free, gpu)}"
         )
-
-
-def advice(need: Need, free: int, gpu: int) -> str:
-    """Each setting that would make it fit by itself, or else the first few that do together."""
-    alone = [flag for flag, less in need.lighter(free, gpu) if less.total() <= free]
-    if alone:
-        return f"it would fit with {' or '.join(alone)}"
-    flags: list[str] = []
-    while need.total() > free:
-        offers = need.lighter(free, gpu)
-        flag, less = next((o for o in offers if o[1].total() < need.total()), ("", need))
-        if not flag:
-            tried = f": with {' '.join(flags)} it needs {need.total() / 1e9:.1f} GB" if flags else ""
-            return f"no setting makes it fit{tried}"
-        flags, need = [*flags, flag], less
-    return f"it would fit with {' '.join(flags)}"
 
 
 def config_of(path: Path) -> Any:
@@ -179,18 +157,20 @@ def free_bytes(device: torch.device) -> int | None:
     except OSError:
         return None
     kib = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-    free = 1024 * (kib.get("MemAvailable", kib["MemFree"]) + kib["SwapFree"])
-    return min([free, *container_bytes(Path("/sys/fs/cgroup"))])
+    return min([1024 * (kib["MemAvailable"] + kib["SwapFree"]), *container_bytes(Path("/sys/fs/cgroup"))])
 
 
 def container_bytes(root: Path) -> Iterator[int]:
-    """What a container may still take, where one has a limit."""
-    for limit, used, dropped in CGROUPS:
+    """What a container may still take, where it has a limit: control groups, version 2 or 1."""
+    for most, used, files in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
         try:
-            most, now = ((root / name).read_text().strip() for name in (limit, used))
-            stat = (root / limit).with_name("memory.stat").read_text().splitlines()
+            limit, use = ((root / name).read_text().strip() for name in (most, used))
+            stat = (root / most).with_name("memory.stat").read_text()
         except OSError:
             continue
-        cached = dict(line.split(maxsplit=1) for line in stat).get(dropped, "0")
-        if most != "max":
-            yield int(most) - int(now) + int(cached)
+        cached = dict(line.split(maxsplit=1) for line in stat.splitlines()).get(files, "0")
+        if limit != "max":
+            yield int(limit) - int(use) + int(cached)  # what caches files is given back when it is needed

@@ -16,7 +16,7 @@ from pipeline.settings.common import OptimSettings
 from pipeline.settings.rollouts import GrpoSettings
 from pipeline.table import STAGES
 from pipeline.train import memory
-from pipeline.train.memory import Need, advice, check_memory, container_bytes, free_bytes
+from pipeline.train.memory import Need, check_memory, container_bytes, free_bytes
 from pipeline.train.place import Place
 from rollout.settings import RolloutSettings, VllmSettings
 from tests.conftest import ROOT
@@ -92,7 +92,7 @@ def test_what_is_advised_fits():
         for sleeps in (False, True):
             need = Need(QWEN, OptimSettings(), 16_384, True, int(30e9), sleeps)
             if need.total() > free:
-                text = advice(need, free, int(80e9))
+                text = need.advice(free, int(80e9))
                 fits = {flag: less.total() <= free for flag, less in need.lighter(free, int(80e9))}
                 if any(fits.values()):
                     assert {flag for flag in fits if flag in text} == {flag for flag in fits if fits[flag]}
