@@ -13,11 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.data.corpus import Row
+from pipeline.data.corpus import Row, tagged
 from pipeline.data.decontaminate import decontaminate
-from pipeline.data.problems import BENCHMARKS, benchmark_rows, problems
-from pipeline.data.rows import to_problem
-from pipeline.data.traces import tagged
+from pipeline.data.problems import BENCHMARKS, benchmark_rows, problems, read_problems
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
 
@@ -52,9 +50,10 @@ def read_solutions(source: str, folder: Path | None) -> list[tuple[Problem, str]
     Raises:
         UserError: neither can be read, or a line holds no problem.
     """
+    _, rows, public = benchmark_rows(source, folder)
     return [
-        (to_problem(row, where, source, index), str(row.get("solution") or row.get("answer") or ""))
-        for index, (where, row) in enumerate(benchmark_rows(source, folder)[1])
+        (problem, str(row.get("solution") or row.get("answer") or ""))
+        for problem, row in read_problems(rows, source, public)
     ]  # the hub's GSM8K has the solution under `answer`
 
 

@@ -53,8 +53,8 @@ def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
     """The rows of every source of the corpus, one after the other."""
     rows: list[Row] = []
     for source in config.corpus:
-        file = None if source in WORKED else run_dir.file_input(source, "corpus.jsonl")
-        found = read_corpus(file) if file else solutions(config, source)
+        worked = source in WORKED
+        found = solutions(config, source) if worked else read_corpus(run_dir.corpus_input(source))
         say(f"distill: {len(found)} traces from {source}")
         rows += found
     if 0 < config.count < len(rows):
@@ -178,7 +178,7 @@ def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
 
 def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
-    Place.open(config)
+    place = Place.open(config)
     logging.set_verbosity_error()  # no bars, and no notes of Trainer's on the token ids that it aligns
     logging.disable_progress_bar()
     lora = lora_config(config.lora_rank)
@@ -197,7 +197,8 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
             parameters = model.num_parameters()
             size = f"{parameters / 1e6:.2f}M parameters"
             say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
-            model = train(model, tokenizer, job, run_dir, config, Watch(job, run_dir, first, total), lora)
+            watch = Watch(job, run_dir, first, total)
+            model = train(model, tokenizer, job, run_dir, config, watch, lora, place.device)
             model.generation_config.eos_token_id = tokenizer.eos_token_id
             with replacing(folder) as partial:
                 model.save_pretrained(partial)

@@ -148,12 +148,13 @@ def resume_point(job: Job, run_dir: RunDir) -> Path | None:
     return folder
 
 
-def arguments(job: Job, config: DistillSettings, output: Path) -> SFTConfig:
+def arguments(job: Job, config: DistillSettings, output: Path, device: torch.device) -> SFTConfig:
     """Our settings in Trainer's terms."""
+    gpu = device.type == "cuda"
     optim, cosine = job.optim, job.optim.schedule == "cosine"
-    return SFTConfig(
+    found = SFTConfig(
         output_dir=str(output), report_to="none", disable_tqdm=True, seed=config.seed, data_seed=config.seed,
-        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not gpu, dataloader_pin_memory=gpu,
         # An item is a complete micro-batch, `plan` has settled the order, too long rows have been dropped.
         max_steps=job.steps, per_device_train_batch_size=1, gradient_accumulation_steps=job.accumulate,
         train_sampling_strategy="sequential", dataset_kwargs={"skip_prepare_dataset": True},
@@ -163,10 +164,13 @@ def arguments(job: Job, config: DistillSettings, output: Path) -> SFTConfig:
         lr_scheduler_kwargs={"min_lr_rate": optim.min_lr_ratio} if cosine else {},
         optim="adamw_torch_fused", adam_beta1=optim.beta1, adam_beta2=optim.beta2,
         weight_decay=optim.weight_decay, max_grad_norm=optim.clip,
-        bf16=config.dtype == "bfloat16", gradient_checkpointing=False,
+        bf16=config.dtype == "bfloat16", gradient_checkpointing=config.recompute,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.recompute else None,
         logging_steps=config.log_every, logging_nan_inf_filter=False,  # a loss that is not finite must show
         save_steps=config.save_every or job.steps, save_total_limit=2,
     )  # fmt: skip
+    found._n_gpu = min(found.n_gpu, 1)  # Trainer would split each micro-batch over every GPU that it sees
+    return found
 
 
 def train(
@@ -177,6 +181,7 @@ def train(
     config: DistillSettings,
     watch: Watch,
     lora: Any,
+    device: torch.device,
 ) -> Any:
     """Train `model` on the job's batches, from its newest checkpoint if there is one, and return it.
 
@@ -189,7 +194,7 @@ def train(
 
     trainer = StudentTrainer(
         model=model,
-        args=arguments(job, config, run_dir.path / job.label),
+        args=arguments(job, config, run_dir.path / job.label, device),
         train_dataset=Dataset.from_dict(
             {"rows": job.batches}
         ),  # an item is a micro-batch: Trainer keeps them

@@ -160,6 +160,7 @@ FLAGS = {
 ONLY = {
     ("zero", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("sft", "--samples-from {samples}"): ["max_samples"],
+    ("sft", "--corpus {corpus}"): ["count"],
     ("distill", "--steps 0 --epochs 0.1"): ["epochs"],
     ("distill", "--corpus gsm8k_train --data {data}"): ["data", "heldout"],
     ("distill", "--base.steps 1 --base.task sum --base.tokens-per-step 128"): [

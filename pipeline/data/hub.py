@@ -1,18 +1,17 @@
-"""Rows of the hub's data sets, downloaded or from its cache."""
+"""Data sets and models of the hub, downloaded or from its cache."""
 
 import functools
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from pipeline.data.jsonl import JsonObject
+from pipeline.data.jsonl import Located
 from pipeline.errors import UserError
-
-Located = tuple[str, JsonObject]
-"""A row with its place, for errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +58,44 @@ def hub_rows(hub: Hub) -> Iterator[Located]:
     try:
         rows = datasets.load_dataset(hub.path, hub.config, split=hub.split)
     except Exception as error:  # the hub client raises a dozen unrelated types, offline and online
-        reason = (str(error).strip().splitlines() or [""])[0][:160]
-        raise UserError(
-            f"the hub data set {hub.path} cannot be read ({type(error).__name__}: {reason})"
-        ) from error
+        raise UserError(f"the hub data set {hub.path} cannot be read ({reason(error)})") from error
     return ((f"{hub.path} ({hub.split}) row {i}", row) for i, row in enumerate(rows))
+
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
+"""What a checkpoint needs; repositories hold the same weights in other formats too."""
+
+
+def is_model_name(value: str) -> bool:
+    """Whether `value` is a hub model's name, `OWNER/NAME`, and no path: there is no directory OWNER here."""
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value)) and not Path(value).parent.is_dir()
+
+
+def hub_model(name: str, revision: str | None = None) -> Path:
+    """The directory of hub model `name`; its last part is the hash of the revision.
+
+    Args:
+        revision: that hash; None = the newest where the hub can be reached, else what the cache has.
+
+    Raises:
+        UserError: it is neither in reach nor in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    offline = not hub_answers()
+    try:
+        files = [*MODEL_FILES]
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=offline)
+        )
+    except Exception as error:  # as above
+        why = "the hub is out of reach and its cache has no copy" if offline else reason(error)
+        raise UserError(
+            f"no directory {name} here, and the hub model {name} cannot be read ({why}); go online so that "
+            f"it can be downloaded, or copy its files from elsewhere and name their directory"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Type and first line of an error of the hub's client, which has many."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"

@@ -12,6 +12,8 @@ from pipeline.errors import UserError
 from pipeline.run.files import write_atomic
 
 JsonObject = dict[str, Any]
+Located = tuple[str, JsonObject]
+"""A row with its place, for errors."""
 
 
 def read_jsonl(path: Path, *, torn: bool = False) -> Iterator[tuple[int, JsonObject]]:
@@ -39,6 +41,11 @@ def read_jsonl(path: Path, *, torn: bool = False) -> Iterator[tuple[int, JsonObj
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             if text:
                 yield number, row
+
+
+def located(path: Path) -> Iterator[Located]:
+    """The rows of a file, each with its place; raises as `read_jsonl`."""
+    return ((f"{path}:{number}", row) for number, row in read_jsonl(path))
 
 
 def read_log(path: Path) -> list[JsonObject]:

@@ -11,14 +11,14 @@ No data travels with the code. A source that cannot be read is a `UserError` wit
 
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from pipeline.data.generators import Split, generate
-from pipeline.data.hub import Hub, Located, hub_rows, parse_hub
-from pipeline.data.jsonl import read_jsonl
+from pipeline.data.hub import Hub, hub_rows, parse_hub
+from pipeline.data.jsonl import JsonObject, Located, located
 from pipeline.data.rows import to_problem
 from pipeline.errors import UserError
 from rollout.types import Problem
@@ -84,26 +84,49 @@ def problems(
             return generate(rest, count or GENERATED, split, seed)
         except ValueError as error:
             raise UserError(f"{source}: {error}") from error
-    folder = data_folder(data_dir)
+    folder, public = data_folder(data_dir), True
     if kind == "hub":
         hub = parse_hub(source)
         stem, rows = hub.path, hub_rows(hub)
     elif source in BENCHMARKS:
-        stem, rows = benchmark_rows(source, folder, split)
+        stem, rows, public = benchmark_rows(source, folder, split)
     elif source.endswith((".jsonl", ".json")) or Path(source).is_file():
         path = next((p for p in (Path(source), (folder or Path()) / source) if p.is_file()), None)
         if path is None:
             raise UserError(f"no file {source}{f', nor in {folder}' if folder else ''}")
-        stem, rows = path.stem, located(path)
+        stem, rows, public = path.stem, located(path), False
     else:
         raise UserError(
             f"unknown problem set {source!r}; take a FILE.jsonl, generator:tiny, hub:OWNER/NAME:SPLIT "
             f"or one of: {', '.join([*ALIASES, *BENCHMARKS])}"
         )
-    found = [to_problem(row, where, stem, i) for i, (where, row) in enumerate(rows)]
+    found = [problem for problem, _ in read_problems(rows, stem, public)]
     if not found:
         raise UserError(f"{source} holds no problem; expected one JSON object a line")
     return found[:count]
+
+
+def read_problems(rows: Iterable[Located], stem: str, public: bool) -> Iterator[tuple[Problem, JsonObject]]:
+    """Each problem with its row. Rows of a `public` data set, which its user cannot correct, may lack an
+    answer: they are left out and counted on the console.
+
+    Raises:
+        UserError: a row of a file is no problem, or no row of a public data set is one.
+    """
+    bad: list[UserError] = []
+    total = 0
+    for i, (where, row) in enumerate(rows):
+        total += 1
+        try:
+            yield to_problem(row, where, stem, i), row
+        except UserError as error:
+            bad.append(error)
+            if not public:
+                raise
+    if bad and len(bad) == total:
+        raise bad[0]
+    if bad:
+        print(f"{stem}: left out {len(bad)} of {total} rows; the first: {bad[0]}")
 
 
 def data_folder(chosen: Path | None) -> Path | None:
@@ -111,22 +134,19 @@ def data_folder(chosen: Path | None) -> Path | None:
     return chosen or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
 
 
-def located(path: Path) -> Iterator[Located]:
-    """The rows of a file, each with its place for errors."""
-    return ((f"{path}:{number}", row) for number, row in read_jsonl(path))
-
-
-def benchmark_rows(name: str, folder: Path | None, split: Split = "heldout") -> tuple[str, Iterator[Located]]:
-    """Name and rows, with their places, of a benchmark's local file, or else of its hub data set."""
+def benchmark_rows(
+    name: str, folder: Path | None, split: Split = "heldout"
+) -> tuple[str, Iterator[Located], bool]:
+    """Name and located rows of a benchmark: of its local file, or else of its hub data set, and True then."""
     bench = BENCHMARKS[name]
     row_split = ("train" if split == "train" else "test") if name == "mbpp" else None
     for file in (folder / bench.file, folder / f"{name}.jsonl") if folder else ():
         if file.is_file():
             rows = ((at, row) for at, row in located(file) if row.get("split", row_split) == row_split)
-            return file.stem, rows if row_split else located(file)
+            return file.stem, rows if row_split else located(file), False
     hub = replace(bench.hub, split=row_split or bench.hub.split)
     try:
-        return name, hub_rows(hub)
+        return name, hub_rows(hub), True
     except UserError as error:
         missing = f"{folder} has no {bench.file}" if folder else f"no data folder is set for {bench.file}"
         raise UserError(

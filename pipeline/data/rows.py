@@ -20,6 +20,8 @@ def to_problem(row: JsonObject, where: str, source: str, index: int) -> Problem:
         UserError: no question, or neither answer nor tests.
     """
     question = first(row, "question", "problem", "prompt", "text")
+    if isinstance(question, list) and isinstance(question[-1], dict):  # verl's: a list of turns
+        question = question[-1].get("content")
     if not isinstance(question, str):
         raise UserError(f"{where}: no question; expected a key question, problem or prompt with text")
     name = first(row, "id", "unique_id", "task_id", "ID")
@@ -72,6 +74,8 @@ def code_problem(row: JsonObject, question: str, where: str) -> tuple[str, tuple
 def gold_answer(row: JsonObject, where: str) -> str:
     """The row's answer as text: after GSM8K's `####`, or boxed in a solution where there is none."""
     value = first(row, "answer", "final_answer")
+    if value is None and isinstance(row.get("reward_model"), dict):  # verl's
+        value = row["reward_model"].get("ground_truth")
     if isinstance(value, list):  # OlympiadBench
         value = ", ".join(map(str, value))
     if value is not None:

@@ -9,7 +9,7 @@ which is R1-Zero's effect in miniature.
 import random
 from collections.abc import Iterator
 
-from pipeline.data.corpus import Row
+from pipeline.data.corpus import Row, tagged
 from pipeline.data.generators import Item, chain, chain_steps, expression, items, language_of, split_of
 from rollout.types import Language
 
@@ -30,11 +30,6 @@ def worked(
         opener = OPENERS[spoken][-1 if i == len(steps) - 1 else min(i, 2)]
         lines.append(f"{opener} {step}{STOP[spoken]}")
     return "\n".join(lines)
-
-
-def tagged(thought: str, answer: str) -> str:
-    """R1's output format, as one canonical text."""
-    return f"<think>\n{thought}\n</think>\n<answer>{answer}</answer>"
 
 
 def curated(item: Item) -> str:

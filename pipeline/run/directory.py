@@ -23,6 +23,7 @@ from typing import Any
 
 import tomli_w
 
+from pipeline.data.hub import hub_model, is_model_name
 from pipeline.data.jsonl import json_line
 from pipeline.errors import UserError
 from pipeline.run.checkpoint import newest_checkpoint, save_checkpoint
@@ -45,8 +46,20 @@ class RunDir:
     # ---- inputs
 
     def model_input(self, value: str | Path) -> Path:
-        """The model directory that `value` names: a stage of this run (`sft`) or a path; recorded by hash."""
-        return self.find_input(value, "model", "config.json")
+        """The model directory that `value` names: a stage of this run (`sft`), a path, or a model of the hub
+        (`Qwen/Qwen2.5-1.5B`); recorded by hash. A resumed run takes the hub's revision that it began with."""
+        name = str(value)
+        if not is_model_name(name):
+            return self.find_input(value, "model", "config.json")
+        inputs = read_json(self.path / "env.json")["inputs"]
+        path = hub_model(name, inputs.get(f"hub:{name}"))
+        self.note_input(f"hub:{name}", path.name)
+        return path
+
+    def corpus_input(self, value: str) -> Path | str:
+        """The corpus that `value` names: that of a stage of this run (`reject`), or a file; recorded by hash.
+        A data set of the hub stays its name (`hub:OWNER/NAME:SPLIT`)."""
+        return value if value.startswith("hub:") else self.file_input(value, "corpus.jsonl")
 
     def file_input(self, value: str | Path, filename: str) -> Path:
         """The file `filename` of a stage of this run (`reject`), or the file at a path; recorded by hash."""
@@ -66,10 +79,15 @@ class RunDir:
 
     def record_input(self, path: Path) -> str:
         """Note the sha256 of an input in env.json, and return it."""
+        digest = sha256(path)
+        self.note_input(str(path), digest)
+        return digest
+
+    def note_input(self, name: str, digest: str) -> None:
+        """Note an input and its hash in env.json."""
         env = read_json(self.path / "env.json")
-        env["inputs"][str(path)] = sha256(path)
+        env["inputs"][name] = digest
         write_atomic(self.path / "env.json", json.dumps(env, indent=2) + "\n")
-        return str(env["inputs"][str(path)])
 
     # ---- outputs
 

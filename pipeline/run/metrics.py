@@ -50,6 +50,9 @@ GLOSSARY: dict[str, str] = {
     "time/train_s": "seconds of this step spent on forward, backward and update",
     "time/sync_s": "seconds of this step spent handing weights to the engine",
     "time/wait_s": "seconds of this step spent waiting for rollouts that are sampled beside training",
+    "time/trained_tokens_per_s": "prompt and completion tokens trained on a second, on this GPU (or CPU)",
+    "time/mfu": "model FLOPs of training and scoring, share of the GPU's peak (arXiv:2204.02311, App. B)",
+    "memory/peak_gib": "most memory that torch's tensors took on the GPU since the step before, GiB",
     "time/elapsed_s": "seconds since the stage began, earlier sessions included",
 }
 

@@ -51,8 +51,8 @@ class DistillSettings(TemplateSettings, ComputeSettings):
     """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
 
     corpus: tuple[str, ...] = ("reject",)
-    """Traces to learn: a stage of this run that wrote corpus.jsonl (reject), a file of that format, or the
-    worked solutions of gsm8k_train, math_train."""
+    """Traces to learn: a stage of this run that wrote corpus.jsonl (reject), a file of that format, public
+    traces (`hub:OWNER/NAME[:CONFIG]:SPLIT`), or the worked solutions of gsm8k_train, math_train."""
     count: Natural = 0
     """Traces used, sampled at random by `seed`, before too long ones are dropped; 0 = all."""
     data: Path | None = None
@@ -60,7 +60,8 @@ class DistillSettings(TemplateSettings, ComputeSettings):
     heldout: tuple[str, ...] = ("gsm8k", "math500")
     """Benchmarks whose copies and near copies are dropped from worked solutions."""
     init_from: str = ""
-    """Dense checkpoint to start from: a stage of this run (smollm2), a directory; empty = a fresh `shape`."""
+    """Dense checkpoint to start from: a stage of this run (smollm2), a directory, or OWNER/NAME on the hub;
+    empty = a fresh `shape`."""
     tokenizer_from: str = "pretrain"
     """Stage of this run, or directory, whose tokenizer a fresh student takes."""
     shape: ShapeSettings = field(default_factory=ShapeSettings)
@@ -71,6 +72,8 @@ class DistillSettings(TemplateSettings, ComputeSettings):
     """Rank of LoRA adapters (arXiv:2106.09685) on all linear layers, merged at the end; 0 = full training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward and backward; bfloat16 keeps float32 weights and moments."""
+    recompute: bool = False
+    """Activation checkpointing: the backward computes each layer again, which takes less memory."""
     template: str = "r1"
     """Prompt template of the student, in training and, by its pipeline.json, in evaluation."""
     plain_control: bool = True

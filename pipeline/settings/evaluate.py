@@ -1,14 +1,20 @@
 """Settings of the stages `eval` and `report`, and of the command `evaluate` (one model on one benchmark)."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pipeline.settings.common import AnswerSampling, StageSettings, TemplateSettings, TruncatedSampling
+from pipeline.settings.common import (
+    AnswerSampling,
+    ComputeSettings,
+    StageSettings,
+    TemplateSettings,
+    TruncatedSampling,
+)
 from pipeline.settings.tools import ModelSettings
 from rollout.ranges import Count, Natural, NotNegative, Range, Seed
-from rollout.settings import DtypeName, EngineName
+from rollout.settings import DtypeName, EngineName, VllmSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +33,7 @@ class BenchmarkSettings(TemplateSettings, TruncatedSampling):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(BenchmarkSettings, StageSettings):
+class EvalSettings(BenchmarkSettings, ComputeSettings):
     """Score every model of the chain on every benchmark."""
 
     models: tuple[str, ...] = (
@@ -40,7 +46,7 @@ class EvalSettings(BenchmarkSettings, StageSettings):
         "student=distill/student",
         "student_plain=distill/plain",
     )
-    """LABEL=STAGE, LABEL=STAGE/PART or LABEL=MODEL_DIRECTORY each."""
+    """LABEL=STAGE, LABEL=STAGE/PART, LABEL=MODEL_DIRECTORY or LABEL=OWNER/NAME (on the hub) each."""
     benchmarks: tuple[str, ...] = ("heldout=generator:tiny",)
     """NAME or LABEL=SOURCE each; an error if one cannot be read."""
     extra_benchmarks: tuple[str, ...] = ("math500", "aime24")
@@ -51,6 +57,9 @@ class EvalSettings(BenchmarkSettings, StageSettings):
     """Of a generator's problems; the same for all runs, whatever their seed, so that runs compare."""
     extra_limit: Natural = 20
     """At most this many problems of each extra benchmark, from its start; 0 = all."""
+    completions: Natural = 0
+    """Completions of each benchmark: one with few problems has more samples a problem, up to 64 (the paper:
+    4 to 64, by the size of the set). 0 = `samples` everywhere."""
     temperature: NotNegative = 0.0
     """Divides the logits; 0 = greedy. The paper: 0.6 with several samples (arXiv:2501.12948, Sec. 3)."""
     max_tokens: Count = 256
@@ -59,6 +68,8 @@ class EvalSettings(BenchmarkSettings, StageSettings):
     """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others."""
     dtype: DtypeName = "float32"
     """Of the weights and the arithmetic."""
+    vllm: VllmSettings = field(default_factory=VllmSettings)
+    """vLLM's own settings."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

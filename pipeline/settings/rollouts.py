@@ -40,7 +40,8 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
 
     init_from: str = "pretrain"
-    """Model that the policy (and the reference) starts from: a stage of this run, or a directory."""
+    """Model that the policy (and the reference) starts from: a stage of this run, a directory, or
+    OWNER/NAME on the hub."""
     steps: Count = 40
     """Rounds of rollouts."""
     prompts_per_step: Count = 32
@@ -119,7 +120,8 @@ class RejectSettings(GeneratingSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"
-    """Model that is sampled: a stage of this run, or a directory."""
+    """Model that is sampled: a stage of this run, a directory, or
+    OWNER/NAME on the hub."""
     pool: Count = 3_000
     """Problems taken from each source, train split."""
     samples: Count = 4

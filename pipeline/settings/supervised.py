@@ -63,9 +63,13 @@ class SftSettings(TemplateSettings, TrainSettings):
     """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"
-    """Model to start from: a stage of this run, or a directory."""
+    """Model to start from: a stage of this run, a directory, or
+    OWNER/NAME on the hub."""
     corpus: str = ""
-    """JSONL corpus: a stage of this run that leaves one (`reject`), or a file; empty = none."""
+    """Worked answers: a stage of this run that leaves a corpus (`reject`), a JSONL file, or public traces,
+    `hub:OWNER/NAME[:CONFIG]:SPLIT`; empty = none."""
+    count: Natural = 0
+    """At most this many rows of the corpus, sampled at random by `seed`; 0 = all."""
     curated: Natural = 0
     """Curated worked traces to generate (cold start)."""
     curated_task: str = "tiny"

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.data.hub import is_model_name
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
@@ -26,10 +27,15 @@ from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
 from pipeline.tools.evaluate import evaluate
 from pipeline.tools.scores import percent
+from pipeline.train.place import device_named
+
+MOST_SAMPLES = 64
+"""Of a problem, where `completions` sets their number (arXiv:2501.12948, Sec. 3)."""
 
 
 def run(config: EvalSettings, run_dir: RunDir) -> None:
     """The stage."""
+    device_named(config.device)  # refuse it before the first model is opened
     if config.threads:
         torch.set_num_threads(config.threads)
     made, missing = find_models(config, run_dir)
@@ -37,9 +43,8 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
     scored: dict[str, dict[str, Any]] = {label: {} for label in made}
     state = {"models": made, "not_made": missing, "not_scored": unread, "scores": scored}
     for label, model in made.items():
-        for benchmark, (source, limit) in sources.items():
-            out = run_dir.path / label / benchmark
-            scored[label][benchmark] = score_pair(config, out, model, source, limit)
+        for benchmark, pair in sources.items():
+            scored[label][benchmark] = score_pair(config, run_dir.path / label / benchmark, model, *pair)
             write_atomic(run_dir.path / "scores.json", json.dumps(state, indent=2, ensure_ascii=False) + "\n")
             run_dir.stop_if_interrupted()
     for stale in (p for p in run_dir.path.iterdir() if p.is_dir() and p.name not in made):
@@ -60,7 +65,13 @@ def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[s
         stage = value.split("/")[0]
         of_run = stage in {s.name for s in STAGES}
         path = run_dir.path.parent / value / "model" if of_run else Path(value)
-        if (path / "config.json").is_file():
+        if not of_run and is_model_name(value):
+            try:
+                path = run_dir.model_input(value)
+                made[label] = {"from": value, "path": str(path), "sha256": path.name}
+            except UserError as error:
+                missing[label] = str(error)
+        elif (path / "config.json").is_file():
             made[label] = {"from": value, "path": str(path), "sha256": run_dir.record_input(path)}
         elif of_run:
             missing[label] = f"not made yet: make {stage} ARGS='--name {config.name}'"
@@ -71,13 +82,14 @@ def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[s
     return made, missing
 
 
-def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None]], dict[str, str]]:
-    """Source and limit of each benchmark that can be read, and the reason for each extra one that cannot.
+def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None, int]], dict[str, str]]:
+    """Source, limit and samples a problem of each benchmark that can be read, and the reason for each extra
+    one that cannot.
 
     Raises:
         UserError: one of the required ones cannot be read, or two have one label.
     """
-    found: dict[str, tuple[str, int | None]] = {}
+    found: dict[str, tuple[str, int | None, int]] = {}
     unread: dict[str, str] = {}
     for entry in config.benchmarks + config.extra_benchmarks:
         label, equals, source = entry.partition("=")
@@ -89,8 +101,8 @@ def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | No
         generated = source == "heldout" or source.startswith("generator:")
         limit = config.heldout_count if generated else (config.extra_limit or None) if extra else None
         try:
-            problems(source, count=limit, seed=config.heldout_seed, data_dir=config.data)
-            found[label] = source, limit
+            n = len(problems(source, count=limit, seed=config.heldout_seed, data_dir=config.data))
+            found[label] = source, limit, max(config.samples, min(MOST_SAMPLES, config.completions // n))
         except UserError as error:
             if not extra:
                 raise
@@ -99,13 +111,13 @@ def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | No
 
 
 def score_pair(
-    config: EvalSettings, out: Path, model: dict[str, str], source: str, limit: int | None
+    config: EvalSettings, out: Path, model: dict[str, str], source: str, limit: int | None, samples: int
 ) -> dict[str, Any]:
     """Scores in `out` of one model on one benchmark; earlier ones where nothing changed."""
     names = {field.name for field in fields(EvaluateSettings)}
     shared = {name: value for name, value in vars(config).items() if name in names}
     pair = EvaluateSettings(
-        **shared,
+        **(shared | {"samples": samples}),
         model=Path(model["path"]),
         benchmark=source,
         out=out,

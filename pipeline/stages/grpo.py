@@ -22,10 +22,12 @@ from torch import Tensor
 from pipeline.data.problems import order, pooled, problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.run.usage import Usage
 from pipeline.settings.rollouts import GrpoSettings
 from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import loss_named, takes_settings
+from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts, save_policy
@@ -75,6 +77,9 @@ class Trainer:
             raise UserError(str(error)) from error
         self.place = Place.open(config)
         start = run_dir.model_input(config.init_from)
+        tokens = min(self.place.micro_tokens(config), config.group_size * config.max_tokens)
+        kl = bool(config.kl_coef)
+        check_memory(start, self.place, config.optim, tokens, reference=kl, rollout=config.rollout)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
         data = config.data
         self.problems = pooled(config.problems, count=config.pool, seed=config.seed, data_dir=data)
@@ -89,6 +94,7 @@ class Trainer:
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)
         updates = config.steps * config.minibatches
         self.learner = Learner(self.policy, config.optim, updates)
+        self.usage = Usage(self.policy.config, self.place.device)
         self.reference = self.policy.frozen() if config.kl_coef else None
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
         self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
@@ -102,7 +108,10 @@ class Trainer:
         done = self.source.next(self.policy, version, self.sampling(step), ahead)
         began = time.monotonic()
         graded, advantages = done.graded, self.advantages(done.graded)
-        metrics = self.update(self.batches(graded, advantages))
+        batches = self.batches(graded, advantages)
+        metrics, train_s = self.update(batches), time.monotonic() - began
+        scorings = (self.reference is not None) + (len(batches) > 1)
+        metrics |= self.usage.of((n for b in batches for n in b.lengths), train_s, scorings=scorings)
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
             self.reference = self.policy.frozen()
         groups = [advantages[i : i + config.group_size] for i in range(0, len(graded), config.group_size)]
@@ -110,7 +119,7 @@ class Trainer:
         metrics["reward/groups_with_spread"] = mean([float(any(group)) for group in groups])
         metrics["time/tokens_per_s"] = done.tokens / done.sample_s
         metrics["time/rollout_s"], metrics["time/reward_s"] = done.sample_s, done.grade_s
-        metrics["time/train_s"] = time.monotonic() - began
+        metrics["time/train_s"] = train_s
         if config.dynamic_sampling:
             metrics["rollout/groups_sampled"] = done.sampled
         if config.overlap:

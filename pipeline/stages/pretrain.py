@@ -14,6 +14,7 @@ from pipeline.data.traces import corpus, random_document
 from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import PretrainSettings
 from pipeline.train.learner import Learner
+from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.place import Place
 from pipeline.train.policy import save_policy
@@ -59,6 +60,7 @@ def run(config: PretrainSettings, run_dir: RunDir) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    check_memory(shape, place, config.optim, min(place.micro_tokens(config), config.batch_tokens))
     net = Transformer(shape, seed=config.seed).train().to(place.device)
     learner = Learner(
         net,

@@ -6,10 +6,10 @@ repetition. What is left, with general data that RL did not cover, trains the se
 
 from collections.abc import Sequence
 
-from pipeline.data.corpus import Row, readable, split_blocks, write_corpus
+from pipeline.data.corpus import Row, readable, split_blocks, tagged, write_corpus
 from pipeline.data.jsonl import read_log
 from pipeline.data.problems import pooled
-from pipeline.data.traces import curated_rows, tagged
+from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.rollouts import RejectSettings

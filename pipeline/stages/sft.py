@@ -10,13 +10,14 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
+from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, tagged, write_corpus
 from pipeline.data.jsonl import read_log
-from pipeline.data.traces import curated_rows, tagged
+from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import SftSettings
 from pipeline.train.learner import Learner
+from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, save_policy
@@ -33,7 +34,7 @@ def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
         path = run_dir.file_input(config.samples_from, "samples.jsonl")
         rows += kept_samples(read_log(path), config)
     if config.corpus:
-        rows += read_corpus(run_dir.file_input(config.corpus, "corpus.jsonl"))
+        rows += read_corpus(run_dir.corpus_input(config.corpus), config.count, config.seed)
     if not rows:
         stage = run_dir.stage.name
         raise UserError(f"{stage}: no rows are left after filtering; train {config.samples_from} longer")
@@ -87,7 +88,9 @@ def epoch_batches(encoded: list[Encoded], config: SftSettings, micro_tokens: int
 def run(config: SftSettings, run_dir: RunDir) -> None:
     """Train; leave `model/` and its corpus."""
     place = Place.open(config)
-    policy, tokenizer = load_policy(run_dir.model_input(config.init_from), place.device)
+    start = run_dir.model_input(config.init_from)
+    check_memory(start, place, config.optim, min(place.micro_tokens(config), config.batch_tokens))
+    policy, tokenizer = load_policy(start, place.device)
     rows = gather(config, run_dir)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     packed = list(epoch_batches(examples(rows, tokenizer, config), config, place.micro_tokens(config)))

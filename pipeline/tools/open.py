@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
 from pipeline.settings.tools import ModelSettings
+from pipeline.train.place import device_named
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import open_engine
 
@@ -36,13 +37,12 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenize
     """The engine and, if it has one, the tokenizer of a model.
 
     Raises:
-        UserError: no such model, an engine that is not for it or not installed here, or one that is wrong.
+        UserError: no GPU where one was asked for, no such model, an engine that is not for it or not
+            installed here, or one that is wrong.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(device_named(config.device))
     with naming(config.model):
         return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.run.directory import RunDir
+from pipeline.run.usage import Usage
 from pipeline.train.learner import Learner
 from pipeline.train.pack import Batch
 
@@ -17,9 +18,15 @@ def save_state(run_dir: RunDir, step: int, state: dict[str, Any]) -> None:
 
 
 def load_state(run_dir: RunDir) -> tuple[int, dict[str, Any]]:
-    """Steps that the newest checkpoint stands for, and its state; 0 and nothing where there is none."""
+    """Steps that the newest checkpoint stands for, and its state; 0 and nothing where there is none.
+
+    The state is read into host memory, a GPU's too. Its tensors are then copied in place, so that a GPU never
+    holds a second one.
+    """
     newest = run_dir.latest()
-    return (newest[0], torch.load(newest[1] / "state.pt", weights_only=True)) if newest else (0, {})
+    if newest is None:
+        return 0, {}
+    return newest[0], torch.load(newest[1] / "state.pt", map_location="cpu", weights_only=True)
 
 
 def train_loop(
@@ -34,6 +41,7 @@ def train_loop(
     if done:
         learner.load_state_dict(state)
     tokens, steps = 0, learner.total_updates
+    usage = Usage(learner.policy.config, learner.device, mtp=bool(learner.mtp_coef))
     run_dir.metrics.begin()
     for step, batch in enumerate(batches, start=1):
         tokens += sum(batch.lengths)
@@ -42,7 +50,8 @@ def train_loop(
         began = time.monotonic()
         metrics = learner.supervised_update(batch)
         if step % log_every == 0 or step == steps:
-            metrics |= {"data/tokens": tokens, "time/step_s": time.monotonic() - began}
+            seconds = time.monotonic() - began
+            metrics |= {"data/tokens": tokens, "time/step_s": seconds, **usage.of(batch.lengths, seconds)}
             run_dir.log(step, steps, metrics)
         if step % checkpoint_every == 0 and step < steps:
             save_state(run_dir, step, learner.state_dict())

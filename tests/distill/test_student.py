@@ -7,6 +7,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.batches import plan
 from distill.student import first_weights, lora_config
+from distill.trainer import Job, arguments
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.common import AdamWSettings
@@ -152,6 +154,33 @@ def test_bfloat16_trains_float32_weights(distill: Distill) -> None:
     folder = distill(dtype="bfloat16", steps=2, plain_control=False)
     assert {tensor.dtype for tensor in weights(folder).values()} == {torch.float32}
     assert metrics(folder)[1]["loss/lm"] < metrics(folder)[0]["loss/lm"]
+
+
+def test_recompute_changes_the_memory_and_not_the_student(distill: Distill) -> None:
+    one, two = (distill(name=str(on), recompute=on, steps=2, plain_control=False) for on in (False, True))
+    assert [row["loss/lm"] for row in metrics(one)] == pytest.approx([row["loss/lm"] for row in metrics(two)])
+    assert all(torch.allclose(tensor, weights(two)[name]) for name, tensor in weights(one).items())
+
+
+def test_trainer_computes_where_the_stage_does_and_on_one_gpu(
+    distill: Distill, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def config(**given: Any) -> SimpleNamespace:
+        seen.append(given)
+        return SimpleNamespace(n_gpu=8)
+
+    monkeypatch.setattr("distill.trainer.SFTConfig", config)
+    job = Job("student", "r1", [], [[0]], 1, AdamWSettings(schedule="cosine"))
+    for device in ("cpu", "cuda"):
+        made: Any = arguments(job, DistillSettings(recompute=True), tmp_path, torch.device(device))
+        assert made._n_gpu == 1, "Trainer would split a micro-batch over every GPU"
+    assert [(given["use_cpu"], given["dataloader_pin_memory"]) for given in seen] == [
+        (True, False),
+        (False, True),
+    ]
+    assert all(given["gradient_checkpointing"] for given in seen)
 
 
 def test_a_checkpoint_can_be_the_start(distill: Distill) -> None:

@@ -115,6 +115,37 @@ def test_extra_benchmarks_are_scored_where_their_data_is(run, stub, scripted, tm
     assert state(tmp_path)["scores"]["base"]["math500"]["n"] == 3 and not state(tmp_path)["not_scored"]
 
 
+def test_a_small_benchmark_has_more_samples_a_problem(run, stub, scripted, tmp_path):
+    """As in the paper: k of 4 to 64, by the size of the set."""
+    scripted(lambda question, sample: RIGHT)
+    stub("runs/t/pretrain/model", template="r1-zero-short")
+    (tmp_path / "math500.jsonl").write_text(json.dumps({"id": "a", "problem": "1+1?", "answer": "2"}))
+    assert run("--samples", "4", "--completions", "100") == 0
+    assert {name: s["k"] for name, s in state(tmp_path)["scores"]["base"].items()} == {
+        "sums": 20,
+        "math500": 64,
+    }
+    assert run("--samples", "4", "--completions", "10") == 0
+    assert {s["k"] for s in state(tmp_path)["scores"]["base"].values()} == {4, 10}
+
+
+def test_a_model_of_the_hub_is_scored_and_known_by_its_revision(
+    run, stub, scripted, tmp_path, monkeypatch, capsys
+):
+    scripted(lambda question, sample: RIGHT)
+    path = stub("abc123", template="r1-zero-short")
+    monkeypatch.setattr("pipeline.run.directory.hub_model", lambda name, revision=None: path)
+    assert run("--models", "base=Qwen/Qwen2.5-1.5B") == 0
+    got = state(tmp_path)
+    assert got["models"]["base"] == {"from": "Qwen/Qwen2.5-1.5B", "path": str(path), "sha256": "abc123"}
+    assert got["scores"]["base"]["sums"]["inputs"]["model_sha256"] == "abc123"
+    monkeypatch.undo()
+    monkeypatch.setattr("pipeline.data.hub.hub_answers", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert run("--models", "base=me/nowhere") == 2
+    assert "the hub model me/nowhere cannot be read" in capsys.readouterr().err
+
+
 def test_settings_are_checked_when_they_are_made():
     with pytest.raises(ValueError, match="must read LABEL="):
         EvalSettings(models=("pretrain",))

@@ -27,7 +27,7 @@ def asked(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "gpu", "want"),
-    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", False, "cuda")],
+    [("auto", True, "cuda"), ("auto", False, "cpu"), ("cpu", True, "cpu"), ("cuda", True, "cuda")],
 )
 def test_everything_reaches_the_engine(asked, monkeypatch, tmp_path, device, gpu, want):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
