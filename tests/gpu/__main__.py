@@ -1,78 +1,139 @@
-"""`make gpu-check [ARGS="NAME ..."]`: run the checks, print a table, write docs/results/gpu-NAME.json.
+"""What a GPU must show: `python3 -m tests.gpu [--seconds N] [--out DIR] [NAME ...]`, or `make gpu-check`.
 
-A check is a module of this folder with `SUMMARY`, one line, and `run(device) -> dict`, which has under
-`claims` what `tests.bench` has there: {"claim", "value", "at_least" or "at_most", "unit"}. Agreement is a
-claim too, of an error at most so large. A check that raises is recorded as failed, and the others go on.
+Each check is a process of its own with a limit of time, so that neither a crash nor a lost CUDA context
+reaches the next. What others stand on comes first. When time is short the rest is skipped by name; a second
+call with names runs those alone. A result is written when it is there:
 
-Exit codes: 0 all claims hold, 1 some do not, 2 no GPU or an unknown name.
+    DIR/results.jsonl       a line a check: name, seconds, claims, what else was measured
+    DIR/gpu-MODEL.json      at the end: these and, of other checks, what an earlier call found
+
+Only torch and what a model needs is imported; tyro, rich, git and a network are not needed. FSDP2 on NCCL is
+no check yet: the code for it does not exist.
+
+Exit codes: 0 all ran and all claims hold, 1 some did not, 2 no GPU or an unknown name.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
 import sys
-import traceback
-from importlib import import_module
+import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.bench.__main__ import holds, show
-from tests.bench.measure import record
+from tests.gpu.checks.compare import holds, show
 
-ORDER = ("fp8_kernels", "fp8_layers", "network", "engine", "attention", "logprobs", "speed")
-"""Checks in the order in which they run: what others stand on comes first. Any other module comes after."""
-
-
-def names() -> list[str]:
-    """The checks there are."""
-    found = {file.stem for file in (Path(__file__).parent / "checks").glob("*.py")} - {"__init__", "compare"}
-    return [*ORDER, *sorted(found - set(ORDER))]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What ran: the GPU and the versions that its results depend on."""
-    if device.type != "cuda":
-        return {"gpu": None}
-    major, minor = torch.cuda.get_device_capability(device)
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "capability": f"{major}.{minor}",
-        "cuda": torch.version.cuda,
-        "memory_bytes": torch.cuda.get_device_properties(device).total_memory,
-    }
+ROOT = Path(__file__).parents[2]
+CHECKS = {
+    "machine": 12,
+    "network": 18,
+    "attention": 22,
+    "syncs": 20,
+    "engine": 25,
+    "zero": 45,
+    "policy": 65,
+    "logprobs": 20,
+    "transport": 30,
+    "fp8_kernels": 35,
+    "fp8_layers": 18,
+    "moe": 65,
+    "decode": 40,
+}
+"""Modules of `tests.gpu.checks` in the order in which they run, and the seconds that each should take."""
+SLACK = 2.5
+"""Times its seconds that a check may take where there is time."""
 
 
-def run(name: str, device: torch.device) -> dict[str, Any]:
-    """Result of one check; an exception becomes a claim that does not hold."""
-    try:
-        module = import_module(f"tests.gpu.checks.{name}")
-        print(f"{name}: {module.SUMMARY}", flush=True)
-        return module.run(device)
-    except Exception as error:
-        traceback.print_exc()
-        failed = {"claim": f"{name} runs: {error!r:.300}", "value": 0.0, "at_least": 1.0, "unit": "(1 = yes)"}
-        return {"claims": [failed]}
+def child(name: str, file: Path, limit: float) -> dict[str, Any]:
+    """Run check `name` for at most `limit` seconds; its result, a missed claim where it left none."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "tests.gpu.child", name, str(file)]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            ended = f"exit code {process.wait(timeout=limit)}"
+        except subprocess.TimeoutExpired:
+            ended = f"still running after {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started goes with it
+            process.wait()
+        result: dict[str, Any] = {}
+        if file.exists():
+            result = json.loads(file.read_text())
+        else:
+            log.seek(0)
+            result["log"] = log.read()[-4000:]
+            result["claims"] = [{"claim": f"{name} runs: {ended}", "value": 0.0, "at_least": 1.0}]
+    return {"check": name, "seconds": round(time.monotonic() - began, 1), **result}
 
 
-def main(wanted: list[str]) -> int:
-    """Run `wanted`, or all."""
-    known = names()
-    if unknown := [name for name in wanted if name not in known]:
-        print(f"error: no check {unknown[0]!r}; there are: {', '.join(known)}", file=sys.stderr)
+def run(names: list[str], seconds: float, out: Path) -> dict[str, dict[str, Any]]:
+    """Results by name, each written to `out` when it is there; skipped ones have no claims."""
+    deadline, results = time.monotonic() + seconds, {}
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            left = deadline - time.monotonic()
+            if left < CHECKS[name]:
+                result = {"check": name, "skipped": f"{left:.0f} s left of {CHECKS[name]}", "claims": []}
+            else:
+                print(f"{name} ..", flush=True)
+                limit = min(left, SLACK * CHECKS[name])
+                result = child(name, Path(folder) / f"{name}.json", limit)
+                show(name, result)
+            results[name] = result
+            with (out / "results.jsonl").open("a") as lines:
+                lines.write(json.dumps(result) + "\n")
+    return results
+
+
+def summary(out: Path, gpu: str, results: dict[str, dict[str, Any]]) -> Path:
+    """Write the results of this model of GPU: these, and of other checks what an earlier call found."""
+    path = out / f"gpu-{re.sub(r'[^a-z0-9]+', '-', gpu.lower().removeprefix('nvidia ')).strip('-')}.json"
+    before = json.loads(path.read_text())["checks"] if path.exists() else {}
+    found = before | {name: result for name, result in results.items() if "skipped" not in result}
+    ordered = {name: found[name] for name in CHECKS if name in found}
+    path.write_text(json.dumps({"gpu": gpu, "checks": ordered}, indent=1) + "\n")
+    return path
+
+
+def main(arguments: list[str]) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python3 -m tests.gpu", description="What a GPU must show.")
+    parser.add_argument("--seconds", type=float, default=450.0, help="of all checks together (default 450)")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs/results", help="folder of results (default docs/results)"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CHECKS)} (default: all)")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in CHECKS]:
+        print(f"error: no check {unknown[0]!r}; there are: {', '.join(CHECKS)}", file=sys.stderr)
         return 2
     if not torch.cuda.is_available():
         print("gpu-check: no GPU that torch can use here, so there is nothing to check", file=sys.stderr)
         return 2
-    device, kept = torch.device("cuda", 0), True
-    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 is compared with fp32
-    for name in wanted or known:
-        result = run(name, device)
-        path = record(name, {**machine(device), **result}, prefix="gpu")
-        show(result["claims"])
-        print(f"{name}: {path}", flush=True)
-        kept = kept and all(map(holds, result["claims"]))
-    return 0 if kept else 1
+    names = [name for name in CHECKS if name in options.names] or list(CHECKS)
+    results = run(names, options.seconds, options.out)
+    path = summary(options.out, torch.cuda.get_device_name(0), results)
+    missed = [name for name, result in results.items() if not all(map(holds, result["claims"]))]
+    skipped = [name for name, result in results.items() if "skipped" in result]
+    for what, which in (("missed", missed), ("skipped", skipped)):
+        if which:
+            print(f"{what}: {' '.join(which)}   (python3 -m tests.gpu --out {options.out} {' '.join(which)})")
+    print(f"{len(results) - len(missed) - len(skipped)} of {len(results)} checks hold: {path}")
+    return 1 if missed or skipped else 0
 
 
 if __name__ == "__main__":

@@ -1,16 +1,43 @@
-"""What the checks share: how far apart two results are, what to time, and the networks."""
+"""What the checks share: claims, how far apart two results are, what to time, and the networks.
+
+A check is a module of this folder with `SUMMARY`, one line, and `run(device) -> dict`. Under `claims` that
+has {"claim", "value", "at_least" or "at_most", "unit"}: agreement is a claim too, of a largest error. Further
+arguments are sizes, which the tests without a GPU make small.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model import TINY, ModelConfig
+from pipeline.train.learner import PolicyObjective
+from pipeline.train.losses import loss_named
+from pipeline.train.pack import Example
+
+
+def holds(claim: dict[str, Any]) -> bool:
+    """Whether the measured value keeps its bound. NaN keeps none."""
+    least, most = claim.get("at_least", -math.inf), claim.get("at_most", math.inf)
+    return bool(least <= claim["value"] <= most)
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Measured value beside bound, a line a claim; what went wrong."""
+    for claim in result["claims"]:
+        bound = f">= {claim['at_least']:g}" if "at_least" in claim else f"<= {claim.get('at_most', 0):g}"
+        value, missed = f"{claim['value']:.4g} {claim.get('unit', '')}", "" if holds(claim) else "  MISSED"
+        print(f"  {claim['claim']:72} {value:>20} {bound:>10}{missed}")
+    if "log" in result:
+        print(result["log"])
+    print(f"{name}: {result.get('seconds', 0):.0f} s", flush=True)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
@@ -52,6 +79,36 @@ def seconds(work: Callable[[], object], device: torch.device, rounds: int = 10, 
         if number >= 0:
             times.append(time.perf_counter() - begin)
     return sorted(times)[len(times) // 2]
+
+
+def peak_gib(device: torch.device, work: Callable[[], object]) -> float:
+    """Most memory of the GPU while `work` runs, all that lives there included; 0 on a CPU."""
+    if device.type != "cuda":
+        work()
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def rollouts(vocab_size: int, lengths: Sequence[int], prompt: int = 4) -> list[Example]:
+    """Random tokens as rollouts that were sampled and graded, the same every time."""
+    rng = np.random.default_rng(0)
+    scored, made = sum(n - prompt for n in lengths), []
+    for n in lengths:
+        weights = np.full(n, 1 / scored, np.float32)
+        weights[:prompt] = 0
+        ids, logprobs = rng.integers(3, vocab_size, n), -12 * rng.random(n, np.float32)
+        made.append(Example(ids, weights, logprobs, float(rng.choice([-1.0, 1.0]))))
+    return made
+
+
+def objective() -> PolicyObjective:
+    """GRPO as the stages have it."""
+    settings = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.001}
+    return PolicyObjective(loss_named("grpo"), settings, temperature=1.0, tis_cap=2.0)
 
 
 SMALL = replace(

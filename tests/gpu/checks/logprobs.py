@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from model.policy import Head
 from pipeline.train import logprobs as module
 from tests.gpu.checks.compare import measured, seconds
 
@@ -38,7 +39,7 @@ def run(
     weights = torch.full((tokens,), 1 / tokens, device=device)
 
     def work() -> object:
-        logprobs, _ = module.token_logprobs(states, head, targets)
+        logprobs, _ = module.token_logprobs(states, Head(head.weight), targets)
         return torch.autograd.grad(weights @ logprobs, (states, head.weight))
 
     claims: list[dict[str, Any]] = []
