@@ -118,8 +118,8 @@ def test_an_update_waits_a_few_times_however_many_micro_batches_it_has(learner):
             found.clear()
             update()
             assert sum(found.syncs.values()) <= MOST_WAITS, found.report()
-            counts[name, len(batch.parts)] = sum(found.syncs.values()), sum(found.uploads.values())
-    assert counts["supervised", 1] == counts["supervised", 7] == counts["policy", 1] == counts["policy", 7]
+            counts[name, micro_tokens] = sum(found.syncs.values()), sum(found.uploads.values())
+    assert len(batch.parts) > 5 and len(set(counts.values())) == 1
 
 
 @QUIET
