@@ -34,7 +34,8 @@ class VllmSettings(Settings):
     """Copies of the engine, each in a process of its own on `tensor_parallel` GPUs; the prompts are shared
     out. Above 1 they are workers on Ray, none of them on the trainer's GPU."""
     expert_parallel: bool = False
-    """Split a mixture of experts over the `tensor_parallel` GPUs by experts, not each expert's matrices."""
+    """Split a mixture of experts over the `tensor_parallel` GPUs by experts, not each expert's matrices. GPUs
+    only."""
     quantization: Literal["none", "fp8"] = "none"
     """fp8 = vLLM rounds the weights to 8 bits, which GPUs since Hopper multiply. What is live then has no
     fingerprint to compare; each transfer still has. The importance correction must hold the difference."""

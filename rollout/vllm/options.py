@@ -76,6 +76,7 @@ def refuse_what_cannot_work(settings: VllmSettings, config: dict[str, Any], on_c
         ("quantization", settings.quantization != "none", "quantization = none"),
         ("kv_dtype", settings.kv_dtype != "auto", "kv_dtype = auto"),
         ("routed_experts", settings.routed_experts, "routed_experts = false"),
+        ("expert_parallel", settings.expert_parallel, "expert_parallel = false"),  # its kernel crashes
     ):
         if chosen and on_cpu:
             raise ValueError(f"vllm.{name}: vLLM's CPU build does not have it; set vllm.{instead}.")

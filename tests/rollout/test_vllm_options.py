@@ -178,6 +178,7 @@ def test_without_vllm_the_error_has_what_to_type(installed):
         ({"routed_experts": True}, False, "routed_experts is for mixtures of experts; llama"),
         ({"sleep": "on"}, True, "sleep = on: vLLM's CPU build does not have it; set vllm.sleep = auto"),
         ({"kv_dtype": "fp8"}, True, "kv_dtype: vLLM's CPU build"),
+        ({"expert_parallel": True, "tensor_parallel": 2}, True, "expert_parallel"),
         ({"quantization": "fp8"}, True, "quantization: vLLM's CPU build"),
     ],
 )

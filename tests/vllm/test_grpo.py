@@ -9,6 +9,7 @@ import pytest
 from networks import MOE, network
 
 from pipeline.__main__ import main
+from pipeline.data.corpus import Row
 from pipeline.train.policy import save_policy
 
 ROOT = Path(__file__).parents[2]
@@ -49,3 +50,30 @@ def test_generate_and_its_last_line(policy, tmp_path, capsys):
         assert summary["engine"] == engine and summary["rollouts"] == 4
         out[engine] = [(r["index"], r["sample"], r["token_ids"], r["text"]) for r in rows(tmp_path / engine)]
     assert out["vllm"] == out["native"]
+
+
+def test_reject_samples_through_vllm(policy, tmp_path, monkeypatch):
+    """Greedy completions of vLLM's workers (two copies of the engine) are those of the native engine."""
+    kept = Row("a", "1+1?", "<think>1+1=2</think><answer>2</answer>", "2", "en", "math", "made")
+    monkeypatch.setattr("pipeline.stages.reject.keepers", lambda group, least: [kept])
+    texts = {}
+    for name, flags in {
+        "native": [],
+        "vllm": ["--rollout.engine", "vllm"],
+        "copies": ["--rollout.engine", "vllm", "--rollout.vllm.data-parallel", 2],
+    }.items():
+        argv = [
+            "reject",
+            "--config",
+            "configs/micro/reject.toml",
+            "--runs",
+            tmp_path,
+            "--name",
+            name,
+            "--pool",
+            8,
+        ]
+        argv += ["--init-from", policy, "--threads", 1, "--max-tokens", 12, "--temperature", 0, *flags]
+        assert main(list(map(str, argv))) == 0
+        texts[name] = [(row["id"], row["text"]) for row in rows(tmp_path / name / "reject/samples.jsonl")]
+    assert texts["vllm"] == texts["copies"] == texts["native"]

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.data.corpus import read_corpus
+from pipeline.data.corpus import Row, read_corpus
 from pipeline.stages import reject
 from rollout.engine import EngineDied
 from rollout.types import Rollout
@@ -92,3 +92,27 @@ def test_a_policy_that_solves_nothing_is_an_error_that_says_so(policy, tmp_path,
     line += ["--pool", 4, "--samples", 2, "--threads", 1, "--max-tokens", 8]
     assert main(list(map(str, line))) == 2
     assert "reject kept nothing of 4 problems" in capsys.readouterr().err
+
+
+def test_workers_sample_what_one_engine_does(policy, tmp_path, monkeypatch):
+    """Through the real engines: the same completions from two processes as in this one."""
+    kept = Row("a", "1+1?", "<think>1+1=2</think><answer>2</answer>", "2", "en", "math", "made")
+    monkeypatch.setattr(reject, "keepers", lambda group, least: [kept])
+    texts = {}
+    for name, workers in (("one", 0), ("pool", 2)):
+        line = [
+            "reject",
+            "--config",
+            "configs/micro/reject.toml",
+            "--runs",
+            tmp_path,
+            "--name",
+            name,
+            "--pool",
+            8,
+        ]
+        line += ["--init-from", policy, "--threads", 1, "--max-tokens", 12, "--rollout.workers", workers]
+        assert main(list(map(str, line))) == 0
+        logged = (tmp_path / name / "reject/samples.jsonl").read_text().splitlines()
+        texts[name] = [(row["id"], row["text"], row["tokens"]) for row in map(json.loads, logged)]
+    assert texts["pool"] == texts["one"] and len({text for _, text, _ in texts["one"]}) > 10
