@@ -117,8 +117,6 @@ def test_a_run_is_killed_for_real(tmp_path):
     config = zero.settings(model, tmp_path, "cut", "cpu", "float32")
     zero.killed(config, 2)
     assert [line["step"] for line in zero.metrics(tmp_path / "cut" / "zero")] == [1, 2]
-    with pytest.raises(RuntimeError, match="exit code 1.*no model at"):
-        zero.killed(replace(config, init_from=str(tmp_path / "nowhere"), name="bad"), 2)
 
 
 def test_every_check_is_listed_with_its_seconds_and_they_fit():
@@ -210,9 +208,8 @@ FINE = "done([{'claim': 'fine', 'value': 1.0, 'at_least': 1.0}])"
 
 
 def test_results_are_written_as_they_come_and_a_crash_stops_nothing(scripted, tmp_path, capsys):
-    scripted(
-        good=FINE, crash="print('no kernel image'); os.abort()", off=FINE.replace("1.0,", "0.5,"), last=FINE
-    )
+    low = FINE.replace("1.0,", "0.5,")
+    scripted(good=FINE, crash="print('no kernel image', flush=True); os.abort()", off=low, last=FINE)
     assert gpu_check.main(["--out", str(tmp_path)]) == 1
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["check"] for line in lines] == ["good", "crash", "off", "last"]
@@ -234,8 +231,13 @@ def test_a_second_call_runs_the_named_and_keeps_the_rest(scripted, tmp_path):
 
 def test_what_hangs_is_killed_with_all_that_it_started(scripted, tmp_path):
     note = tmp_path / "pid"
-    hang = f"import subprocess\np = subprocess.Popen(['sleep', '60'])\nopen({str(note)!r}, 'w').write(str(p.pid))\n"
-    scripted(hangs=hang + "time.sleep(60)", then=FINE)
+    hangs = f"""
+import subprocess
+with open({str(note)!r}, "w") as file:
+    file.write(str(subprocess.Popen(["sleep", "60"]).pid))
+time.sleep(60)
+"""
+    scripted(hangs=hangs, then=FINE)
     assert gpu_check.main(["--out", str(tmp_path), "--seconds", "30"]) == 1
     result = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])
     assert "still running" in result["claims"][0]["claim"]

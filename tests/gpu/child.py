@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.run.environment import git
+
 
 def result(name: str, device: torch.device) -> dict[str, Any]:
     """Of check `name`; an exception becomes a claim that does not hold."""
-    found: dict[str, Any] = {"gpu": torch.cuda.get_device_name(device)}
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": git("rev-parse", "HEAD"),  # empty where there is no git
+        "gpu": torch.cuda.get_device_name(device),
+    }
     try:
         module = import_module(f"tests.gpu.checks.{name}")
         found |= {"about": module.SUMMARY, **module.run(device)}

@@ -22,9 +22,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
+from model.kernels import attend as kernel
+from model.kernels.packed import Packed
 from tests.gpu.checks.compare import at_most, measured, relative, seconds
 
-SUMMARY = "packed causal attention: varlen, SDPA with a mask, SDPA a sequence at a time; errors and times"
+SUMMARY = "packed causal attention: ours, varlen, SDPA with a mask or a sequence at a time; errors and times"
 BOUND = 1e-2
 """bf16 carries 8 bits; each kernel also rounds the probabilities to bf16."""
 FASTER = 3.0
@@ -47,7 +49,7 @@ ROWS = ((1024,) * 16, (8192,) * 2)
 
 
 @dataclass(frozen=True)
-class Packed:
+class Row:
     """Sequences of `lengths` end to end: cumulative `ends` from 0, and a t x t `mask`, true where seen."""
 
     lengths: Sequence[int]
@@ -55,18 +57,18 @@ class Packed:
     mask: Tensor
 
     @classmethod
-    def of(cls, lengths: Sequence[int], device: torch.device) -> Packed:
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Row:
         count = torch.tensor(lengths, device=device)
         ids = torch.arange(len(lengths), device=device).repeat_interleave(count)
         ends = F.pad(count.cumsum(0), (1, 0)).to(torch.int32)
         return cls(lengths, ends, (ids[:, None] == ids).tril_())
 
 
-Attention = Callable[[Tensor, Tensor, Tensor, Packed], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Row], Tensor]
 """Queries, keys, values (t h d) of as many heads each: (t h d)."""
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, packed: Row) -> Tensor:
     """One kernel that knows where sequences end. torch 2.10 has `is_causal` in place of the window."""
     known = inspect.signature(varlen_attn).parameters
     causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
@@ -84,7 +86,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
 def masked(backend: SDPBackend) -> Attention:
     """One call of SDPA for all sequences, with the mask."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, packed: Row) -> Tensor:
         with sdpa_kernel(backend):
             return _sdpa(q, k, v, attn_mask=packed.mask)
 
@@ -94,7 +96,7 @@ def masked(backend: SDPBackend) -> Attention:
 def looped(backend: SDPBackend) -> Attention:
     """A call of SDPA for each sequence."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor, packed: Row) -> Tensor:
         parts = zip(*(x.split(list(packed.lengths)) for x in (q, k, v)), strict=True)
         with sdpa_kernel(backend):
             return torch.cat([_sdpa(*part, is_causal=True) for part in parts])
@@ -102,7 +104,13 @@ def looped(backend: SDPBackend) -> Attention:
     return call
 
 
+def network(q: Tensor, k: Tensor, v: Tensor, packed: Row) -> Tensor:
+    """What the network calls."""
+    return kernel.attend(q, k, v, Packed.of(packed.lengths, q.device), 1 / math.sqrt(q.shape[-1]))
+
+
 BACKENDS: dict[str, Attention] = {
+    "ours": network,
     "varlen": varlen,
     "mask, mem-efficient": masked(SDPBackend.EFFICIENT_ATTENTION),
     "mask, math": masked(SDPBackend.MATH),
@@ -121,7 +129,7 @@ def run(
     rows: Sequence[Sequence[int]] = ROWS,
 ) -> dict[str, Any]:
     """Claims: errors against float64; times; on a GPU, varlen's speed at the first shape and row."""
-    claims: list[dict[str, Any]] = []
+    claims: list[dict[str, Any]] = [claim for shape in shapes for claim in ours(device, shape, uneven)]
     refused: dict[str, str] = {}
     times: dict[str, dict[str, float]] = {}
     padded: dict[str, list[str]] = {}
@@ -141,6 +149,24 @@ def run(
     return {"refused": refused, "padded": padded, "uneven": list(uneven), "claims": claims}
 
 
+def ours(device: torch.device, shape: Shape, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Claims of `model.kernels.attend`, as the network calls it: plain, with a window, with a soft cap."""
+    packed, layout = Row.of(lengths, device), Packed.of(lengths, device)
+    inputs, upstream = _inputs(device, shape, sum(lengths))
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    scale, claims = 1 / math.sqrt(shape.qk), []
+    for name, window, softcap in (("plain", None, None), ("window", 50, None), ("soft cap", None, 2.0)):
+        out = kernel.attend(*inputs, layout, scale, window, softcap)
+        repeats = inputs[0].shape[1] // inputs[1].shape[1]
+        q, k, v = exact[0], *(x.repeat_interleave(repeats, 1) for x in exact[1:])
+        want = reference(q, k, v, packed, window, softcap)
+        got = (out, *torch.autograd.grad(out, inputs, upstream))
+        wanted = (want, *torch.autograd.grad(want, exact, upstream.double()))
+        worst = max(relative(a, b) for a, b in zip(got, wanted, strict=True))
+        claims.append(at_most(f"{_name(shape)}, uneven: ours, {name}", worst, BOUND))
+    return claims
+
+
 def errors(
     device: torch.device, shape: Shape, lengths: Sequence[int], refused: dict[str, str]
 ) -> tuple[list[dict[str, Any]], set[str]]:
@@ -148,7 +174,7 @@ def errors(
 
     With them the backends whose values are padded: those of FLASH, and those that refuse them as they are.
     """
-    packed, claims, pads = Packed.of(lengths, device), [], set()
+    packed, claims, pads = Row.of(lengths, device), [], set()
     inputs, upstream = _inputs(device, shape, sum(lengths))
     exact = [x.detach().double().requires_grad_() for x in inputs]
     want = _both(reference, exact, upstream.double(), packed)
@@ -177,7 +203,7 @@ def timed(
     refused: dict[str, str],
 ) -> dict[str, float]:
     """Median milliseconds of forward and backward of each backend; 0 where it refuses."""
-    packed, times = Packed.of(lengths, device), {}
+    packed, times = Row.of(lengths, device), {}
     inputs, upstream = _inputs(device, shape, sum(lengths))
     for key, attend in BACKENDS.items():
         work = partial(_both, attend, inputs, upstream, packed, key in pads)
@@ -189,19 +215,24 @@ def timed(
     return times
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, packed: Packed) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, packed: Row, window: int | None = None, softcap: float | None = None
+) -> Tensor:
     """Softmax attention written out, a sequence at a time."""
     outputs = []
     parts = zip(*(x.split(list(packed.lengths)) for x in (q, k, v)), strict=True)
     for a, b, c in parts:
         scores = torch.einsum("qhd,khd->hqk", a, b) / math.sqrt(a.shape[-1])
-        later = torch.ones(len(a), len(a), dtype=torch.bool, device=a.device).triu(1)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), c))
+        scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+        unseen = torch.ones(len(a), len(a), dtype=torch.bool, device=a.device).triu(1)
+        if window is not None:
+            unseen |= torch.ones_like(unseen).tril(-window)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), c))
     return torch.cat(outputs)
 
 
 def _both(
-    attend: Attention, inputs: Sequence[Tensor], upstream: Tensor, packed: Packed, pad: bool = False
+    attend: Attention, inputs: Sequence[Tensor], upstream: Tensor, packed: Row, pad: bool = False
 ) -> tuple[Tensor, ...]:
     """Output; gradients of queries, keys and values as the network has them, neither repeated nor padded."""
     q, k, v = inputs
