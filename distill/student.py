@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.files import replacing
 from pipeline.run.metrics import say
+from pipeline.run.usage import Usage
 from pipeline.settings.distill import DistillSettings
 from pipeline.train.place import Place
 from pipeline.train.policy import describe
@@ -197,7 +198,7 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
             parameters = model.num_parameters()
             size = f"{parameters / 1e6:.2f}M parameters"
             say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
-            watch = Watch(job, run_dir, first, total)
+            watch = Watch(job, run_dir, first, total, Usage(model.config, place.device))
             model = train(model, tokenizer, job, run_dir, config, watch, lora, place.device)
             model.generation_config.eos_token_id = tokenizer.eos_token_id
             with replacing(folder) as partial:

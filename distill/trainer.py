@@ -24,6 +24,7 @@ from pipeline.errors import UserError
 from pipeline.run.checkpoint import way_out
 from pipeline.run.directory import RunDir
 from pipeline.run.files import read_json, sha256, write_atomic
+from pipeline.run.usage import Usage
 from pipeline.settings.common import AdamWSettings
 from pipeline.settings.distill import DistillSettings
 
@@ -61,9 +62,9 @@ class Job:
 class Watch(TrainerCallback):
     """Trainer's events to the run directory, and a Ctrl-C to Trainer."""
 
-    def __init__(self, job: Job, run_dir: RunDir, first: int, total: int) -> None:
+    def __init__(self, job: Job, run_dir: RunDir, first: int, total: int, usage: Usage) -> None:
         """`first` of the stage's `total` updates come before the job."""
-        self.job, self.run_dir, self.first, self.total = job, run_dir, first, total
+        self.job, self.run_dir, self.first, self.total, self.usage = job, run_dir, first, total, usage
         size = job.accumulate
         updates = [job.batches[i : i + size] for i in range(0, len(job.batches), size)]
         self.rows = [0, *itertools.accumulate(sum(map(len, update)) for update in updates)]
@@ -83,8 +84,10 @@ class Watch(TrainerCallback):
         """One update's metrics; Trainer's closing summary has no loss and is left out."""
         if "loss" not in (logs or {}):
             return
-        step, now = state.global_step, time.monotonic()
-        metrics = {
+        step, now, size = state.global_step, time.monotonic(), self.job.accumulate
+        rows = itertools.chain.from_iterable(self.job.batches[self.logged * size : step * size])
+        lengths = (len(self.job.examples[row]) for row in rows)
+        metrics = self.usage.of(lengths, now - self.started) | {
             "loss/lm": logs["loss"],
             "optim/lr": logs["learning_rate"],
             "optim/grad_norm": logs["grad_norm"],

@@ -113,7 +113,12 @@ def split_blocks(completion: str) -> tuple[str, str] | None:
     return match[1], match[2]
 
 
+MARKUP = re.compile(r"\\(?:begin|end)\{[^}]*\}")
+
+
 def readable(thought: str) -> bool:
-    """No line occurs twice: the repetition filter of the cold start and of rejection sampling."""
-    lines = [line.strip() for line in thought.splitlines() if line.strip()]
-    return bool(lines) and len(lines) == len(set(lines))
+    """At most a tenth of the lines are repeated, lines of mere markup (`\\[`) not counted: the repetition
+    filter of the cold start and of rejection sampling."""
+    lines = [line.strip() for line in thought.splitlines()]
+    lines = [line for line in lines if any(map(str.isalnum, MARKUP.sub("", line)))]
+    return bool(lines) and len(lines) - len(set(lines)) <= len(lines) // 10

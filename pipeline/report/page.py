@@ -175,6 +175,7 @@ def origin(records: list[StageRecord]) -> list[tuple[str, str]]:
     def all_of(values: Iterable[Any]) -> str:
         return ", ".join(dict.fromkeys(str(v) for v in values if v not in (None, "")))
 
+    gpu_line = "{count} x {name}, driver {driver}, CUDA {cuda}"
     envs = [r.env for r in records]
     machines, packages = ([e.get(key, {}) for e in envs] for key in ("machine", "packages"))
     names = dict.fromkeys(name for p in packages for name in p)
@@ -184,6 +185,7 @@ def origin(records: list[StageRecord]) -> list[tuple[str, str]]:
         ("seed", all_of(r.seed for r in records)),
         ("processor", all_of(m.get("cpu") for m in machines)),
         ("cores", all_of(m.get("cores") for m in machines)),
+        ("GPU", all_of(gpu_line.format(**m["gpu"]) for m in machines if "gpu" in m)),
         ("platform", all_of(m.get("platform") for m in machines)),
         ("python", all_of(e.get("python") for e in envs)),
         *((name, all_of(p.get(name) for p in packages)) for name in names),

@@ -25,21 +25,17 @@ class Usage:
                 self.peak = peak_flops(torch.cuda.get_device_name(device))
             torch.cuda.reset_peak_memory_stats(device)
 
-    def of(
-        self, lengths: Iterable[int], seconds: float, *, scorings: int = 0, scored: int | None = None
-    ) -> dict[str, float]:
+    def of(self, lengths: Iterable[int], seconds: float, scorings: int = 0) -> dict[str, float]:
         """Metrics of the updates on sequences of `lengths` tokens, which took `seconds`.
 
-        Args:
-            scorings: forwards without a backward over the same sequences, of policy or reference.
-            scored: tokens that the head turns into logits. None = all.
+        `scorings` counts forwards without a backward over the same sequences, of policy or reference. All tokens
+        count as turned into logits, prompts too.
         """
         lengths = list(lengths)
         metrics = {"time/trained_tokens_per_s": sum(lengths) / seconds}
         if self.peak:
-            work = flops(self.config, lengths, scored=scored, mtp=self.mtp)
-            if scorings:
-                work += scorings * flops(self.config, lengths, backward=False, scored=scored)
+            forward = flops(self.config, lengths, backward=False)
+            work = flops(self.config, lengths, mtp=self.mtp) + scorings * forward
             metrics["time/mfu"] = work / seconds / self.peak
         if self.device.type == "cuda":
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

@@ -8,6 +8,7 @@ the corpus that rejection sampling kept.
 import random
 from collections.abc import Iterator
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, tagged, write_corpus
@@ -58,12 +59,13 @@ def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
 
 
 def examples(rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings) -> list[Encoded]:
-    """Rows encoded; scored is the completion, its end included."""
-    out = []
+    """Rows encoded, 5 bytes a token; scored is the completion, its end included."""
+    out: list[Encoded] = []
     for row in rows:
         prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
         if len(prompt) + len(completion) <= config.max_length:
-            out.append((prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+            ids = np.array(prompt + completion, np.int32)
+            out.append((ids, np.arange(len(ids)) >= len(prompt)))
     if len(out) < len(rows):
         print(f"{len(rows) - len(out)} of {len(rows)} rows exceed max_length={config.max_length}: left out")
     return out

@@ -22,7 +22,7 @@ from model.kernels.packed import Packed, upload
 Per = Literal["rollout", "token", "constant"]
 """What a policy loss averages over, see `rollout_weights`."""
 
-Encoded = tuple[list[int], list[bool]]
+Encoded = tuple[Sequence[int] | NDArray[Any], Sequence[bool] | NDArray[Any]]
 """Token ids, and which of them are scored."""
 
 
@@ -125,7 +125,7 @@ def pack(examples: Sequence[Example], micro_tokens: int) -> Batch:
     return Batch([[examples[i] for i in part] for part in parts])
 
 
-def mean_weights(scored: Sequence[Sequence[bool]]) -> list[NDArray[Any]]:
+def mean_weights(scored: Sequence[ArrayLike]) -> list[NDArray[Any]]:
     """Weights of a mean over all scored tokens of the batch; a sequence's first token cannot be scored."""
     flags = [np.asarray(each, np.float32) for each in scored]
     for each in flags:

@@ -181,9 +181,10 @@ class HalfMomentAdamW(torch.optim.Optimizer):
                 scale = v.div_(1 - beta2**count).sqrt_().add_(group["eps"])
                 p.addcdiv_(m, scale, value=-group["lr"] / (1 - beta1**count))
 
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`, which casts moments to the parameters' dtype."""
-        super().load_state_dict(state_dict)
-        for state in self.state.values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = state[name].to(torch.bfloat16)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`, which would hold the moments in fp32 for a moment."""
+        super().load_state_dict({**state_dict, "state": {}})
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for i, of in state_dict["state"].items():
+            device = parameters[i].device
+            self.state[parameters[i]] = {key: x.to(device) if x.ndim else x for key, x in of.items()}

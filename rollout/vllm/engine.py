@@ -212,6 +212,7 @@ class VllmEngine:
         copies = functools.partial(kv_copies, self.config, self.settings.tensor_parallel)
         self.torn = True
         if self.asleep:
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps of freed tensors is vLLM's now
             self.llm.wake_up(tags=["weights"])
         outlet = self._outlet(device)
         self._call("r1_begin")

@@ -67,6 +67,9 @@ def test_student_and_control_learn_on_equal_budgets_and_load(distill: Distill, t
     assert student[-1]["loss/lm"] < 1.5 < 5 < student[0]["loss/lm"]
     assert plain[-1]["loss/lm"] < 1.5 < 5 < plain[0]["loss/lm"]
 
+    trained = [row["time/trained_tokens_per_s"] * row["time/step_s"] for row in student]
+    assert sum(trained) == pytest.approx(student[-1]["data/tokens"], rel=1e-3)
+
     # The same number of updates, and of tokens to within one row, though a plain row is three times shorter.
     assert abs(student[-1]["data/tokens"] - plain[-1]["data/tokens"]) <= 128
     assert abs(student[-1]["data/tokens"] - 90 * 512) <= 128

@@ -74,10 +74,11 @@ def engine(deepseek_dir, monkeypatch):
                 yield Rollout(prompt, i, s, (5,), (-1.0,), "stop", opened.version)
 
     monkeypatch.setattr(opened, "_generate", generate)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: opened.llm.calls.append("trainer's memory"))
     return opened
 
 
-UPDATE = ["wake weights", "r1_begin", "r1_bucket", "r1_end", "wake kv_cache", "reset"]
+UPDATE = ["trainer's memory", "wake weights", "r1_begin", "r1_bucket", "r1_end", "wake kv_cache", "reset"]
 
 
 def test_a_round_sleeps_then_wakes_weights_loads_and_wakes_the_cache(engine, net, prompts):

@@ -36,6 +36,16 @@ def test_a_line_said_twice_is_not_readable():
     assert not readable(" \n ")
 
 
+def test_markup_and_a_rare_repetition_are_readable():
+    steps = [f"So we have\n\\[\n\\begin{{aligned}}\nx_{n} = {n}\n\\end{{aligned}}\n\\]" for n in range(3)]
+    assert not readable("\n".join(steps)), "a third of the prose is the same line"
+    steps = [step.replace("So", f"{n} times") for n, step in enumerate(steps)]
+    assert readable("\n".join(steps)) and not readable("\\[\n\\]")
+    lines = [f"Step {n}." for n in range(20)]
+    assert readable("\n".join([*lines, "Step 3."])) and readable("\n".join([*lines, "Step 3.", "Step 4."]))
+    assert not readable("\n".join([*lines, *lines[:3]]))
+
+
 def sample(**changes):
     base = {
         "id": "x", "question": "q1", "text": GOOD, "verdict": "correct", "parts": {"language": 1.0},

@@ -10,6 +10,8 @@ import pytest
 from made_up_run import CHAIN, NASTY, write
 
 from pipeline.__main__ import main
+from pipeline.report.page import origin
+from pipeline.report.summary import StageRecord
 
 
 class Page(html.parser.HTMLParser):
@@ -163,3 +165,14 @@ def test_sampled_benchmarks_show_pass_k_and_prompts_that_were_too_long(fake_run,
     page = Page((folder / "report.html").read_text())
     assert "98.7 %" in page.shown and "r1 3 of 320" in page.shown and "cons@k" in page.shown
     assert json.loads((folder / "summary.json").read_text())["models"]["r1"]["aime24"]["mean_tokens"] is None
+
+
+def test_the_origin_names_each_machines_gpu_once():
+    gpu = {"name": "NVIDIA H100", "count": 1, "memory_gib": 79.6, "driver": "580.65", "cuda": "13.0"}
+    records = [
+        StageRecord(name, {}, {"machine": {"cpu": "Imaginary"} | more}, [], {}, 1.0, 1, 0)
+        for name, more in (("sft", {"gpu": gpu}), ("grpo", {"gpu": gpu}), ("report", {}))
+    ]
+    rows = dict(origin(records))
+    assert rows["GPU"] == "1 x NVIDIA H100, driver 580.65, CUDA 13.0"
+    assert "GPU" not in dict(origin(records[2:]))
