@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rollout.transport import BUCKET_BYTES, Receiver, SharedFile, SharedGpu, send
 from torch import Tensor
 
+from rollout.transport import BUCKET_BYTES, Receiver, SharedFile, SharedGpu, send
 from rollout.weights import fingerprint
 from tests.gpu.checks.compare import measured, true
 
