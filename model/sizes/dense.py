@@ -77,10 +77,11 @@ def dense_shape(config: Any) -> Shape:
     embeddings += config.max_position_embeddings * d if kind.positions else 0
     embeddings += config.vocab_size if kind.head_bias else 0
     total = layers * (products + vectors) + kind.norm_vectors * d + embeddings
-    # A norm keeps its input in fp32 and the normed value twice; the feed-forward keeps all that it computes.
+    # RMSNorm keeps its input in fp32 and the normed value twice, torch's LayerNorm both once. The
+    # feed-forward keeps all that it computes; GELU by tanh is several operators.
     kept = Kept(
-        2 * kind.norms * d + (ups + 2) * i + 2 * (q + k) + (q + k if per_head else 0),
-        kind.norms * d + (q + k if per_head else 0),
+        2 * kind.norms * d + (4 if kind.gated else 5) * i + 2 * (q + k) + (q + k if per_head else 0),
+        (kind.norms * d if kind.norm_vectors == 1 else 0) + (q + k if per_head else 0),
     )
     return Shape(
         parameters=Parameters(total, total, 0),

@@ -27,8 +27,9 @@ def native_shape(c: ModelConfig) -> Shape:
     active = products + trunk * norms + d + c.vocab_size * d * (1 if c.tie_word_embeddings else 2)
     mtp = ahead * (module + resting + norms + 3 * d)
     around = _attention_kept(c)
-    of_dense = Kept(around.own + 4 * c.intermediate_size, around.fp32)
-    of_experts = Kept(around.own + k * (d + 3 * i) + 4 * shared * i, around.fp32 + d + 2 * e)
+    of_dense = Kept(around + 4 * c.intermediate_size, 0)
+    # A CPU that computes one expert at a time neither keeps their inputs nor what goes into `down_proj`.
+    of_experts = Kept(around + 2 * k * i + 4 * shared * i, 2 * e, casts=d, on_gpus=k * (d + i))
     return Shape(
         parameters=Parameters(active + (trunk - dense) * resting + mtp, active, mtp),
         width=d,
@@ -43,8 +44,8 @@ def native_shape(c: ModelConfig) -> Shape:
     )
 
 
-def _attention_kept(c: ModelConfig) -> Kept:
-    """What a layer keeps beside its feed-forward: the norms' inputs and outputs, and the attention's."""
+def _attention_kept(c: ModelConfig) -> int:
+    """Numbers that a layer keeps beside its feed-forward: of the norms and of the attention."""
     h, padded = c.num_attention_heads, c.num_attention_heads * c.qk_head_dim
     latents = 2 * (c.q_lora_rank or 0) + 2 * c.kv_lora_rank + c.qk_rope_head_dim
-    return Kept(4 * c.hidden_size + latents + 4 * padded + h * c.v_head_dim, 0)
+    return 4 * c.hidden_size + latents + 4 * padded + h * c.v_head_dim

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from tests.gpu.fake_attention import varlen_backward, varlen_forward
+from tests.gpu.fake_kernels import varlen_backward, varlen_forward
 
 aten: Any = torch.ops.aten
 GPU = torch.device("cuda", 0)
 ROOT = Path(__file__).parents[2]
 OURS = [f"{ROOT}/{part}/" for part in ("model", "rollout", "rewards", "pipeline", "distill", "tests")]
-HARNESS = [f"{ROOT}/tests/gpu/{name}.py" for name in ("fake_tensor", "fake_cuda", "fake_attention")]
+HARNESS = [f"{ROOT}/tests/gpu/{name}.py" for name in ("fake_tensor", "fake_cuda", "fake_kernels")]
 
 SYNCS = {
     aten._local_scalar_dense.default,

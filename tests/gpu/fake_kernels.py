@@ -1,8 +1,9 @@
-"""`torch.nn.attention.varlen` on a CPU, which has no kernel for it: a sequence at a time, complete scores.
+"""Kernels that a GPU has and a CPU lacks, so that autograd keeps the same tensors on the fake GPU.
 
-It refuses what the kernel refuses, and returns what the kernel does, so that autograd keeps the same tensors.
+`torch.nn.attention.varlen` runs a sequence at a time with complete scores; it refuses what the kernel refuses.
+RMSNorm is a kernel there; on a CPU torch composes it of operators that each keep something.
 
-Axes    t tokens of all sequences, h heads of queries, g of keys and values, d head size, n sequences
+Axes    t tokens of all sequences, h heads of queries, g of keys and values, d head size or width, n sequences
 """
 
 from __future__ import annotations
@@ -72,6 +73,24 @@ def varlen_backward(
                            (dv, torch.einsum("hqk,qhd->khd", p, do))):  # fmt: skip
             d[begin:end] = product.unflatten(1, (d.shape[1], -1)).sum(2)
     return dq, dk, dv
+
+
+class FusedNorm(torch.autograd.Function):
+    """`F.rms_norm` of `x` (.. d) by one kernel each way; it keeps `x`, the weight and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        r = (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
+        ctx.save_for_backward(x, weight, r)
+        return (x.float() * r * weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        normed, d = x.float() * r, dy.float() * weight.float()
+        dx = r * (d - normed * (d * normed).mean(-1, keepdim=True))
+        dw = (dy.float() * normed).flatten(0, -2).sum(0)
+        return dx.to(x.dtype), dw.to(weight.dtype), None
 
 
 def _sequences(ends: Tensor) -> list[tuple[int, int]]:
