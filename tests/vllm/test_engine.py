@@ -54,7 +54,7 @@ def weights_as_opened(request, policies):
 
 
 def tokens(rollouts):
-    named = {(r.index, r.sample): (r.token_ids, r.finish_reason) for r in rollouts}
+    named = {(r.index, r.sample): (tuple(r.token_ids), r.finish_reason) for r in rollouts}
     assert len(named) == len(rollouts)
     return named
 

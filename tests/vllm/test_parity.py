@@ -9,6 +9,7 @@ import torch
 from networks import LATENT, MOE, network, smollm2
 
 import model
+from model.dense import DensePolicy
 from rollout.sampling import truncate
 from rollout.types import SamplingParams
 from tests.small import random_prompts
@@ -39,7 +40,10 @@ def logits(net, rollout):
     """Raw logits (c v) of `net` at each completion token."""
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
     with torch.no_grad():
-        return net.logits(ids)[0, len(rollout.prompt.token_ids) - 1 : -1]
+        # transformers' own forward has fp32 inside, which our dense policy takes for a fault in fp64.
+        dense = isinstance(net, DensePolicy) and net.network.dtype == torch.float64
+        every = net.network(ids).logits if dense else net.logits(ids)
+        return every[0, len(rollout.prompt.token_ids) - 1 : -1]
 
 
 def of_tokens(logprobs, rollout):
