@@ -75,9 +75,6 @@ class Functions(TorchFunctionMode):
                 return pin(args[0].clone())
             if name == "rms_norm" and isinstance(args[0], Cuda):
                 return FusedNorm.apply(args[0], kwargs["weight"], kwargs["eps"])
-            if name == "backward":  # the mode is off in here, and hooks and backwards of ours are to see it
-                with self:
-                    return _backward(*args, **kwargs)
         if name in ("tensor", "as_tensor") and torch.device(kwargs.get("device") or "cpu").type == "cuda":
             return _moved("cuda", func(*args, **{**kwargs, "device": None}))
         inside = any(isinstance(x, Cuda) for x in leaves(args))
@@ -86,10 +83,6 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             CALLS.pop()
-
-
-def _backward(x: Tensor, gradient: Tensor | None = None, **how: Any) -> None:
-    torch.autograd.backward(x, gradient, **how)
 
 
 def _moved(name: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -228,6 +221,7 @@ CUDA: dict[str, Any] = {
     "graph": capture,
 }
 
+ENGINE = torch.autograd._engine_run_backward
 LOAD, APPLY, GROUPS = torch.load, nn.Module._apply, torch._C._group_tensors_by_device_and_dtype
 
 
@@ -253,6 +247,12 @@ def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True
     return out
 
 
+def _run_backward(*args: Any, **kwargs: Any) -> Any:
+    """The engine of autograd. The call that leads here switches the mode off; recomputed layers need it."""
+    with contextlib.nullcontext() if torch._C._len_torch_function_stack() else Functions():
+        return ENGINE(*args, **kwargs)
+
+
 def _groups(tensors: Any, with_indices: bool) -> Any:
     """Lists of tensors by device and dtype; C++ reads another device."""
     groups = {}
@@ -275,6 +275,7 @@ def fake_cuda() -> Iterator[Found]:
             *((torch, "load", _load), (torch, "Generator", Generator), (nn.Module, "_apply", _apply)),
             *((torch.version, "cuda", "13.0"), (torch.accelerator, "is_available", _always(True))),
             (torch.accelerator, "current_accelerator", _always(GPU)),
+            (torch.autograd, "_engine_run_backward", _run_backward),
             (torch._C, "_group_tensors_by_device_and_dtype", _groups),
             (torch.accelerator, "current_stream", lambda *_: Stream()),
         ]

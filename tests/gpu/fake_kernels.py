@@ -1,6 +1,6 @@
 """Kernels that a GPU has and a CPU lacks, so that autograd keeps the same tensors on the fake GPU.
 
-`torch.nn.attention.varlen` runs a sequence at a time with complete scores; it refuses what the kernel refuses.
+`torch.nn.attention.varlen` runs a sequence at a time with complete scores. It refuses what the kernel does.
 RMSNorm is a kernel there; on a CPU torch composes it of operators that each keep something.
 
 Axes    t tokens of all sequences, h heads of queries, g of keys and values, d head size or width, n sequences
