@@ -49,10 +49,9 @@ class DensePolicy(Policy):
         self.config: Any = network.config.get_text_config()
         self._compared = False
         for module in network.modules():
-            for name in vars(module):
-                if name.endswith(("dropout", "pdrop", "layerdrop")) or (
-                    name == "p" and isinstance(module, nn.Dropout)
-                ):
+            for name, value in list(vars(module).items()):
+                drops = name.endswith(("dropout", "pdrop", "layerdrop")) or isinstance(module, nn.Dropout)
+                if drops and isinstance(value, float):
                     setattr(module, name, 0.0)
         if self._whole.config._attn_implementation == "sdpa":
             self._whole.set_attn_implementation(PACKED)
@@ -78,12 +77,10 @@ class DensePolicy(Policy):
     @property
     def head(self) -> Head:
         """See `Policy.head`: with the scale and the soft cap of the architecture."""
-        out, config = self._whole.get_output_embeddings(), self.config
-        scale = (getattr(config, "logit_scale", None) or 1.0) / (
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return Head(out.weight, getattr(out, "bias", None), scale, softcap)
+        out: Any = self._whole.get_output_embeddings()
+        times, over = (getattr(self.config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        softcap = getattr(self.config, "final_logit_softcapping", None)
+        return Head(out.weight, getattr(out, "bias", None), times / over, softcap)
 
     @property
     def recompute(self) -> bool:
@@ -172,6 +169,8 @@ class DensePolicy(Policy):
                 _near("states", again, states)
                 _near("states of packed sequences", packed, states)
                 _near("logits", self.head(states), logits)
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             net.set_attn_implementation(before)
             raise ValueError(f"{name} cannot be trained or scored here: {error}.") from error

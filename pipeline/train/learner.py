@@ -75,7 +75,7 @@ class Learner:
         except ValueError as error:
             raise UserError(f"{error} Switch it off: --optim.no-recompute") from error
         if self.device.type == "cpu":
-            heap.keep_freed()
+            heap.keep_freed(short=optim.recompute)
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
         self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
         self.adamw = optimizer(self.weights.stepped, optim)
