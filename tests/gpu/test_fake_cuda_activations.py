@@ -84,10 +84,12 @@ def kept(name, layers, device, dtype, recompute):
     return sum(sizes.values()), net.config
 
 
-@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("name", [*DENSE, *NATIVE])
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [*((name, False) for name in (*DENSE, *NATIVE)), ("Llama", True), ("experts", True)],
+)
 def test_layers_keep_what_the_sizes_say(name, device, dtype, recompute):
     tokens, options = sum(LENGTHS), (device, dtype, recompute)
     with fake_cuda() if device == "cuda" else nullcontext():
