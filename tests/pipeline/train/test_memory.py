@@ -9,6 +9,7 @@ import torch
 from transformers import Qwen2Config
 
 from model import TINY
+from model.sizes.published import MOONLIGHT_16B
 from pipeline.__main__ import main
 from pipeline.arguments import load
 from pipeline.errors import UserError
@@ -132,6 +133,14 @@ def test_the_small_presets_need_less_than_a_gigabyte(preset):
             config = load(stage, file, [])
             need = Need(TINY, config.optim, CPU.micro_tokens(config), isinstance(config, GrpoSettings))
             assert need.total() < 1e9
+
+
+def test_a_cpu_is_asked_for_what_its_own_layers_keep(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000)
+    on_cpu, on_gpu = (Need(MOONLIGHT_16B, OptimSettings(), 4096, device=d) for d in ("cpu", "cuda"))
+    assert on_cpu.total() < on_gpu.total()
+    with pytest.raises(UserError, match=f"needs at least {on_cpu.total() / 1e9:.1f} GB"):
+        check_memory(MOONLIGHT_16B, CPU, OptimSettings(), 4096)
 
 
 def test_the_stages_refuse_before_they_load_anything(tmp_path, tokenizer, monkeypatch, capsys):
