@@ -184,7 +184,7 @@ class Broadcast(Outlet):
     def start(self, message: bytes) -> Callable[[], Sequence[int]]:
         """See `Start`; there are no answers: `received` checks each bucket."""
         broadcast(self.group, torch.tensor([len(message)], device=self.device))
-        broadcast(self.group, torch.tensor(list(message), dtype=torch.uint8, device=self.device))
+        broadcast(self.group, torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self.device))
         return tuple
 
     def publish(self, nbytes: int) -> None:
@@ -288,7 +288,7 @@ def received(group: Group, device: torch.device) -> Iterator[tuple[str, Tensor]]
             break
         message = torch.empty(size, dtype=torch.uint8, device=device)
         broadcast(group, message)
-        bucket: Bucket = pickle.loads(bytes(message.tolist()))
+        bucket: Bucket = pickle.loads(message.cpu().numpy().tobytes())
         own = torch.empty(bucket.nbytes, dtype=torch.uint8, device=device)
         broadcast(group, own)
         if fingerprint_of(own, bucket.slots) == bucket.fingerprint:
