@@ -15,6 +15,7 @@ Axes    s tokens of all sequences, L of one; h query heads, g key heads, r = h /
 
 from collections.abc import Iterator
 from functools import lru_cache
+from math import isqrt
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 BLOCK = 64
 """Queries of a block on a CPU, where its scores should stay in the cache."""
 SCORES = 1 << 25
-"""Scores of a block elsewhere, unless BLOCK queries have more: each block costs launches."""
+"""Scores of a block elsewhere, up to twice as many, unless BLOCK queries have more: each costs launches."""
 
 
 class BlockwiseAttention(torch.autograd.Function):
@@ -103,7 +104,8 @@ def _put(x: Tensor, value: Tensor) -> None:
 def _blocks(q: Tensor, window: int) -> Iterator[tuple[slice, slice]]:
     """Queries of each block of `q` (g r L d), and the keys that any of them sees."""
     heads, length = q.shape[0] * q.shape[1], q.shape[2]
-    size = BLOCK if q.device.type == "cpu" else max(BLOCK, SCORES // (heads * min(length, window)))
+    most = SCORES // heads  # queries times keys, of which a block has its own and the window before it
+    size = BLOCK if q.device.type == "cpu" else max(BLOCK, min(most // min(length, window), isqrt(most)))
     for begin in range(0, length, size):
         end = min(begin + size, length)
         yield slice(begin, end), slice(max(0, begin - window + 1), end)
