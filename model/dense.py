@@ -30,6 +30,8 @@ from model.policy import Head, Policy
 PACKED = "r1_packed"
 LAYERS = {"full_attention", "sliding_attention"}
 """Types of layers that packing keeps."""
+STRETCHED = {"dynamic", "longrope"}
+"""Types of rotary positions that transformers stretches by the longest sequence of a row."""
 CHECKED = (5, 16)
 """Lengths of the sequences of random tokens on which a policy is compared with its network."""
 
@@ -160,6 +162,12 @@ class DensePolicy(Policy):
             kinds = set(getattr(self.config, "layer_types", None) or ()) - LAYERS
             if kinds:
                 raise ValueError(f"it has layers of type {', '.join(sorted(kinds))}")
+            given = getattr(self.config, "rope_parameters", None) or {}
+            ropes = {
+                of.get("rope_type") for of in (given, *given.values()) if isinstance(of, dict)
+            } & STRETCHED
+            if ropes:
+                raise ValueError(f"a row's longest sequence sets its rotary positions ({min(ropes)})")
             with torch.no_grad():
                 states, logits = alone("eager")
                 again, _ = alone(PACKED)

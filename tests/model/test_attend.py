@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import threading
 
 import pytest
 import torch
@@ -120,6 +121,41 @@ def test_keys_behind_the_window_cost_nothing(monkeypatch):
     (q, k, v), _ = inputs(40 * BLOCK, 2, 1, 4, 4)
     BlockwiseAttention.apply(q, k, v, (40 * BLOCK,), 1.0, 10, None)
     assert max(scores) == 2 * BLOCK * (BLOCK + 9) and len(scores) == 40
+
+
+@pytest.mark.parametrize("window", [16, 512, 1 << 15])
+def test_scores_of_a_block_are_bounded_on_a_gpu_whatever_the_window(window):
+    queries = torch.empty(2, 4, 1 << 15, 8, device="meta")
+    for rows, keys in blockwise._blocks(queries, window):
+        assert 8 * (rows.stop - rows.start) * (keys.stop - keys.start) <= 2 * blockwise.SCORES
+
+
+def test_two_threads_leave_the_choice_of_kernels_as_it_was(monkeypatch):
+    """The second thread comes while the first is at its kernel, and ends after it."""
+    (q, k, v), _ = inputs(8, 2, 2, 4, 4, torch.float32)
+    first, second, done = threading.Event(), threading.Event(), threading.Event()
+    kernel = dispatch.F.scaled_dot_product_attention
+
+    def slow(*args, **options):
+        mine = threading.current_thread() is threading.main_thread()
+        (first if mine else second).set()
+        if mine:
+            second.wait(0.2)  # it may not come as far
+        else:
+            done.wait(5)
+        return kernel(*args, **options)
+
+    def other():
+        first.wait(5)
+        attend(q, k, v, Packed.of((8,)), 1.0)
+
+    monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", slow)
+    thread = threading.Thread(target=other)
+    thread.start()
+    attend(q, k, v, Packed.of((8,)), 1.0)
+    done.set()
+    thread.join()
+    assert torch.backends.cuda.math_sdp_enabled()
 
 
 @pytest.mark.parametrize("grouped", [True, False], ids=["torch 2.13", "torch 2.11"])

@@ -46,6 +46,23 @@ REFUSED = {
     "stablelm": ({}, "its layers do not pass on where sequences end"),
     "mamba": ({}, "it has layers of type linear_attention"),
     "gemma3_text": ({**GEMMA, "use_bidirectional_attention": True}, "its attention is not causal"),
+    "llama": (
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
+        r"a row's longest sequence .*dynamic",
+    ),
+    "phi3": (
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 16,
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4,
+            },
+        },
+        r"a row's longest sequence .*longrope",
+    ),
 }
 
 
