@@ -58,14 +58,25 @@ def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
     return rows
 
 
-def examples(rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings) -> list[Encoded]:
-    """Rows encoded, 5 bytes a token; scored is the completion, its end included."""
+def examples(
+    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings, positions: int
+) -> list[Encoded]:
+    """Rows encoded, 5 bytes a token; scored is the completion, its end included.
+
+    Raises:
+        UserError: a row is longer than the model's `positions`, or all are longer than `max_length`.
+    """
     out: list[Encoded] = []
     for row in rows:
         prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
-        if len(prompt) + len(completion) <= config.max_length:
+        if (length := len(prompt) + len(completion)) <= config.max_length:
+            if length > positions:
+                limit = f"the model's max_position_embeddings={positions}; set --max-length {positions}"
+                raise UserError(f"the row {row.id!r} of {length} tokens exceeds {limit}")
             ids = np.array(prompt + completion, np.int32)
             out.append((ids, np.arange(len(ids)) >= len(prompt)))
+    if not out:
+        raise UserError(f"all {len(rows)} rows exceed max_length={config.max_length}; raise --max-length")
     if len(out) < len(rows):
         print(f"{len(rows) - len(out)} of {len(rows)} rows exceed max_length={config.max_length}: left out")
     return out
@@ -95,7 +106,8 @@ def run(config: SftSettings, run_dir: RunDir) -> None:
     policy, tokenizer = load_policy(start, place.device)
     rows = gather(config, run_dir)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
-    packed = list(epoch_batches(examples(rows, tokenizer, config), config, place.micro_tokens(config)))
+    encoded = examples(rows, tokenizer, config, policy.config.max_position_embeddings)
+    packed = list(epoch_batches(encoded, config, place.micro_tokens(config)))
     print(f"{run_dir.stage.name}: {len(rows)} rows, {len(packed)} updates")
     learner = Learner(policy, config.optim, len(packed), mtp_coef=config.mtp_coef)
     train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)

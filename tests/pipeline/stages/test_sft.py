@@ -1,0 +1,52 @@
+"""Supervised fine-tuning: rows that are too long for the settings or the model."""
+
+import json
+
+import pytest
+
+from pipeline.__main__ import main
+from tests.small import random_policy
+
+
+@pytest.fixture
+def sft(tokenizer, tmp_path, root, capsys):
+    """`sft(*flags)` on two rows of about 50 and 90 tokens, a model of 64 positions: exit code and errors."""
+    policy = random_policy(tmp_path / "policy", tokenizer, "r1", max_position_embeddings=64)
+    rows = [
+        {
+            "id": name,
+            "question": "3+4=?",
+            "completion": f"<think>\n{'3+4=7 ' * n}</think> <answer> 7 </answer>",
+        }
+        for name, n in (("short", 2), ("long", 12))
+    ]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, rows)))
+
+    def run(*flags):
+        code = main(
+            [
+                "sft", "--config", f"{root}/configs/micro/sft.toml", "--runs", str(tmp_path / "runs"),
+                "--init-from", str(policy), "--corpus", str(corpus), "--samples-from=", "--curated=0",
+                "--threads=1", *flags,
+            ]
+        )  # fmt: skip
+        return code, capsys.readouterr()
+
+    return run
+
+
+def test_a_row_beyond_the_positions_of_the_model_is_refused(sft):
+    code, said = sft("--max-length=128")
+    assert code == 2 and "'long'" in said.err and said.err.count("\n") == 1
+    assert "--max-length 64" in said.err
+
+
+def test_training_on_no_row_is_refused(sft):
+    code, said = sft("--max-length=8")
+    assert code == 2 and said.err == "error: all 2 rows exceed max_length=8; raise --max-length\n"
+
+
+def test_a_row_that_is_too_long_is_left_out(sft):
+    code, said = sft("--max-length=64")
+    assert code == 0 and "1 of 2 rows exceed max_length=64: left out" in said.out
