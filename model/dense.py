@@ -167,7 +167,9 @@ class DensePolicy(Policy):
                 of.get("rope_type") for of in (given, *given.values()) if isinstance(of, dict)
             } & STRETCHED
             if ropes:
-                raise ValueError(f"a row's longest sequence sets its rotary positions ({min(ropes)})")
+                raise ValueError(
+                    f"a row's longest sequence sets its rotary positions ({', '.join(map(str, ropes))})"
+                )
             with torch.no_grad():
                 states, logits = alone("eager")
                 again, _ = alone(PACKED)

@@ -10,7 +10,7 @@ Axes    s tokens of all sequences, h query heads, g key heads (h is a multiple),
 """
 
 import inspect
-from threading import Lock
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,10 +26,14 @@ CPU_BLOCKS = range(128, 1025)
 """Longest sequences for which a CPU computes in blocks; for shorter and longer ones SDPA is faster."""
 CUDNN_FROM = 3072
 """Mean length from which cuDNN, a sequence at a time, beats `varlen_attn` on an H100 (docs/LOG.md)."""
-FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-"""On a GPU, the fastest first. The plain one is left out: it keeps complete scores."""
-CHOOSING = Lock()
-"""`sdpa_kernel` sets what holds for all threads, and one of them may generate while another trains."""
+ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+"""Of SDPA on a GPU, the fastest first. The plain one, which keeps complete scores, comes last and is not
+forbidden: the order holds for all threads, and another one may generate with what only it computes."""
 HALF = (torch.bfloat16, torch.float16)
 GROUPED: dict[str, Any] = (
     {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -89,7 +93,7 @@ def _each(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: floa
         rows = [[x.unflatten(0, (len(lengths), -1)) for x in (q, k, v)]]
     else:
         rows = [[x[None] for x in part] for part in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)]
-    with CHOOSING, sdpa_kernel(FUSED if gpu else SDPBackend.FLASH_ATTENTION, set_priority=gpu):
+    with sdpa_kernel(ORDER, set_priority=True) if gpu else nullcontext():
         out = [
             F.scaled_dot_product_attention(
                 a, b, c, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1]

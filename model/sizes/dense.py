@@ -90,7 +90,6 @@ def dense_shape(config: Any) -> Shape:
         products=layers * products,
         pair=2 * q,
         windows=tuple(_windows(config)),
-        cached=layers * 2 * k,
         kept=(kept,) * layers,
     )
 

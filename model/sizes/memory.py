@@ -1,4 +1,4 @@
-"""Bytes of a network in training and in an engine's cache, from its config."""
+"""Bytes of a network in training, from its config."""
 
 from typing import Any
 
@@ -38,14 +38,3 @@ def training_bytes(
         "reference": own * weights if reference else 0,
         "activations": tokens * a_token,
     }
-
-
-def weight_bytes(config: Any, itemsize: int = 2) -> int:
-    """Bytes of the trunk in an engine, whose numbers have `itemsize` bytes; raises as `shape`."""
-    of = shape(config).parameters
-    return itemsize * (of.total - of.mtp)
-
-
-def cache_bytes(config: Any, itemsize: int = 2) -> int:
-    """Bytes a token of an engine's cache; raises as `shape`."""
-    return itemsize * shape(config).cached

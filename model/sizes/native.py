@@ -39,7 +39,6 @@ def native_shape(c: ModelConfig) -> Shape:
         pair=queries + values,
         windows=(None,) * trunk,
         mtp_modules=ahead,
-        cached=trunk * c.latent_dim,
         kept=(of_dense,) * dense + (of_experts,) * (trunk - dense),
     )
 

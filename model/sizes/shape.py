@@ -52,7 +52,5 @@ class Shape:
     windows: tuple[int | None, ...]
     """Of each layer, how many keys a query sees, its own included. None = all before it."""
     mtp_modules: int = 0
-    cached: int
-    """Numbers a token in the cache of an engine, all layers."""
     kept: tuple[Kept, ...]
     """Of each layer."""

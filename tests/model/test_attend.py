@@ -2,7 +2,7 @@
 
 import inspect
 import math
-import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from model.kernels import blockwise
 from model.kernels.attend import attend
 from model.kernels.blockwise import BLOCK, BlockwiseAttention
 from model.kernels.packed import Packed
+from tests.gpu.fake_cuda import fake_cuda
 
 LENGTHS = {
     "one token": (1,),
@@ -130,32 +131,21 @@ def test_scores_of_a_block_are_bounded_on_a_gpu_whatever_the_window(window):
         assert 8 * (rows.stop - rows.start) * (keys.stop - keys.start) <= 2 * blockwise.SCORES
 
 
-def test_two_threads_leave_the_choice_of_kernels_as_it_was(monkeypatch):
-    """The second thread comes while the first is at its kernel, and ends after it."""
-    (q, k, v), _ = inputs(8, 2, 2, 4, 4, torch.float32)
-    first, second, done = threading.Event(), threading.Event(), threading.Event()
-    kernel = dispatch.F.scaled_dot_product_attention
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_kernel_is_forbidden_to_a_thread_that_generates_meanwhile(device, monkeypatch):
+    """What `sdpa_kernel` sets holds for all threads."""
+    kernel, allowed = dispatch.F.scaled_dot_product_attention, []
 
-    def slow(*args, **options):
-        mine = threading.current_thread() is threading.main_thread()
-        (first if mine else second).set()
-        if mine:
-            second.wait(0.2)  # it may not come as far
-        else:
-            done.wait(5)
+    def watched(*args, **options):
+        cuda = torch.backends.cuda
+        allowed.append((cuda.math_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.flash_sdp_enabled()))
         return kernel(*args, **options)
 
-    def other():
-        first.wait(5)
-        attend(q, k, v, Packed.of((8,)), 1.0)
-
-    monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", slow)
-    thread = threading.Thread(target=other)
-    thread.start()
-    attend(q, k, v, Packed.of((8,)), 1.0)
-    done.set()
-    thread.join()
-    assert torch.backends.cuda.math_sdp_enabled()
+    with fake_cuda() if device == "cuda" else nullcontext():
+        q, k, v = (torch.randn(8, 2, 4).to(device) for _ in range(3))
+        monkeypatch.setattr(dispatch.F, "scaled_dot_product_attention", watched)
+        attend(q, k, v, Packed.of((8,), device), 1.0)
+    assert allowed == [(True, True, True)]
 
 
 @pytest.mark.parametrize("grouped", [True, False], ids=["torch 2.13", "torch 2.11"])
