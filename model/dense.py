@@ -163,13 +163,9 @@ class DensePolicy(Policy):
             if kinds:
                 raise ValueError(f"it has layers of type {', '.join(sorted(kinds))}")
             given = getattr(self.config, "rope_parameters", None) or {}
-            ropes = {
-                of.get("rope_type") for of in (given, *given.values()) if isinstance(of, dict)
-            } & STRETCHED
-            if ropes:
-                raise ValueError(
-                    f"a row's longest sequence sets its rotary positions ({', '.join(map(str, ropes))})"
-                )
+            ropes = {str(of.get("rope_type")) for of in (given, *given.values()) if isinstance(of, dict)}
+            if stretched := ropes & STRETCHED:
+                raise ValueError(f"a row's longest sequence sets its rotary positions ({min(stretched)})")
             with torch.no_grad():
                 states, logits = alone("eager")
                 again, _ = alone(PACKED)

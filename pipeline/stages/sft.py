@@ -107,8 +107,9 @@ def run(config: SftSettings, run_dir: RunDir) -> None:
     rows = gather(config, run_dir)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     encoded = examples(rows, tokenizer, config, policy.config.max_position_embeddings)
-    packed = list(epoch_batches(encoded, config, place.micro_tokens(config)))
-    print(f"{run_dir.stage.name}: {len(rows)} rows, {len(packed)} updates")
-    learner = Learner(policy, config.optim, len(packed), mtp_coef=config.mtp_coef)
+    updates = sum(1 for _ in epoch_batches(encoded, config, place.micro_tokens(config)))
+    packed = epoch_batches(encoded, config, place.micro_tokens(config))  # one at a time: weights take memory
+    print(f"{run_dir.stage.name}: {len(rows)} rows, {updates} updates")
+    learner = Learner(policy, config.optim, updates, mtp_coef=config.mtp_coef)
     train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))

@@ -1,10 +1,12 @@
 """Supervised fine-tuning: rows that are too long for the settings or the model."""
 
 import json
+import weakref
 
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.stages import sft as stage
 from tests.small import random_policy
 
 
@@ -50,3 +52,19 @@ def test_training_on_no_row_is_refused(sft):
 def test_a_row_that_is_too_long_is_left_out(sft):
     code, said = sft("--max-length=64")
     assert code == 0 and "1 of 2 rows exceed max_length=64: left out" in said.out
+
+
+def test_batches_are_packed_one_at_a_time(sft, monkeypatch):
+    """All of them would hold weights of 4 bytes a token and epoch."""
+    alive, most, made = [], [], stage.pack_supervised
+
+    def watched(*args):
+        batch = made(*args)
+        part = batch.parts[0]
+        alive.append(weakref.ref(part[0].weights))
+        most.append(sum(ref() is not None for ref in alive))
+        return batch
+
+    monkeypatch.setattr(stage, "pack_supervised", watched)
+    code, _ = sft("--max-length=64", "--epochs=9")
+    assert code == 0 and len(alive) == 18 and max(most) <= 2
