@@ -33,7 +33,7 @@ from pipeline.run.metrics import say
 from pipeline.run.usage import Usage
 from pipeline.settings.distill import DistillSettings
 from pipeline.train.place import Place
-from pipeline.train.policy import describe
+from pipeline.train.policy import describe, loading
 from rollout.text.templates import template_named
 from rollout.text.tokenizer import encode_example, load_tokenizer
 
@@ -124,7 +124,8 @@ def first_weights(config: DistillSettings, tokenizer: Any, init: Path | None) ->
     """The student before training; the same bits each time it is called."""
     torch.manual_seed(config.seed)
     if init is not None:
-        return AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
+        with loading(init):
+            return AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
     shape = config.shape
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -184,7 +185,9 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
     logging.disable_progress_bar()
     lora = lora_config(config.lora_rank)
     init = run_dir.model_input(config.init_from) if config.init_from else None
-    tokenizer = load_tokenizer(init or run_dir.model_input(config.tokenizer_from))
+    speaker = init or run_dir.model_input(config.tokenizer_from)
+    with loading(speaker):
+        tokenizer = load_tokenizer(speaker)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     jobs = planned(config, tokenizer, run_dir, base=bool(config.base.steps and init is None))

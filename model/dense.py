@@ -68,7 +68,10 @@ class DensePolicy(Policy):
             OSError, ValueError: no model there that transformers can read.
         """
         logging.disable_progress_bar()  # it would cut through the caller's own lines
-        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
+        try:
+            return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
+        except ValueError as error:
+            raise ValueError(str(error).partition("\n")[0]) from error  # a list of all models comes after it
 
     @property
     def _whole(self) -> PreTrainedModel:

@@ -204,6 +204,15 @@ def scripted(monkeypatch):
     return install
 
 
+def test_results_that_cannot_be_written_are_refused_before_the_first_check(scripted, tmp_path, capsys):
+    scripted(never="open('never', 'w')")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        assert gpu_check.main(["--out", str(out)]) == 2
+        text = capsys.readouterr().err
+        assert text.startswith(f"error: --out {out} cannot be written: ") and text.count("\n") == 1
+
+
 FINE = "done([{'claim': 'fine', 'value': 1.0, 'at_least': 1.0}])"
 
 

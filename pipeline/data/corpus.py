@@ -73,7 +73,8 @@ def to_row(row: JsonObject, where: str, source: str, index: int) -> Row | None:
             return Row(**{k: v for k, v in row.items() if k in names})
         except TypeError as error:
             raise UserError(f"{where}: not a corpus row (id, question, completion, ...): {error}") from error
-    turns = {turn.get("role"): turn.get("content") for turn in reversed(row.get("messages") or [])}
+    messages = row["messages"] if isinstance(row.get("messages"), list) else []
+    turns = {turn.get("role"): turn.get("content") for turn in reversed(messages) if isinstance(turn, dict)}
     question = first(row, "question", "problem") or turns.get("user")
     texts = row.get("generations") or [row.get("generation") or turns.get("assistant")]
     if not isinstance(question, str) or not all(isinstance(text, str) for text in texts):

@@ -16,7 +16,7 @@ import shutil
 import signal
 import tomllib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -207,6 +207,8 @@ def forget_if_empty(run: RunDir, used: bool) -> None:
     work = {p.name for p in run.path.iterdir()} - {"config.toml", "env.json", "lock", "metrics.jsonl"}
     if not used and not work and not (run.path / "metrics.jsonl").stat().st_size:
         shutil.rmtree(run.path)
+        with suppress(OSError):  # not empty: another stage's
+            run.path.parent.rmdir()
 
 
 @contextmanager

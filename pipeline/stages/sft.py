@@ -105,8 +105,8 @@ def run(config: SftSettings, run_dir: RunDir) -> None:
     check_memory(start, place, config.optim, min(place.micro_tokens(config), config.batch_tokens))
     policy, tokenizer = load_policy(start, place.device)
     rows = gather(config, run_dir)
-    write_corpus(run_dir.path / "corpus.jsonl", rows)
     encoded = examples(rows, tokenizer, config, policy.config.max_position_embeddings)
+    write_corpus(run_dir.path / "corpus.jsonl", rows)
     updates = sum(1 for _ in epoch_batches(encoded, config, place.micro_tokens(config)))
     packed = epoch_batches(encoded, config, place.micro_tokens(config))  # one at a time: weights take memory
     print(f"{run_dir.stage.name}: {len(rows)} rows, {updates} updates")

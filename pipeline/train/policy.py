@@ -1,6 +1,8 @@
 """A policy on disk: a public checkpoint directory with its tokenizer, template and model card."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,10 +23,18 @@ def load_policy(path: Path, device: torch.device) -> tuple[Policy, PreTrainedTok
     Raises:
         UserError: no readable checkpoint there.
     """
-    try:
+    with loading(path):
         return local.load_policy(path, device=device).train(), load_tokenizer(path)
+
+
+@contextmanager
+def loading(path: Path) -> Iterator[None]:
+    """Within it, what cannot be read of the checkpoint at `path` is a `UserError` of one line."""
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the model at {path}: {error}") from error
+        why = str(error).partition("\n")[0]  # transformers lists all models after it
+        raise UserError(f"cannot load the model at {path}: {why}") from error
 
 
 def open_rollouts(

@@ -172,6 +172,9 @@ class DenseEngine(InPlaceEngine):
         """
         if speculate:
             raise ValueError("speculate is for native models with an MTP module; this is a dense model.")
+        if not hasattr(policy.config, "max_position_embeddings"):
+            kind = policy.config.model_type
+            raise ValueError(f"a {kind} model has no max_position_embeddings, which engine dense needs")
         self.policy = policy
         self.max_batch, self.cache_bytes, self.tokenizer = max_batch, cache_bytes, tokenizer
         generation = policy.network.generation_config

@@ -18,7 +18,7 @@ def start_ray(settings: RolloutSettings, trainer: torch.device | None = None) ->
 
     Raises:
         EngineDied: no cluster there.
-        ValueError: too few GPUs beside the trainer's.
+        ValueError: too few GPUs on this machine, or beside the trainer's.
     """
     import ray
 
@@ -37,6 +37,11 @@ def start_ray(settings: RolloutSettings, trainer: torch.device | None = None) ->
     before = os.environ.get(VISIBLE)
     if trainer is not None and trainer.type == "cuda" and settings.worker_gpus >= 1:
         os.environ[VISIBLE] = gpus_beside(trainer, settings)  # for Ray's processes: this one has its CUDA
+    elif (need := settings.workers * settings.worker_gpus) > torch.cuda.device_count():
+        raise ValueError(
+            f"the workers need {need:g} GPUs and torch finds {torch.cuda.device_count()} here: lower "
+            "rollout.worker_gpus (0 = workers on CPUs) or rollout.workers."
+        )
     try:
         ray.init(
             address="local", num_cpus=cores, include_dashboard=False, logging_level=logging.ERROR, **common

@@ -7,6 +7,7 @@ VLLM_MLA_DISABLE=1                 CPU: its latent-attention kernel supports one
 
 import json
 import os
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def cpu_build() -> bool:
             ".venv-vllm/bin/python -m pipeline ..."
         )
     low, high = SUPPORTED
-    if not low <= tuple(int(part) for part in version.split(".")[:2]) < high:
+    if not low <= tuple(map(int, re.findall(r"\d+", version)[:2])) < high:
         bounds = f"{name}>={low[0]}.{low[1]},<{high[0]}.{high[1]}"
         raise ValueError(
             f"{name} {version} is installed here, and supported are {low[0]}.{low[1]} to before "

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from distill.batches import plan
 from distill.student import first_weights, lora_config
@@ -191,6 +191,15 @@ def test_a_checkpoint_can_be_the_start(distill: Distill) -> None:
     start = str(first / "student" / "model")
     second = distill(name="second", steps=1, plain_control=False, init_from=start)
     assert metrics(second)[0]["loss/lm"] < metrics(first)[0]["loss/lm"] - 2
+
+
+def test_a_start_that_cannot_be_read_is_one_line(distill: Distill, tmp_path: Path) -> None:
+    T5Config(num_layers=1).save_pretrained(tmp_path / "t5")
+    with pytest.raises(UserError, match=r"cannot load the model at .*/t5: .*has no tokenizer\.json"):
+        distill(name="odd", init_from=str(tmp_path / "t5"))
+    with pytest.raises(UserError, match=r"cannot load the model at .*T5Config") as error:
+        first_weights(DistillSettings(), None, tmp_path / "t5")
+    assert "\n" not in str(error.value)
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

@@ -10,7 +10,8 @@ call with names runs those alone. A result is written when it is there:
 Only torch and what a model needs is imported; tyro, rich, git and a network are not needed. FSDP2 on NCCL is
 no check yet: the code for it does not exist.
 
-Exit codes: 0 all ran and all claims hold, 1 some did not, 2 no GPU or an unknown name.
+Exit codes: 0 all ran and all claims hold, 1 some did not, 2 no GPU, an unknown name or
+a folder that cannot be written.
 """
 
 from __future__ import annotations
@@ -82,7 +83,6 @@ def child(name: str, file: Path, limit: float) -> dict[str, Any]:
 def run(names: list[str], seconds: float, out: Path) -> dict[str, dict[str, Any]]:
     """Results by name, each written to `out` when it is there; skipped ones have no claims."""
     deadline, results = time.monotonic() + seconds, {}
-    out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
             left = deadline - time.monotonic()
@@ -123,6 +123,12 @@ def main(arguments: list[str]) -> int:
         return 2
     if not torch.cuda.is_available():
         print("gpu-check: no GPU that torch can use here, so there is nothing to check", file=sys.stderr)
+        return 2
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "results.jsonl").open("a").close()
+    except OSError as error:
+        print(f"error: --out {options.out} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
     names = [name for name in CHECKS if name in options.names] or list(CHECKS)
     results = run(names, options.seconds, options.out)

@@ -7,6 +7,7 @@ import typing
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM, T5Config
 
 import model as native
 from model.dense import DensePolicy
@@ -49,6 +50,18 @@ def test_a_checkpoint_opens_as_its_type_or_as_asked(deepseek_dir, llama_dir):
         open_engine(llama_dir, "native")
     with pytest.raises(ValueError, match="speculate is for native models"):
         open_engine(llama_dir, local=LocalSettings(speculate=True))
+
+
+def test_what_no_engine_here_can_generate_from_is_one_line(tmp_path):
+    T5Config(num_layers=1).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"T5Config.*AutoModelForCausalLM") as error:
+        open_engine(tmp_path / "t5")
+    assert "\n" not in str(error.value)
+    MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)).save_pretrained(
+        tmp_path / "mamba"
+    )
+    with pytest.raises(ValueError, match="a mamba model has no max_position_embeddings"):
+        open_engine(tmp_path / "mamba")
 
 
 def test_a_policy_in_training_is_generated_from_in_place(deepseek_dir, llama_dir, tokenizer):

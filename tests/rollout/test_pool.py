@@ -262,6 +262,13 @@ def test_ray_does_not_hand_out_the_trainers_gpu(monkeypatch, visible, workers_, 
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
 
 
+def test_workers_that_ask_for_absent_gpus_are_refused_at_once(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was started"))
+    with pytest.raises(ValueError, match=r"need 1 GPUs and torch finds 0 here: lower rollout\.worker_gpus"):
+        start_ray(replace(SETTINGS, workers=2, worker_gpus=0.5), torch.device("cpu"))
+
+
 def test_without_ray_it_says_what_to_install(deepseek_dir, monkeypatch):
     def refuse(name, *args, **kwargs):
         if name == "ray":

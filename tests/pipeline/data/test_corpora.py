@@ -88,6 +88,8 @@ def test_corpus_round_trip_with_any_text(tmp_path):
     [
         ('{"id": "a", "question": "q", "completion": "c"}\nnot json\n', ":2: not a line of JSON"),
         ('{"id": "a"}\n', ":1: not a corpus row"),
+        ('{"messages": "user: hi"}\n', ":1: not a corpus row"),
+        ('{"messages": ["hi"]}\n', ":1: not a corpus row"),
         ("", "no rows"),
     ],
 )

@@ -47,7 +47,7 @@ def opened(tmp_path):
     """Open the toy's directory with some settings."""
 
     def run(stage=TOY, **settings):
-        return open_run(stage, ToySettings(runs=tmp_path, **settings), COMMAND)
+        return open_run(stage, ToySettings(**{"runs": tmp_path, **settings}), COMMAND)
 
     return run
 
@@ -96,6 +96,18 @@ def test_a_run_leaves_its_story(opened, tmp_path):
     assert read_log(run.path / "metrics.jsonl")[0]["loss/lm"] == 2.0
     assert read_log(run.path / "samples.jsonl") == [{"step": 1, "text": "你好"}]
     assert not list(run.path.glob("*.partial")) and not list(run.path.glob("*.tmp"))
+
+
+def test_a_refused_run_leaves_nothing(opened, tmp_path):
+    def refused(name):
+        with pytest.raises(UserError), opened(runs=tmp_path / "runs", name=name) as run:
+            run.model_input("nowhere")
+
+    refused("a")
+    assert not list((tmp_path / "runs").iterdir())
+    (tmp_path / "runs/a/sft").mkdir(parents=True)
+    refused("a")
+    assert [path.name for path in (tmp_path / "runs/a").iterdir()] == ["sft"]
 
 
 def test_inputs_that_are_not_there(opened, tmp_path):

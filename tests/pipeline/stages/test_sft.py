@@ -44,9 +44,10 @@ def test_a_row_beyond_the_positions_of_the_model_is_refused(sft):
     assert "--max-length 64" in said.err
 
 
-def test_training_on_no_row_is_refused(sft):
+def test_training_on_no_row_is_refused_and_leaves_nothing(sft, tmp_path):
     code, said = sft("--max-length=8")
     assert code == 2 and said.err == "error: all 2 rows exceed max_length=8; raise --max-length\n"
+    assert not list((tmp_path / "runs").iterdir())
 
 
 def test_a_row_that_is_too_long_is_left_out(sft):
