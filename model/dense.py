@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -70,7 +71,7 @@ class DensePolicy(Policy):
         logging.disable_progress_bar()  # it would cut through the caller's own lines
         try:
             return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
-        except ValueError as error:
+        except (SafetensorError, ValueError) as error:
             raise ValueError(str(error).partition("\n")[0]) from error  # a list of all models comes after it
 
     @property

@@ -19,6 +19,7 @@ from model.sizes.memory import training_bytes
 from pipeline.errors import UserError
 from pipeline.settings.common import OptimSettings
 from pipeline.train.place import Place
+from pipeline.train.policy import loading
 from rollout.checkpoint import NATIVE_TYPES, read_config
 from rollout.settings import RolloutSettings
 
@@ -143,13 +144,11 @@ def config_of(path: Path) -> Any:
     Raises:
         UserError: no config.json that can be read.
     """
-    try:
+    with loading(path):
         values = read_config(path)
         if values.get("model_type") in NATIVE_TYPES:
             return ModelConfig.from_dict(values)
         return AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load the model at {path}: {error}") from error
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
@@ -32,7 +33,7 @@ def loading(path: Path) -> Iterator[None]:
     """Within it, what cannot be read of the checkpoint at `path` is a `UserError` of one line."""
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         why = str(error).partition("\n")[0]  # transformers lists all models after it
         raise UserError(f"cannot load the model at {path}: {why}") from error
 

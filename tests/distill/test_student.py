@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config
 
 from distill.batches import plan
 from distill.student import first_weights, lora_config
@@ -200,6 +200,12 @@ def test_a_start_that_cannot_be_read_is_one_line(distill: Distill, tmp_path: Pat
     with pytest.raises(UserError, match=r"cannot load the model at .*T5Config") as error:
         first_weights(DistillSettings(), None, tmp_path / "t5")
     assert "\n" not in str(error.value)
+    LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
+        tmp_path / "cut"
+    )
+    (tmp_path / "cut/model.safetensors").write_bytes(bytes(9))
+    with pytest.raises(UserError, match=r"cannot load the model at .*/cut: .*header"):
+        first_weights(DistillSettings(), None, tmp_path / "cut")
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import typing
 
 import pytest
@@ -57,11 +59,22 @@ def test_what_no_engine_here_can_generate_from_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"T5Config.*AutoModelForCausalLM") as error:
         open_engine(tmp_path / "t5")
     assert "\n" not in str(error.value)
+    (tmp_path / "t5/config.json").write_text('{"model_type": "new"}')
+    with pytest.raises(ValueError, match="does not recognize") as error:
+        open_engine(tmp_path / "t5")
+    assert "\n" not in str(error.value)
     MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)).save_pretrained(
         tmp_path / "mamba"
     )
     with pytest.raises(ValueError, match="a mamba model has no max_position_embeddings"):
         open_engine(tmp_path / "mamba")
+
+
+def test_weights_that_were_cut_off_are_one_line(llama_dir, tmp_path):
+    shutil.copytree(llama_dir, tmp_path / "cut")
+    os.truncate(tmp_path / "cut/model.safetensors", 1_000)
+    with pytest.raises(ValueError, match="deserializing header"):
+        load_policy(tmp_path / "cut")
 
 
 def test_a_policy_in_training_is_generated_from_in_place(deepseek_dir, llama_dir, tokenizer):
