@@ -11,7 +11,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from model.sizes.flops import parameters
-from model.sizes.memory import weight_bytes
 from pipeline.__main__ import main
 from pipeline.arguments import load
 from pipeline.data.corpus import Row
@@ -136,7 +135,7 @@ def trained(config, shape, longest: int, gpu: int = H100) -> list[float]:
 
 def sampled(config, vllm, itemsize: int) -> list[float]:
     """The row of a stage that samples alone: our own copy of the model lies beside vLLM."""
-    weights, share = weight_bytes(QWEN_1_5B, itemsize), int(vllm.gpu_memory * H100)
+    weights, share = itemsize * parameters(QWEN_1_5B).total, int(vllm.gpu_memory * H100)
     parts = dict.fromkeys(("masters", "gradients", "moments", "reference", "activations"), 0)
     return columns(parts | {"weights": weights, "vLLM": share}, 0, weights + share)
 
