@@ -19,7 +19,7 @@ class PretrainSettings(TrainSettings):
     """Optimizer updates."""
     batch_tokens: Count = 1_024
     """Tokens an update, at most."""
-    max_length: Count = 128
+    max_length: Annotated[int, Range(2)] = 128
     """Longest document, tokens; a longer one is cut."""
     mtp_coef: NotNegative = 0.3
     """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
@@ -82,7 +82,7 @@ class SftSettings(TemplateSettings, TrainSettings):
     """Passes over the corpus (R1: 2)."""
     batch_tokens: Count = 2_048
     """Tokens an update, at most."""
-    max_length: Count = 256
+    max_length: Annotated[int, Range(2)] = 256
     """Longest prompt plus completion, tokens; a longer row is left out and counted."""
     mtp_coef: NotNegative = 0.1
     """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.1 late in training)."""

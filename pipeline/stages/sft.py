@@ -64,11 +64,15 @@ def examples(
     """Rows encoded, 5 bytes a token; scored is the completion, its end included.
 
     Raises:
-        UserError: a row is longer than the model's `positions`, or all are longer than `max_length`.
+        UserError: a row that the template does not fit or that is longer than the model's `positions`, or all
+            are longer than `max_length`.
     """
     out: list[Encoded] = []
     for row in rows:
-        prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
+        try:
+            prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
+        except ValueError as error:
+            raise UserError(f"the row {row.id!r} does not fit template {config.template}: {error}") from error
         if (length := len(prompt) + len(completion)) <= config.max_length:
             if length > positions:
                 limit = f"the model's max_position_embeddings={positions}; set --max-length {positions}"

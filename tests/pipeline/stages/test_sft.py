@@ -50,6 +50,14 @@ def test_training_on_no_row_is_refused_and_leaves_nothing(sft, tmp_path):
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_a_row_that_does_not_fit_the_template_is_refused_by_name(sft, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"id": "bare", "question": "3+4=?", "completion": "7"}))
+    code, said = sft(f"--corpus={other}")
+    assert code == 2 and "the row 'bare' does not fit template r1: template" in said.err
+    assert said.err.count("\n") == 1 and not list((tmp_path / "runs").iterdir())
+
+
 def test_a_row_that_is_too_long_is_left_out(sft):
     code, said = sft("--max-length=64")
     assert code == 0 and "1 of 2 rows exceed max_length=64: left out" in said.out
