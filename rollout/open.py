@@ -116,7 +116,7 @@ def engine_for(
 
 
 def stored_dtype(policy: Policy, path: Path | None) -> DtypeName:
-    """The type of a policy that nobody trains: on a GPU its checkpoint's, on a CPU float32."""
+    """The type of a policy without a trainer: on a GPU its checkpoint's, on a CPU float32."""
     config = read_config(path) if path is not None and device_of(policy).type == "cuda" else {}
     return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float32"
 

@@ -8,7 +8,22 @@ from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(TrainSettings):
+class SupervisedSettings(TrainSettings):
+    """What they have in common."""
+
+    batch_tokens: Count
+    """Tokens an update, at most."""
+    max_length: Annotated[int, Range(2)]
+    """Longest sequence, tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_length > self.batch_tokens:
+            raise ValueError(f"max_length={self.max_length} exceeds batch_tokens={self.batch_tokens}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(SupervisedSettings):
     """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
 
     task: str = "tiny"
@@ -52,14 +67,9 @@ class PretrainSettings(TrainSettings):
     )
     """AdamW, schedule and router balancing."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_length > self.batch_tokens:
-            raise ValueError(f"max_length={self.max_length} exceeds batch_tokens={self.batch_tokens}.")
-
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(TemplateSettings, TrainSettings):
+class SftSettings(TemplateSettings, SupervisedSettings):
     """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"
@@ -97,7 +107,5 @@ class SftSettings(TemplateSettings, TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_length > self.batch_tokens:
-            raise ValueError(f"max_length={self.max_length} exceeds batch_tokens={self.batch_tokens}.")
         if not (self.corpus or self.curated or self.samples_from):
             raise ValueError("nothing to train on: set corpus, curated or samples_from.")

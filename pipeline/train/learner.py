@@ -85,7 +85,7 @@ class Learner:
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """One update on the weighted cross-entropy of `batch`, plus that of the MTP modules."""
-        sums: dict[str, Tensor] = {}
+        sums, sequences = dict[str, Tensor](), len(batch.lengths)
         for part in batch.micro_batches(self.device):
             if self.mtp_coef:
                 hidden, further = self.policy.hidden_and_mtp(part.token_ids, part.packed)
@@ -99,7 +99,7 @@ class Learner:
                 add(sums, {"loss/mtp": mtp.detach()})
                 late = self.updates >= self.mtp_late_from * self.total_updates
                 loss = loss + (self.mtp_coef_late if late else self.mtp_coef) * mtp
-            loss = loss + self._balance(part, batch, sums)
+            loss = loss + self._balance(part, sequences, sums)
             loss.backward()
             add(sums, {"loss/total": loss.detach()})
         return self._step(sums)
@@ -116,8 +116,7 @@ class Learner:
         `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
         so the old policy is the current one. `reference` is None where there is no KL penalty.
         """
-        sums: dict[str, Tensor] = {}
-        scored = 0
+        sums, sequences, scored = dict[str, Tensor](), len(batch.lengths), 0
         for i, part in enumerate(batch.micro_batches(self.device)):
             states, targets, weights = part.ahead(1)
             hidden = self.policy.hidden(part.token_ids, part.packed)[0, states]
@@ -137,7 +136,7 @@ class Learner:
                 rollout=part.rollout,
             )
             loss, metrics = objective.loss(tokens, **objective.settings)
-            (loss + self._balance(part, batch, sums)).backward()
+            (loss + self._balance(part, sequences, sums)).backward()
             add(sums, metrics | {"loss/policy": loss.detach(), "policy/entropy": entropy.sum()})
             add(sums, {"policy/mismatch_kl": k3(sampled, old).sum()})
             worst = (sampled - old).abs().max()
@@ -147,12 +146,11 @@ class Learner:
             sums[key] = sums[key] / scored
         return self._step(sums)
 
-    def _balance(self, part: Micro, batch: Batch, sums: dict[str, Tensor]) -> Tensor | float:
-        """The micro-batch's share of the weighted balance loss, a mean over sequences (Eq. 17)."""
+    def _balance(self, part: Micro, sequences: int, sums: dict[str, Tensor]) -> Tensor | float:
+        """The micro-batch's share of the weighted balance loss, a mean over all `sequences` (Eq. 17)."""
         if not self.optim.balance_alpha:
             return 0.0
-        share = len(part.packed.lengths) / len(batch.lengths)
-        loss = self.policy.pop_balance_loss() * share
+        loss = self.policy.pop_balance_loss() * (len(part.packed.lengths) / sequences)
         add(sums, {"loss/balance": loss.detach() / self.optim.balance_alpha})
         return loss
 

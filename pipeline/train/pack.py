@@ -127,7 +127,7 @@ def pack(examples: Sequence[Example], micro_tokens: int) -> Batch:
 
 def mean_weights(scored: Sequence[ArrayLike]) -> list[NDArray[Any]]:
     """Weights of a mean over all scored tokens of the batch; a sequence's first token cannot be scored."""
-    flags = [np.asarray(each, np.float32) for each in scored]
+    flags = [np.array(each, np.float32) for each in scored]  # copies: the first of each changes
     for each in flags:
         each[:1] = 0.0
     total = max(1.0, float(sum(each.sum(dtype=np.float64) for each in flags)))

@@ -311,7 +311,11 @@ class RolloutPool:
             expected = send(source.public_weights(), self.dtype, outlet, outlet.start)
         finally:
             outlet.close()
-        for member, live in zip(self.members, self.ray.get(loaded), strict=True):
+        try:
+            found = self.ray.get(loaded)
+        except self.ray.exceptions.RayActorError as error:
+            raise EngineDied(f"a worker was lost while it took weights: {last_line(error)}") from error
+        for member, live in zip(self.members, found, strict=True):
             if live != expected:
                 raise stale(member.pid, self.version, live, expected)
             member.version = self.version

@@ -82,7 +82,7 @@ class VllmEngine:
         self.max_positions, self.vocab_size = context_and_vocabulary(self.path, self.settings.context)
         self.eos_token_id = eos_of(self.path) if eos_token_id is None else eos_token_id
         self.on_cpu = cpu_build()
-        refuse_what_cannot_work(self.settings, self.config, self.on_cpu)
+        refuse_what_cannot_work(self.settings, self.config, self.on_cpu, policy is not None)
         shared = not self.on_cpu and policy is not None and device_of(policy).type == "cuda"
         self.sleeps = shared if self.settings.sleep == "auto" else self.settings.sleep == "on"
         if shared or self.sleeps:

@@ -63,8 +63,18 @@ def cpu_build() -> bool:
     return on_cpu
 
 
-def refuse_what_cannot_work(settings: VllmSettings, config: dict[str, Any], on_cpu: bool) -> None:
-    """Raise ValueError for a setting that does nothing, or fails, with this model or build of vLLM."""
+def refuse_what_cannot_work(
+    settings: VllmSettings, config: dict[str, Any], on_cpu: bool, trainer: bool
+) -> None:
+    """Raise ValueError for a setting that does nothing, or fails, with this model or build of vLLM.
+
+    `trainer`: the engine is opened for a policy of this process.
+    """
+    if settings.sleep == "on" and not trainer:
+        raise ValueError(
+            "vllm.sleep frees memory for a trainer that opened the engine itself, and there is none (a "
+            "command, or workers); set vllm.sleep = auto."
+        )
     experts = any("experts" in key and value for key, value in config.items())
     for name, chosen in (
         ("expert_parallel", settings.expert_parallel),
@@ -162,7 +172,7 @@ def server_flags(path: Path, dtype: DtypeName, settings: VllmSettings) -> list[s
     """Flags of vLLM's own server, as `llm_options` starts the engine; sets its environment too."""
     on_cpu = cpu_build()
     config = read_config(path)
-    refuse_what_cannot_work(settings, config, on_cpu)
+    refuse_what_cannot_work(settings, config, on_cpu, trainer=False)
     prepare_environment(config, on_cpu, in_process=False)
     context, _ = context_and_vocabulary(path, settings.context)
     copies = settings.data_parallel

@@ -185,7 +185,9 @@ def test_without_vllm_the_error_has_what_to_type(installed):
 )
 def test_a_setting_that_cannot_work_is_refused_by_name(settings, on_cpu, message):
     with pytest.raises(ValueError, match=message):
-        options.refuse_what_cannot_work(VllmSettings(**settings), {"model_type": "llama"}, on_cpu)
+        options.refuse_what_cannot_work(
+            VllmSettings(**settings), {"model_type": "llama"}, on_cpu, trainer=True
+        )
 
 
 def test_experts_over_one_gpu_and_two_counts_of_engines_are_refused():
@@ -199,7 +201,7 @@ def test_a_gpu_gets_what_the_settings_ask_for():
     chosen = VllmSettings(
         tensor_parallel=2, expert_parallel=True, quantization="fp8", kv_dtype="fp8", routed_experts=True
     )
-    options.refuse_what_cannot_work(chosen, {"model_type": "m", "num_experts": 8}, on_cpu=False)
+    options.refuse_what_cannot_work(chosen, {"model_type": "m", "num_experts": 8}, on_cpu=False, trainer=True)
     got = options.llm_options(Path("m"), DEEPSEEK, "bfloat16", chosen, 48, on_cpu=False)
     assert got["enable_expert_parallel"] and got["enable_return_routed_experts"]
     assert (got["quantization"], got["kv_cache_dtype"]) == ("fp8", "fp8")

@@ -59,13 +59,13 @@ def net(deepseek_dir):
 
 
 @pytest.fixture
-def engine(deepseek_dir, monkeypatch):
+def engine(deepseek_dir, net, monkeypatch):
     """A `VllmEngine` that sleeps, around a `Recorder`; its rollouts are made up."""
     monkeypatch.setattr(ours, "cpu_build", lambda: False)
     monkeypatch.setattr(VllmEngine, "_start", lambda self, dtype: Recorder())
     settings = RolloutSettings(engine="vllm")
     settings = replace(settings, vllm=replace(settings.vllm, sleep="on", self_test=False))
-    opened = VllmEngine(deepseek_dir, settings)
+    opened = VllmEngine(deepseek_dir, settings, policy=net)
 
     def generate(prompts, sampling, stopper):
         opened.llm.calls.append("generate")
@@ -89,6 +89,13 @@ def test_a_round_sleeps_then_wakes_weights_loads_and_wakes_the_cache(engine, net
     one = ["generate", "sleep 2"]
     assert engine.llm.calls == [*one, *UPDATE, *one, *UPDATE, *one]
     assert engine.version == 1
+
+
+def test_sleep_without_a_trainer_is_refused(engine, deepseek_dir):
+    """Commands and workers: there no one would wake it."""
+    chosen = replace(RolloutSettings(engine="vllm"), vllm=replace(engine.settings, sleep="on"))
+    with pytest.raises(ValueError, match=r"vllm\.sleep frees memory for a trainer .* set vllm\.sleep = auto"):
+        VllmEngine(deepseek_dir, chosen)
 
 
 def test_with_overlap_it_never_sleeps(engine, net, prompts):
