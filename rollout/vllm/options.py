@@ -70,11 +70,6 @@ def refuse_what_cannot_work(
 
     `trainer`: the engine is opened for a policy of this process.
     """
-    if settings.sleep == "on" and not trainer:
-        raise ValueError(
-            "vllm.sleep frees memory for a trainer that opened the engine itself, and there is none (a "
-            "command, or workers); set vllm.sleep = auto."
-        )
     experts = any("experts" in key and value for key, value in config.items())
     for name, chosen in (
         ("expert_parallel", settings.expert_parallel),
@@ -91,6 +86,11 @@ def refuse_what_cannot_work(
     ):
         if chosen and on_cpu:
             raise ValueError(f"vllm.{name}: vLLM's CPU build does not have it; set vllm.{instead}.")
+    if settings.sleep == "on" and not trainer:
+        raise ValueError(
+            "vllm.sleep frees memory for a trainer that opened the engine itself, and there is none (a "
+            "command, or workers); set vllm.sleep = auto."
+        )
 
 
 def excluding_segments() -> None:

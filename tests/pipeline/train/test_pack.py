@@ -66,6 +66,9 @@ def test_mean_weights_sum_to_one():
     first, second = mean_weights([[False, True, True], [True, True]])
     third = float(np.float32(1 / 3))
     assert first.tolist() == [0, third, third] and second.tolist() == [0, third]
+    flags = np.ones(3, np.float32)
+    mean_weights([flags])
+    assert flags.tolist() == [1, 1, 1]  # the caller's own
 
 
 def test_micro_batches_are_the_batch_the_same_every_time():
