@@ -1,6 +1,7 @@
 """`python -m pipeline STAGE --config FILE [--key value ...]`: the one way in.
 
-Exit codes: 0 done, 2 the user's input is wrong, 1 a defect, 130 interrupted with everything saved.
+Exit codes: 0 done, 2 the user's input is wrong, 1 a defect, 3 a guard stopped the run (the last good
+checkpoint is kept), 130 interrupted with everything saved.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.arguments import HELP, load, nearest, parse
-from pipeline.errors import UserError, command_line
+from pipeline.errors import Stopped, UserError, command_line
 from pipeline.table import COMMANDS, STAGES, Command, Stage
 
 
@@ -72,6 +73,9 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return 3
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: no defect
         return 0

@@ -9,6 +9,11 @@ class UserError(Exception):
     """Bad input. The message is one line: what was found, what to do. The exit code is 2."""
 
 
+class Stopped(Exception):
+    """A guard stopped the run. The message is one line: which guard, what it saw, what to do. The last good
+    checkpoint is kept. The exit code is 3."""
+
+
 def command_line(*argv: str) -> str:
     """What to type to run this, with this environment's Python when it lies below the working directory."""
     python = Path(sys.executable)

@@ -38,6 +38,8 @@ class Problem:
     """Where the problem comes from: a generator's, file's or data set's name."""
     language: Language = "en"
     """The language that the question is asked in and the answer should be reasoned in."""
+    shown: int = 0
+    """Code only: how many of `tests`, from the first on, the question shows."""
 
 
 @dataclass(frozen=True, slots=True)
