@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 the user's input is wrong, 1 a defect, 3 a guard stopped t
 checkpoint is kept), 130 interrupted with everything saved.
 """
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -13,6 +14,17 @@ from typing import Any
 from pipeline.arguments import HELP, load, nearest, parse
 from pipeline.errors import Stopped, UserError, command_line
 from pipeline.table import COMMANDS, STAGES, Command, Stage
+
+REFUSED = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
+"""What the system says of a path that a user chose badly."""
 
 
 def usage() -> str:
@@ -79,6 +91,11 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: no defect
         return 0
+    except OSError as error:
+        if error.errno not in REFUSED or error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}; name another path", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as stop:
         print(f"\ninterrupted{f': {stop}' if stop.args else ''}", file=sys.stderr)
         return 130

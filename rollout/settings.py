@@ -8,6 +8,7 @@ from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Setting
 EngineName = Literal["auto", "native", "dense", "vllm"]
 DtypeName = Literal["float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
+GiB = Annotated[float, Range(0, 1 << 20, open_low=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,7 @@ class LocalSettings(Settings):
 
     max_batch: Natural = 0
     """Completions generated side by side, at most; 0 = 512 for native models, 256 for dense ones."""
-    cache_gib: Positive = 4.0
+    cache_gib: GiB = 4.0
     """Largest cache of keys and values (latents), GiB. It grows with the completions; those that do not fit
     wait."""
     speculate: bool = False
@@ -51,7 +52,7 @@ class VllmSettings(Settings):
     and a resumed run samples others."""
     gpu_memory: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.4
     """Share of each GPU's memory for vLLM's weights and cache; the rest is the trainer's."""
-    cache_gib: Positive = 2.0
+    cache_gib: GiB = 2.0
     """KV cache of the CPU build, GiB."""
     context: Natural = 0
     """Longest sequence, tokens, prompt included; 0 = the model's max_position_embeddings."""

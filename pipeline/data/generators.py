@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.errors import UserError
 from rollout.types import Kind, Language, Problem
 
 Split = Literal["train", "heldout"]
@@ -181,11 +182,11 @@ def items(task: str, count: int, split: Split, seed: int) -> list[Item]:
     """`count` different problems of a family or mixture, of one split. Same arguments, same items.
 
     Raises:
-        ValueError: the task is unknown, or has fewer than `count` different problems.
+        UserError: the task is unknown, or has fewer than `count` different problems.
     """
     shares = MIXTURES.get(task) or ({task: 1.0} if task in FAMILIES else None)
     if shares is None:
-        raise ValueError(f"unknown task {task!r}; there are: {', '.join([*MIXTURES, *FAMILIES])}")
+        raise UserError(f"unknown task {task!r}; there are: {', '.join([*MIXTURES, *FAMILIES])}")
     rng = random.Random(f"{task}/{split}/{seed}")
     found: dict[str, Item] = {}
     misses = 0
@@ -197,7 +198,7 @@ def items(task: str, count: int, split: Split, seed: int) -> list[Item]:
         misses += 1
         if misses > 200 * (count + 10):
             kind = f"{count} different {split} problems"
-            raise ValueError(f"task {task!r} has fewer than {kind}; ask for fewer")
+            raise UserError(f"task {task!r} has fewer than {kind}; ask for fewer")
     return list(found.values())
 
 

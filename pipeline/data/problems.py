@@ -80,10 +80,7 @@ def problems(
     if count is not None and count < 1:
         raise UserError(f"{source}: count {count} must be at least 1")
     if kind == "generator":
-        try:
-            return generate(rest, count or GENERATED, split, seed)
-        except ValueError as error:
-            raise UserError(f"{source}: {error}") from error
+        return generate(rest, count or GENERATED, split, seed)
     folder, public = data_folder(data_dir), True
     if kind == "hub":
         hub = parse_hub(source)

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share
+from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share, Threads
 from rollout.text.templates import template_named
 from rollout.types import SamplingParams
+
+COLDEST = 0.001
+"""Lowest temperature above 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class StageSettings(Settings):
     """Seed of every random number; same config and seed give the same bits on a CPU."""
     resume: bool = False
     """Go on from the newest checkpoint of this run directory (or start it, when there is none)."""
-    threads: Natural = 0
+    threads: Threads = 0
     """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
 
 
@@ -111,6 +114,13 @@ class Sampling(Settings):
     """Longest completion, tokens. A longer one is cut and graded as it stands (R1-Zero: 32,768)."""
     temperature: NotNegative = 1.0
     """Divides the logits; 0 = greedy (R1-Zero: 1; R1's second RL stage: 0.7)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(
+                f"temperature={self.temperature} must be 0 (greedy) or at least {COLDEST}: fp32 would overflow."
+            )
 
     def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
         """The engine's parameters: `n` rollouts a prompt, at most `max_tokens` where that is less."""

@@ -16,6 +16,9 @@ from pipeline.settings.tools import ModelSettings
 from rollout.ranges import Count, Natural, NotNegative, Range, Seed
 from rollout.settings import DtypeName, EngineName, VllmSettings
 
+LABELLED = r"\w[\w.-]*=.+"
+"""LABEL=...; the label becomes a folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkSettings(TemplateSettings, TruncatedSampling):
@@ -76,8 +79,14 @@ class EvalSettings(BenchmarkSettings, ComputeSettings):
         if not self.models or not self.benchmarks:
             raise ValueError("models and benchmarks need at least one entry each.")
         for entry in self.models:
-            if not re.fullmatch(r"\w[\w.-]*=.+", entry):
+            if not re.fullmatch(LABELLED, entry):
                 raise ValueError(f"models: {entry!r} must read LABEL=STAGE or LABEL=MODEL_DIRECTORY.")
+        labels = [entry.partition("=")[0] for entry in self.models]
+        if twice := next((label for label in labels if labels.count(label) > 1), ""):
+            raise ValueError(f"models: two are called {twice!r}; give one of them another label.")
+        for entry in self.benchmarks + self.extra_benchmarks:
+            if "=" in entry and not re.fullmatch(LABELLED, entry):
+                raise ValueError(f"benchmarks: {entry!r} must read NAME or LABEL=SOURCE.")
 
 
 @dataclass(frozen=True, kw_only=True)

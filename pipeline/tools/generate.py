@@ -51,8 +51,11 @@ def prompts_of(
     return prompts
 
 
-def check_writable(file: Path) -> None:
-    """Raise `UserError` where `file` cannot be written: known before a model is loaded for minutes."""
+def check_writable(file: Path, source: Path) -> None:
+    """Raise `UserError` where `file` cannot be written, or is the input: known before a model is loaded for
+    minutes."""
+    if file.exists() and file.samefile(source):
+        raise UserError(f"{file} is the input itself; choose another --out")
     try:
         if file.is_dir():
             raise IsADirectoryError(0, "it is a directory")
@@ -79,7 +82,7 @@ def rollout_row(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> 
 def main(config: GenerateSettings) -> None:
     """The command; its last line on stdout is the summary as JSON. `seconds` is generation alone."""
     rows = list(prompt_rows(config.prompts))  # bad lines are reported before a model is loaded for minutes
-    check_writable(config.out)
+    check_writable(config.out, config.prompts)
     engine, tokenizer = open_model(config)
     prompts = prompts_of(config.prompts, rows, tokenizer)
     start = time.perf_counter()

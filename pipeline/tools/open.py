@@ -13,6 +13,7 @@ from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import open_engine
+from rollout.text.templates import template_named
 
 ERRORS = (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError, StaleWeights, EngineDied)
 """What an engine refuses (a model, a setting) or fails at (logits that are not finite, a crash)."""
@@ -57,8 +58,17 @@ def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokeni
 
 
 def trained_template(model: Path) -> str | None:
-    """The prompt template that a model was trained with, where its pipeline.json has it."""
+    """The prompt template that a model was trained with, where its pipeline.json has it.
+
+    Raises:
+        UserError: a pipeline.json that does not name a template.
+    """
     about = model / "pipeline.json"
-    known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-    template: str | None = known.get("template") or known.get("r1_template")
-    return template
+    if not about.is_file():
+        return None
+    try:
+        known = json.loads(about.read_text(encoding="utf-8"))
+        template = known.get("template") or known.get("r1_template")
+        return template and template_named(template).name
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{about} does not name a prompt template: {error}; remove it or mend it") from error

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.data.generators import FAMILIES, LARGEST, generate, items, split_of
 from pipeline.data.traces import curated, document
+from pipeline.errors import UserError
 from rewards.style import in_format, language_consistency
 
 
@@ -65,9 +66,9 @@ def test_both_languages_and_all_families_are_there():
 
 
 def test_too_many_or_unknown_is_refused():
-    with pytest.raises(ValueError, match="unknown task 'tinny'"):
+    with pytest.raises(UserError, match="unknown task 'tinny'"):
         items("tinny", 1, "train", 0)
-    with pytest.raises(ValueError, match="fewer than 400 different heldout"):
+    with pytest.raises(UserError, match="fewer than 400 different heldout"):
         items("general", 400, "heldout", 0)
 
 
