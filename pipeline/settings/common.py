@@ -119,7 +119,7 @@ class Sampling(Settings):
         super().__post_init__()
         if 0 < self.temperature < COLDEST:
             raise ValueError(
-                f"temperature={self.temperature} must be 0 (greedy) or at least {COLDEST}: fp32 would overflow."
+                f"temperature={self.temperature} must be 0 (greedy) or at least {COLDEST}: logits overflow."
             )
 
     def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:

@@ -34,8 +34,6 @@ WITH_MODEL = {
     " --max-tokens 4",
     "distill": "distill --config teach.toml --corpus corpus.jsonl --init-from MODEL",
 }
-TEXT = [name for name in WITH_MODEL if name != "generate"]
-DENSE = [name for name in WITH_MODEL if name != "serve"]
 
 SMALL = """
 template = "r1-zero-short"
