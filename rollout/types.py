@@ -4,6 +4,7 @@ Standard library only, so that engines, rewards and trainers in any process can 
 Units: log-probabilities in nats under the distribution that was sampled from.
 """
 
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,9 +84,10 @@ class SamplingParams:
             raise ValueError(f"min_tokens={self.min_tokens} must be in 0 .. max_tokens={self.max_tokens}.")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop={self.stop!r} must be a sequence of strings, none of them empty.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        warm = 1e-6 <= self.temperature < math.inf  # below, logits divided by it would leave fp32's range
+        if not (warm or self.temperature == 0) or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
-                f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], "
+                f"temperature={self.temperature} must be 0 or at least 1e-6, top_p={self.top_p} in (0, 1], "
                 f"top_k={self.top_k} >= 0."
             )
 

@@ -170,7 +170,7 @@ def test_setup_picks_the_build_of_torch_and_reports_it(make, tmp_path, gpu, cpu_
     assert message.replace("PIN", pin) in out
     installs = [call.split(" install -qq ")[1] for call in calls if "--dry-run" not in call]
     assert installs[0] == torch.replace("PIN", pin)
-    assert installs[1] == "-e .[dev] -c .venv/constraints.txt" and len(installs) == 2
+    assert installs[1] == "-e .[dev,serve] -c .venv/constraints.txt" and len(installs) == 2
     pinned = (tmp_path / ".venv/constraints.txt").read_text()
     assert f"torch=={pin}" in pinned and ("triton==" in pinned) is (cpu_build and not gpu)
     code, calls, out = make("setup", *args)

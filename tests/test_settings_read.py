@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import dataclasses
 import io
 import json
+import socket
 import sys
 import threading
 import urllib.request
 from fnmatch import fnmatch
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pydantic
 import pytest
+import uvicorn
 
 from pipeline.__main__ import main
 from pipeline.arguments import defaults, fields_of
@@ -253,17 +255,19 @@ COMMAND_LINES = {
     "generate": MODEL + " --prompts {prompts} --out {out} --threads 1",
     "evaluate": MODEL + " --benchmark generator:sum --limit 2 --max-batch 4 --out {out} --threads 1",
     "chat": MODEL + " --threads 1",
-    "serve": MODEL + " --port 0 --threads 1",
+    "serve": MODEL + " --port 0 --threads 1 --api-key key",
 }
 
 
-def one_request(server: ThreadingHTTPServer) -> None:
-    """Stands for `serve_forever`."""
-    thread = threading.Thread(target=server.handle_request)
+def one_request(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+    """Stands for `uvicorn.Server.run`, in a thread of its own."""
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets)))
     thread.start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1/completions"
-    with urllib.request.urlopen(url, json.dumps({"prompt": "1+1?"}).encode()) as answer:
+    url = f"http://127.0.0.1:{sockets[0].getsockname()[1]}/v1/completions"
+    request = urllib.request.Request(url, b'{"prompt": "1+1?"}', {"Authorization": "Bearer key"})
+    with urllib.request.urlopen(request) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] <= 4
+    server.should_exit = True
     thread.join()
 
 
@@ -272,7 +276,7 @@ def test_a_command_reads_every_setting(reads, files, tmp_path, monkeypatch, name
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("pipeline.tools.up.make", lambda steps, jobs: None)
     monkeypatch.setattr("sys.stdin", io.StringIO("1+1?\n"))
-    monkeypatch.setattr(ThreadingHTTPServer, "serve_forever", one_request)
+    monkeypatch.setattr(uvicorn.Server, "run", one_request)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1+1?"}\n')
     line = COMMAND_LINES[name].format(**files, prompts=prompts, out=tmp_path / "out")

@@ -127,3 +127,18 @@ class ServeSettings(AnswerSampling, ModelSettings):
     """Port; 0 = any that is free."""
     name: str = ""
     """The model's name in requests; empty = the directory's."""
+    api_key: str = field(default="", repr=False)
+    """What a client must send as its key; empty = R1_API_KEY of the environment, or else none. Other users of
+    the machine can read a command line, but not its environment."""
+    max_requests: Annotated[int, Range(1, 512)] = 256
+    """Requests that are generated or wait at once; a further one gets the status 429. vLLM's has no limit."""
+    timeout_s: Count = 60
+    """Seconds for a client to send a request, or to read a part of the answer; then it is dropped. vLLM's
+    server has times of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.host:
+            raise ValueError("host is empty; 127.0.0.1 is this machine alone, 0.0.0.0 all its addresses.")
+        if not re.fullmatch(r"[!-~]*", self.api_key):
+            raise ValueError("api_key must be printable ASCII without spaces.")

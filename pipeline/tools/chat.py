@@ -5,7 +5,7 @@ import sys
 from contextlib import closing
 
 from pipeline.settings.tools import ChatSettings
-from pipeline.tools.conversation import Conversation, Message, Reply
+from pipeline.tools.conversation import Conversation, Message
 from pipeline.tools.open import naming
 
 DIM, PLAIN = "\033[2m", "\033[0m"
@@ -27,14 +27,16 @@ def main(config: ChatSettings) -> None:
                 continue
             messages.append({"role": "user", "content": line})
             ids, opened = talk.prompt(messages)
-            reply, answer, before = Reply(len(ids)), "", ""
-            for part, text in talk.stream(ids, opened, config.params(seed=config.seed + turn), reply):
-                if part != before:
-                    sys.stdout.write(dim if part == "thinking" else plain + ("\n" if before else ""))
-                    before = part
-                print(text, end="", flush=True)
-                answer += text if part == "answer" else ""
-            cut = " [cut at max_tokens]" if reply.finish_reason == "length" else ""
+            answer, before, reason = "", "", ""
+            for piece in talk.stream(ids, opened, config.params(seed=config.seed + turn)):
+                for part, text in piece.texts:
+                    if part != before:
+                        sys.stdout.write(dim if part == "thinking" else plain + ("\n" if before else ""))
+                        before = part
+                    print(text, end="", flush=True)
+                    answer += text if part == "answer" else ""
+                reason = piece.finish_reason
+            cut = " [cut at max_tokens]" if reason == "length" else ""
             print(f"{plain}{cut}", flush=True)
             messages.append({"role": "assistant", "content": answer.strip()})
 

@@ -1,8 +1,9 @@
 """What `chat` and `serve` share: a model opened for conversation, messages in, thinking and answer out."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+from jinja2 import TemplateError
 
 from pipeline.errors import UserError
 from pipeline.settings.tools import ModelSettings
@@ -17,17 +18,21 @@ Message = dict[str, str]
 """`role` and `content`, as in the OpenAI API."""
 
 
-@dataclass(slots=True)
-class Reply:
-    """Counts of a reply while it is generated; `finish_reason` is empty until it ends."""
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A few tokens of a reply."""
 
-    prompt_tokens: int
-    tokens: int = 0
-    finish_reason: str = ""
+    texts: list[tuple[Part, str]]
+    """The text that is final with these tokens, in order."""
+    token_ids: list[int]
+    logprobs: list[float]
+    """Of each token, under the distribution that it was sampled from."""
+    finish_reason: str
+    """Empty until the last piece."""
 
 
 class Conversation:
-    """A model and its tokenizer. Concurrent requests alternate, a few tokens each."""
+    """A model and its tokenizer; one thread at a time uses them."""
 
     def __init__(self, config: ModelSettings) -> None:
         """
@@ -35,9 +40,8 @@ class Conversation:
             UserError: no such model, or one without a tokenizer.
         """
         self.engine, self.tokenizer = open_speaker(config)
-        self.lock = threading.Lock()
         try:
-            self.context, _ = context_and_vocabulary(config.model, config.vllm.context)
+            self.context, self.vocabulary = context_and_vocabulary(config.model, config.vllm.context)
         except ValueError as error:
             self.engine.close()
             raise UserError(str(error)) from error
@@ -48,12 +52,20 @@ class Conversation:
         """Token ids of a conversation, and whether they end inside an open think tag.
 
         A model trained with a template for single questions gets the last message alone.
+
+        Raises:
+            ValueError: messages that the model's chat template refuses.
         """
         template = TEMPLATES.get(self.template, TEMPLATES["raw"])
         if not template.chat or not self.tokenizer.chat_template:
             name = template.name if not template.chat else "raw"
             return encode_prompt(self.tokenizer, messages[-1]["content"], name), False
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses the messages: {error}") from error
         assert isinstance(text, str)
         opened = prefill(self.tokenizer, template.name) == THINK
         if opened and not text.endswith(THINK):
@@ -63,28 +75,35 @@ class Conversation:
         opened = text.endswith(THINK)
         return self.tokenizer.encode(text, add_special_tokens=False), opened
 
+    def check(self, ids: Sequence[int]) -> None:
+        """
+        Raises:
+            ValueError: no prompt for this model: empty, of another vocabulary, or as long as the context.
+        """
+        if not ids:
+            raise ValueError("the prompt has no tokens.")
+        if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
+            raise ValueError(f"token id {wrong[0]} is outside the model's vocabulary of {self.vocabulary}.")
+        if len(ids) >= self.context:
+            raise ValueError(f"the prompt has {len(ids)} tokens; the model's context holds {self.context}.")
+
     def stream(
-        self,
-        ids: Sequence[int],
-        opened: bool,
-        sampling: SamplingParams,
-        reply: Reply,
-        stops: Sequence[str] = (),
-    ) -> Iterator[tuple[Part, str]]:
-        """Generate, and yield each piece of text as thinking or answer; `reply` keeps count.
+        self, ids: Sequence[int], opened: bool | None, sampling: SamplingParams, stops: Sequence[str] = ()
+    ) -> Iterator[Piece]:
+        """Generate piece by piece, each text as thinking or answer.
+
+        `opened`: whether the prompt ends inside an open think tag; `None` = all is answer, tags included.
 
         Raises:
-            ValueError: the prompt fills the context.
+            ValueError: as `check`.
         """
-        room = self.context - len(ids)
-        if room < 1:
-            raise ValueError(f"the prompt has {len(ids)} tokens; the model's context holds {self.context}.")
-        decoder, split = Decoder(self.tokenizer, stops), ThinkingSplit(opened)
-        new_pieces = pieces(self.engine, ids, sampling, room)
-        while not reply.finish_reason:
-            with self.lock:
-                new, over = next(new_pieces)
-            reply.tokens += len(new)
+        self.check(ids)
+        decoder, split = Decoder(self.tokenizer, stops), None if opened is None else ThinkingSplit(opened)
+        for new, logprobs, over in pieces(self.engine, ids, sampling, self.context - len(ids)):
             text = decoder.add(new, over=bool(over))
-            reply.finish_reason = "stop" if decoder.stopped else over
-            yield from split.add(text, over=bool(reply.finish_reason))
+            reason, kept = "stop" if decoder.stopped else over, len(new) - decoder.surplus
+            answer: list[tuple[Part, str]] = [("answer", text)] if text else []
+            texts = list(split.add(text, over=bool(reason))) if split else answer
+            yield Piece(texts, new[:kept], logprobs[:kept], reason)
+            if reason:
+                return

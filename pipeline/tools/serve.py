@@ -1,205 +1,218 @@
 """`python -m pipeline serve --model DIR`: an endpoint with OpenAI's protocol.
 
-Where vLLM is installed, vLLM's own server runs, with the settings that our models need. Elsewhere a small
-server runs on our engines: `/v1/models`, `/v1/completions`, `/v1/chat/completions`, streaming or not.
-Thinking is separate, in `reasoning_content`. Concurrent requests alternate, a few tokens each.
+Where vLLM is installed, vLLM's own server runs, with the settings that our models need. Elsewhere FastAPI
+and uvicorn serve our engines. Concurrent requests alternate, a few tokens each, in the one thread that uses
+the engine; the generation for a client that is gone ends with the piece under way.
 """
 
+import asyncio
+import hmac
 import importlib.util
-import itertools
 import json
 import os
+import socket
 import sys
 import time
-import uuid
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.settings.tools import ServeSettings
-from pipeline.tools.conversation import Conversation, Reply
+from pipeline.tools.conversation import Conversation
 from pipeline.tools.open import check_model
+from pipeline.tools.serve_api import ChatBody, Refused, TextBody, join_chunks, parse_body, respond
 from rollout.engine import EngineDied
-from rollout.types import SamplingParams
 from rollout.vllm.options import server_flags
 
-MOST_BYTES = 8 << 20
+try:
+    import h11
+    import uvicorn
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response, StreamingResponse
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+except ModuleNotFoundError as error:
+    raise UserError(f"serve needs {error.name}, which is not installed: pip install -e '.[serve]'") from error
+
+MOST_BYTES = 4 << 20
 """Longest request."""
-PATHS = ("/v1/completions", "/v1/chat/completions")
+MOST_CLIENTS = 800
+"""Connections; with more, those that wait are closed. A process may usually open 1,024 files."""
+GRACE_S = 5
+"""Seconds from the answer to a client that is too slow to the end of its connection."""
 
 
-def sampling_of(body: dict[str, Any], config: ServeSettings) -> SamplingParams:
-    """The sampling parameters of a request; settings of the server where it has none."""
-    if body.get("n", 1) != 1:
-        raise ValueError("n must be 1")
-    most = body.get("max_completion_tokens") or body.get("max_tokens") or config.max_tokens
-    seed = body.get("seed")
+class Server(uvicorn.Server):
+    """Closes connections that wait for too long for their client: to send a request, to read an answer."""
+
+    since: dict[Any, tuple[Any, float]] | None = None
+    """For what each connection waits, and from when on (seconds of the monotonic clock)."""
+
+    def waiting(self) -> dict[Any, Any]:
+        """Connections that wait for their client, each with what changes when the client goes on."""
+        clients: list[Any] = [*self.server_state.connections]
+        marks = {c: (c.cycle, c.conn.their_state, c.transport.get_write_buffer_size()) for c in clients}
+        return {c: mark for c, mark in marks.items() if mark[1] in (h11.IDLE, h11.SEND_BODY) or mark[2]}
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        now, before = time.monotonic(), self.since or {}
+        self.since = {
+            c: (m, now) if before.get(c, (0,))[0] != m else before[c] for c, m in self.waiting().items()
+        }
+        longest = self.config.timeout_keep_alive + GRACE_S
+        crowd = len(self.server_state.connections) > MOST_CLIENTS
+        for client in [c for c, (_, start) in self.since.items() if now - start > (1 if crowd else longest)]:
+            client.transport.abort()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for no client."""
+        for client in self.waiting():
+            client.transport.abort()
+        await super().shutdown(sockets)
+
+
+class Endpoint:
+    """What the routes of one model do, and the server that they belong to."""
+
+    def __init__(self, config: ServeSettings, talk: Conversation) -> None:
+        self.config, self.talk, self.name = config, talk, model_name(config)
+        self.key, self.worker = api_key(config), ThreadPoolExecutor(1, "engine")
+        app = FastAPI(openapi_url=None)
+        for kind in (Refused, HTTPException, Exception):
+            app.exception_handler(kind)(refuse)
+        app.add_route("/health", health)
+        app.add_route("/v1/models", self.models)
+        app.add_route("/v1/models/{name:path}", self.models)
+        app.add_route("/v1/completions", partial(self.answer, TextBody), methods=["POST"])
+        app.add_route("/v1/chat/completions", partial(self.answer, ChatBody), methods=["POST"])
+        self.server = Server(
+            uvicorn.Config(
+                app, http="h11", ws="none", lifespan="off", log_config=None, log_level="error",
+                access_log=False, server_header=False, timeout_keep_alive=config.timeout_s,
+            )
+        )  # fmt: skip
+
+    def authorize(self, request: Request) -> None:
+        """Refuse a request without the key."""
+        given = request.headers.get("authorization", "").encode()
+        if self.key and not hmac.compare_digest(given, f"Bearer {self.key}".encode()):
+            raise Refused(401, "the API key is missing or wrong", None, "invalid_api_key")
+
+    def check_name(self, name: str) -> None:
+        """Refuse another model's name."""
+        if name != self.name:
+            raise Refused(404, f"no model {name[:200]!r}; there is {self.name}", "model", "model_not_found")
+
+    async def models(self, request: Request) -> Response:
+        """The list of models, or one of them."""
+        self.authorize(request)
+        card = {"id": self.name, "object": "model", "created": 0, "owned_by": "r1-pipeline"}
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [card]})
+        self.check_name(request.path_params["name"])
+        return JSONResponse(card)
+
+    async def answer(self, kind: type[TextBody] | type[ChatBody], request: Request) -> Response:
+        """The answer to a request, or its error where that is known before the first token."""
+        self.authorize(request)
+        if len(self.server.server_state.tasks) > (most := self.config.max_requests):
+            raise Refused(429, f"{most} requests are open; try again later", None, "rate_limit_exceeded")
+        try:
+            body = parse_body(kind, await self.read(request))
+            self.check_name(body.model or self.name)
+            chunks = self.generate(request, respond(self.talk, self.config, self.name, body))
+            first = await anext(chunks)
+            if body.stream:
+                return StreamingResponse(events(first, chunks), media_type="text/event-stream")
+            return JSONResponse(join_chunks([first, *[chunk async for chunk in chunks]]))
+        except ClientDisconnect:
+            return Response()
+
+    async def read(self, request: Request) -> bytes:
+        """The body. One that is too long is read to its end: before that, no client looks for an answer."""
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self.config.timeout_s):
+                async for part in request.stream():
+                    data += part if len(data) <= MOST_BYTES else b""
+        except TimeoutError:
+            raise Refused(408, f"the request is not complete after {self.config.timeout_s} s") from None
+        if len(data) > MOST_BYTES:
+            raise Refused(413, f"the request is over {MOST_BYTES:,} bytes")
+        return bytes(data)
+
+    async def generate(self, request: Request, chunks: Iterator[Any]) -> AsyncIterator[Any]:
+        """The chunks, each computed in the engine's thread.
+
+        Raises:
+            ClientDisconnect: the client is gone.
+        """
+        loop = asyncio.get_running_loop()
+        while (chunk := await loop.run_in_executor(self.worker, self.step, chunks)) is not None:
+            yield chunk
+            if await request.is_disconnected():
+                raise ClientDisconnect
+
+    def step(self, chunks: Iterator[Any]) -> Any:
+        """The next chunk, `None` after the last."""
+        if self.server.should_exit:
+            raise Refused(503, "the server ends")
+        try:
+            return next(chunks, None)
+        except (ValueError, FloatingPointError, EngineDied) as error:
+            raise Refused(400 if isinstance(error, ValueError) else 500, str(error)) from error
+
+
+async def health(request: Request) -> Response:
+    """That the server answers."""
+    return JSONResponse({})
+
+
+async def events(first: Any, chunks: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """The events of a stream; that with the usage where the others have a key for it."""
     try:
-        return SamplingParams(
-            max_tokens=int(most),
-            temperature=float(body.get("temperature", config.temperature)),
-            top_p=float(body.get("top_p", config.top_p)),
-            top_k=int(body.get("top_k", config.top_k)),
-            seed=uuid.uuid4().int & (2**63 - 1) if seed is None else int(seed),
-        )
-    except (TypeError, OverflowError) as error:
-        raise ValueError(str(error)) from error
+        yield event(first)
+        async for chunk in chunks:
+            if chunk["choices"] or "usage" in first:
+                yield event(chunk)
+        yield "data: [DONE]\n\n"
+    except Refused as error:
+        yield event(error.body)
+    except ClientDisconnect:
+        return
 
 
-def prompt_of(talk: Conversation, body: dict[str, Any], chat: bool) -> tuple[list[int], bool]:
-    """The token ids that a request asks to go on from, and whether they end inside an open think tag."""
-    if chat:
-        messages = body.get("messages")
-        good = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-        if not good or not messages:
-            raise ValueError("messages must be a list of {role, content}, content a string, at least one")
-        return talk.prompt(messages)
-    prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
-        return prompt, False
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError("prompt must be a string or a list of token ids, and not empty")
-    return talk.tokenizer.encode(prompt), False
+def event(data: Any) -> str:
+    """One event of a stream."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def response(
-    talk: Conversation, config: ServeSettings, body: dict[str, Any], chat: bool
-) -> Iterator[dict[str, Any]]:
-    """The response's chunks, the last with finish reason and usage.
-
-    Raises:
-        ValueError: before the first chunk, for a bad request.
-    """
-    sampling = sampling_of(body, config)
-    ids, opened = prompt_of(talk, body, chat)
-    stop = body.get("stop") or []
-    stops = [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
-        raise ValueError("stop must be a string or a list of strings, none of them empty")
-    reply = Reply(len(ids))
-    kind = "chat.completion.chunk" if chat else "text_completion"
-    identity = f"cmpl-{uuid.uuid4().hex[:16]}"
-    common = {"id": identity, "object": kind, "created": int(time.time()), "model": model_name(config)}
-
-    def chunk(delta: dict[str, str], reason: str | None) -> dict[str, Any]:
-        choice = {"delta": delta} if chat else {"text": delta.get("content", "")}
-        return common | {"choices": [{"index": 0, **choice, "finish_reason": reason}]}
-
-    for part, text in talk.stream(ids, opened, sampling, reply, stops):
-        key = "content" if part == "answer" or not chat else "reasoning_content"
-        yield chunk({key: text}, None)
-    usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
-    yield chunk({}, reply.finish_reason) | {"usage": usage | {"total_tokens": sum(usage.values())}}
+async def refuse(request: Request, error: Exception) -> Response:
+    """An error in OpenAI's shape."""
+    if isinstance(error, HTTPException):
+        error = Refused(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+    elif not isinstance(error, Refused):
+        error = Refused(500, f"{type(error).__name__} in the server; its log has more")
+    headers = {408: {"connection": "close"}, 429: {"retry-after": "1"}}
+    return JSONResponse(error.body, error.status, headers.get(error.status))
 
 
-def join_chunks(chunks: list[dict[str, Any]], chat: bool) -> dict[str, Any]:
-    """The chunks of a response as one object."""
-    texts = {"content": "", "reasoning_content": ""}
-    for chunk in chunks:
-        choice = chunk["choices"][0]
-        for key, text in (choice["delta"] if chat else {"content": choice["text"]}).items():
-            texts[key] += text
-    last = chunks[-1]
-    choice = {"index": 0, "finish_reason": last["choices"][0]["finish_reason"]}
-    if chat:
-        choice["message"] = {"role": "assistant", **texts}
-    else:
-        choice["text"] = texts["content"]
-    return last | {"object": "chat.completion" if chat else "text_completion", "choices": [choice]}
-
-
-def make_handler(talk: Conversation, config: ServeSettings) -> type[BaseHTTPRequestHandler]:
-    """The request handler of one model."""
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            """One line a request would bury the server's own."""
-
-        def reply(self, status: int, body: dict[str, Any]) -> None:
-            data = json.dumps(body, ensure_ascii=False).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        def refuse(self, status: int, message: str) -> None:
-            self.close_connection = True
-            error = {"message": message, "type": "invalid_request_error", "code": status}
-            self.reply(status, {"error": error})
-
-        def do_GET(self) -> None:
-            if self.path == "/health":
-                self.reply(200, {})
-            elif self.path == "/v1/models":
-                self.reply(200, {"object": "list", "data": [{"id": model_name(config), "object": "model"}]})
-            else:
-                self.refuse(404, f"no {self.path}; there are /v1/models, {' and '.join(PATHS)}")
-
-        def do_POST(self) -> None:
-            chat = self.path == PATHS[1]
-            try:
-                if self.path not in PATHS:
-                    return self.refuse(404, f"no {self.path}; there are {' and '.join(PATHS)}")
-                chunks = response(talk, config, self.body(), chat)
-                first = next(chunks)  # a bad request is refused before anything is sent
-            except ValueError as error:
-                return self.refuse(400, str(error))
-            except (FloatingPointError, EngineDied) as error:
-                return self.refuse(500, str(error))
-            if not self.streaming:
-                return self.reply(200, join_chunks([first, *chunks], chat))
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            for chunk in itertools.chain([first], chunks):
-                self.event(json.dumps(chunk, ensure_ascii=False))
-            self.event("[DONE]")
-
-        def event(self, data: str) -> None:
-            self.wfile.write(f"data: {data}\n\n".encode())
-            self.wfile.flush()
-
-        def body(self) -> dict[str, Any]:
-            try:
-                length = int(self.headers.get("Content-Length", ""))
-            except ValueError:
-                raise ValueError("Content-Length is missing") from None
-            if not 0 <= length <= MOST_BYTES:
-                raise ValueError(f"a request has at most {MOST_BYTES} bytes")
-            try:
-                found = json.loads(self.rfile.read(length))
-            except ValueError as error:
-                raise ValueError(f"not JSON: {error}") from error
-            if not isinstance(found, dict):
-                raise ValueError("the request is not a JSON object")
-            self.streaming = bool(found.get("stream"))
-            return found
-
-    return Handler
-
-
-def make_server(config: ServeSettings, talk: Conversation) -> ThreadingHTTPServer:
-    """A server that listens; its `serve_forever` answers.
+def listen(config: ServeSettings) -> socket.socket:
+    """A socket that takes connections; they wait until the server runs.
 
     Raises:
         UserError: the address is not available.
     """
     try:
-        server = ThreadingHTTPServer((config.host, config.port), make_handler(talk, config))
-    except OSError as error:
-        address = f"{config.host}:{config.port}"
-        raise UserError(f"cannot listen on {address}: {error.strerror}; choose another --port") from error
-    server.daemon_threads = True
-    return server
+        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason, address = getattr(error, "strerror", None) or error, f"{config.host}:{config.port}"
+        raise UserError(f"cannot listen on {address}: {reason}; choose another --host or --port") from error
 
 
 def model_name(config: ServeSettings) -> str:
@@ -208,8 +221,15 @@ def model_name(config: ServeSettings) -> str:
     return config.name or (folder.parent.name if folder.name == "model" else folder.name)
 
 
+def api_key(config: ServeSettings) -> str:
+    """What a client must send; empty = nothing."""
+    return config.api_key or os.environ.get("R1_API_KEY", "")
+
+
 def vllm_command(config: ServeSettings) -> list[str]:
-    """vLLM's own server, set up as `rollout.vllm.engine` sets up its engine."""
+    """vLLM's own server, set up as `rollout.vllm.engine` sets up its engine; its environment too."""
+    if key := api_key(config):
+        os.environ["VLLM_API_KEY"] = key  # other users of the machine can read a command line
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(config.model)]
     command += ["--served-model-name", model_name(config), "--host", config.host, "--port", str(config.port)]
     return command + server_flags(config.model, config.dtype, config.vllm)
@@ -223,13 +243,14 @@ def main(config: ServeSettings) -> None:
         if not installed:
             raise UserError("vLLM is not installed here; make .venv-vllm/stamp, and take its bin/python")
         command = vllm_command(config)
-        os.execv(command[0], command)  # the environment is already set; Ctrl-C and exit code are vLLM's
-    talk = Conversation(config)
-    server = make_server(config, talk)
-    host, port = server.server_address[:2]
-    print(f"serving {model_name(config)} at http://{host!s}:{port}/v1 (Ctrl-C ends it)", flush=True)
-    try:
-        server.serve_forever()
-    finally:
-        server.server_close()
-        talk.engine.close()
+        os.execv(command[0], command)  # Ctrl-C and exit code are vLLM's
+    with listen(config) as sock:
+        endpoint = Endpoint(config, Conversation(config))
+        host, port = sock.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        print(f"serving {endpoint.name} at http://{host}:{port}/v1 (Ctrl-C ends it)", flush=True)
+        try:
+            endpoint.server.run(sockets=[sock])
+        finally:
+            endpoint.worker.shutdown(cancel_futures=True)
+            endpoint.talk.engine.close()

@@ -21,19 +21,20 @@ UNFINISHED = "\ufffd"  # the tokenizer's output for bytes that are not yet a cha
 
 def pieces(
     engine: RolloutEngine, token_ids: Sequence[int], sampling: SamplingParams, room: int
-) -> Iterator[tuple[list[int], str]]:
-    """New tokens of one sample as they come, each time with "" or, at the end, the finish reason.
+) -> Iterator[tuple[list[int], list[float], str]]:
+    """New tokens of one sample, their log-probabilities, and "" or, at the end, the finish reason.
 
-    `room` is the number of tokens that the context has left after the prompt `token_ids`.
+    `room` is the number of tokens that the context has left after the prompt `token_ids`. The first piece
+    has the prompt index `sampling.first_index`, and each further piece the next one.
     """
     problem, so_far = Problem(id="stream", kind="general", question=""), list(token_ids)
-    left, number = min(sampling.max_tokens, room), 0
+    left, number = min(sampling.max_tokens, room), sampling.first_index
     while True:
         part = replace(sampling, n=1, max_tokens=min(PIECE, left), first_index=number)
         (rollout,) = engine.generate([Prompt(problem, "raw", tuple(so_far))], part)
         so_far, left, number = so_far + list(rollout.token_ids), left - len(rollout.token_ids), number + 1
         over = "stop" if rollout.finish_reason == "stop" else "length" if left <= 0 else ""
-        yield list(rollout.token_ids), over
+        yield list(rollout.token_ids), list(rollout.logprobs), over
         if over:
             return
 
@@ -46,19 +47,31 @@ class Decoder:
         self.ids: list[int] = []
         self.emitted = 0
         self.stopped = False
+        self.surplus = 0
+        """Tokens of the last `add` after the one that completes a stop string."""
+
+    def text(self, ids: Sequence[int]) -> str:
+        """All text up to and including the tokens `ids`."""
+        known = self.ids + [i for i in ids if i != self.tokenizer.eos_token_id]
+        text = self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
 
     def add(self, ids: Sequence[int], over: bool = False) -> str:
         """The text that these tokens add; with `over` also what was held back."""
-        self.ids += [i for i in ids if i != self.tokenizer.eos_token_id]
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
-            text, self.stopped = text[: min(found)], True
+        text = self.text(ids)
+        if any(stop in text for stop in self.stops):
+            needed = next(
+                n for n in range(1, len(ids) + 1) if any(s in self.text(ids[:n]) for s in self.stops)
+            )
+            self.stopped, self.surplus, ids = True, len(ids) - needed, ids[:needed]
+            text = self.text(ids)
+            text = text[: min(at for stop in self.stops if (at := text.find(stop)) >= 0)]
         elif not over:
             text = text.rstrip(UNFINISHED)
             held = max((overlap(text, stop) for stop in self.stops), default=0)
             text = text[: len(text) - held]
+        self.ids += [i for i in ids if i != self.tokenizer.eos_token_id]
         new, self.emitted = text[self.emitted :], max(self.emitted, len(text))
         return new
 

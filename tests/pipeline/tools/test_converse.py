@@ -1,13 +1,10 @@
-"""`chat` and `serve`: pieces make the whole, thinking comes apart, wrong requests get a clear 400."""
+"""What `chat` and `serve` share: pieces make the whole, thinking comes apart; the conversation of `chat`."""
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import shutil
-import threading
-import time
 from dataclasses import replace
 
 import pytest
@@ -39,41 +36,19 @@ def talk(folder):
     opened.engine.close()
 
 
-@pytest.fixture(scope="module")
-def post(folder, talk):
-    """POST a body: status and JSON, or the events of a stream."""
-    config = ServeSettings(model=folder, port=0, name="m")
-    server = serve.make_server(config, talk)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def ask(path, body, raw=False):
-        connection = http.client.HTTPConnection(*server.server_address[:2], timeout=60)
-        if body is None:
-            connection.request("GET", path)
-        else:
-            connection.request("POST", path, body if raw else json.dumps(body))
-        response = connection.getresponse()
-        text = response.read().decode()
-        if response.headers["Content-Type"] == "text/event-stream":
-            return response.status, [line[6:] for line in text.split("\n\n") if line]
-        return response.status, json.loads(text)
-
-    yield ask
-    server.shutdown()
-    server.server_close()
-
-
 def test_pieces_are_the_whole_completion(talk):
     ids = tuple(talk.tokenizer.encode("User: 3+4=?"))
     (whole,) = talk.engine.generate([Prompt(Problem("p", "general", ""), "raw", ids)], GREEDY)
     got = list(pieces(talk.engine, ids, GREEDY, room=100))
-    assert [t for part, _ in got for t in part] == list(whole.token_ids)
-    assert [over for _, over in got[:-1]] == [""] * (len(got) - 1) and got[-1][1] == whole.finish_reason
-    assert len([t for part, _ in pieces(talk.engine, ids, GREEDY, room=11) for t in part]) <= 11
+    assert [t for part, *_ in got for t in part] == list(whole.token_ids)
+    assert [p for _, part, _ in got for p in part] == pytest.approx(list(whole.logprobs), abs=1e-5)
+    assert [over for *_, over in got[:-1]] == [""] * (len(got) - 1) and got[-1][2] == whole.finish_reason
+    assert len([t for part, *_ in pieces(talk.engine, ids, GREEDY, room=11) for t in part]) <= 11
     sampled = replace(GREEDY, temperature=1.0, seed=1)
-    ids_by_seed = [[t for part, _ in pieces(talk.engine, ids, s, 100) for t in part]
-             for s in (sampled, sampled, replace(sampled, seed=2))]  # fmt: skip
-    assert ids_by_seed[0] == ids_by_seed[1] != ids_by_seed[2]
+    again, other, later = sampled, replace(sampled, seed=2), replace(sampled, first_index=1 << 20)
+    first, same, *others = [[t for part, *_ in pieces(talk.engine, ids, s, 100) for t in part]
+                            for s in (sampled, again, other, later)]  # fmt: skip
+    assert first == same and first not in others and others[0] != others[1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
@@ -105,96 +80,23 @@ def test_text_comes_in_whole_characters_and_ends_at_a_stop_string(talk):
     assert "".join(decoder.add([i]) for i in ids) == "a 龘 b" and decoder.stopped
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_a_stream_is_the_whole_in_pieces(post, path):
-    chat = path == "/v1/chat/completions"
-    body = {"model": "m", "temperature": 0, "max_tokens": 20}
-    body |= {"messages": [{"role": "user", "content": "3+4=?"}]} if chat else {"prompt": "User: 3+4=?"}
-    status, whole = post(path, body)
-    choice = whole["choices"][0]
-    assert status == 200 and whole["model"] == "m" and choice["finish_reason"] in ("stop", "length")
-    assert whole["usage"]["completion_tokens"] <= 20
-    assert whole["usage"]["total_tokens"] == sum(list(whole["usage"].values())[:2])
-    status, events = post(path, body | {"stream": True})
-    assert status == 200 and events[-1] == "[DONE]" and len(events) > 3
-    made = serve.join_chunks([json.loads(event) for event in events[:-1]], chat)["choices"][0]
-    assert made == choice
-    if chat:  # the prompt opened the think tag, and a random model does not close it
-        assert choice["message"]["reasoning_content"]
-
-
-def test_requests_at_once_do_not_disturb_each_other(post):
-    body = {"prompt": "User: 3+4=?", "temperature": 1, "max_tokens": 30}
-    want = [post("/v1/completions", body | {"seed": s})[1]["choices"] for s in range(3)]
-    got = [None] * 3
-
-    def ask(s):
-        got[s] = post("/v1/completions", body | {"seed": s})[1]["choices"]
-
-    threads = [threading.Thread(target=ask, args=(s,)) for s in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert got == want
-
-
-def test_the_engine_is_never_asked_twice_at_once(talk, monkeypatch):
-    """Its streams would share one model's modules, and vLLM's engine is not made for it."""
-    at_work, most = [0], [0]
-
-    def slow(engine, ids, sampling, room):
-        for _ in range(5):
-            at_work[0] += 1
-            most[0] = max(most[0], at_work[0])
-            time.sleep(0.005)
-            at_work[0] -= 1
-            yield [5], ""
-        yield [6], "length"
-
-    monkeypatch.setattr(converse, "pieces", slow)
-    ask = lambda: list(talk.stream([3], False, GREEDY, converse.Reply(1)))  # noqa: E731
-    threads = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1]
-
-
-def test_a_stop_string_ends_the_text_before_it(post):
-    body = {"prompt": "User: 3+4=?", "temperature": 0, "max_tokens": 30}
-    text = post("/v1/completions", body)[1]["choices"][0]["text"]
+def test_tokens_after_a_stop_string_do_not_count(talk):
+    ids = tuple(talk.tokenizer.encode("User: 3+4=?"))
+    whole = list(talk.stream(ids, None, GREEDY))
+    text = "".join(text for piece in whole for _, text in piece.texts)
     stop = text[len(text) // 2 :][:3]
-    choice = post("/v1/completions", body | {"stop": ["never said", stop]})[1]["choices"][0]
-    assert stop and choice["text"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
+    cut = list(talk.stream(ids, None, GREEDY, ["never said", stop]))
+    assert "".join(text for piece in cut for _, text in piece.texts) == text[: text.index(stop)]
+    got = [i for piece in cut for i in piece.token_ids]
+    assert len(got) == sum(len(piece.logprobs) for piece in cut) and cut[-1].finish_reason == "stop"
+    assert stop in talk.tokenizer.decode(got) and stop not in talk.tokenizer.decode(got[:-1])
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "says"),
-    [
-        ("/v1/completions", {"prompt": ""}, "not empty"),
-        ("/v1/completions", {"prompt": [10**6]}, "outside the model's vocabulary"),
-        ("/v1/completions", {"prompt": "x" * 500}, "context holds 128"),
-        ("/v1/completions", {"prompt": "a", "temperature": -1}, "temperature"),
-        ("/v1/completions", {"prompt": "a", "max_tokens": "many"}, "many"),
-        ("/v1/completions", {"prompt": "a", "n": 2}, "n must be 1"),
-        ("/v1/completions", {"prompt": "a", "stop": 3}, "stop must be"),
-        ("/v1/completions", {"prompt": "a", "stop": ["b", None]}, "stop must be"),
-        ("/v1/chat/completions", {"messages": []}, "messages must be"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": 3}]}, "messages must be"),
-        ("/v1/chat/completions", [], "not a JSON object"),
-    ],
-)
-def test_a_wrong_request_is_a_clear_400(post, path, body, says):
-    status, answer = post(path, body)
-    assert status == 400 and says in answer["error"]["message"]
-
-
-def test_other_paths_and_no_json(post):
-    assert post("/v1/models", None)[1]["data"][0]["id"] == "m" and post("/health", None)[0] == 200
-    assert post("/v1/nothing", {})[0] == 404 and post("/v1/nothing", None)[0] == 404
-    assert post("/v1/completions", "{", raw=True)[0] == 400
+def test_text_that_is_not_split_keeps_its_tags(talk, monkeypatch):
+    ids = talk.tokenizer.encode("<think>a</think>b")
+    monkeypatch.setattr(converse, "pieces", lambda *a: iter([(ids, [0.0] * len(ids), "length")]))
+    assert [p.texts for p in talk.stream([3], None, GREEDY)] == [[("answer", "<think>a</think>b")]]
+    assert [p.texts for p in talk.stream([3], False, GREEDY)] == [[("thinking", "a"), ("answer", "b")]]
 
 
 def test_chat_answers_each_line_and_starts_over(folder, monkeypatch, capsys):
