@@ -208,8 +208,12 @@ def listen(config: ServeSettings) -> socket.socket:
         UserError: the address is not available.
     """
     try:
-        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+        return sock
     except (OSError, UnicodeError) as error:
         reason, address = getattr(error, "strerror", None) or error, f"{config.host}:{config.port}"
         raise UserError(f"cannot listen on {address}: {reason}; choose another --host or --port") from error
