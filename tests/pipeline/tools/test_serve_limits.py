@@ -144,6 +144,17 @@ def test_a_connection_serves_requests_for_longer_than_its_time(running):
             time.sleep(0.2)
 
 
+FRAMING = b"POST %s HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"
+
+
+@pytest.mark.parametrize("data", [b"garbage\r\n\r\n", FRAMING % b"/v1/completions", FRAMING % b"/none"])
+def test_what_is_not_http_is_a_400_and_no_traceback(running, caplog, data):
+    with running(Endpoint(SETTINGS, Talk(most=1))) as address:
+        assert rest(connect(address, data)).startswith(b"HTTP/1.1 400 ")
+        assert reply(connect(address, b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n"))[0] == 200
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 def test_too_long_a_request_is_a_413_and_takes_no_memory(running, monkeypatch):
     monkeypatch.setattr(serve, "MOST_BYTES", 1000)
     with running(Endpoint(replace(SETTINGS, timeout_s=20), Talk(most=1))) as address:
