@@ -9,6 +9,7 @@ import asyncio
 import hmac
 import importlib.util
 import json
+import logging
 import os
 import socket
 import sys
@@ -84,11 +85,12 @@ class Endpoint:
         app = FastAPI(openapi_url=None)
         for kind in (Refused, HTTPException, Exception):
             app.exception_handler(kind)(refuse)
-        app.add_route("/health", health)
+        app.add_route("/health", lambda request: JSONResponse({}))
         app.add_route("/v1/models", self.models)
         app.add_route("/v1/models/{name:path}", self.models)
         app.add_route("/v1/completions", partial(self.answer, TextBody), methods=["POST"])
         app.add_route("/v1/chat/completions", partial(self.answer, ChatBody), methods=["POST"])
+        logging.getLogger("uvicorn.error").addFilter(of_the_server)
         self.server = Server(
             uvicorn.Config(
                 app, http="h11", ws="none", lifespan="off", log_config=None, log_level="error",
@@ -167,28 +169,18 @@ class Endpoint:
             raise Refused(400 if isinstance(error, ValueError) else 500, str(error)) from error
 
 
-async def health(request: Request) -> Response:
-    """That the server answers."""
-    return JSONResponse({})
-
-
 async def events(first: Any, chunks: AsyncIterator[Any]) -> AsyncIterator[str]:
     """The events of a stream; that with the usage where the others have a key for it."""
     try:
-        yield event(first)
+        yield f"data: {json.dumps(first)}\n\n"
         async for chunk in chunks:
             if chunk["choices"] or "usage" in first:
-                yield event(chunk)
+                yield f"data: {json.dumps(chunk)}\n\n"
         yield "data: [DONE]\n\n"
     except Refused as error:
-        yield event(error.body)
+        yield f"data: {json.dumps(error.body)}\n\n"
     except ClientDisconnect:
         return
-
-
-def event(data: Any) -> str:
-    """One event of a stream."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -201,6 +193,11 @@ async def refuse(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body, error.status, headers.get(error.status))
 
 
+def of_the_server(record: logging.LogRecord) -> bool:
+    """Whether a log entry is not a client's doing: uvicorn shows bad framing as an error of the app."""
+    return not (record.exc_info and isinstance(record.exc_info[1], h11.LocalProtocolError))
+
+
 def listen(config: ServeSettings) -> socket.socket:
     """A socket that takes connections; they wait until the server runs.
 
@@ -208,8 +205,12 @@ def listen(config: ServeSettings) -> socket.socket:
         UserError: the address is not available.
     """
     try:
-        family = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((config.host, config.port), family=family, backlog=2048)
+        family, *_, where = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(where)
+        sock.listen(2048)
+        return sock
     except (OSError, UnicodeError) as error:
         reason, address = getattr(error, "strerror", None) or error, f"{config.host}:{config.port}"
         raise UserError(f"cannot listen on {address}: {reason}; choose another --host or --port") from error

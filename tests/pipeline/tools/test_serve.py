@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import pytest
 
 from pipeline.settings.tools import ServeSettings
 from pipeline.tools.conversation import Conversation
-from pipeline.tools.serve import Endpoint, listen
+from pipeline.tools.serve import Endpoint
 from tests.small import random_policy
 
 ASKED: dict[str, Any] = {"model": "m", "max_tokens": 20, "temperature": 0}
@@ -29,22 +28,20 @@ def settings(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def endpoint(settings) -> Iterator[Endpoint]:
-    """A running server; its address is that of `base(endpoint)`."""
     made = Endpoint(settings, Conversation(settings))
-    with listen(settings) as sock:
-        made.address = sock.getsockname()
-        thread = threading.Thread(target=lambda: asyncio.run(made.server.serve([sock])))
-        thread.start()
-        yield made
-        made.server.should_exit = True
-        thread.join(timeout=20)
-        assert not thread.is_alive()
+    yield made
+    made.talk.engine.close()
+
+
+@pytest.fixture(scope="module")
+def url(endpoint, running) -> Iterator[str]:
+    with running(endpoint) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 @pytest.fixture
-def client(endpoint) -> Iterator[openai.OpenAI]:
-    url = "http://{}:{}/v1".format(*endpoint.address)
-    with openai.OpenAI(base_url=url, api_key="secret", max_retries=0, timeout=60) as made:
+def client(url) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0, timeout=60) as made:
         yield made
 
 
@@ -213,7 +210,7 @@ def test_what_is_no_request_is_a_400(client, body, says):
     assert response.status_code == 400 and says in response.json()["error"]["message"]
 
 
-def test_other_errors_have_the_same_shape(client, endpoint):
+def test_other_errors_have_the_same_shape(client, url):
     assert [m.id for m in client.models.list()] == ["m"] and client.models.retrieve("m").id == "m"
     for wrong in (lambda: client.models.retrieve("other/model"), lambda: ask(client, True, model="gpt-5")):
         with pytest.raises(openai.NotFoundError) as caught:
@@ -229,7 +226,7 @@ def test_other_errors_have_the_same_shape(client, endpoint):
             assert "secret" not in response.text
     wrong = client._client.get("completions", headers=client.auth_headers)
     assert wrong.status_code == 405 and wrong.json()["error"]["type"] == "invalid_request_error"
-    assert client._client.get("http://{}:{}/health".format(*endpoint.address)).json() == {}
+    assert client._client.get(f"{url}/health").json() == {}
 
 
 def test_200_requests_at_once_are_all_answered_as_if_alone(client):
