@@ -64,7 +64,7 @@ def evaluate(
     """
     check_model(config.model)
     count, seed = config.limit, config.problems_seed
-    found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data)
+    found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data, rows=config)
     inputs = inputs_of(config, found, model_hash or sha256(config.model))
     if (earlier := earlier_scores(config.out, inputs, replace_changed)) is not None:
         return earlier
