@@ -19,18 +19,13 @@ from typing import Any
 
 from pipeline.data.hub import hub_rows, parse_hub
 from pipeline.data.jsonl import BadRow, JsonObject, located, write_jsonl
-from pipeline.data.rows import ALL_ROWS, Tally, check_text, normalised
-from pipeline.data.shapes import decoded, first, question_of, turns
+from pipeline.data.rows import ALL_ROWS, Tally, check_text, plain
+from pipeline.data.shapes import first, json_of, question_of, turns
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
 
-THOUGHTS = {
-    "deepseek_reasoning": "deepseek_solution",
-    "deepseek_thinking_trajectory": "deepseek_attempt",
-    "reasoning_content": "content",
-    "thinking": "response",
-}
-"""Keys of thinking and of its answer (OpenThoughts-114k, s1K, distilled instructions)."""
+THOUGHTS = {"deepseek_reasoning": "deepseek_solution", "reasoning_content": "content"}
+"""Keys of thinking and of its answer (OpenThoughts-114k, distilled instructions)."""
 MARKS = re.compile(r"<\|(?:(begin)|end)_of_(?:(thought)|solution)\|>")
 """OpenThoughts-114k's around thinking and answer."""
 
@@ -59,7 +54,7 @@ def read_corpus(source: Path | str, count: int = 0, seed: int = 0, rows: RowSett
     hub = parse_hub(str(source)) if str(source).startswith("hub:") else None
     stem, lines = (hub.path, hub_rows(hub)) if hub else (Path(source).stem, located(Path(source)))
     named, tally = rows.named_fields(), Tally(str(source), rows)
-    found = tally.usable(lines, lambda row, i: to_row(normalised(row, named), stem, i))
+    found = tally.usable(lines, lambda row, i: to_row(plain(row, named), stem, i))
     kept = sampled((row for _, row in found if row), count, random.Random(f"corpus/{seed}"))
     tally.settle()
     if not kept:
@@ -86,7 +81,7 @@ def to_row(row: JsonObject, source: str, index: int) -> Row | None:
     """
     name = first(row, "id", "uuid", "unique_id", "question_id")
     values: JsonObject = {"id": f"{source}/{index}" if name is None else str(name), "source": source}
-    talk = [turn for key in ("messages", "conversations") for turn in turns(decoded(row.get(key)))]
+    talk = [turn for key in ("messages", "conversations") for turn in turns(json_of(row.get(key)))]
     asked = next((text for role, text in talk if role == "user"), "")
     question = asked if asked and not first(row, "question", "problem") else question_of(row)
     spoken = next((text for role, text in turns(row.get("completion")) or talk if role == "assistant"), None)

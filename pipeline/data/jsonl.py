@@ -37,16 +37,15 @@ def read_jsonl(path: Path, *, torn: bool = False) -> Iterator[tuple[int, JsonObj
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with file:
         for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig").strip()
-                row = json.loads(text) if text else {}
-            except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a huge number
-                if torn and not line.endswith(b"\n"):
-                    return
-                raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            if text:
+            row = value_of(line)
+            if isinstance(row, BadRow) and torn and not line.endswith(b"\n"):
+                return
+            if row is not None and not isinstance(row, dict):
+                what = (
+                    row if isinstance(row, BadRow) else f"expected a JSON object, found {type(row).__name__}"
+                )
+                raise UserError(f"{path}:{number}: {what}") from None
+            if row is not None:
                 yield number, row
 
 
@@ -70,21 +69,18 @@ def located(path: Path) -> Iterator[Located]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
             file.seek(0)
-            if not start.startswith(b"[") or (array := _array(file.read())) is None:
+            if not start.startswith(b"[") or (array := array_of(file.read())) is None:
                 file.seek(0)
-                lines = ((number, _row(line)) for number, line in enumerate(file, 1))
+                lines = ((number, value_of(line)) for number, line in enumerate(file, 1))
                 yield from ((f"{path}:{number}", row) for number, row in lines if row is not None)
             else:
                 yield from ((f"{path} row {number}", row) for number, row in enumerate(array, 1))
-    except (OSError, EOFError, zlib.error, ImportError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
-    except ValueError as error:  # pyarrow's
-        if type(error).__module__.partition(".")[0] != "pyarrow":
-            raise
-        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, EOFError, zlib.error, ImportError, ValueError) as error:  # pyarrow's are ValueErrors
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"cannot read {path}: {why}") from error
 
 
-def _row(line: bytes) -> Any:
+def value_of(line: bytes) -> Any:
     """The value of a line, a `BadRow`, or None of a blank line."""
     try:
         text = line.decode("utf-8-sig").strip()
@@ -99,7 +95,7 @@ def _row(line: bytes) -> Any:
         return BadRow(f"not a line of JSON ({error})")
 
 
-def _array(data: bytes) -> list[Any] | None:
+def array_of(data: bytes) -> list[Any] | None:
     """The rows of a file that is one JSON array; None of any other, such as lines that are arrays."""
     try:
         value = json.loads(data.decode("utf-8-sig"))

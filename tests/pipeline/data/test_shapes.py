@@ -15,7 +15,7 @@ import pytest
 from pipeline.data.corpus import read_corpus
 from pipeline.data.pool import hold_back
 from pipeline.data.problems import problems
-from pipeline.data.rows import to_problem
+from pipeline.data.rows import plain, to_problem
 from pipeline.data.shapes import SHAPES, first
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
@@ -169,12 +169,12 @@ def test_rows_with_tests(tmp_path, name):
     assert not starter or "add" in found[0].question
 
 
-def test_every_row_of_the_table_reads_its_own_example():
-    for shape in SHAPES:
-        reads = next(s for s in SHAPES if all(first(shape.example, key) for key in s.keys))
-        assert reads is shape, f"{shape.names}: its example is read as {reads.names}"
-        problem = to_problem(shape.example, "example", 0, {})
-        assert problem.question and bool(problem.tests) != bool(problem.answer), shape.names
+def test_every_shape_of_the_table_reads_its_own_example():
+    for key, (read, names, example) in SHAPES.items():
+        row = plain(example, {})
+        assert next(k for k in SHAPES if not k or first(row, k)) == key, names
+        problem = to_problem(example, "example", 0, {})
+        assert read(row).tests == problem.tests and bool(problem.tests) != bool(problem.answer), names
 
 
 class Opened:
@@ -209,8 +209,7 @@ TRACES = {
     "openr1": ({"problem": "3+4?", "answer": "7", "generations": [TRACE], "messages": USER}, TAGGED),
     "messages": ({"messages": [{"role": "user", "content": "3+4?"},
                                {"role": "assistant", "content": TRACE}]}, TAGGED),
-    "reasoning_content": ({"messages": [{"role": "user", "content": "3+4?"}, {
-        "role": "assistant", "content": "7", "reasoning_content": "Add."}]}, TAGGED),
+    "reasoning_content": ({"instruction": "3+4?", "content": "7", "reasoning_content": "Add."}, TAGGED),
     "trl messages": ({"messages": [{"role": "user", "content": "3+4?"},
                                    {"role": "assistant", "content": "It is 7."}]}, "It is 7."),
     "trl prompt and completion": ({"prompt": "3+4?", "completion": "It is 7."}, "It is 7."),
@@ -219,8 +218,6 @@ TRACES = {
     "sharegpt": ({"conversations": [{"from": "system", "value": "Hi."}, {"from": "human", "value": "3+4?"},
                                     {"from": "gpt", "value": "It is 7."}, {"from": "human", "value": "Sure?"},
                                     {"from": "gpt", "value": "Yes."}]}, "It is 7."),
-    "content parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "3+4?"}]},
-                                    {"role": "assistant", "content": "It is 7."}]}, "It is 7."),
 }  # fmt: skip
 
 
