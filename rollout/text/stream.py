@@ -11,6 +11,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerFast
 
 from rollout.engine import RolloutEngine
+from rollout.text.tokenizer import decode
 from rollout.types import Problem, Prompt, SamplingParams
 
 PIECE = 8  # tokens of one request: fewer appear sooner, more cost less
@@ -50,8 +51,7 @@ class Decoder:
     def add(self, ids: Sequence[int], over: bool = False) -> str:
         """The text that these tokens add; with `over` also what was held back."""
         self.ids += [i for i in ids if i != self.tokenizer.eos_token_id]
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
+        text = decode(self.tokenizer, self.ids)
         found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             text, self.stopped = text[: min(found)], True
