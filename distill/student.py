@@ -178,8 +178,7 @@ def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
 def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
     place = Place.open(config)
-    logging.set_verbosity_error()  # no bars, and no notes of Trainer's on the token ids that it aligns
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # no notes of Trainer's on the token ids that it aligns
     lora = lora_config(config.lora_rank)
     init = run_dir.model_input(config.init_from) if config.init_from else None
     speaker = init or run_dir.model_input(config.tokenizer_from)
