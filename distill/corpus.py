@@ -16,6 +16,8 @@ from pathlib import Path
 from pipeline.data.corpus import Row, tagged
 from pipeline.data.decontaminate import decontaminate
 from pipeline.data.problems import BENCHMARKS, benchmark_rows, problems, read_problems
+from pipeline.data.rows import ALL_ROWS
+from pipeline.settings.common import RowSettings
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
 
@@ -44,16 +46,18 @@ def plain_rows(rows: Iterable[Row]) -> list[Row]:
     return plain
 
 
-def read_solutions(source: str, folder: Path | None) -> list[tuple[Problem, str]]:
+def read_solutions(
+    source: str, folder: Path | None, settings: RowSettings = ALL_ROWS
+) -> list[tuple[Problem, str]]:
     """Problems of `gsm8k_train` or `math_train` with their published solutions, from `folder` or the hub.
 
     Raises:
-        UserError: neither can be read, or a line holds no problem.
+        UserError: neither can be read, or too many rows hold no problem.
     """
-    _, rows, public = benchmark_rows(source, folder)
+    _, rows = benchmark_rows(source, folder)
     return [
         (problem, str(row.get("solution") or row.get("answer") or ""))
-        for problem, row in read_problems(rows, source, public)
+        for problem, row in read_problems(rows, source, replace(settings, fields=""))
     ]  # the hub's GSM8K has the solution under `answer`
 
 

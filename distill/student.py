@@ -24,6 +24,7 @@ from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
 from distill.trainer import Job, Watch, train
 from pipeline.data.corpus import Row, read_corpus
+from pipeline.data.pool import encoded
 from pipeline.data.problems import data_folder
 from pipeline.data.traces import corpus
 from pipeline.errors import UserError
@@ -35,7 +36,7 @@ from pipeline.settings.distill import DistillSettings
 from pipeline.train.place import Place
 from pipeline.train.policy import describe, loading
 from rollout.text.templates import template_named
-from rollout.text.tokenizer import encode_example, load_tokenizer
+from rollout.text.tokenizer import load_tokenizer
 
 # ---- the corpus
 
@@ -43,7 +44,7 @@ from rollout.text.tokenizer import encode_example, load_tokenizer
 def solutions(config: DistillSettings, source: str) -> list[Row]:
     """GSM8K's or MATH's training solutions as traces in the form that the template asks for."""
     folder = data_folder(config.data)
-    solved = read_solutions(source, folder)
+    solved = read_solutions(source, folder, config)
     apart = apart_from(solved, config.heldout, folder)
     if copies := len(solved) - len(apart):
         say(f"distill: {source}: left out {copies} near copies of {', '.join(config.heldout)}")
@@ -55,7 +56,9 @@ def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
     rows: list[Row] = []
     for source in config.corpus:
         worked = source in WORKED
-        found = solutions(config, source) if worked else read_corpus(run_dir.corpus_input(source))
+        found = (
+            solutions(config, source) if worked else read_corpus(run_dir.corpus_input(source), rows=config)
+        )
         say(f"distill: {len(found)} traces from {source}")
         rows += found
     if 0 < config.count < len(rows):
@@ -63,22 +66,16 @@ def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
     return rows
 
 
-def encoded(
+def examples(
     label: str, template: str, rows: list[Row], tokenizer: Any, config: DistillSettings
 ) -> list[Example]:
     """Rows as token ids; too long ones are dropped and counted on the console."""
     longest = config.max_completion or config.max_length
-    kept = []
-    for row in rows:
-        try:
-            example = Example(*encode_example(tokenizer, row.question, template, row.completion))
-        except ValueError as error:
-            raise UserError(f"trace {row.id} does not fit template {template}: {error}") from error
-        if len(example) <= config.max_length and len(example.completion_ids) <= longest:
-            kept.append(example)
+    every = [Example(*pair) for pair in encoded(rows, tokenizer, template, config)]
+    kept = [e for e in every if len(e) <= config.max_length and len(e.completion_ids) <= longest]
     if not kept:
         raise UserError(f"distill: none of {len(rows)} rows fits max_length={config.max_length}; raise it")
-    dropped = f"; dropped {len(rows) - len(kept)} too long ones" if len(kept) < len(rows) else ""
+    dropped = f"; dropped {len(every) - len(kept)} too long ones" if len(kept) < len(every) else ""
     say(f"distill: {label}: {len(kept)} rows, {sum(map(len, kept)) / len(kept):.0f} tokens each{dropped}")
     return kept
 
@@ -106,7 +103,7 @@ def planned(config: DistillSettings, tokenizer: Any, run_dir: RunDir, base: bool
     learned = [("student", config.template, rows)]
     if config.plain_control:
         learned.append(("plain", config.plain_template, plain_rows(rows)))
-    courses = [(label, t, encoded(label, t, some, tokenizer, config)) for label, t, some in learned]
+    courses = [(label, t, examples(label, t, some, tokenizer, config)) for label, t, some in learned]
     tokens, size = sum(map(len, courses[0][2])), config.tokens_per_step
     steps = config.steps or max(1, math.ceil(config.epochs * tokens / size))
     jobs = [job(*course, steps, size, config.micro_batches) for course in courses]
@@ -181,8 +178,7 @@ def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
 def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
     place = Place.open(config)
-    logging.set_verbosity_error()  # no bars, and no notes of Trainer's on the token ids that it aligns
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # no notes of Trainer's on the token ids that it aligns
     lora = lora_config(config.lora_rank)
     init = run_dir.model_input(config.init_from) if config.init_from else None
     speaker = init or run_dir.model_input(config.tokenizer_from)

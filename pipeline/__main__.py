@@ -69,6 +69,8 @@ def run_command(command: Command, argv: list[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """Run a stage or command; turn errors into one line and an exit code."""
+    # The bars of transformers and of the hub would cut through our lines; workers inherit this.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not argv or argv[0] in (*HELP, "help"):
         print(usage())
         return 0 if argv else 2

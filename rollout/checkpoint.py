@@ -11,21 +11,21 @@ NATIVE_TYPES = ("deepseek_v3",)
 """Model types that `model.Transformer` implements; transformers reads all others."""
 
 
-def read_config(path: Path | str) -> dict[str, Any]:
-    """A checkpoint's config.json.
+def read_config(path: Path | str, name: str = "config.json") -> dict[str, Any]:
+    """A checkpoint's config.json, or its config of that `name`.
 
     Raises:
-        FileNotFoundError: no such directory, or no config.json in it.
-        ValueError: a config.json that is not a JSON object.
+        FileNotFoundError: no such directory, or no such file in it.
+        ValueError: a file that is not a JSON object.
     """
-    file = Path(path) / "config.json"
+    file = Path(path) / name
     if not file.parent.is_dir():
         raise FileNotFoundError(f"no checkpoint directory {path}")
     if not file.is_file():
-        raise FileNotFoundError(f"{path} has no config.json, so it is not a checkpoint directory")
+        raise FileNotFoundError(f"{path} has no {name}, so it is not a checkpoint directory")
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a model config: {error!r}") from error
 
 
@@ -56,12 +56,23 @@ def context_and_vocabulary(path: Path | str, context: int) -> tuple[int, int]:
     return min(context or most, most), int(vocabulary)
 
 
-def eos_of(path: Path | str) -> int | list[int] | None:
-    """The eos of generation_config.json, which may list several, else of config.json."""
-    file = Path(path) / "generation_config.json"
-    own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    eos: int | list[int] | None = own.get("eos_token_id", read_config(path).get("eos_token_id"))
-    return eos
+def eos_of(path: Path | str, tokenizer_eos: int | None = None) -> int | list[int] | None:
+    """What ends a completion, for every engine and purpose: the eos of generation_config.json, which may list
+    several, else of config.json; and the tokenizer's.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_config`, of either file; or an eos that is no token id.
+    """
+    generation = (Path(path) / "generation_config.json").is_file()
+    own = read_config(path, "generation_config.json") if generation else {}
+    eos: Any = own.get("eos_token_id", read_config(path).get("eos_token_id"))
+    ids = [i for i in (*(eos if isinstance(eos, list) else [eos]), tokenizer_eos) if i is not None]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(
+            f"{path}: eos_token_id {eos!r} of its configs is neither a token id nor a list of them"
+        )
+    found = list(dict.fromkeys(ids))
+    return found if len(found) > 1 else next(iter(found), None)
 
 
 def stored_shapes(path: Path | str, names: Container[str]) -> dict[str, tuple[int, ...]]:

@@ -45,10 +45,13 @@ def load_policy(
 
     Raises:
         FileNotFoundError, ValueError: as `engine_name`.
-        OSError, ValueError: tensors that cannot be read.
+        OSError, ValueError: tensors that cannot be read, or a config.json that describes no model.
     """
     native = engine_name(path, engine) == "native"
-    return (Transformer if native else DensePolicy).load(path, dtype, device)
+    try:
+        return (Transformer if native else DensePolicy).load(path, dtype, device)
+    except (TypeError, AttributeError, LookupError, ArithmeticError) as error:  # a value of the wrong kind
+        raise ValueError(f"{path}/config.json describes no model that can be built: {error!r}") from error
 
 
 def open_local(

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
-from rollout.checkpoint import read_config
+from rollout.checkpoint import eos_of, read_config
 from rollout.engine import RolloutEngine
 from rollout.local import LOCAL, engine_name, open_local
 from rollout.pool.engine import RolloutPool
@@ -52,9 +52,10 @@ def open_engine(
         engine=engine, dtype=dtype, vllm=vllm or VllmSettings(), local=local or LocalSettings()
     )
     settings = with_workers(settings, name)
+    eos = eos_of(path, tokenizer.eos_token_id if tokenizer else None)
     if settings.workers:
-        return RolloutPool(path, settings, open_worker_engine), tokenizer
-    return ENGINES[name](path, settings, device=device, tokenizer=tokenizer), tokenizer
+        return RolloutPool(path, settings, open_worker_engine, eos_token_id=eos), tokenizer
+    return ENGINES[name](path, settings, device=device, tokenizer=tokenizer, eos_token_id=eos), tokenizer
 
 
 def with_workers(settings: RolloutSettings, engine: str) -> RolloutSettings:
@@ -107,7 +108,7 @@ def engine_for(
     settings = with_workers(settings, name)
     if settings.dtype == "auto" and (settings.workers or name not in LOCAL):
         settings = replace(settings, dtype=dtype or stored_dtype(policy, path))
-    eos = tokenizer.eos_token_id
+    eos = eos_of(path, tokenizer.eos_token_id) if path is not None else tokenizer.eos_token_id
     if settings.workers:
         assert path is not None
         trainer = device_of(policy)

@@ -1,11 +1,13 @@
 """A corpus of worked answers: rows that SFT, rejection sampling and distillation share.
 
-Ours are JSON lines. Public traces, a JSONL file or a data set of the hub, are put into R1's format:
+Ours are JSON lines. Public traces, of a file or the hub, are put into R1's format:
 
-    question, completion                    ours: complete, tags included
+    question | prompt, completion           ours and TRL's: complete, tags included, or no thinking at all
     problem | question, generation(s)       `<think>..</think>` and the answer after it; of several the first
                                             that the row's own checks (`correctness_*`) found right
-    messages                                the same, a user's turn and an assistant's
+    problem | question, and a pair of THOUGHTS      thinking and answer under keys of their own
+    messages | conversations                the first turn of the user and of the assistant (TRL, ShareGPT,
+                                            OpenThoughts with its own marks)
 """
 
 import random
@@ -13,11 +15,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.hub import hub_rows, parse_hub
-from pipeline.data.jsonl import JsonObject, located, write_jsonl
-from pipeline.data.rows import first
+from pipeline.data.jsonl import BadRow, JsonObject, located, write_jsonl
+from pipeline.data.rows import ALL_ROWS, Tally, check_text, plain
+from pipeline.data.shapes import first, json_of, question_of, turns
 from pipeline.errors import UserError
+from pipeline.settings.common import RowSettings
+
+THOUGHTS = {"deepseek_reasoning": "deepseek_solution", "reasoning_content": "content"}
+"""Keys of thinking and of its answer (OpenThoughts-114k, distilled instructions)."""
+MARKS = re.compile(r"<\|(?:(begin)|end)_of_(?:(thought)|solution)\|>")
+"""OpenThoughts-114k's around thinking and answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,19 +45,21 @@ class Row:
     source: str = ""
 
 
-def read_corpus(source: Path | str, count: int = 0, seed: int = 0) -> list[Row]:
+def read_corpus(source: Path | str, count: int = 0, seed: int = 0, rows: RowSettings = ALL_ROWS) -> list[Row]:
     """The rows of a corpus, a file or `hub:OWNER/NAME[:CONFIG]:SPLIT`; at most `count`, sampled by `seed`.
 
     Raises:
-        UserError: no such file or data set, one without a usable row, or by its number a malformed row.
+        UserError: no such file or data set, one without a usable row, or more bad rows than `rows` allows.
     """
     hub = parse_hub(str(source)) if str(source).startswith("hub:") else None
     stem, lines = (hub.path, hub_rows(hub)) if hub else (Path(source).stem, located(Path(source)))
-    found = (to_row(row, where, stem, i) for i, (where, row) in enumerate(lines))
-    rows = sampled((row for row in found if row), count, random.Random(f"corpus/{seed}"))
-    if not rows:
+    named, tally = rows.named_fields(), Tally(str(source), rows)
+    found = tally.usable(lines, lambda row, i: to_row(plain(row, named), stem, i))
+    kept = sampled((row for _, row in found if row), count, random.Random(f"corpus/{seed}"))
+    tally.settle()
+    if not kept:
         raise UserError(f"{source} has no rows with a complete trace")
-    return rows
+    return kept
 
 
 def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:
@@ -61,36 +73,60 @@ def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:
     return kept
 
 
-def to_row(row: JsonObject, where: str, source: str, index: int) -> Row | None:
+def to_row(row: JsonObject, source: str, index: int) -> Row | None:
     """A row of any known shape; None of a public one whose trace is not complete, or not right.
 
     Raises:
-        UserError: it has another shape.
+        BadRow: it has another shape, or null where text belongs.
     """
-    if "completion" in row:
-        names = {field.name for field in fields(Row)}
-        try:
-            return Row(**{k: v for k, v in row.items() if k in names})
-        except TypeError as error:
-            raise UserError(f"{where}: not a corpus row (id, question, completion, ...): {error}") from error
-    messages = row["messages"] if isinstance(row.get("messages"), list) else []
-    turns = {turn.get("role"): turn.get("content") for turn in reversed(messages) if isinstance(turn, dict)}
-    question = first(row, "question", "problem") or turns.get("user")
-    texts = row.get("generations") or [row.get("generation") or turns.get("assistant")]
-    if not isinstance(question, str) or not all(isinstance(text, str) for text in texts):
+    name = first(row, "id", "uuid", "unique_id", "question_id")
+    values: JsonObject = {"id": f"{source}/{index}" if name is None else str(name), "source": source}
+    talk = [turn for key in ("messages", "conversations") for turn in turns(json_of(row.get(key)))]
+    asked = next((text for role, text in talk if role == "user"), "")
+    question = asked if asked and not first(row, "question", "problem") else question_of(row)
+    spoken = next((text for role, text in turns(row.get("completion")) or talk if role == "assistant"), None)
+    if "completion" in row:  # ours and TRL's stand as they are
+        own = [field.name for field in fields(Row) if field.name != "id" and field.name in row]
+        values |= {key: row[key] for key in own if row[key] is not None or key == "answer"}
+        texts = [row["completion"] if spoken is None else spoken]
+    else:
+        texts = generations(row, spoken)
+    if not all(isinstance(text, str) and text.strip() for text in texts):
         shapes = "question and completion, problem and generation(s), or messages"
-        raise UserError(f"{where}: not a corpus row; expected the keys {shapes}")
-    checks = [row[key] for key in ("correctness_math_verify", "correctness_llama") if row.get(key)]
-    right = (
-        t for i, t in enumerate(texts) if not checks or any(check[i : i + 1] == [True] for check in checks)
-    )
-    for text in right:
-        thought, _, rest = text.strip().removeprefix("<think>").partition("</think>")
-        trace = tagged(thought.strip(), rest.strip())
-        if split_blocks(trace) and rest.strip():
-            name = first(row, "id", "uuid") or f"{source}/{index}"
-            return Row(str(name), question.strip(), trace, rest.strip(), source=source)
+        raise BadRow(f"not a corpus row; expected the keys {shapes}, with text")
+    for text in texts:
+        trace = (text, values.get("answer", "")) if "completion" in row else canonical(text)
+        if trace is None and text is spoken and "think>" not in MARKS.sub("<think>", str(text)):
+            trace = text, ""  # a plain answer; a trace without its end is another matter
+        if trace is not None:
+            values |= {"question": question.strip(), "completion": trace[0], "answer": trace[1]}
+            for key, value in values.items():
+                if not isinstance(value, str):
+                    raise BadRow(f"{key} is {value!r}, not text")
+            check_text(*values.values())
+            return Row(**values)
     return None
+
+
+def generations(row: JsonObject, spoken: str | None) -> list[Any]:
+    """The completions of a public row, less those that its own checks did not find right."""
+    pairs = ((row.get(thought), row.get(answer)) for thought, answer in THOUGHTS.items())
+    parted = next(
+        (f"<think>{a}</think>{b}" for a, b in pairs if isinstance(a, str) and isinstance(b, str)), None
+    )
+    texts = row.get("generations") or [row.get("generation") or parted or spoken]
+    checks = [row[key] for key in ("correctness_math_verify", "correctness_llama") if row.get(key)]
+    if not checks or not isinstance(texts, list):
+        return texts if isinstance(texts, list) else [texts]
+    return [text for i, text in enumerate(texts) if any(check[i : i + 1] == [True] for check in checks)]
+
+
+def canonical(text: str) -> tuple[str, str] | None:
+    """A trace in R1's format, and its answer; None of one that is not complete."""
+    text = MARKS.sub(lambda mark: f"<{'' if mark[1] else '/'}think>" if mark[2] else "", text)
+    thought, _, rest = text.strip().removeprefix("<think>").partition("</think>")
+    trace = tagged(thought.strip(), rest.strip())
+    return (trace, rest.strip()) if split_blocks(trace) and rest.strip() else None
 
 
 def write_corpus(path: Path, rows: Iterable[Row]) -> None:

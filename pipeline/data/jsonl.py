@@ -1,9 +1,11 @@
-"""JSON lines, read and written in one place: UTF-8, one object a line.
+"""Files of rows, read and written in one place: JSON lines, UTF-8, one object a line; arrays and tables too.
 
 A line ends at a line feed alone: U+2028 and its like, which `str.splitlines` takes for ends, are text.
 """
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,13 @@ from pipeline.errors import UserError
 from pipeline.run.files import write_atomic
 
 JsonObject = dict[str, Any]
-Located = tuple[str, JsonObject]
-"""A row with its place, for errors."""
+Located = tuple[str, Any]
+"""A row, or a `BadRow`, with its place, for errors."""
+FORMATS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message is the reason, without its place."""
 
 
 def read_jsonl(path: Path, *, torn: bool = False) -> Iterator[tuple[int, JsonObject]]:
@@ -30,22 +37,71 @@ def read_jsonl(path: Path, *, torn: bool = False) -> Iterator[tuple[int, JsonObj
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with file:
         for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig").strip()
-                row = json.loads(text) if text else {}
-            except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a huge number
-                if torn and not line.endswith(b"\n"):
-                    return
-                raise UserError(f"{path}:{number}: not a line of JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            if text:
+            row = value_of(line)
+            if isinstance(row, BadRow) and torn and not line.endswith(b"\n"):
+                return
+            if row is not None and not isinstance(row, dict):
+                what = (
+                    row if isinstance(row, BadRow) else f"expected a JSON object, found {type(row).__name__}"
+                )
+                raise UserError(f"{path}:{number}: {what}") from None
+            if row is not None:
                 yield number, row
 
 
 def located(path: Path) -> Iterator[Located]:
-    """The rows of a file, each with its place; raises as `read_jsonl`."""
-    return ((f"{path}:{number}", row) for number, row in read_jsonl(path))
+    """The rows of a file of `FORMATS`, each with its place: of JSON lines, of one JSON array, or of a table.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        if path.is_dir():
+            files = ", ".join(sorted(file.name for file in path.iterdir() if file.name.endswith(FORMATS)))
+            raise UserError(f"{path} is a folder; name one of its files: {files or 'it has none of rows'}")
+        if path.suffix == ".parquet":
+            import pyarrow.parquet  # takes its time, and comes with datasets
+
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1_000)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(rows, 1))
+            return
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            file.seek(0)
+            if not start.startswith(b"[") or (array := array_of(file.read())) is None:
+                file.seek(0)
+                lines = ((number, value_of(line)) for number, line in enumerate(file, 1))
+                yield from ((f"{path}:{number}", row) for number, row in lines if row is not None)
+            else:
+                yield from ((f"{path} row {number}", row) for number, row in enumerate(array, 1))
+    except (OSError, EOFError, zlib.error, ImportError, ValueError) as error:  # pyarrow's are ValueErrors
+        why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"cannot read {path}: {why}") from error
+
+
+def value_of(line: bytes) -> Any:
+    """The value of a line, a `BadRow`, or None of a blank line."""
+    try:
+        text = line.decode("utf-8-sig").strip()
+        return (
+            BadRow("expected a JSON object, found NoneType")
+            if text == "null"
+            else json.loads(text)
+            if text
+            else None
+        )
+    except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a huge number
+        return BadRow(f"not a line of JSON ({error})")
+
+
+def array_of(data: bytes) -> list[Any] | None:
+    """The rows of a file that is one JSON array; None of any other, such as lines that are arrays."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
 
 
 def read_log(path: Path) -> list[JsonObject]:

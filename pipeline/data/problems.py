@@ -1,26 +1,30 @@
 """Problem sets by name: generators, local JSONL files, public benchmarks, any hub data set.
 
     generator:TASK             pipeline.data.generators; endless, split by construction
-    FILE.jsonl                 one problem a line: question|problem|prompt, answer|solution or tests
+    FILE.jsonl                 rows of a shape in `pipeline.data.shapes`; .json, .gz and .parquet too
     math500, aime24, ...       a name in `BENCHMARKS`: its file in --data DIR or $R1_DATA, else the hub's
     hub:OWNER/NAME[:CONFIG]:SPLIT   any data set with such keys
     heldout                    the tiny preset's own held-out set, generator:tiny
 
-No data travels with the code. A source that cannot be read is a `UserError` with how to get it.
+Rows that cannot be used are left out and counted (`pipeline.data.rows`). No data travels with the code. A
+source that cannot be read is a `UserError` with how to get it.
 """
 
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.generators import Split, generate
 from pipeline.data.hub import Hub, hub_rows, parse_hub
-from pipeline.data.jsonl import JsonObject, Located, located
-from pipeline.data.rows import to_problem
+from pipeline.data.jsonl import FORMATS, Located, located
+from pipeline.data.rows import ALL_ROWS, Tally, to_problem
 from pipeline.errors import UserError
+from pipeline.settings.common import RowSettings
+from rewards.maths.gold import check_golds
 from rollout.types import Problem
 
 ALIASES = {"heldout": "generator:tiny"}
@@ -63,6 +67,7 @@ def problems(
     split: Split = "heldout",
     seed: int = 0,
     data_dir: Path | None = None,
+    rows: RowSettings = ALL_ROWS,
 ) -> list[Problem]:
     """The problems of a source, in its own order.
 
@@ -71,9 +76,10 @@ def problems(
         split: of a generator, and of files whose rows name theirs (MBPP: `test` or `train`).
         seed: of a generator; the others do not depend on it.
         data_dir: folder of the benchmarks' files; `None` = $R1_DATA.
+        rows: how rows are read; `fields` holds for files and data sets without a name in `BENCHMARKS`.
 
     Raises:
-        UserError: the source is unknown, cannot be read or is empty, or a line of it is no problem.
+        UserError: the source is unknown, cannot be read or is empty, or too many of its rows are bad.
     """
     source = ALIASES.get(source, source)
     kind, _, rest = source.partition(":")
@@ -81,49 +87,55 @@ def problems(
         raise UserError(f"{source}: count {count} must be at least 1")
     if kind == "generator":
         return generate(rest, count or GENERATED, split, seed)
-    folder, public = data_folder(data_dir), True
+    folder = data_folder(data_dir)
     if kind == "hub":
         hub = parse_hub(source)
-        stem, rows = hub.path, hub_rows(hub)
+        stem, found = hub.path, hub_rows(hub)
     elif source in BENCHMARKS:
-        stem, rows, public = benchmark_rows(source, folder, split)
-    elif source.endswith((".jsonl", ".json")) or Path(source).is_file():
-        path = next((p for p in (Path(source), (folder or Path()) / source) if p.is_file()), None)
+        stem, found = benchmark_rows(source, folder, split)
+        rows = replace(rows, fields="")
+    elif source.endswith(FORMATS) or Path(source).exists():
+        path = next((p for p in (Path(source), (folder or Path()) / source) if p.exists()), None)
         if path is None:
             raise UserError(f"no file {source}{f', nor in {folder}' if folder else ''}")
-        stem, rows, public = path.stem, located(path), False
+        stem, found = path.name.partition(".")[0], located(path)
     else:
         raise UserError(
             f"unknown problem set {source!r}; take a FILE.jsonl, generator:tiny, hub:OWNER/NAME:SPLIT "
             f"or one of: {', '.join([*ALIASES, *BENCHMARKS])}"
         )
-    found = [problem for problem, _ in read_problems(rows, stem, public)]
-    if not found:
+    # A benchmark is scored on all of its problems; one whose gold no rule can check is a verifier failure.
+    check = split == "train" or source not in BENCHMARKS
+    kept = [problem for problem, _ in read_problems(found, stem, rows, count, check=check)]
+    if not kept:
         raise UserError(f"{source} holds no problem; expected one JSON object a line")
-    return found[:count]
+    if split == "train" and count == len(kept) and (more := sum(1 for _ in found)):
+        print(f"{source}: the first {count:,} problems of {count + more:,} rows are used; --pool takes more")
+    return kept
 
 
-def read_problems(rows: Iterable[Located], stem: str, public: bool) -> Iterator[tuple[Problem, JsonObject]]:
-    """Each problem with its row. Rows of a `public` data set, which its user cannot correct, may lack an
-    answer: they are left out and counted on the console.
+def read_problems(
+    found: Iterator[Located], source: str, rows: RowSettings, count: int | None = None, *, check: bool = True
+) -> list[tuple[Problem, Any]]:
+    """At most `count` problems, each with its row; bad rows are left out and counted on the console.
+
+    `check`: also rows whose reference answer no rule can verify.
 
     Raises:
-        UserError: a row of a file is no problem, or no row of a public data set is one.
+        UserError: more rows are bad than `rows` allows.
     """
-    bad: list[UserError] = []
-    total = 0
-    for i, (where, row) in enumerate(rows):
-        total += 1
-        try:
-            yield to_problem(row, where, stem, i), row
-        except UserError as error:
-            bad.append(error)
-            if not public:
-                raise
-    if bad and len(bad) == total:
-        raise bad[0]
-    if bad:
-        print(f"{stem}: left out {len(bad)} of {total} rows; the first: {bad[0]}")
+    fields, tally = rows.named_fields(), Tally(source, rows)
+    parsed = tally.usable(found, lambda row, i: (to_problem(row, source, i, fields), row))
+    kept: list[tuple[Problem, Any]] = []
+    while some := list(islice(parsed, None if count is None else count - len(kept))):
+        golds = [problem.answer if check and problem.kind == "math" else "1" for _, (problem, _) in some]
+        for (where, pair), reason in zip(some, check_golds(golds), strict=True):
+            if reason:
+                tally.bad(where, f"an answer that cannot be verified: {reason}")
+            else:
+                kept.append(pair)
+    tally.settle()
+    return kept
 
 
 def data_folder(chosen: Path | None) -> Path | None:
@@ -131,31 +143,29 @@ def data_folder(chosen: Path | None) -> Path | None:
     return chosen or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
 
 
-def benchmark_rows(
-    name: str, folder: Path | None, split: Split = "heldout"
-) -> tuple[str, Iterator[Located], bool]:
-    """Name and located rows of a benchmark: of its local file, or else of its hub data set, and True then."""
+def benchmark_rows(name: str, folder: Path | None, split: Split = "heldout") -> tuple[str, Iterator[Located]]:
+    """Name and located rows of a benchmark: of its local file, or else of its hub data set."""
     bench = BENCHMARKS[name]
     row_split = ("train" if split == "train" else "test") if name == "mbpp" else None
     for file in (folder / bench.file, folder / f"{name}.jsonl") if folder else ():
         if file.is_file():
-            rows = ((at, row) for at, row in located(file) if row.get("split", row_split) == row_split)
-            return file.stem, rows if row_split else located(file), False
+            rows = located(file)
+            if row_split:
+                rows = (
+                    of
+                    for of in rows
+                    if not isinstance(of[1], dict) or of[1].get("split", row_split) == row_split
+                )
+            return file.stem, rows
     hub = replace(bench.hub, split=row_split or bench.hub.split)
     try:
-        return name, hub_rows(hub), True
+        return name, hub_rows(hub)
     except UserError as error:
         missing = f"{folder} has no {bench.file}" if folder else f"no data folder is set for {bench.file}"
         raise UserError(
             f"{name}: {missing}, and {error}; put {bench.file} in a folder and pass --data FOLDER (or set "
             f"R1_DATA), or go online so that the hub data set {hub.path} can be downloaded"
         ) from error
-
-
-def pooled(sources: Sequence[str], *, count: int, seed: int, data_dir: Path | None) -> list[Problem]:
-    """Training `problems` of several sources, one after the other."""
-    load = partial(problems, count=count, split="train", seed=seed, data_dir=data_dir)
-    return [p for source in sources for p in load(source)]
 
 
 def order(n: int, seed: int, epoch: int) -> list[int]:

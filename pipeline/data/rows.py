@@ -1,95 +1,138 @@
-"""Rows of the known data sets as problems, whatever their keys are called."""
+"""Rows of any known shape as problems; bad rows are left out and counted, up to a bound."""
 
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
-from pipeline.data.jsonl import JsonObject
+from pipeline.data.jsonl import BadRow, JsonObject, Located
+from pipeline.data.shapes import CASES, SHAPES, Asked, first, json_of, read_answer, read_cases
 from pipeline.errors import UserError
-from rewards.maths.extract import last_boxed
-from rollout.types import Kind, Language, Problem, StdioTest
+from pipeline.settings.common import RowSettings
+from rollout.types import Kind, Language, Problem
+
+T = TypeVar("T")
+FEW = 3
+"""Bad rows that any share allows, in files of twice as many rows or more; and how many a message names."""
+LANGUAGES = {"english": "en", "chinese": "zh", "eng": "en", "zho": "zh", "zh-cn": "zh"}
+ALL_ROWS = RowSettings()
 
 
-def first(row: JsonObject, *keys: str) -> Any:
-    """The value of the first key that the row has and fills."""
-    return next((row[key] for key in keys if row.get(key) not in (None, "", [])), None)
+def plain(row: Any, fields: dict[str, str]) -> JsonObject:
+    """A row without nesting, its keys in lower case, with the names that `fields` gives to its values.
+
+    Raises:
+        BadRow: it is no object, or has no such key.
+    """
+    if isinstance(row, dict) and {"0", "1"} <= row.keys():  # Open-Reasoner-Zero on the hub: a pair of turns
+        row = [row["0"], row["1"]]
+    if isinstance(row, list) and len(row) > 1 and all(isinstance(turn, dict) for turn in row):
+        truth = row[1].get("ground_truth")
+        row = {"messages": row[:1], "ground_truth": truth.get("value") if isinstance(truth, dict) else truth}
+    if not isinstance(row, dict):
+        raise BadRow(f"expected a JSON object, found {type(row).__name__}")
+    out = {str(key).lower(): value for key, value in row.items()}
+    for key in ("question", "reward_model", "verification_info"):  # PRM800K, verl, SYNTHETIC-1
+        if isinstance(inner := json_of(out.get(key)), dict):
+            out = {name: value for name, value in out.items() if name != key} | inner
+    return out | {name: value_at(row, path) for name, path in fields.items()}
 
 
-def to_problem(row: JsonObject, where: str, source: str, index: int) -> Problem:
+def value_at(row: JsonObject, path: str) -> Any:
+    """The value of a key, or of `key.inner` within an object or a text of JSON."""
+    value: Any = row
+    for key in [path] if path in row else path.split("."):
+        value = json_of(value)
+        if not isinstance(value, dict) or key not in value:
+            raise BadRow(f"no key {path}, which --fields names; it has: {', '.join(map(str, row))[:80]}")
+        value = value[key]
+    return value
+
+
+def checked(row: JsonObject, fields: dict[str, str]) -> Asked:
+    """What a plain row asks and what checks it, by what `fields` names, else by its shape."""
+    if {"answer", "solution"} & fields.keys():
+        return read_answer({key: row[key] for key in row if key != "ground_truth"})
+    if "tests" in fields:
+        return read_cases({key: row[key] for key in row if key == "tests" or (key,) not in CASES})
+    read = next(shape[0] for key, shape in SHAPES.items() if not key or first(row, key))
+    if row.get("kind") == "code" and read is read_answer:
+        raise BadRow("a code problem without tests")
+    return read(row)
+
+
+def to_problem(row: Any, source: str, index: int, fields: dict[str, str]) -> Problem:
     """A row of any known shape as a problem. Without an id, `source` and `index` make one.
 
     Raises:
-        UserError: no question, or neither answer nor tests.
+        BadRow: no question, neither answer nor tests, or text that is not valid Unicode.
     """
-    question = first(row, "question", "problem", "prompt", "text")
-    if isinstance(question, list) and isinstance(question[-1], dict):  # verl's: a list of turns
-        question = question[-1].get("content")
-    if not isinstance(question, str):
-        raise UserError(f"{where}: no question; expected a key question, problem or prompt with text")
-    name = first(row, "id", "unique_id", "task_id", "ID")
+    row = plain(row, fields)
+    asked = checked(row, fields)
+    name = first(row, "id", "unique_id", "task_id", "question_id", "problem_id", "uuid")
     identity = name if isinstance(name, str) else f"{source}/{index if name is None else name}"
-    question, tests = code_problem(row, question, where)
-    answer = "" if tests else gold_answer(row, where)
-    kind = choice(row, "kind", ("math", "general", "code"), where) or "math"
-    language = cast(Language, choice(row, "language", ("en", "zh"), where) or "en")
-    kind = "code" if tests else cast(Kind, kind)
-    return Problem(identity, kind, question, answer, tests, str(row.get("source") or source), language)
-
-
-def choice(row: JsonObject, key: str, allowed: tuple[str, ...], where: str) -> str | None:
-    """The row's value of an optional key that has few values."""
-    value = row.get(key)
-    if value is not None and value not in allowed:
-        raise UserError(f"{where}: {key} {value!r} must be one of {', '.join(allowed)}")
-    return cast("str | None", value)
-
-
-def code_problem(row: JsonObject, question: str, where: str) -> tuple[str, tuple[str | StdioTest, ...]]:
-    """A code problem's question as the model sees it, and its tests; of others the question, and no tests.
-
-    The shapes are HumanEval's, MBPP's, stdin/stdout cases, and our own statements.
-    """
-    if "entry_point" in row and isinstance(row.get("test"), str):  # HumanEval: one statement that checks all
-        task = "Complete this Python function. Answer with the whole function and its imports in one"
-        question = f"{task} ```python block.\n\n```python\n{question.rstrip()}\n```"
-        return question, (f"{row['test']}\ncheck({row['entry_point']})",)
-    if row.get("test_list"):  # MBPP: the tests name the function
-        setup, listed = row.get("test_setup_code") or "", [str(test) for test in row["test_list"]]
-        task = "Answer with one ```python block. It should pass these tests:"
-        return "\n".join([question, "", task, "", *listed]), (*([setup] if setup.strip() else []), *listed)
-    tests = row.get("tests") or []
-    if not tests and row.get("kind") == "code":
-        raise UserError(f"{where}: a code problem without tests")
-    if not isinstance(tests, list):
-        raise UserError(f"{where}: tests must be a list, not {type(tests).__name__}")
-    if not all(
-        isinstance(t, str) or (isinstance(t, dict) and {"input", "output"} <= t.keys()) for t in tests
+    kind, spoken = str(row.get("kind") or "math"), str(row.get("language") or "en").lower()
+    language = "en" if asked.tests and spoken.startswith("py") else LANGUAGES.get(spoken, spoken)
+    for key, value, known in (
+        ("kind", kind, ("math", "general", "code")),
+        ("language", language, ("en", "zh")),
     ):
-        raise UserError(f"{where}: a test is a Python statement or an object with input and output")
-    if tests and isinstance(tests[0], dict):
-        question += "\n\nAnswer with one ```python block: a program that reads stdin and writes stdout."
-    return question, tuple(
-        t if isinstance(t, str) else StdioTest(str(t["input"]), str(t["output"])) for t in tests
+        if value not in known:
+            raise BadRow(f"{key} {value!r} must be one of {', '.join(known)}")
+    kind = "code" if asked.tests else kind
+    named = first(row, "source", "data_source")
+    origin = named if isinstance(named, str) else source
+    check_text(identity, asked.question, asked.answer, origin, *map(str, asked.tests))
+    kinds = cast(Kind, kind), cast(Language, language)
+    return Problem(
+        identity, kinds[0], asked.question, asked.answer, asked.tests, origin, kinds[1], asked.shown
     )
 
 
-def gold_answer(row: JsonObject, where: str) -> str:
-    """The row's answer as text: after GSM8K's `####`, or boxed in a solution where there is none."""
-    value = first(row, "answer", "final_answer")
-    if value is None and isinstance(row.get("reward_model"), dict):  # verl's
-        value = row["reward_model"].get("ground_truth")
-    if isinstance(value, list):  # OlympiadBench
-        value = ", ".join(map(str, value))
-    if value is not None:
-        text = str(value).strip()
-        return after_hashes(text) if "\n####" in text else text
-    solution = first(row, "solution", "response")
-    if isinstance(solution, str):
-        found = last_boxed(solution)
-        found = after_hashes(solution) if found is None and "####" in solution else found
-        if found:
-            return found
-    raise UserError(f"{where}: no answer; expected a key answer, a solution that boxes one, or tests")
+def check_text(*texts: str) -> None:
+    """Raise `BadRow` where one of `texts` is no text that UTF-8 can hold."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise BadRow("a lone surrogate, which is no character") from error
 
 
-def after_hashes(text: str) -> str:
-    """GSM8K's answer: what follows `####`, without thousands separators."""
-    return text.rpartition("####")[2].strip().replace(",", "")
+class Tally:
+    """The rows of a source that cannot be used, against the bound `max_bad_rows`."""
+
+    def __init__(self, source: str, settings: RowSettings) -> None:
+        self.source, self.most = source, settings.max_bad_rows
+        self.total, self.count, self.named = 0, 0, list[str]()
+
+    def bad(self, where: str, why: str) -> None:
+        """Count a bad row."""
+        self.count += 1
+        if len(self.named) < FEW:
+            self.named.append(f"{where}: {why}")
+
+    def usable(self, rows: Iterable[Located], convert: Callable[[Any, int], T]) -> Iterator[tuple[str, T]]:
+        """Each row's place and what `convert` makes of row and index; `BadRow`s are counted."""
+        for where, row in rows:
+            self.total += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                yield where, convert(row, self.total - 1)
+            except BadRow as error:
+                self.bad(where, str(error))
+
+    def settle(self) -> None:
+        """Say how many rows were left out.
+
+        Raises:
+            UserError: they are all rows, or more than the bound.
+        """
+        most = (
+            self.most
+            if self.most >= 1
+            else max(self.most * self.total, bool(self.most) * min(FEW, self.total // 2))
+        )
+        if self.count and self.count > min(most, self.total - 1):
+            more = f" ({self.count} bad rows of {self.total})" if self.count > 1 else ""
+            advice = "" if self.count == self.total else f"; --max-bad-rows {self.count} leaves them out"
+            raise UserError("; ".join(self.named) + more + advice)
+        if self.count:
+            print(f"{self.source}: left out {self.count} of {self.total} rows; the first: {self.named[0]}")

@@ -151,6 +151,31 @@ class AnswerSampling(TruncatedSampling):
     """Sample from the smallest set of likeliest tokens with this mass; 1 = all."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowSettings(Settings):
+    """How rows of problems and of worked answers are read."""
+
+    fields: str = ""
+    """Keys of rows whose shape is not known (`pipeline.data.shapes`): NAME=KEY, separated by commas, as in
+    question=body,answer=meta.key. NAME: question, answer, tests, solution, completion, id, kind, language."""
+    max_bad_rows: NotNegative = 0.01
+    """Rows of a source that may be unusable (damaged, no answer that can be checked): they are left out and
+    counted; more are an error. Below 1 a share, which allows 3 of 6 rows and more; from 1 on a number."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.named_fields()
+
+    def named_fields(self) -> dict[str, str]:
+        """`fields` by name."""
+        pairs = [part.partition("=") for part in self.fields.split(",") if part.strip()]
+        named = {name.strip(): key.strip() for name, _, key in pairs}
+        names = ("question", "answer", "tests", "solution", "completion", "id", "kind", "language")
+        if not named.keys() <= set(names) or not all(named.values()):
+            raise ValueError(f"fields={self.fields!r}: write NAME=KEY, with a name of: {', '.join(names)}.")
+        return named
+
+
 def to_dict(settings: Any) -> dict[str, Any]:
     """Settings as plain values, `None` left out, for TOML and JSON."""
 

@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.settings.common import AdamWSettings, ComputeSettings, StageSettings, TemplateSettings
+from pipeline.settings.common import (
+    AdamWSettings,
+    ComputeSettings,
+    RowSettings,
+    StageSettings,
+    TemplateSettings,
+)
 from rollout.ranges import Count, Natural, Positive, Settings
 from rollout.text.templates import template_named
 
@@ -47,7 +53,7 @@ class BaseSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(TemplateSettings, ComputeSettings):
+class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
     """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
 
     corpus: tuple[str, ...] = ("reject",)

@@ -8,6 +8,7 @@ from typing import Annotated
 from pipeline.settings.common import (
     AnswerSampling,
     ComputeSettings,
+    RowSettings,
     StageSettings,
     TemplateSettings,
     TruncatedSampling,
@@ -21,7 +22,7 @@ LABELLED = r"\w[\w.-]*=.+"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(TemplateSettings, TruncatedSampling):
+class BenchmarkSettings(TemplateSettings, TruncatedSampling, RowSettings):
     """What stage and command have in common."""
 
     samples: Count = 1

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pipeline.settings.common import (
     ComputeSettings,
     OptimSettings,
+    RowSettings,
     Sampling,
     TemplateSettings,
     TrainSettings,
@@ -17,13 +18,16 @@ from rollout.settings import RolloutSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(TemplateSettings, Sampling, ComputeSettings):
+class GeneratingSettings(TemplateSettings, Sampling, RowSettings, ComputeSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
-    """Problem sources: `generator:TASK`, a JSONL file, a benchmark's name, or `hub:OWNER/NAME:SPLIT`."""
+    """Problem sources: `generator:TASK`, a file of rows, a benchmark's name, or `hub:OWNER/NAME:SPLIT`."""
     pool: Count = 4_000
-    """Problems taken from each source."""
+    """Problems taken from each source, from its start."""
+    hold_back: Share = 0.5
+    """Share of the asserts in a question's text (MBPP) that training does not show, rounded up, one always
+    shown; all are graded, so a program that only knows the shown ones fails. 0 = the public protocol."""
     data: Path | None = None
     """Folder of local data files; default: the environment variable R1_DATA."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pipeline.settings.common import OptimSettings, TemplateSettings, TrainSettings
+from pipeline.settings.common import OptimSettings, RowSettings, TemplateSettings, TrainSettings
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 
 
@@ -69,7 +69,7 @@ class PretrainSettings(SupervisedSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(TemplateSettings, SupervisedSettings):
+class SftSettings(TemplateSettings, RowSettings, SupervisedSettings):
     """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"

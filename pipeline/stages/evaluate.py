@@ -101,7 +101,8 @@ def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | No
         generated = source == "heldout" or source.startswith("generator:")
         limit = config.heldout_count if generated else (config.extra_limit or None) if extra else None
         try:
-            n = len(problems(source, count=limit, seed=config.heldout_seed, data_dir=config.data))
+            seed, data = config.heldout_seed, config.data
+            n = len(problems(source, count=limit, seed=seed, data_dir=data, rows=config))
             found[label] = source, limit, max(config.samples, min(MOST_SAMPLES, config.completions // n))
         except UserError as error:
             if not extra:

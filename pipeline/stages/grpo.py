@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.data.problems import order, pooled, problems
+from pipeline.data.pool import fitting, pooled
+from pipeline.data.problems import order, problems
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.usage import Usage
@@ -81,12 +82,12 @@ class Trainer:
         kl = bool(config.kl_coef)
         check_memory(start, self.place, config.optim, tokens, reference=kl, rollout=config.rollout)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
-        data = config.data
-        self.problems = pooled(config.problems, count=config.pool, seed=config.seed, data_dir=data)
+        self.problems = pooled(config, self.tokenizer, start, config.seed)
         self.heldout_problems = []
         if config.eval_every:
             count = config.eval_problems
-            self.heldout_problems = problems(config.eval_source, count=count, seed=1, data_dir=data)
+            heldout = problems(config.eval_source, count=count, seed=1, data_dir=config.data, rows=config)
+            self.heldout_problems = fitting(heldout, config, self.tokenizer, start)
         engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start, config.optim.precision)
         self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer)
         run_dir.metrics.explain(self.scorer.glossary())

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pipeline.data.corpus import Row, readable, split_blocks, tagged, write_corpus
 from pipeline.data.jsonl import read_log
-from pipeline.data.problems import pooled
+from pipeline.data.pool import pooled
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
@@ -28,7 +28,7 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     place = Place.open(config)
     start = run_dir.model_input(config.init_from)
     policy, tokenizer = load_policy(start, place.device)
-    pool = pooled(config.problems, count=config.pool, seed=config.seed + 2, data_dir=config.data)
+    pool = pooled(config, tokenizer, start, config.seed + 2)
     engine, scorer = open_rollouts(policy, tokenizer, config.rollout, start), Scorer({"accuracy": 1.0})
     newest = run_dir.latest()
     done, kept = (newest[0], newest[1] / "kept.jsonl") if newest else (0, None)

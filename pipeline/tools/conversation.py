@@ -3,15 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
-
 from pipeline.errors import UserError
 from pipeline.settings.tools import ModelSettings
 from pipeline.tools.open import open_speaker, trained_template
 from rollout.checkpoint import context_and_vocabulary
 from rollout.text.stream import Decoder, Part, ThinkingSplit, pieces
 from rollout.text.templates import TEMPLATES, THINK
-from rollout.text.tokenizer import encode_prompt, prefill
+from rollout.text.tokenizer import as_data, chat_text, encode_prompt, encode_text, opening, prefill
 from rollout.types import SamplingParams
 
 Message = dict[str, str]
@@ -60,20 +58,13 @@ class Conversation:
         if not template.chat or not self.tokenizer.chat_template:
             name = template.name if not template.chat else "raw"
             return encode_prompt(self.tokenizer, messages[-1]["content"], name), False
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses the messages: {error}") from error
-        assert isinstance(text, str)
-        opened = prefill(self.tokenizer, template.name) == THINK
-        if opened and not text.endswith(THINK):
+        safe = [message | {"content": as_data(self.tokenizer, message["content"])} for message in messages]
+        text = chat_text(self.tokenizer, safe)
+        if prefill(self.tokenizer, template.name) and not opening(text):
             # The chat template leaves the opening out, but the model was trained with it.
             # One without a token for the end would never close the block.
             text += THINK if "</think>" in self.tokenizer.get_vocab() else ""
-        opened = text.endswith(THINK)
-        return self.tokenizer.encode(text, add_special_tokens=False), opened
+        return encode_text(self.tokenizer, text), bool(opening(text))
 
     def check(self, ids: Sequence[int]) -> None:
         """

@@ -37,7 +37,6 @@ from rewards.maths.grade import normalise
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer
 from rollout.checkpoint import context_of
-from rollout.text.templates import THINK
 from rollout.text.tokenizer import completion_text, make_prompt, prefill, template_hash
 from rollout.types import Graded, Problem, Prompt, Rollout
 
@@ -64,7 +63,7 @@ def evaluate(
     """
     check_model(config.model)
     count, seed = config.limit, config.problems_seed
-    found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data)
+    found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data, rows=config)
     inputs = inputs_of(config, found, model_hash or sha256(config.model))
     if (earlier := earlier_scores(config.out, inputs, replace_changed)) is not None:
         return earlier
@@ -111,7 +110,7 @@ def make_prompts(
     if name == "auto":
         name = code = "boxed" if tokenizer.chat_template else "raw"
         if name == "boxed":  # a program has no box: the chat template alone, with its own opening
-            code = "r1" if prefill(tokenizer, "boxed") == THINK else "plain"
+            code = "r1" if prefill(tokenizer, "boxed") else "plain"
     return [make_prompt(tokenizer, p, code if p.kind == "code" else name) for p in found]
 
 

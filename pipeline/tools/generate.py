@@ -12,7 +12,7 @@ from pipeline.data.jsonl import JsonObject, read_jsonl, write_jsonl
 from pipeline.errors import UserError
 from pipeline.settings.tools import GenerateSettings
 from pipeline.tools.open import naming, open_model
-from rollout.text.tokenizer import completion_text, make_prompt
+from rollout.text.tokenizer import completion_text, encode_raw
 from rollout.types import Problem, Prompt, Rollout
 
 
@@ -42,7 +42,10 @@ def prompts_of(
         elif tokenizer is None:
             raise UserError(f"{file}:{number}: the model has no tokenizer; give token_ids, not text")
         else:
-            prompt = make_prompt(tokenizer, problem, "raw")
+            try:
+                prompt = Prompt(problem, "raw", tuple(encode_raw(tokenizer, problem.question)))
+            except ValueError as error:
+                raise UserError(f"{file}:{number}: {error}") from error
         if not prompt.token_ids:
             raise UserError(f"{file}:{number}: the prompt is empty; it needs at least one token")
         prompts.append(prompt)

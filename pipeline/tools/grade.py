@@ -10,26 +10,24 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, get_args
+from typing import Any, BinaryIO, cast, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.data.jsonl import json_line
+from pipeline.data.jsonl import BadRow, json_line, value_of
+from pipeline.data.rows import checked, plain
+from pipeline.data.shapes import ANSWERS
 from pipeline.errors import UserError
 from pipeline.settings.tools import GradeSettings
 from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool
 from rewards.programs.grade import active_sandbox
 from rewards.reward import Accuracy, Outcome, verdict_of
-from rollout.types import Kind, Problem, StdioTest
+from rollout.types import Kind, Problem
 
 WINDOW = 256  # lines read ahead of the one being written: enough to keep every worker busy
 LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read into memory
-
-
-class _BadLine(ValueError):
-    """An input line that cannot be graded; the message is the reason."""
 
 
 def grade_file(source: Path, out: Path, kind: Kind | None = None, mode: Mode = "lenient") -> dict[str, int]:
@@ -110,7 +108,7 @@ def _answered(
 
 
 def _failed(error: Exception) -> Outcome:
-    text = str(error) if isinstance(error, _BadLine) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, BadRow) else f"{type(error).__name__}: {error}"
     return Outcome(None, text[:500])
 
 
@@ -121,8 +119,12 @@ def _grade_line(
     row: dict[str, Any] = {"line": number}
     try:
         if line is None:
-            raise _BadLine(f"line {number} is longer than {LONGEST_LINE} bytes")
-        row = _parse(number, line)
+            raise BadRow(f"line {number} is longer than {LONGEST_LINE} bytes")
+        found = value_of(line)
+        if not isinstance(found, dict):
+            what = found if isinstance(found, BadRow) else f"not an object but {type(found).__name__}"
+            raise BadRow(f"line {number} is {what}")
+        row = found
         problem, completion = _problem(row, kind)
         quick, _ = accuracy.quick(problem, completion)
         return row, quick or threads.submit(accuracy, problem, completion)
@@ -130,44 +132,19 @@ def _grade_line(
         return row, _failed(error)
 
 
-def _parse(number: int, line: bytes) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise _BadLine(f"line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise _BadLine(f"line {number} is not an object but {type(row).__name__}")
-    return row
-
-
 def _problem(row: dict[str, Any], kind: str | None) -> tuple[Problem, str]:
-    """What to check and the completion to check it on."""
+    """What to check, read as rows of problems are, and the completion to check it on."""
     completion = row.get("completion")
     if not isinstance(completion, str):
-        raise _BadLine("`completion` is missing or not a string")
-    kind = kind or ("code" if "tests" in row else "math")
-    if kind == "code":
-        return Problem("", "code", "", tests=_tests(row.get("tests"))), completion
-    answer = row.get("answer")
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        raise _BadLine("`answer` is missing, or neither text nor a number")
-    return Problem("", "general" if kind == "general" else "math", "", answer=str(answer)), completion
-
-
-def _tests(tests: object) -> tuple[str | StdioTest, ...]:
-    tests = [tests] if isinstance(tests, str) else tests
-    if not isinstance(tests, list) or not tests:
-        raise _BadLine("`tests` is missing, empty, or neither a list nor text")
-    out: list[str | StdioTest] = []
-    for test in tests:
-        match test:
-            case str():
-                out.append(test)
-            case {"input": str(given), "output": str(expected)}:
-                out.append(StdioTest(given, expected))
-            case _:
-                raise _BadLine("a test is neither a statement nor an object with text `input` and `output`")
-    return tuple(out)
+        raise BadRow("`completion` is missing or not a string")
+    named = plain({key: row[key] for key in row if key != "completion"}, {}) | {"question": "?"}
+    if kind in ("math", "general"):
+        named = {key: value for key, value in named.items() if key in ("question", *ANSWERS, "solution")}
+    asked = checked(named, {})
+    if kind == "code" and not asked.tests:
+        raise BadRow("no tests")
+    kind = "code" if asked.tests else "general" if kind == "general" else "math"
+    return Problem("", cast(Kind, kind), "", asked.answer, asked.tests), completion
 
 
 def main(config: GradeSettings) -> None:

@@ -1,6 +1,5 @@
 """What the commands that sample from a checkpoint share: how it is opened, and errors that name it."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
+from pipeline.run.files import read_json
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
@@ -64,11 +64,9 @@ def trained_template(model: Path) -> str | None:
         UserError: a pipeline.json that does not name a template.
     """
     about = model / "pipeline.json"
-    if not about.is_file():
-        return None
+    known = read_json(about)
+    template: str | None = known.get("template") or known.get("r1_template")
     try:
-        known = json.loads(about.read_text(encoding="utf-8"))
-        template = known.get("template") or known.get("r1_template")
         return template and template_named(template).name
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"{about} does not name a prompt template: {error}; remove it or mend it") from error

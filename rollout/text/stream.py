@@ -11,6 +11,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerFast
 
 from rollout.engine import RolloutEngine
+from rollout.text.tokenizer import decode
 from rollout.types import Problem, Prompt, SamplingParams
 
 PIECE = 8  # tokens of one request: fewer appear sooner, more cost less
@@ -53,9 +54,7 @@ class Decoder:
     def text(self, ids: Sequence[int]) -> str:
         """All text up to and including the tokens `ids`."""
         known = self.ids + [i for i in ids if i != self.tokenizer.eos_token_id]
-        text = self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
+        return decode(self.tokenizer, known)
 
     def add(self, ids: Sequence[int], over: bool = False) -> str:
         """The text that these tokens add; with `over` also what was held back."""

@@ -6,6 +6,9 @@ tokens and chat template have the names and the form of DeepSeek-R1's public che
 
 A template may prefill the completion (`<think>\\n`). The prefill is part of the *prompt's* tokens
 and of the *completion's* text: `make_prompt` puts it in the one, `completion_text` in the other.
+
+Data is text alone: what reads like a control token in a question, a message or a worked answer is encoded
+character by character. Only templates write control tokens. The tags are tokens everywhere, special or not.
 """
 
 import hashlib
@@ -26,6 +29,11 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """Single tokens, but ordinary text: the format reward reads them, so decoding keeps them."""
+
+GUARD = "\ufdd0"
+"""Stands within the text of a control token that is data until it is encoded; no character, so in no text."""
+_OPENED = re.compile(r"<think>\s*\Z")
+_CLOSED = re.compile(r"<think>\s*</think>\s*\Z")
 
 # Each alternative is one pre-token, and BPE never merges across two: a word with the space before it; a
 # digit; a line break; other white space, less the space that a word takes; any other character by itself.
@@ -90,13 +98,20 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
 
     Raises:
         FileNotFoundError: no such directory, or no tokenizer in it.
+        ValueError: a tokenizer that cannot be read.
     """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint directory {path}")
     if not has_tokenizer(path):
         raise FileNotFoundError(f"{path} has no tokenizer.json; copy the tokenizer of its base model there")
-    return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
+    try:
+        return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
+    except Exception as error:  # the libraries below raise many types, `Exception` itself among them
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise ValueError(
+            f"the tokenizer in {path} (tokenizer.json and the like) is damaged: {why}"
+        ) from error
 
 
 def has_tokenizer(path: Path | str) -> bool:
@@ -108,7 +123,7 @@ def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str
     """The prompt as text, a prefilled `<think>\\n` included.
 
     Raises:
-        ValueError: unknown template, or a chat template is needed and the tokenizer has none.
+        ValueError: unknown template, or a chat template is needed and the tokenizer has none that works.
     """
     template = template_named(template_name)
     text = template.text.format(question=question)
@@ -119,29 +134,87 @@ def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str
             f"template {template_name!r} needs a chat template and this tokenizer has none; "
             f"use one of: {', '.join(t.name for t in TEMPLATES.values() if not t.chat)}"
         )
-    messages = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert isinstance(chat, str)
-    if template.think == "open" and not chat.endswith(THINK):
-        return chat + THINK
-    return chat.removesuffix(THINK) if template.think == "closed" else chat
+    chat = chat_text(tokenizer, [{"role": "user", "content": text}])
+    if template.think == "open" and not opening(chat):
+        return _CLOSED.sub("", chat) + THINK
+    return chat.removesuffix(opening(chat)) if template.think == "closed" else chat
+
+
+def chat_text(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> str:
+    """A conversation in the tokenizer's chat template, generation prompt included.
+
+    Raises:
+        ValueError: the template cannot be read, or refuses these messages.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ValueError(f"the tokenizer's chat template fails: {error}") from error
+
+
+def opening(text: str) -> str:
+    """The tag at a prompt's end that opens the thinking, with the white space after it; "" without one."""
+    found = _OPENED.search(text)
+    return found[0] if found else ""
 
 
 def prefill(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:
     """What the template writes into the completion before the model does: `<think>\\n` or nothing."""
-    template = template_named(template_name)
-    if not template.chat or template.think == "closed":
-        return ""
-    if template.think == "open":
-        return THINK
-    return THINK if render(tokenizer, "", template_name).endswith(THINK) else ""
+    chat = template_named(template_name).chat
+    return opening(render(tokenizer, "", template_name)) if chat else ""
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """The special tokens, without the tags."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {i: token.content for i, token in added if token.special and token.content not in TAGS}
+
+
+def as_data(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """Text whose control tokens `encode_text` takes as characters.
+
+    Raises:
+        ValueError: a lone surrogate, which no tokenizer takes.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a lone surrogate at character {error.start}, which is no text") from error
+    for token in control_tokens(tokenizer).values():
+        text = text.replace(token, token[0] + GUARD + token[1:])
+    return text
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, add_special_tokens: bool = False) -> list[int]:
+    """Token ids of a text of templates and of data from `as_data`."""
+    if GUARD not in text:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ids = tokenizer.encode("") if add_special_tokens else []
+    for piece in re.split(f"({'|'.join(map(re.escape, sorted(special, key=len, reverse=True)))})", text):
+        if piece in special:
+            ids.append(special[piece])
+        elif piece := piece.replace(GUARD, ""):
+            ids += tokenizer.encode(piece, add_special_tokens=False, split_special_tokens=True)
+    return ids
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of tokens without control tokens, tags included."""
+    hidden = control_tokens(tokenizer)
+    return str(tokenizer.decode([i for i in ids if i not in hidden], clean_up_tokenization_spaces=False))
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str) -> list[int]:
     """Token ids of the rendered prompt, with the tokenizer's own leading token exactly once."""
-    text = render(tokenizer, question, template_name)
-    bos = tokenizer.bos_token
-    written = TEMPLATES[template_name].chat or bool(bos and text.startswith(bos))
+    text = render(tokenizer, as_data(tokenizer, question), template_name)
+    return encode_text(tokenizer, text, add_special_tokens=not TEMPLATES[template_name].chat)
+
+
+def encode_raw(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Token ids of a prompt as its author wrote it, control tokens included; the leading token once."""
+    as_data(tokenizer, text)
+    written = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
     return tokenizer.encode(text, add_special_tokens=not written)
 
 
@@ -161,9 +234,7 @@ def completion_text(
     ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
         ids.pop()
-    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert isinstance(text, str)
-    return prefill(tokenizer, template_name) + text
+    return prefill(tokenizer, template_name) + decode(tokenizer, ids)
 
 
 def encode_example(
@@ -177,18 +248,18 @@ def encode_example(
     """
     if isinstance(question, Problem):
         question = question.question
-    opening = prefill(tokenizer, template_name)
-    if not completion.startswith(opening):
-        raise ValueError(
-            f"template {template_name!r} prefills {opening!r}, and the completion starts with "
-            f"{completion[:20]!r}; pass the completion with its prefill."
-        )
-    ids = tokenizer.encode(completion[len(opening) :], add_special_tokens=False)
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token, so an example would have no end; set eos_token.")
-    if ids[-1:] != [tokenizer.eos_token_id]:
-        ids.append(tokenizer.eos_token_id)
-    return encode_prompt(tokenizer, question, template_name), ids
+    opened, text = prefill(tokenizer, template_name), completion.removesuffix(str(tokenizer.eos_token))
+    if opened and text.startswith(TAGS[0]) and not text.startswith(opened):
+        text = opened + text.removeprefix(TAGS[0]).lstrip()  # the template has another spacing
+    if not text.startswith(opened):
+        raise ValueError(
+            f"template {template_name!r} prefills {opened!r}, and the completion starts with "
+            f"{completion[:20]!r}; pass the completion with its prefill."
+        )
+    ids = encode_text(tokenizer, as_data(tokenizer, text[len(opened) :]))
+    return encode_prompt(tokenizer, question, template_name), [*ids, tokenizer.eos_token_id]
 
 
 def template_hash(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 from distill.corpus import apart_from, plain_rows, read_solutions, worked_rows, worked_steps
 from pipeline.data.corpus import Row
 from pipeline.errors import UserError
+from pipeline.settings.common import RowSettings
 from rewards.maths.extract import final_answer
 from rewards.style import in_format
 
@@ -64,11 +65,13 @@ def test_copies_of_benchmark_problems_are_left_out(folder: Path) -> None:
     assert len(apart_from(read_solutions("gsm8k_train", folder), ["math500"], folder)) == 1
 
 
-def test_a_bad_line_is_named(folder: Path) -> None:
+def test_a_bad_line_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (folder / "gsm8k_train.jsonl").open("a") as file:
         file.write(json.dumps({"problem": "no answer"}) + "\n")
+    assert len(read_solutions("gsm8k_train", folder)) == 1
+    assert "left out 1 of 2 rows" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"gsm8k_train\.jsonl:2: no answer"):
-        read_solutions("gsm8k_train", folder)
+        read_solutions("gsm8k_train", folder, RowSettings(max_bad_rows=0))
 
 
 def test_plain_rows_drop_the_reasoning_and_nothing_else() -> None:

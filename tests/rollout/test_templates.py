@@ -10,6 +10,7 @@ from rollout.text.tokenizer import (
     USER,
     completion_text,
     encode_example,
+    encode_raw,
     make_prompt,
     template_hash,
 )
@@ -73,7 +74,11 @@ def test_foreign_chat_model_uses_its_own_template(foreign):
     assert render["r1"] == f"{BOS}[user]q[assistant]<think>\n"
     assert render["boxed"].startswith(f"{BOS}[user]q\nPlease") and render["boxed"].endswith("[assistant]")
     assert render["raw"] == f"{BOS}q"  # its bos, once
-    assert foreign.decode(make_prompt(foreign, problem(f"{BOS}q"), "raw").token_ids) == f"{BOS}q"
+    assert (
+        foreign.decode(encode_raw(foreign, f"{BOS}q"))
+        == f"{BOS}q"
+        == foreign.decode(encode_raw(foreign, "q"))
+    )
     assert completion_text(foreign, foreign.encode("4", add_special_tokens=False), "boxed") == "4"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
 from pipeline.errors import UserError
+from pipeline.settings.common import RowSettings
 from pipeline.settings.supervised import SftSettings
 from pipeline.stages.sft import kept_samples
 from pipeline.train.rollouts import rollout_metrics
@@ -87,16 +88,19 @@ def test_corpus_round_trip_with_any_text(tmp_path):
     ("text", "message"),
     [
         ('{"id": "a", "question": "q", "completion": "c"}\nnot json\n', ":2: not a line of JSON"),
-        ('{"id": "a"}\n', ":1: not a corpus row"),
+        ('{"id": "a"}\n', ":1: no question"),
         ('{"messages": "user: hi"}\n', ":1: not a corpus row"),
-        ('{"messages": ["hi"]}\n', ":1: not a corpus row"),
+        ('{"messages": ["hi"]}\n', ":1: no question"),
+        ('{"question": "q", "completion": null}\n', ":1: not a corpus row"),
+        ('{"question": "q", "completion": "c", "answer": null}\n', ":1: answer is None, not text"),
+        ('{"question": "q\\ud800", "completion": "c"}\n', ":1: a lone surrogate"),
         ("", "no rows"),
     ],
 )
 def test_bad_corpora_are_refused_with_the_line(tmp_path, text, message):
     (tmp_path / "c.jsonl").write_text(text)
     with pytest.raises(UserError, match=message):
-        read_corpus(tmp_path / "c.jsonl")
+        read_corpus(tmp_path / "c.jsonl", rows=RowSettings(max_bad_rows=0))
 
 
 def graded(reward, verdict, tokens, reason="stop"):

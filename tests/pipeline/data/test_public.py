@@ -14,6 +14,7 @@ from pipeline.data.corpus import Row, read_corpus, sampled
 from pipeline.data.hub import hub_model, is_model_name
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
+from pipeline.settings.common import RowSettings
 
 TRACE = "<think>\nOne and one.\n</think>\n\nThe sum is $\\boxed{2}$."
 TAGGED = "<think>\nOne and one.\n</think>\n<answer>The sum is $\\boxed{2}$.</answer>"
@@ -92,7 +93,7 @@ def test_a_row_of_another_shape_is_named(hub, tmp_path):
     file = tmp_path / "c.jsonl"
     file.write_text(json.dumps({"problem": "1+1?", "generation": TRACE}) + '\n{"problem": "2?"}\n')
     with pytest.raises(UserError, match=r"c\.jsonl:2: not a corpus row"):
-        read_corpus(file)
+        read_corpus(file, rows=RowSettings(max_bad_rows=0))
 
 
 def test_a_sample_of_the_rows_is_uniform_and_fixed_by_the_seed():
@@ -118,7 +119,7 @@ def test_rows_of_the_hub_without_an_answer_are_left_out_and_counted(hub, capsys,
     file = tmp_path / "mine.jsonl"
     file.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?"}\n')
     with pytest.raises(UserError, match=r"mine\.jsonl:2: no answer"):
-        problems(str(file))
+        problems(str(file), rows=RowSettings(max_bad_rows=0))
 
 
 def test_rows_in_the_form_of_verl(hub):

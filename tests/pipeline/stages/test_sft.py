@@ -38,15 +38,14 @@ def sft(tokenizer, tmp_path, root, capsys):
     return run
 
 
-def test_a_row_beyond_the_positions_of_the_model_is_refused(sft):
+def test_a_row_beyond_the_positions_of_the_model_is_left_out(sft):
     code, said = sft("--max-length=128")
-    assert code == 2 and "'long'" in said.err and said.err.count("\n") == 1
-    assert "--max-length 64" in said.err
+    assert code == 0 and "1 of 2 rows exceed the model's context of 64 tokens: left out" in said.out
 
 
 def test_training_on_no_row_is_refused_and_leaves_nothing(sft, tmp_path):
     code, said = sft("--max-length=8")
-    assert code == 2 and said.err == "error: all 2 rows exceed max_length=8; raise --max-length\n"
+    assert code == 2 and said.err == "error: all 2 rows exceed max_length=8; raise it, or take shorter rows\n"
     assert not list((tmp_path / "runs").iterdir())
 
 
@@ -54,7 +53,7 @@ def test_a_row_that_does_not_fit_the_template_is_refused_by_name(sft, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"id": "bare", "question": "3+4=?", "completion": "7"}))
     code, said = sft(f"--corpus={other}")
-    assert code == 2 and "the row 'bare' does not fit template r1: template" in said.err
+    assert code == 2 and "the row 'bare': does not fit template r1: template" in said.err
     assert said.err.count("\n") == 1 and not list((tmp_path / "runs").iterdir())
 
 

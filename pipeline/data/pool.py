@@ -1,0 +1,96 @@
+"""What a stage trains on: problems, some of their tests held back and long ones left out, or worked rows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.data.corpus import Row
+from pipeline.data.jsonl import BadRow
+from pipeline.data.problems import problems
+from pipeline.data.rows import Tally
+from pipeline.errors import UserError
+from pipeline.settings.common import RowSettings
+from pipeline.settings.rollouts import GeneratingSettings
+from rollout.checkpoint import context_of
+from rollout.text.tokenizer import encode_example, encode_prompt
+from rollout.types import Problem
+
+
+def pooled(
+    config: GeneratingSettings, tokenizer: PreTrainedTokenizerFast, model: Path, seed: int
+) -> list[Problem]:
+    """Training problems of all sources, one after the other, for the model directory `model`.
+
+    Raises:
+        UserError: a source cannot be read, or none of its problems fits the model's context.
+    """
+    found = [
+        hold_back(problem, config.hold_back)
+        for source in config.problems
+        for problem in problems(
+            source, count=config.pool, split="train", seed=seed, data_dir=config.data, rows=config
+        )
+    ]
+    return fitting(found, config, tokenizer, model)
+
+
+def hold_back(problem: Problem, share: float) -> Problem:
+    """The problem with only the first of the asserts at its question's end (MBPP): `share` of them, but never
+    all, are left out of the question. All are graded."""
+    listed = 0
+    for n in range(1, problem.shown + 1):
+        tail = problem.tests[problem.shown - n : problem.shown]
+        if all(isinstance(t, str) for t in tail) and problem.question.endswith(
+            "\n" + "\n".join(map(str, tail))
+        ):
+            listed = n
+    hidden = min(-int(-share * listed // 1), listed - 1)
+    if hidden < 1:
+        return problem
+    shown = problem.shown - hidden
+    text = "\n" + "\n".join(map(str, problem.tests[shown : problem.shown]))
+    return replace(problem, question=problem.question.removesuffix(text), shown=shown)
+
+
+def fitting(
+    found: Sequence[Problem], config: GeneratingSettings, tokenizer: PreTrainedTokenizerFast, model: Path
+) -> list[Problem]:
+    """The problems whose prompt and `max_tokens` the context holds; others are counted on the console.
+
+    Raises:
+        UserError: none is left.
+    """
+    most = min(filter(None, (context_of(model), config.rollout.vllm.context)), default=None)
+    if most is None:
+        return list(found)
+    sizes = [len(encode_prompt(tokenizer, problem.question, config.template)) for problem in found]
+    kept = [p for p, size in zip(found, sizes, strict=True) if size + config.max_tokens <= most]
+    limit = f"with max_tokens={config.max_tokens} exceed the model's context of {most} tokens"
+    if not kept:
+        room = most - min(sizes, default=0)
+        raise UserError(f"all {len(found)} problems {limit}; set --max-tokens to at most {max(room, 1)}")
+    if len(kept) < len(found):
+        print(f"{len(found) - len(kept)} of {len(found)} problems {limit}: left out")
+    return kept
+
+
+def encoded(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, template: str, settings: RowSettings
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Prompt and completion ids of each row that the template fits; others are left out and counted.
+
+    Raises:
+        UserError: they are more than `settings` allows.
+    """
+
+    def ids(row: Row, _: int) -> tuple[list[int], list[int]]:
+        try:
+            return encode_example(tokenizer, row.question, template, row.completion)
+        except ValueError as error:
+            raise BadRow(f"does not fit template {template}: {error}") from error
+
+    tally = Tally("the corpus", settings)
+    yield from (pair for _, pair in tally.usable(((f"the row {row.id!r}", row) for row in rows), ids))
+    tally.settle()

@@ -1,0 +1,355 @@
+"""Rows as the known data sets have them, two a file: each is asked and checked as its data set means it."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import os
+import pickle
+import zlib
+from dataclasses import replace
+
+import pytest
+
+from pipeline.data.corpus import read_corpus
+from pipeline.data.pool import hold_back
+from pipeline.data.problems import problems
+from pipeline.data.rows import plain, to_problem
+from pipeline.data.shapes import SHAPES, first
+from pipeline.errors import UserError
+from pipeline.settings.common import RowSettings
+from rollout.types import StdioTest
+
+STRICT = RowSettings(max_bad_rows=0)
+USER = [{"role": "system", "content": "Think."}, {"role": "user", "content": "3 + 4?"}]
+CASES = json.dumps([{"input": "3 4", "output": "7", "testtype": "stdin"}])
+
+
+def packed(tests: str) -> str:
+    """As LiveCodeBench packs its private tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(tests))).decode()
+
+
+GOLDS = {
+    "gsm8k": {"question": "3 + 4?", "answer": "It is <<3+4=7>>7.\n#### 7"},
+    "gsm8k with thousands": ({"question": "3 + 4?", "answer": "Many.\n#### 1,007"}, "1007"),
+    "math": {"problem": "3 + 4?", "level": "Level 1", "type": "Algebra", "solution": "So $\\boxed{7}$."},
+    "math500": {"problem": "3 + 4?", "solution": "$\\boxed{8}$", "answer": "7", "unique_id": "t/1.json"},
+    "prm800k": {"labeler": "a", "question": {"problem": "3 + 4?", "ground_truth_answer": "7"}},
+    "aime": {"ID": "2024-I-1", "Problem": "3 + 4?", "Solution": "Add.", "Answer": 7},
+    "amc": {"id": 0, "problem": "3 + 4?", "answer": 7.0, "url": "x"},
+    "olympiadbench": {
+        "id": 1606, "question": "3 + 4?", "solution": ["Add."], "final_answer": ["7"], "context": None,
+        "is_multiple_answer": False, "language": "English", "answer_type": "Numerical", "unit": None,
+    },
+    "olympiadbench, several": (
+        {"question": "3 + 4?", "final_answer": ["7", "-7"], "is_multiple_answer": True,
+         "language": "Chinese"}, "7, -7"),
+    "minerva": {"question": "3 + 4?", "answer": "7"},
+    "minerva, worked": {"problem": "3 + 4?", "type": "Physics", "solution": "It is \\boxed{7} m."},
+    "dapo": {
+        "data_source": "math_dapo", "prompt": [{"content": "3 + 4?", "role": "user"}],
+        "ability": "MATH", "reward_model": {"ground_truth": "7", "style": "rule"}, "extra_info": {},
+    },
+    "verl": {"data_source": "openai/gsm8k", "prompt": USER, "extra_info": {"split": "train", "index": 0},
+             "reward_model": {"style": "rule", "ground_truth": "7"}},
+    "skywork": {"prompt": json.dumps(USER), "reward_model": {"ground_truth": '["7"]', "style": "rule"}},
+    "numina": {"problem": "3 + 4?", "solution": "Add.", "answer": "7", "problem_type": "Algebra"},
+    "openr1": {"problem": "3 + 4?", "answer": "7", "generations": ["a"], "messages": USER},
+    "big-math": {"problem": "3 + 4?", "answer": "7", "source": "orca", "domain": ["Arithmetic"]},
+    "deepscaler": {"problem": "3 + 4?", "answer": "7", "solution": ""},
+    "openmathreasoning": {"problem": "3 + 4?", "expected_answer": "7", "generated_solution": "Add."},
+    "orz": [{"from": "human", "value": "3 + 4?"},
+            {"from": "assistant", "ground_truth": {"value": "7", "pass_at_n": 0.5}}],
+    "orz on the hub": {"0": {"from": "user", "value": "3 + 4?"},
+                       "1": {"from": "assistant", "ground_truth": {"value": "7"}}},
+    "tulu": {"messages": USER, "ground_truth": "7", "dataset": "gsm8k", "constraint": None},
+    "dolci": {"messages": USER, "ground_truth": ["7"], "dataset": ["math"]},
+    "synthetic-1": {"problem_id": "v1", "task_type": "verifiable_math", "prompt": "3 + 4?",
+                    "verification_info": '{"ground_truth": "7"}'},
+    "sharegpt with a gold": {"conversations": [{"from": "human", "value": "3 + 4?"}], "answer": "7"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDS)
+def test_rows_with_a_gold(tmp_path, name):
+    row, answer = given if isinstance(given := GOLDS[name], tuple) else (given, "7")
+    (tmp_path / "two.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    (tmp_path / "two.json").write_text(json.dumps([row, row], indent=1))
+    for file in ("two.jsonl", "two.json"):
+        found = problems(str(tmp_path / file), rows=STRICT)
+        assert [(p.kind, p.question, p.tests) for p in found] == [("math", "3 + 4?", ())] * 2
+        assert all(p.answer.removesuffix(".0") == answer for p in found), found
+    assert found[0].language == ("zh" if "Chinese" in str(row) else "en")
+
+
+STDIO = (StdioTest("3 4", "7"),)
+CALL = ("assert add(3, 4) == 7",)
+METHOD = ("assert Solution().add(3, [4]) == [7]",)
+TWO_CALLS = [{"input": "3\n[4]", "output": "[7]", "testtype": "functional"},
+             {"input": "1\n[1]", "output": "[1, 1]", "testtype": "functional"}]  # fmt: skip
+PYTEST = "from solution import add\n\ndef test_add():\n    assert add(3, 4) == 7"
+CHECK = "def check(candidate):\n    assert candidate(3, 4) == 7"
+HELPED = "import math\n\ndef two():\n    return 2\n\ndef add(a, b):\n    # Add.\n    ...\n"
+STARTER = "class Solution:\n    def add(self, a: int, b: list[int]) -> list[int]:\n        "
+PROGRAMS = {
+    "apps": ({"question": "Add.", "input_output": '{"inputs": ["3 4"], "outputs": ["7"]}', "starter_code": "",
+              "solutions": "[]"}, STDIO, 0),
+    "apps, a function": (
+        {"question": "Add.", "input_output": '{"fn_name": "add", "inputs": [[3, 4]], "outputs": [[7]]}',
+         "starter_code": "def add(a, b):"}, CALL, 0),
+    "taco, lines": ({"question": "Add.", "name": None, "starter_code": "", "source": "codeforces",
+                     "input_output": {"inputs": [["3", "4"]], "outputs": [["7"]]}},
+                    (StdioTest("3\n4", "7"),), 0),
+    "taco, a method": (
+        {"question": "Add.", "starter_code": STARTER,
+         "input_output": '{"fn_name": "add", "inputs": [[3, [4]], [1, [1]]], "outputs": [[7], [1, 1]]}'},
+        (*METHOD, "assert Solution().add(1, [1]) == [1, 1]"), 0),
+    "code contests": (
+        {"name": "1_A. Add", "description": "Add.", "public_tests": {"input": ["3 4"], "output": ["7"]},
+         "private_tests": {"input": ["1 1"], "output": ["2"]}, "generated_tests": {"input": [], "output": []},
+         "source": 2}, (*STDIO, StdioTest("1 1", "2")), 1),
+    "livecodebench": (
+        {"question_title": "A", "question_content": "Add.", "question_id": "a", "starter_code": "",
+         "public_test_cases": CASES, "private_test_cases": CASES, "metadata": "{}"}, STDIO * 2, 1),
+    "livecodebench, packed": (
+        {"question_content": "Add.", "public_test_cases": CASES, "private_test_cases": packed(CASES)},
+        STDIO * 2, 1),
+    "livecodebench, a method": (
+        {"question_content": "Add.", "starter_code": STARTER, "metadata": '{"func_name": "add"}',
+         "public_test_cases": json.dumps(TWO_CALLS)},
+        (*METHOD, "assert Solution().add(1, [1]) == [1, 1]"), 2),
+    "kodcode": (
+        {"question": "Add.", "solution": "def add(a, b): ...", "style": "instruct", "question_id": "K_1",
+         "test": PYTEST,
+         "test_info": [{"function_name": "add", "function_declaration": "def add(a, b):"}]},
+        (PYTEST,), 0),
+    "humaneval": (
+        {"task_id": "HumanEval/0", "prompt": HELPED, "entry_point": "add", "test": CHECK},
+        (f"import math\ndef two():\n    return 2\n{CHECK}\ncheck(add)",), 0),
+    "mbpp": ({"task_id": 1, "text": "Add.", "code": "x", "test_list": [*CALL], "test_setup_code": "",
+              "challenge_test_list": []}, CALL, 1),
+    "mbpp, sanitized": (
+        {"task_id": 1, "prompt": "Add.", "test_imports": ["import math", "import re"], "test_list": [*CALL]},
+        ("import math\nimport re", *CALL), 2),
+    "mbpp plus": ({"task_id": 1, "prompt": "Add.", "test_list": [*CALL], "test": "assert add(1, 1) == 2"},
+                  (*CALL, "assert add(1, 1) == 2"), 1),
+    "leetcode": (
+        {"task_id": "add", "problem_description": "Add.", "prompt": "import random", "starter_code": STARTER,
+         "entry_point": "Solution().add", "test": CHECK,
+         "input_output": [{"input": "a = 3", "output": "7"}], "query": "Add."},
+        (f"import random\n{CHECK}\ncheck(Solution().add)",), 0),
+    "leetcode, deepseek": ({"task_id": 1, "prompt": "class Solution: ...", "prompt_sft": "Add.",
+                            "test": "assert Solution().add(3, [4]) == [7]"}, METHOD, 0),
+    "verl, code": ({"prompt": [{"role": "user", "content": "Add."}], "ability": "code", "reward_model":
+                    {"style": "rule", "ground_truth": CASES}}, STDIO, 0),
+    "verl, inputs": ({"prompt": [{"role": "user", "content": "Add."}], "reward_model":
+                      {"ground_truth": '{"inputs": ["3 4"], "outputs": ["7"]}'}}, STDIO, 0),
+    "deepcoder": ({"problem": "Add.", "tests": CASES, "metadata": {}}, STDIO, 0),
+    "dolci, code": ({"messages": [{"role": "user", "content": "Add."}], "dataset": ["code"],
+                     "ground_truth": [json.dumps(CALL)]}, CALL, 0),
+    "tulu, stdio": ({"messages": [{"role": "user", "content": "Add."}], "dataset": "code_stdio",
+                     "ground_truth": CASES}, STDIO, 0),
+    "synthetic-1": ({"prompt": "Add.", "verification_info": json.dumps({"language": "python", "test_cases": [
+        {"type": "stdin_stdout", "input": "3 4", "output": "7", "fn_name": None}]})}, STDIO, 0),
+    "codeforces": ({"description": "Add.", "official_tests": json.loads(CASES), "language": "py"}, STDIO, 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_rows_with_tests(tmp_path, name):
+    row, tests, shown = PROGRAMS[name]
+    (tmp_path / "two.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    found = problems(str(tmp_path / "two.jsonl"), rows=STRICT)
+    assert [(p.kind, p.tests, p.shown, p.answer) for p in found] == [("code", tests, shown, "")] * 2
+    assert all("Add." in p.question and "```python" in p.question for p in found)
+    starter = row.get("starter_code") or ""
+    assert starter.strip() in found[0].question, "the question states the signature that the tests call"
+    assert not starter or "add" in found[0].question
+
+
+def test_every_shape_of_the_table_reads_its_own_example():
+    for key, (read, names, example) in SHAPES.items():
+        row = plain(example, {})
+        assert next(k for k in SHAPES if not k or first(row, k)) == key, names
+        problem = to_problem(example, "example", 0, {})
+        assert read(row).tests == problem.tests and bool(problem.tests) != bool(problem.answer), names
+
+
+class Opened:
+    """What a pickle of the wrong kind would do."""
+
+    def __reduce__(self):
+        return os.mkdir, ("opened",)
+
+
+@pytest.mark.parametrize("what", [Opened(), ["a", "b"], {"input": "1"}])
+def test_a_pickle_is_never_opened(tmp_path, monkeypatch, what):
+    monkeypatch.chdir(tmp_path)
+    data = base64.b64encode(zlib.compress(pickle.dumps(what))).decode()
+    row = {"question_content": "Add.", "public_test_cases": CASES, "private_test_cases": data}
+    (tmp_path / "lcb.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match="private_test_cases are a pickle of more than one text"):
+        problems("lcb.jsonl")
+    assert not (tmp_path / "opened").exists()
+
+
+# ---- traces
+
+TRACE, TAGGED = "<think>\nAdd.\n</think>\n\n7", "<think>\nAdd.\n</think>\n<answer>7</answer>"
+MARKED = (
+    "<|begin_of_thought|>\n\nAdd.\n\n<|end_of_thought|>\n\n<|begin_of_solution|>\n\n7\n\n<|end_of_solution|>"
+)
+TRACES = {
+    "openthoughts": ({"system": "Think.", "conversations": [
+        {"from": "user", "value": "3+4?"}, {"from": "assistant", "value": MARKED}]}, TAGGED),
+    "openthoughts, metadata": (
+        {"problem": "3+4?", "deepseek_reasoning": "Add.", "deepseek_solution": "7"}, TAGGED),
+    "openr1": ({"problem": "3+4?", "answer": "7", "generations": [TRACE], "messages": USER}, TAGGED),
+    "messages": ({"messages": [{"role": "user", "content": "3+4?"},
+                               {"role": "assistant", "content": TRACE}]}, TAGGED),
+    "reasoning_content": ({"instruction": "3+4?", "content": "7", "reasoning_content": "Add."}, TAGGED),
+    "trl messages": ({"messages": [{"role": "user", "content": "3+4?"},
+                                   {"role": "assistant", "content": "It is 7."}]}, "It is 7."),
+    "trl prompt and completion": ({"prompt": "3+4?", "completion": "It is 7."}, "It is 7."),
+    "trl conversational": ({"prompt": [{"role": "user", "content": "3+4?"}],
+                            "completion": [{"role": "assistant", "content": "It is 7."}]}, "It is 7."),
+    "sharegpt": ({"conversations": [{"from": "system", "value": "Hi."}, {"from": "human", "value": "3+4?"},
+                                    {"from": "gpt", "value": "It is 7."}, {"from": "human", "value": "Sure?"},
+                                    {"from": "gpt", "value": "Yes."}]}, "It is 7."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_traces(tmp_path, name):
+    row, completion = TRACES[name]
+    (tmp_path / "two.jsonl").write_text(2 * (json.dumps(row) + "\n"))
+    found = read_corpus(tmp_path / "two.jsonl", rows=STRICT)
+    assert [(row.question, row.completion) for row in found] == [("3+4?", completion)] * 2
+
+
+# ---- files
+
+ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": "4"}]
+
+
+def test_files_of_every_format_hold_the_same_rows(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = "\n".join(map(json.dumps, ROWS))
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.replace("\n", "\r\n\r\n \r\n").encode())
+    (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf \n" + json.dumps(ROWS, indent=2).encode())
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "d.json").write_text(lines)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "e.parquet")
+    for file in sorted(tmp_path.iterdir()):
+        assert [(p.question, p.answer) for p in problems(str(file), rows=STRICT)] == [
+            ("1+1?", "2"),
+            ("2+2?", "4"),
+        ]
+    with pytest.raises(
+        UserError, match=r"is a folder; name one of its files: a\.jsonl, b\.json, c\.jsonl\.gz, "
+    ):
+        problems(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"problem": "x"}' * 99)[:40]),
+        ("b.jsonl.gz", b"not packed"),
+        ("c.parquet", b"PAR1 and no more"),
+        ("d.jsonl", b""),
+        ("e.json", b"[]"),
+        ("f.json", b"[{]"),
+        ("g.jsonl", "x".encode("utf-16")),
+        ("h.jsonl", b"\x00\xff" * 99),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=name.partition(".")[0]) as error:
+        problems(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+# ---- bad rows
+
+
+def test_bad_rows_are_left_out_and_counted_up_to_a_share_or_a_number(tmp_path, capsys):
+    good, golds = json.dumps(ROWS[0]), ("proof", "notfound", "", None, True, {"value": 2})
+    bad = ['{"problem": "cut', *(json.dumps({"problem": "2+2?", "answer": gold}) for gold in golds)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*[good] * 600, *bad, *[good] * 200]))
+    assert len(problems(str(file))) == 800
+    assert "rows: left out 7 of 807 rows; the first: " in capsys.readouterr().out
+    assert len(problems(str(file), rows=RowSettings(max_bad_rows=7))) == 800
+    for most in (0, 0.008, 1, 6):
+        with pytest.raises(UserError) as error:
+            problems(str(file), rows=RowSettings(max_bad_rows=most))
+        text = str(error.value)
+        assert "rows.jsonl:601: not a line of JSON" in text and text.count("rows.jsonl:") == 3
+        assert "(7 bad rows of 807); --max-bad-rows 7 leaves them out" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(("good", "bad", "left"), [(1, 1, True), (3, 3, True), (2, 3, False), (4, 4, False)])
+def test_few_bad_rows_are_allowed_in_a_small_file_but_never_most_of_it(tmp_path, good, bad, left):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([json.dumps(ROWS[0])] * good + ["{"] * bad))
+    if left:
+        assert len(problems(str(file))) == good
+    else:
+        with pytest.raises(UserError, match=rf"\({bad} bad rows of {good + bad}\)"):
+            problems(str(file))
+
+
+def test_a_cut_to_the_pool_is_said(tmp_path, capsys):
+    file = tmp_path / "many.jsonl"
+    file.write_text("\n".join(json.dumps({"problem": f"{i}+1?", "answer": i + 1}) for i in range(50)))
+    assert len(problems(str(file), count=40, split="train")) == 40
+    assert "the first 40 problems of 50 rows are used; --pool takes more" in capsys.readouterr().out
+    assert len(problems(str(file), count=50, split="train")) == 50 and not capsys.readouterr().out
+
+
+# ---- keys of one's own
+
+
+def test_fields_name_the_keys_of_other_shapes(tmp_path):
+    row = {"Body": "1+1?", "meta": {"key": "2"}, "nr": 5, "answer": "3", "checks": ["assert f(1) == 2"]}
+    file = tmp_path / "mine.jsonl"
+    file.write_text(json.dumps(row))
+    (found,) = problems(str(file), rows=RowSettings(fields="question=Body,answer=meta.key,id=nr"))
+    assert (found.id, found.question, found.answer) == ("mine/5", "1+1?", "2")
+    (found,) = problems(str(file), rows=RowSettings(fields="question=Body, tests=checks"))
+    assert (found.kind, found.tests) == ("code", ("assert f(1) == 2",))
+    with pytest.raises(
+        UserError, match=r"mine\.jsonl:1: no key meta\.keys, which --fields names; it has: Body"
+    ):
+        problems(str(file), rows=RowSettings(fields="question=Body,answer=meta.keys"))
+    for wrong in ("question", "question=", "poem=Body", "=x"):
+        with pytest.raises(ValueError, match="write NAME=KEY, with a name of: question"):
+            RowSettings(fields=wrong)
+
+
+# ---- hold back
+
+
+def test_training_shows_some_of_the_asserts_and_grades_all(tmp_path):
+    listed = [f"assert f({i}) == {i}" for i in range(3)]
+    row = {"text": "Keep it.", "test_list": listed, "test_setup_code": "import math"}
+    whole = to_problem(row, "mbpp", 0, {})
+    assert whole.shown == 4 and whole.question.endswith("\n" + "\n".join(listed))
+    for share, shown in ((0, 3), (0.3, 2), (0.34, 1), (0.5, 1), (1, 1)):
+        part = hold_back(whole, share)
+        assert part.question.endswith("pass these tests:\n\n" + "\n".join(listed[:shown])), share
+        assert part.tests == whole.tests and part.shown == 1 + shown
+        assert not any(test in part.question for test in listed[shown:])
+    one = to_problem(row | {"test_list": listed[:1]}, "mbpp", 0, {})
+    assert hold_back(one, 0.9) == one
+    for other in (
+        replace(whole, question="Keep it.", shown=0),
+        to_problem(PROGRAMS["code contests"][0], "c", 0, {}),
+    ):
+        assert hold_back(other, 0.9) == other
