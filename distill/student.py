@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
 from distill.trainer import Job, Watch, train
+from model.dense import read_network
 from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.problems import data_folder
 from pipeline.data.traces import corpus
@@ -125,7 +126,7 @@ def first_weights(config: DistillSettings, tokenizer: Any, init: Path | None) ->
     torch.manual_seed(config.seed)
     if init is not None:
         with loading(init):
-            return AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
+            return read_network(init, dtype=torch.float32)
     shape = config.shape
     llama = LlamaConfig(
         vocab_size=len(tokenizer),

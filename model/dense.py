@@ -14,7 +14,7 @@ Axes    b rows, s tokens, d width; in an attention h query heads, g key heads, q
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,6 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
+from model.checkpoint import quantized_tensor
 from model.kernels.attend import attend
 from model.kernels.packed import Packed
 from model.policy import Head, Policy
@@ -68,11 +69,7 @@ class DensePolicy(Policy):
         Raises:
             OSError, ValueError: no model there that transformers can read.
         """
-        logging.disable_progress_bar()  # it would cut through the caller's own lines
-        try:
-            return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(str(error).partition("\n")[0]) from error  # a list of all models comes after it
+        return cls(read_network(path, dtype=dtype, device_map={"": device}))
 
     @property
     def _whole(self) -> PreTrainedModel:
@@ -199,6 +196,38 @@ class DensePolicy(Policy):
     def save(self, path: str | Path) -> None:
         """See `Policy.save`."""
         self.network.save_pretrained(path)
+
+
+def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
+    """The model in directory `path`, as transformers reads it with `options`, all of its weights from there.
+
+    Raises:
+        OSError, ValueError: no model there that transformers can read, or tensors that are not the network's:
+            transformers would leave random weights in their stead.
+    """
+    logging.disable_progress_bar()  # it would cut through the caller's own lines
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a report of what is refused below
+    try:
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        net, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(str(error).partition("\n")[0]) from error  # a list of all models comes after it
+    finally:
+        logging.set_verbosity(verbosity)
+    shapes = {f"{name} {tuple(found)}, not {tuple(due)}" for name, found, due in info["mismatched_keys"]}
+    for names, what in (
+        (shapes, "has the tensor"),
+        (info["missing_keys"], "lacks the tensor"),
+        (info["unexpected_keys"], "has a tensor that is not the model's,"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"it {what} {min(names)}{more}, so its weights are not those of its config.json")
+    whole = getattr(net.config, "quantization_config", None) is None
+    if whole and (found := quantized_tensor(Path(path))):
+        raise ValueError(f"its tensor {found} is quantized, and its config.json has no quantization_config")
+    return cast("PreTrainedModel", net)
 
 
 def _near(what: str, ours: Tensor, theirs: Tensor) -> None:

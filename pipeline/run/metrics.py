@@ -23,7 +23,7 @@ GLOSSARY: dict[str, str] = {
     "policy/mismatch_max": "largest |log-probability of engine - of trainer| of a completion token, nats",
     "optim/lr": "learning rate of the update",
     "optim/grad_norm": "global gradient norm before clipping",
-    "optim/skipped": "updates skipped so far because the loss or a gradient was not finite",
+    "optim/skipped": "updates skipped so far: loss or gradient not finite, or the gradient norm a spike",
     "reward/mean": "mean weighted reward of the step's rollouts",
     **{f"reward/{entry.name}": entry.summary for entry in REWARDS.values()},
     "reward/errors": "rollouts whose verifier failed; they are dropped from the loss",

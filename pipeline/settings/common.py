@@ -1,7 +1,7 @@
 """What stages share: the run, the optimizer, sampling, and where problems come from."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,12 +35,29 @@ class ComputeSettings(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardSettings(Settings):
+    """What skips an update that diverges, and goes back to a checkpoint when that does not help."""
+
+    max_spike: NotNegative = 10.0
+    """Skip an update whose gradient norm exceeds the clip and this many times the largest of the last 32;
+    0 = skip none but those that are not finite. (In the tiny chain it is at most 2.3 times the largest.)"""
+    max_skipped: Annotated[int, Range(1, 32)] = 5
+    """Roll back when this many of the last 32 updates were skipped."""
+    max_rollbacks: Natural = 2
+    """Rollbacks before the run stops, counted from the last change of the learning rate at a resume."""
+    rollback_lr: Annotated[float, Range(0, 1, open_low=True)] = 0.5
+    """Each rollback multiplies the learning rate by this."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainSettings(ComputeSettings):
     """What every stage has that trains with our own learner."""
 
     micro_tokens: Natural = 0
     """Most tokens of one forward and backward; a longer sequence is computed by itself. Fewer take less
     memory and give the same sum. 0 = 4,096 on a CPU, 16,384 on a GPU."""
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    """Against divergence."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pipeline.settings.common import AdamWSettings, ComputeSettings, StageSettings, TemplateSettings
+from pipeline.settings.common import (
+    AdamWSettings,
+    ComputeSettings,
+    GuardSettings,
+    StageSettings,
+    TemplateSettings,
+)
 from rollout.ranges import Count, Natural, Positive, Settings
 from rollout.text.templates import template_named
 
@@ -100,6 +106,8 @@ class DistillSettings(TemplateSettings, ComputeSettings):
         default_factory=lambda: AdamWSettings(lr=3e-3, schedule="cosine", warmup_steps=10, weight_decay=0.01)
     )
     """AdamW. A fresh student of a million parameters takes 3e-3, a pretrained one much less (R1: 1e-4)."""
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    """Against divergence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,8 @@ class GeneratingSettings(TemplateSettings, Sampling, ComputeSettings):
     """Problems taken from each source."""
     data: Path | None = None
     """Folder of local data files; default: the environment variable R1_DATA."""
+    max_error_share: Share = 0.5
+    """Stop when the verifier fails on a greater share of the rollouts in two steps in a row; 1 = never."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The engine that generates, in the trainer's process or in workers."""
 
@@ -79,6 +81,8 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     """Cap of the importance correction between engine and trainer."""
     max_mismatch_kl: Positive = 0.1
     """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
+    max_idle_steps: Natural = 10
+    """Stop when in this many steps in a row no group's rewards differ, so that nothing is learned; 0 = never."""
     eval_every: Natural = 10
     """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
     eval_problems: Count = 64

@@ -26,6 +26,11 @@ def example(rollout: Rollout, advantage: float, weight: float) -> Example:
     )
 
 
+def error_share(graded: Sequence[Graded]) -> float:
+    """Share of rollouts whose verifier failed."""
+    return mean([float(g.verdict == "error") for g in graded])
+
+
 def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
     """Means over rollouts of reward, its parts and length; verifier failures count in `errors` alone."""
     valid = [g for g in graded if g.verdict != "error"]
