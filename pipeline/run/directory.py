@@ -139,7 +139,7 @@ class RunDir:
         """Go back from step `step`, with a learning rate of `slower` times the one before: see `go_back`, which
         sets `latest`. Logs are cut back and the history has it. The step to go on after."""
         to = go_back(self.path, applied, floor)
-        scale = self.lr_scale * slower
+        scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
         note(self.path, {"step": step, "to": to, "why": why, "lr_scale": scale})
         before = self.metrics
         before.file.close()
@@ -149,16 +149,9 @@ class RunDir:
         say(f"{self.stage.name}: {why}: back to step {to}, learning rate times {scale:g}")
         return to
 
-    @property
-    def rollback_count(self) -> int:
-        """Rollbacks since the learning rate was last changed by hand."""
-        return len(rollbacks(self.path))
-
-    @property
-    def lr_scale(self) -> float:
-        """What those rollbacks have made of the learning rate, as a factor."""
-        made = rollbacks(self.path)
-        return float(made[-1]["lr_scale"]) if made else 1.0
+    def rollbacks(self, floor: int = 0) -> list[dict[str, Any]]:
+        """See `history.rollbacks`: those to step `floor` or a later one."""
+        return [entry for entry in rollbacks(self.path) if entry["to"] >= floor]
 
     def kept(self) -> str:
         """What there is to go on from, for a guard that stops the run."""

@@ -24,17 +24,17 @@ from model.policy import Policy
 from pipeline.data.problems import order, pooled, problems
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
+from pipeline.run.guard import Diverged, Guard, guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.settings.rollouts import GrpoSettings
 from pipeline.train.advantages import group_advantages
-from pipeline.train.guard import Diverged, Guard, RolloutGuard, guarded, slowed
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import loss_named, takes_settings
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts, save_policy
-from pipeline.train.rollouts import example, mean, rollout_metrics, transcript
+from pipeline.train.rollouts import Watch, example, mean, rollout_metrics, transcript
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, sample_groups
@@ -45,11 +45,11 @@ from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 def run(config: GrpoSettings, run_dir: RunDir) -> None:
     """Train; leave `model/`."""
-    policy, tokenizer = guarded(run_dir, config.guard, lambda: train(config, run_dir))
+    policy, tokenizer = guarded(run_dir, config.guard, lambda: reinforced(config, run_dir))
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
 
 
-def train(config: GrpoSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
+def reinforced(config: GrpoSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
     """The trained policy and its tokenizer, from the newest checkpoint on; raises `Diverged` and `Stopped`."""
     trainer = Trainer(config, run_dir)
     guard = trainer.learner.guard
@@ -109,7 +109,7 @@ class Trainer:
         updates = config.steps * config.minibatches
         guard = Guard(config.guard, config.optim.clip)
         self.learner = Learner(self.policy, slowed(config.optim, run_dir), updates, guard=guard)
-        self.watch = RolloutGuard(run_dir, config.max_error_share, config.max_idle_steps, config.max_tokens)
+        self.watch = Watch(run_dir, config.max_error_share, config.max_idle_steps)
         self.usage = Usage(self.policy.config, self.place.device)
         self.reference = self.policy.frozen() if config.kl_coef else None
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}

@@ -13,7 +13,7 @@ from pipeline.data.generators import items
 from pipeline.data.traces import corpus, random_document
 from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import PretrainSettings
-from pipeline.train.guard import Guard, guarded, slowed
+from pipeline.run.guard import Guard, guarded, slowed
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised
@@ -45,11 +45,11 @@ def batches(
 
 def run(config: PretrainSettings, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
-    net, tokenizer = guarded(run_dir, config.guard, lambda: train(config, run_dir))
+    net, tokenizer = guarded(run_dir, config.guard, lambda: pretrained(config, run_dir))
     run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))
 
 
-def train(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, PreTrainedTokenizerFast]:
+def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, PreTrainedTokenizerFast]:
     """The base and its tokenizer, from the newest checkpoint on; raises `Diverged`."""
     place = Place.open(config)
     texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)

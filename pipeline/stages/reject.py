@@ -13,10 +13,9 @@ from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.rollouts import RejectSettings
-from pipeline.train.guard import RolloutGuard
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts
-from pipeline.train.rollouts import mean, transcript
+from pipeline.train.rollouts import Watch, mean, transcript
 from rewards.reward import Scorer
 from rollout.collect import sample_groups
 from rollout.engine import EngineDied, StaleWeights
@@ -31,7 +30,7 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     policy, tokenizer = load_policy(start, place.device)
     pool = pooled(config.problems, count=config.pool, seed=config.seed + 2, data_dir=config.data)
     run_dir.record_rows(f"the problems of {', '.join(config.problems)}", pool)
-    watch = RolloutGuard(run_dir, config.max_error_share, 0, config.max_tokens)
+    watch = Watch(run_dir, config.max_error_share)
     engine, scorer = open_rollouts(policy, tokenizer, config.rollout, start), Scorer({"accuracy": 1.0})
     newest = run_dir.latest()
     done, kept = (newest[0], newest[1] / "kept.jsonl") if newest else (0, None)

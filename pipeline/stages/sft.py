@@ -18,7 +18,7 @@ from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import SftSettings
-from pipeline.train.guard import Guard, guarded, slowed
+from pipeline.run.guard import Guard, guarded, slowed
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised
@@ -106,11 +106,11 @@ def epoch_batches(encoded: list[Encoded], config: SftSettings, micro_tokens: int
 
 def run(config: SftSettings, run_dir: RunDir) -> None:
     """Train; leave `model/` and its corpus."""
-    policy, tokenizer = guarded(run_dir, config.guard, lambda: train(config, run_dir))
+    policy, tokenizer = guarded(run_dir, config.guard, lambda: tuned(config, run_dir))
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
 
 
-def train(config: SftSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
+def tuned(config: SftSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
     """The trained policy and its tokenizer, from the newest checkpoint on; raises `Diverged`."""
     place = Place.open(config)
     start = run_dir.model_input(config.init_from)

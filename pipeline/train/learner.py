@@ -15,7 +15,7 @@ from model.policy import Policy
 from pipeline.errors import UserError
 from pipeline.settings.common import GuardSettings, OptimSettings
 from pipeline.train import heap
-from pipeline.train.guard import Guard
+from pipeline.run.guard import Guard
 from pipeline.train.logprobs import token_logprobs
 from pipeline.train.losses import Loss, Tokens, k3
 from pipeline.train.pack import Batch, Micro

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_learner import learner, sequences, supervised
 
 from pipeline.errors import Stopped
 from pipeline.run import directory
@@ -15,8 +16,9 @@ from pipeline.settings.common import GuardSettings, OptimSettings
 from pipeline.settings.supervised import PretrainSettings
 from pipeline.stages import pretrain
 from pipeline.table import STAGES
-from pipeline.train.guard import LEAST, Diverged, Guard, RolloutGuard
+from pipeline.run.guard import LEAST, Diverged, Guard
 from pipeline.train.learner import Learner
+from pipeline.train.rollouts import Watch
 from rollout.types import Graded, Problem, Prompt, Rollout
 
 STAGE = next(stage for stage in STAGES if stage.name == "pretrain")
@@ -28,8 +30,10 @@ class Killed(BaseException):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, tokenizer, monkeypatch):
     """`run(name, **settings)`: pretraining of nine updates with a checkpoint after each third; its directory."""
+
+    monkeypatch.setattr(pretrain, "train_tokenizer", lambda texts, size: tokenizer)
 
     def go(name="a", **settings):
         config = PretrainSettings(
@@ -105,11 +109,8 @@ def test_one_bad_update_is_skipped_and_said_and_nothing_moves(run, inject, capsy
     assert all(tensor.isfinite().all() for tensor in bits(path).values()) and not history(path)
 
 
-@pytest.mark.parametrize("gamma", [0.01])
-def test_a_skipped_update_moves_neither_weights_nor_the_bias_of_the_router(gamma):
-    from tests.pipeline.train.test_learner import learner, sequences, supervised  # noqa: PLC0415
-
-    it = learner(gamma=gamma)
+def test_a_skipped_update_moves_neither_weights_nor_the_bias_of_the_router():
+    it = learner(gamma=0.01)
     it.supervised_update(supervised(40, sequences()))
     before = {name: tensor.clone() for name, tensor in it.policy.state_dict().items()}
     bad = supervised(40, sequences(seed=1))
@@ -154,56 +155,41 @@ def test_divergence_goes_back_to_a_checkpoint_with_a_lower_rate(run, inject, cap
     assert [row["step"] for row in rows(path)] == list(range(1, 10))
 
 
-@pytest.mark.parametrize("at", [1, 4, 7, 8, "rollback", "note", "after", 9])
-def test_a_run_that_is_killed_anywhere_ends_with_the_same_bits(run, inject, monkeypatch, at):
+@pytest.mark.parametrize("at", [1, 4, 7, 8, 9, "go_back", "note", "truncate_after"])
+def test_a_run_that_is_killed_anywhere_ends_with_the_same_bits(run, inject, at):
+    """After a step, 9 is after the rollback; or within the rollback."""
     inject(unstable)
     through = run("through", guard=GUARD)
+    name = "log" if isinstance(at, int) else at
+    where = directory.RunDir if name == "log" else directory
+    real = getattr(where, name)
 
-    def kill_at(step, real=directory.RunDir.log):
-        def log(self, now, total, metrics):
-            real(self, now, total, metrics)
-            if now == step and (at != 9 or self.lr_scale < 1):
-                raise Killed
+    def killed(*args):
+        if name != "log":
+            raise Killed
+        real(*args)
+        if args[1] == at:
+            raise Killed
 
-        monkeypatch.setattr(directory.RunDir, "log", log)
-
-    if isinstance(at, int):
-        kill_at(at)
-    else:
-        name = {"rollback": "go_back", "note": "note", "after": "truncate_after"}[at]
-        real = getattr(directory, name)
-
-        def killed(*args):
-            if (
-                at == "rollback"
-                or args[0].name == "pretrain"
-                or history(through.parent.parent / "cut/pretrain")
-            ):
-                raise Killed
-            return real(*args)
-
-        monkeypatch.setattr(directory, name, killed)
-    with pytest.raises(Killed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(where, name, killed)
         run("cut", guard=GUARD)
-    monkeypatch.undo()
-    inject(unstable)
     cut = run("cut", guard=GUARD)
     assert same(bits(cut), bits(through)) and rows(cut) == rows(through) and history(cut) == history(through)
 
 
 @pytest.mark.parametrize("at", [7, 8])
-def test_neither_does_a_ctrl_c_within_a_row_of_bad_updates(run, inject, monkeypatch, at):
+def test_a_ctrl_c_among_bad_updates_changes_no_bits_either(run, inject, at):
     inject(unstable)
     through = run("through", guard=GUARD)
 
     def log(self, step, total, metrics, real=directory.RunDir.log):
         real(self, step, total, metrics)
-        self.interrupted = self.interrupted or (step == at and not history(self.path))
+        self.interrupted = self.interrupted or step == at
 
-    monkeypatch.setattr(directory.RunDir, "log", log)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(directory.RunDir, "log", log)
         run("cut", guard=GUARD)
-    monkeypatch.setattr(directory.RunDir, "log", lambda self, *args: self.metrics.log(*args))
     cut = run("cut", guard=GUARD)
     assert same(bits(cut), bits(through)) and history(cut) == history(through)
 
@@ -213,9 +199,7 @@ def test_a_run_that_diverges_again_and_again_is_stopped_and_a_lower_rate_goes_on
         return float("nan") if update >= 8 and lr > 0.1 * LR else 1.0
 
     inject(worse)
-    with pytest.raises(
-        Stopped, match=r"after 2 rollbacks\. .*checkpoint-\d is kept; lower optim\.lr"
-    ) as stop:
+    with pytest.raises(Stopped, match=r"after 2 rollbacks\. .*checkpoint-\d is kept; lower the rate") as stop:
         run(guard=GUARD)
     assert "make pretrain --resume --optim.lr VALUE" in str(stop.value) and "\n" not in str(stop.value)
     with pytest.raises(Stopped, match="after 2 rollbacks"):
@@ -227,7 +211,7 @@ def test_a_run_that_diverges_again_and_again_is_stopped_and_a_lower_rate_goes_on
 
 def test_a_run_without_one_good_update_is_stopped_at_once(run, inject):
     inject(lambda update, lr: float("nan"))
-    with pytest.raises(Stopped, match="before any update was applied") as stop:
+    with pytest.raises(Stopped, match="before any was applied") as stop:
         run(guard=GUARD)
     assert "no checkpoint yet" in str(stop.value)
     with pytest.raises(Stopped, match="no update was applied, so the model is the one it began with"):
@@ -252,7 +236,7 @@ class Kept:
 
 
 def test_what_a_step_cannot_learn_from_is_said_and_stops_the_run(capsys):
-    watch = RolloutGuard(Kept(), max_error_share=0.5, max_idle_steps=3, max_tokens=7)
+    watch = Watch(Kept(), max_error_share=0.5, max_idle_steps=3)
 
     def look(*rollouts, spread=1.0):
         watch.look(1, rollouts, spread)
@@ -263,7 +247,7 @@ def test_what_a_step_cannot_learn_from_is_said_and_stops_the_run(capsys):
     assert "the verifier failed on 1 of 2 rollouts; the first: the solver is gone" in look(
         graded(), graded("error")
     )
-    assert "all 2 rollouts were cut at max_tokens=7: raise --max-tokens" in look(
+    assert "all 2 rollouts were cut at 1 tokens: raise --max-tokens" in look(
         graded(finish="length"), graded(finish="length")
     )
     assert "no group of this step has spread in its rewards" in look(graded(), graded(), spread=0.0)
