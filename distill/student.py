@@ -192,7 +192,7 @@ def taught(
     run_dir: RunDir,
     device: torch.device,
 ) -> Any:
-    """The model of a job, from its newest checkpoint on; `first` of the stage's `total` updates come before it.
+    """The model of a job, from its newest checkpoint on, after `first` of the stage's `total` updates.
 
     Raises:
         Diverged, Stopped: see `Guard`.
@@ -234,7 +234,8 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
         if folder.is_dir():
             say(f"distill: {job.label} is already trained")
         else:
-            attempt = partial(taught, job, first, total, tokenizer, init, lora, config, run_dir, place.device)
+            where = run_dir, place.device
+            attempt = partial(taught, job, first, total, tokenizer, init, lora, config, *where)
             model = guarded(run_dir, config.guard, attempt)
             save = partial(save_student, model, tokenizer, job, config)
             run_dir.save_model(save, f"{job.label}/model")

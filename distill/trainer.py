@@ -74,23 +74,23 @@ class Watch(TrainerCallback):
         self.tokens = [0, *itertools.accumulate(sum(map(job.size, update)) for update in updates)]
         self.logged, self.started = 0, time.monotonic()
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, *, lr_scheduler: Any, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Start the clock; loading a checkpoint is not part of the first step. It restores the learning rate
         that it was saved with, and the job's may be another now."""
         self.logged, self.started = state.global_step, time.monotonic()
-        groups, rate = lr_scheduler.optimizer.param_groups, self.job.optim.lr
-        lr_scheduler.base_lrs = [rate] * len(groups)
-        lr_scheduler._last_lr = [rate * lr_scheduler.lr_lambdas[0](lr_scheduler.last_epoch)] * len(groups)
-        for group, now in zip(groups, lr_scheduler._last_lr, strict=True):
+        plan, rate = more["lr_scheduler"], self.job.optim.lr
+        groups = plan.optimizer.param_groups
+        plan.base_lrs = [rate] * len(groups)
+        plan._last_lr = [rate * plan.lr_lambdas[0](plan.last_epoch)] * len(groups)
+        for group, now in zip(groups, plan._last_lr, strict=True):
             group["lr"] = now
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, *, model: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Clip. An update that the guard does not accept loses its gradients: the optimizer then skips it."""
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.job.optim.clip or math.inf)
+        clip = self.job.optim.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(more["model"].parameters(), clip)
         if not self.guard.accepts(float(norm)):
-            model.zero_grad(set_to_none=True)
+            more["model"].zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After a Ctrl-C: save and stop."""

@@ -238,7 +238,7 @@ class StoredTensors:
 
 
 def not_finite(path: Path) -> str:
-    """The name of a tensor in the safetensors files of directory `path` that has a NaN or an infinity, or ""."""
+    """The name of a tensor in the safetensors files of `path` that has a NaN or an infinity, or ""."""
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict

@@ -210,24 +210,32 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
     logging.set_verbosity_error()  # a report of what is refused below
     try:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        net, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        found: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        net, info = cast("tuple[PreTrainedModel, dict[str, set[Any]]]", found)
     except (SafetensorError, ValueError) as error:
         raise ValueError(str(error).partition("\n")[0]) from error  # a list of all models comes after it
     finally:
         logging.set_verbosity(verbosity)
-    shapes = {f"{name} {tuple(found)}, not {tuple(due)}" for name, found, due in info["mismatched_keys"]}
+    first = getattr(net.config, "num_hidden_layers", 0)
+    mtp = tuple(
+        f"model.layers.{first + k}." for k in range(getattr(net.config, "num_nextn_predict_layers", 0))
+    )
+    unexpected = {
+        name for name in info["unexpected_keys"] if not name.startswith(mtp)
+    }  # transformers has no MTP
+    shapes = {f"{name} {tuple(has)}, not {tuple(due)}" for name, has, due in info["mismatched_keys"]}
     for names, what in (
         (shapes, "has the tensor"),
         (info["missing_keys"], "lacks the tensor"),
-        (info["unexpected_keys"], "has a tensor that is not the model's,"),
+        (unexpected, "has a tensor that is not the model's,"),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"it {what} {min(names)}{more}, so its weights are not those of its config.json")
     whole = getattr(net.config, "quantization_config", None) is None
-    if whole and (found := quantized_tensor(Path(path))):
-        raise ValueError(f"its tensor {found} is quantized, and its config.json has no quantization_config")
-    return cast("PreTrainedModel", net)
+    if whole and (name := quantized_tensor(Path(path))):
+        raise ValueError(f"its tensor {name} is quantized, and its config.json has no quantization_config")
+    return net
 
 
 def _near(what: str, ours: Tensor, theirs: Tensor) -> None:

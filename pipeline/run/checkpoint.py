@@ -1,8 +1,9 @@
 """Checkpoints of a stage: `checkpoint-N/` with a manifest of hashes, and `latest`, which names the newest.
 
-A checkpoint counts from the moment that `latest` names it; a kill before that leaves the earlier one. One that
-a rollback may go to has a number in its manifest: the updates `applied` until then. One that was saved because
-of a Ctrl-C, or after an update that was skipped, has none: rollbacks must not depend on when a run was stopped.
+A checkpoint counts from the moment that `latest` names it; a kill before that leaves the earlier one.
+
+One that a rollback may go to has in its manifest the number of updates `applied` until then. One of a Ctrl-C
+has none, since rollbacks must not depend on when a run was stopped, nor one after a skipped update.
 """
 
 import json
@@ -68,9 +69,8 @@ def applied_at(folder: Path, step: int) -> int | None:
 
 
 def go_back(folder: Path, applied: int, floor: int) -> int:
-    """Make `latest` the newest checkpoint from which weights moved on, of fewer than `applied` updates; its step.
-
-    The one at step `floor`, or the run's start, is good in any case.
+    """Make `latest` the newest checkpoint from which weights moved on, with fewer than `applied` updates, or
+    that of step `floor`; its step, 0 for the start of the run.
     """
     past = [(n, applied_at(folder, n)) for n in steps_in(folder)]
     now = newest_checkpoint(folder)

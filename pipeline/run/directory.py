@@ -5,8 +5,8 @@
     checkpoint-N/    state; manifest written last  latest           name of the newest checkpoint
     model/           the finished model            done.json        written last: the stage is complete
 
-A directory with a checkpoint or a result is never overwritten; a run that ended before its first checkpoint is
-started again. `--resume` goes on from `latest`, to the same bits.
+A directory with a checkpoint or a model is never overwritten; a run that ended before its first checkpoint
+is started again. `--resume` goes on from `latest`, to the same bits.
 """
 
 import errno
@@ -86,7 +86,7 @@ class RunDir:
         return digest
 
     def record_rows(self, name: str, rows: Iterable[object]) -> None:
-        """Note the sha256 of rows (dataclasses of plain values), such as those of a data set, as input `name`."""
+        """Note the sha256 of a data set's rows, dataclasses of plain values, as input `name`."""
         digest = hashlib.sha256()
         for row in rows:
             digest.update(f"{row!r}\n".encode(errors="backslashreplace"))
@@ -127,8 +127,7 @@ class RunDir:
             file.writelines(json_line({"step": step, **r}) for r in records)
 
     def checkpoint(self, step: int, write: Callable[[Path], None], applied: int | None = None) -> None:
-        """Let `write` fill `checkpoint-STEP/`; it counts from the moment that `latest` names it. A rollback may
-        go to it where the number of updates `applied` until then is known."""
+        """Let `write` fill `checkpoint-STEP/`; see `pipeline.run.checkpoint`."""
         save_checkpoint(self.path, step, write, applied)
 
     def latest(self) -> tuple[int, Path] | None:
@@ -136,8 +135,8 @@ class RunDir:
         return newest_checkpoint(self.path)
 
     def roll_back(self, step: int, applied: int, floor: int, why: str, slower: float) -> int:
-        """Go back from step `step`, with a learning rate of `slower` times the one before: see `go_back`, which
-        sets `latest`. Logs are cut back and the history has it. The step to go on after."""
+        """Go back from step `step`, see `go_back`, with `slower` times the learning rate; the step to go on
+        after, which logs are cut back to."""
         to = go_back(self.path, applied, floor)
         scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
         note(self.path, {"step": step, "to": to, "why": why, "lr_scale": scale})

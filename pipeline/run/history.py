@@ -1,8 +1,8 @@
 """What happened to a run beyond its steps: settings changed at a resume, and rollbacks; in env.json.
 
-`history` is a list. A change is `{"step", "changed": {name: [before, now]}}`, a rollback `{"step", "to", "why",
-"lr_scale"}`: from step `to` on the learning rate is `lr_scale` times the schedule's. Both are written before
-the run goes on, so a run that is killed and resumed repeats the same steps.
+`history` is a list. A change is `{"step", "changed": {name: [before, now]}}`, a rollback `{"step", "to",
+"why", "lr_scale"}`: after step `to` the learning rate is `lr_scale` times the schedule's. Both are written
+before the run goes on, so a run that is killed and resumed repeats the same steps.
 """
 
 import json
@@ -20,9 +20,9 @@ MAY_CHANGE = {
     *("steps", "checkpoint_every", "save_every", "eval_every", "log_every", "log_samples", "micro_tokens"),
     *("optim.lr", "optim.clip", "base.optim.lr", "base.optim.clip", "max_mismatch_kl"),
 }
-"""Settings that a resume may change, beside the group `guard`. Those of logs, checkpoints and checks keep the
-bits; `steps` does with a constant schedule, `micro_tokens` to rounding; the others are changed to have another
-run from there on. All else decides what the steps before the checkpoint did."""
+"""Settings that a resume may change, beside the group `guard`. Those of logs, checkpoints and checks keep
+the bits, `steps` does with a constant schedule, `micro_tokens` to rounding; the others are for another run
+from there on. All else decided what the steps before the checkpoint did."""
 
 
 def resolved(config: StageSettings) -> dict[str, Any]:

@@ -127,8 +127,8 @@ class MetricsLog:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keep the rows of `path` up to and including `step`, atomically."""
-    write_jsonl(path, [row for row in read_log(path) if row["step"] <= step])
+    """Keep the rows of `path` up to and including `step`, atomically; one without a step is damaged."""
+    write_jsonl(path, [row for row in read_log(path) if row.get("step", step + 1) <= step])
 
 
 def say(text: str) -> None:

@@ -22,8 +22,6 @@ class StageSettings(Settings):
     """Seed of every random number; same config and seed give the same bits on a CPU."""
     resume: bool = False
     """Go on from the newest checkpoint of this run directory (or start it, when there is none)."""
-    threads: Natural = 0
-    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +30,8 @@ class ComputeSettings(StageSettings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy, reference and optimizer lie: auto = the GPU where torch finds one, else the CPU."""
+    threads: Natural = 0
+    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)

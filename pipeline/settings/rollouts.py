@@ -1,5 +1,6 @@
 """Settings of the stages that generate: RL (`zero`, `grpo`, `grpo2`) and rejection sampling (`reject`)."""
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,9 +12,25 @@ from pipeline.settings.common import (
     TemplateSettings,
     TrainSettings,
 )
+from rewards.registry import own_function
 from rewards.reward import check_weights
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 from rollout.settings import RolloutSettings
+
+LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
+"""Names of the functions of `pipeline.train.losses`."""
+
+
+def check_loss(name: str) -> None:
+    """Raise ValueError for a loss that does not exist, with the nearest; a user's module is imported for it."""
+    if ":" in name:
+        own_function(name)
+    elif name not in LOSS_NAMES:
+        near = difflib.get_close_matches(name, LOSS_NAMES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f'unknown loss {name!r}; {hint}There are: {", ".join(LOSS_NAMES)}, or "module:function".'
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +99,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     max_mismatch_kl: Positive = 0.1
     """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
     max_idle_steps: Natural = 10
-    """Stop when in this many steps in a row no group's rewards differ, so that nothing is learned; 0 = never."""
+    """Stop when no group's rewards differ in this many steps in a row, which teach nothing; 0 = never."""
     eval_every: Natural = 10
     """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
     eval_problems: Count = 64
@@ -108,6 +125,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
                 f"the nearest that does is {nearest}."
             )
         check_weights(self.rewards)
+        check_loss(self.loss)
         buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")

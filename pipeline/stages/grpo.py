@@ -50,7 +50,7 @@ def run(config: GrpoSettings, run_dir: RunDir) -> None:
 
 
 def reinforced(config: GrpoSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
-    """The trained policy and its tokenizer, from the newest checkpoint on; raises `Diverged` and `Stopped`."""
+    """The trained policy and its tokenizer, from the newest checkpoint on; raises `Diverged`, `Stopped`."""
     trainer = Trainer(config, run_dir)
     guard = trainer.learner.guard
     try:

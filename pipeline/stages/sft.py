@@ -17,8 +17,8 @@ from pipeline.data.jsonl import read_log
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.settings.supervised import SftSettings
 from pipeline.run.guard import Guard, guarded, slowed
+from pipeline.settings.supervised import SftSettings
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised

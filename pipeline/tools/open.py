@@ -1,6 +1,5 @@
 """What the commands that sample from a checkpoint share: how it is opened, and errors that name it."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import UserError
+from pipeline.run.files import read_json
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
@@ -58,7 +58,6 @@ def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokeni
 
 def trained_template(model: Path) -> str | None:
     """The prompt template that a model was trained with, where its pipeline.json has it."""
-    about = model / "pipeline.json"
-    known = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    known = read_json(model / "pipeline.json")
     template: str | None = known.get("template") or known.get("r1_template")
     return template

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from model.policy import Policy
 from pipeline.errors import UserError
+from pipeline.run.guard import Guard
 from pipeline.settings.common import GuardSettings, OptimSettings
 from pipeline.train import heap
-from pipeline.run.guard import Guard
 from pipeline.train.logprobs import token_logprobs
 from pipeline.train.losses import Loss, Tokens, k3
 from pipeline.train.pack import Batch, Micro
@@ -164,8 +164,8 @@ class Learner:
     # ---- the update
 
     def _step(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Clip, step, `Policy.after_update`. An update that the guard does not accept changes nothing, and its
-        metrics that are not finite are left out.
+        """Clip, step, `Policy.after_update`. An update that the guard does not accept changes nothing; of its
+        metrics the finite ones are returned.
 
         Raises:
             Diverged: the guard has skipped too many.

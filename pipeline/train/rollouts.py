@@ -79,7 +79,7 @@ class Watch:
         self.failed = self.idle = 0  # steps in a row
 
     def look(self, step: int, graded: Sequence[Graded], spread: float = 1.0) -> None:
-        """Say what is wrong with the rollouts of a step; `spread` is the share of groups whose rewards differ."""
+        """Say what is wrong with a step's rollouts; `spread` is the share of groups whose rewards differ."""
         errors, n = [g for g in graded if g.verdict == "error"], len(graded)
         self.failed = self.failed + 1 if error_share(graded) > self.max_error_share else 0
         self.idle = 0 if spread else self.idle + 1
@@ -90,7 +90,8 @@ class Watch:
             most = max(len(g.rollout.token_ids) for g in graded)
             say(f"step {step}: all {n} rollouts were cut at {most} tokens: raise --max-tokens")
         if not spread and len(errors) < n:
-            why = f"no group of this step has spread in its rewards (mean {rollout_metrics(graded)['reward/mean']:.3g})"
+            mean_reward = rollout_metrics(graded)["reward/mean"]
+            why = f"no group of this step has spread in its rewards (mean {mean_reward:.3g})"
             say(f"step {step}: {why}, so it teaches nothing: take other problems or a larger group_size")
 
     def check(self) -> None:

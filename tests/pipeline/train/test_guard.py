@@ -12,11 +12,11 @@ from test_learner import learner, sequences, supervised
 from pipeline.errors import Stopped
 from pipeline.run import directory
 from pipeline.run.directory import open_run
+from pipeline.run.guard import LEAST, Diverged, Guard
 from pipeline.settings.common import GuardSettings, OptimSettings
 from pipeline.settings.supervised import PretrainSettings
 from pipeline.stages import pretrain
 from pipeline.table import STAGES
-from pipeline.run.guard import LEAST, Diverged, Guard
 from pipeline.train.learner import Learner
 from pipeline.train.rollouts import Watch
 from rollout.types import Graded, Problem, Prompt, Rollout
@@ -31,7 +31,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
-    """`run(name, **settings)`: pretraining of nine updates with a checkpoint after each third; its directory."""
+    """`run(name, **settings)`: pretraining of nine updates, a checkpoint after each third; its directory."""
 
     monkeypatch.setattr(pretrain, "train_tokenizer", lambda texts, size: tokenizer)
 
@@ -39,9 +39,10 @@ def run(tmp_path, tokenizer, monkeypatch):
         config = PretrainSettings(
             **{
                 "runs": tmp_path, "name": name, "task": "sum", "pool": 50, "steps": 9, "batch_tokens": 128,
-                "max_length": 64, "vocab_size": 280, "hidden_size": 32, "num_hidden_layers": 2, "mtp_coef": 0.0,
-                "num_attention_heads": 2, "moe_intermediate_size": 16, "log_every": 1, "checkpoint_every": 3,
-                "threads": 1, "resume": (tmp_path / name / "pretrain/config.toml").exists(),
+                "max_length": 64, "vocab_size": 280, "hidden_size": 32, "num_hidden_layers": 2,
+                "mtp_coef": 0.0, "num_attention_heads": 2, "moe_intermediate_size": 16, "log_every": 1,
+                "checkpoint_every": 3, "threads": 1,
+                "resume": (tmp_path / name / "pretrain/config.toml").exists(),
                 "optim": OptimSettings(lr=LR), **settings,
             }
         )  # fmt: skip
@@ -54,7 +55,7 @@ def run(tmp_path, tokenizer, monkeypatch):
 
 @pytest.fixture
 def inject(monkeypatch):
-    """`inject(f)`: the loss weights of an update are times f(update from 1, learning rate of the settings)."""
+    """`inject(f)`: the loss weights of an update are times f(update from 1, learning rate)."""
     real = Learner.supervised_update
 
     def install(factor):
@@ -125,8 +126,8 @@ def test_a_skipped_update_moves_neither_weights_nor_the_bias_of_the_router():
 
 def test_a_spike_is_beyond_the_clip_and_all_that_was_before():
     norms = [0.1] * LEAST
-    for clip, factor, norm, accepted in ((1, 10, 0.9, True), (1, 10, 1.1, False), (0, 10, 0.9, True),
-                                         (0, 10, 1.1, False), (1, 0, 99.0, True), (2, 10, 1.1, True)):  # fmt: skip
+    cases = {(1, 10, 0.9): True, (1, 10, 1.1): False, (0, 10, 0.9): True, (0, 10, 1.1): False}
+    for (clip, factor, norm), accepted in {**cases, (1, 0, 99.0): True, (2, 10, 1.1): True}.items():
         guard = Guard(GuardSettings(max_spike=factor), clip)
         assert all(guard.accepts(n, finite=True) for n in norms)
         assert guard.accepts(norm, finite=True) is accepted

@@ -10,8 +10,8 @@ from model.dense import DensePolicy
 from model.scale import fp8
 from model.transformer import Transformer
 from pipeline.errors import UserError
-from pipeline.settings.common import OptimSettings
 from pipeline.run.guard import Diverged
+from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import Learner
 from pipeline.train.logprobs import token_logprobs
 from pipeline.train.precision import HalfMomentAdamW, memory_order
