@@ -13,23 +13,26 @@ Paper   arXiv:2501.12948  Sec. 2.4 (distillation: SFT only), supplementary (2 to
 
 import math
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from distill.batches import Example, plan
 from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
 from distill.trainer import Job, Watch, train
+from model.dense import read_network
 from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.pool import encoded
 from pipeline.data.problems import data_folder
 from pipeline.data.traces import corpus
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.run.files import replacing
+from pipeline.run.guard import Guard, guarded, slowed
 from pipeline.run.metrics import say
 from pipeline.run.usage import Usage
 from pipeline.settings.distill import DistillSettings
@@ -122,7 +125,7 @@ def first_weights(config: DistillSettings, tokenizer: Any, init: Path | None) ->
     torch.manual_seed(config.seed)
     if init is not None:
         with loading(init):
-            return AutoModelForCausalLM.from_pretrained(init, dtype=torch.float32)
+            return read_network(init, dtype=torch.float32)
     shape = config.shape
     llama = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -175,6 +178,40 @@ def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
 # ---- the stage
 
 
+def taught(
+    job: Job,
+    first: int,
+    total: int,
+    tokenizer: Any,
+    init: Path | None,
+    lora: Any,
+    config: DistillSettings,
+    run_dir: RunDir,
+    device: torch.device,
+) -> Any:
+    """The model of a job, from its newest checkpoint on, after `first` of the stage's `total` updates.
+
+    Raises:
+        Diverged, Stopped: see `Guard`.
+    """
+    job = replace(job, optim=slowed(job.optim, run_dir, first))
+    guard = Guard(config.guard, job.optim.clip, first)
+    model = first_weights(config, tokenizer, init)
+    size = f"{model.num_parameters() / 1e6:.2f}M parameters"
+    say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
+    watch = Watch(job, run_dir, first, total, Usage(model.config, device), guard)
+    model = train(model, tokenizer, job, run_dir, config, watch, lora, device)
+    guard.check_trained(f"distill: {job.label}")
+    return model
+
+
+def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, path: Path) -> None:
+    """Weights, tokenizer, template and card of a job's model."""
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(path)
+    describe(path, tokenizer, job.template, model_card(config, job, model.num_parameters()))
+
+
 def run(config: DistillSettings, run_dir: RunDir) -> None:
     """Train the student, then, if asked for, its control."""
     place = Place.open(config)
@@ -193,16 +230,11 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
         if folder.is_dir():
             say(f"distill: {job.label} is already trained")
         else:
-            model = first_weights(config, tokenizer, init)
-            parameters = model.num_parameters()
-            size = f"{parameters / 1e6:.2f}M parameters"
-            say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
-            watch = Watch(job, run_dir, first, total, Usage(model.config, place.device))
-            model = train(model, tokenizer, job, run_dir, config, watch, lora, place.device)
-            model.generation_config.eos_token_id = tokenizer.eos_token_id
-            with replacing(folder) as partial:
-                model.save_pretrained(partial)
-                describe(partial, tokenizer, job.template, model_card(config, job, parameters))
+            where = run_dir, place.device
+            attempt = partial(taught, job, first, total, tokenizer, init, lora, config, *where)
+            model = guarded(run_dir, config.guard, attempt)
+            save = partial(save_student, model, tokenizer, job, config)
+            run_dir.save_model(save, f"{job.label}/model")
             run_dir.stop_if_interrupted()
         if job.label == "base":
             init = folder

@@ -9,6 +9,7 @@ its hash, so that metrics, pointer and weights are always of the same step.
 
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from distill.batches import IGNORE, Example, collate
 from pipeline.errors import UserError
 from pipeline.run.checkpoint import way_out
 from pipeline.run.directory import RunDir
-from pipeline.run.files import read_json, sha256, write_atomic
+from pipeline.run.files import read_json, remove, sha256, write_atomic
+from pipeline.run.guard import Guard
 from pipeline.run.usage import Usage
 from pipeline.settings.common import AdamWSettings
 from pipeline.settings.distill import DistillSettings
@@ -62,18 +64,33 @@ class Job:
 class Watch(TrainerCallback):
     """Trainer's events to the run directory, and a Ctrl-C to Trainer."""
 
-    def __init__(self, job: Job, run_dir: RunDir, first: int, total: int, usage: Usage) -> None:
+    def __init__(self, job: Job, run_dir: RunDir, first: int, total: int, usage: Usage, guard: Guard) -> None:
         """`first` of the stage's `total` updates come before the job."""
         self.job, self.run_dir, self.first, self.total, self.usage = job, run_dir, first, total, usage
+        self.guard = guard
         size = job.accumulate
         updates = [job.batches[i : i + size] for i in range(0, len(job.batches), size)]
         self.rows = [0, *itertools.accumulate(sum(map(len, update)) for update in updates)]
         self.tokens = [0, *itertools.accumulate(sum(map(job.size, update)) for update in updates)]
         self.logged, self.started = 0, time.monotonic()
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Start the clock; loading a checkpoint is not part of the first step."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Start the clock; loading a checkpoint is not part of the first step. It restores the learning rate
+        that it was saved with, and the job's may be another now."""
         self.logged, self.started = state.global_step, time.monotonic()
+        plan, rate = more["lr_scheduler"], self.job.optim.lr
+        groups = plan.optimizer.param_groups
+        plan.base_lrs = [rate] * len(groups)
+        plan._last_lr = [rate * plan.lr_lambdas[0](plan.last_epoch)] * len(groups)
+        for group, now in zip(groups, plan._last_lr, strict=True):
+            group["lr"] = now
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Clip. An update that the guard does not accept loses its gradients: the optimizer then skips it."""
+        clip = self.job.optim.clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(more["model"].parameters(), clip)
+        if not self.guard.accepts(float(norm)):
+            more["model"].zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """After a Ctrl-C: save and stop."""
@@ -96,13 +113,22 @@ class Watch(TrainerCallback):
             "time/step_s": (now - self.started) / max(1, step - self.logged),
         }
         self.logged, self.started = step, now
-        self.run_dir.log(self.first + step, self.total, metrics)
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        self.run_dir.log(self.first + step, self.total, metrics | {"optim/skipped": self.guard.skipped})
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Point the run directory at the checkpoint that Trainer has just finished."""
         step, digest = state.global_step, sha256(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        text = json.dumps({"label": self.job.label, "step": step, "sha256": digest}) + "\n"
-        self.run_dir.checkpoint(self.first + step, lambda at: write_atomic(at / "pointer.json", text))
+        pointer = {"label": self.job.label, "step": step, "sha256": digest, "guard": self.guard.state_dict()}
+        text = json.dumps(pointer) + "\n"
+        due = step % args.save_steps == 0 or step == self.job.steps  # else a Ctrl-C's
+        good = self.guard.good if due else None
+        self.run_dir.checkpoint(self.first + step, lambda at: write_atomic(at / "pointer.json", text), good)
+        pointers = self.run_dir.path.glob("checkpoint-*/pointer.json")
+        kept = {f"checkpoint-{read_json(path)['step']}" for path in pointers}
+        for old in Path(args.output_dir).glob("checkpoint-*"):
+            if old.name not in kept:
+                remove(old)
         self.started = time.monotonic()
 
 
@@ -135,8 +161,9 @@ class StudentTrainer(SFTTrainer):
         """No card per checkpoint: the finished model gets ours."""
 
 
-def resume_point(job: Job, run_dir: RunDir) -> Path | None:
-    """The Trainer checkpoint of this job that the run directory points at, if it points at one.
+def resume_point(job: Job, run_dir: RunDir, guard: Guard) -> Path | None:
+    """The Trainer checkpoint of this job that the run directory points at, if it points at one; its guard's
+    state goes to `guard`.
 
     Raises:
         UserError: it is gone or damaged.
@@ -148,6 +175,7 @@ def resume_point(job: Job, run_dir: RunDir) -> Path | None:
     folder = run_dir.path / job.label / f"checkpoint-{pointer['step']}"
     if not folder.is_dir() or sha256(folder) != pointer["sha256"]:
         raise UserError(f"{folder} is missing or corrupted; {way_out(run_dir.path, newest[1])}")
+    guard.load_state_dict(pointer["guard"])
     return folder
 
 
@@ -166,11 +194,11 @@ def arguments(job: Job, config: DistillSettings, output: Path, device: torch.dev
         lr_scheduler_type="cosine_with_min_lr" if cosine else "constant_with_warmup",
         lr_scheduler_kwargs={"min_lr_rate": optim.min_lr_ratio} if cosine else {},
         optim="adamw_torch_fused", adam_beta1=optim.beta1, adam_beta2=optim.beta2,
-        weight_decay=optim.weight_decay, max_grad_norm=optim.clip,
+        weight_decay=optim.weight_decay, max_grad_norm=0,  # `Watch` clips
         bf16=config.dtype == "bfloat16", gradient_checkpointing=config.recompute,
         gradient_checkpointing_kwargs={"use_reentrant": False} if config.recompute else None,
         logging_steps=config.log_every, logging_nan_inf_filter=False,  # a loss that is not finite must show
-        save_steps=config.save_every or job.steps, save_total_limit=2,
+        save_steps=config.save_every or job.steps,
     )  # fmt: skip
     found._n_gpu = min(found.n_gpu, 1)  # Trainer would split each micro-batch over every GPU that it sees
     return found
@@ -207,7 +235,7 @@ def train(
         callbacks=[watch],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = resume_point(job, run_dir)
+    checkpoint = resume_point(job, run_dir, watch.guard)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < job.steps:
         run_dir.stop_if_interrupted()

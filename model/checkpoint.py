@@ -227,7 +227,36 @@ class StoredTensors:
         if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{file}: {name} is {tuple(tensor.shape)}, the config expects {shape}.")
         scale = f"{name}_scale_inv"
+        if (scale in self.files) != (tensor.dtype == torch.float8_e4m3fn) or not tensor.is_floating_point():
+            with_scale = "with" if scale in self.files else "without"
+            what = f"{str(tensor.dtype).removeprefix('torch.')} {with_scale} a scale {scale}"
+            raise CheckpointError(f"{file}: {name} is {what}; weights are bf16, fp16, fp32, or FP8 with it.")
         if scale not in self.files:
             return tensor
         blocks = tuple(-(-n // BLOCK) for n in shape)
         return dequantize(Quantized(tensor, self.read(scale, blocks).float(), BLOCK))
+
+
+def not_finite(path: Path) -> str:
+    """The name of a tensor in the safetensors files of `path` that has a NaN or an infinity, or ""."""
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                tensor = tensors.get_tensor(name)
+                if tensor.is_floating_point() and not tensor.float().isfinite().all():
+                    return str(name)
+    return ""
+
+
+def quantized_tensor(path: Path) -> str:
+    """A tensor in the safetensors files of directory `path` whose type is no weight's, and the type, or "".
+
+    A name and a shape do not tell that numbers are quantized: read as weights they would be noise.
+    """
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                kind = tensors.get_slice(name).get_dtype()
+                if kind.startswith(("F8", "I8")) or (kind == "U8" and name.endswith(".weight")):
+                    return f"{name} ({kind})"
+    return ""

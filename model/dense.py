@@ -14,15 +14,15 @@ Axes    b rows, s tokens, d width; in an attention h query heads, g key heads, q
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from model.checkpoint import quantized_tensor
 from model.kernels.attend import attend
 from model.kernels.packed import Packed
 from model.policy import Head, Policy
@@ -67,10 +67,7 @@ class DensePolicy(Policy):
         Raises:
             OSError, ValueError: no model there that transformers can read.
         """
-        try:
-            return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(str(error).partition("\n")[0]) from error  # a list of all models comes after it
+        return cls(read_network(path, dtype=dtype, device_map={"": device}))
 
     @property
     def _whole(self) -> PreTrainedModel:
@@ -197,6 +194,50 @@ class DensePolicy(Policy):
     def save(self, path: str | Path) -> None:
         """See `Policy.save`."""
         self.network.save_pretrained(path)
+
+
+def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
+    """The model in directory `path`, as transformers reads it with `options`, all of its weights from there.
+
+    Raises:
+        OSError, ValueError: no model there that transformers can read, or tensors that are not the network's:
+            transformers would leave random weights in their stead.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a report of what is refused below
+    try:
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        found: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        net, info = cast("tuple[PreTrainedModel, dict[str, set[Any]]]", found)
+    except OSError:
+        raise
+    except (
+        Exception
+    ) as error:  # checks of a config, readers of tensors, constructors of layers raise anything
+        why = str(error).partition("\n")[0]  # a list of all models comes after it
+        raise ValueError(f"transformers cannot read it: {why or type(error).__name__}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    first = getattr(net.config, "num_hidden_layers", 0)
+    mtp = tuple(
+        f"model.layers.{first + k}." for k in range(getattr(net.config, "num_nextn_predict_layers", 0))
+    )
+    unexpected = {
+        name for name in info["unexpected_keys"] if not name.startswith(mtp)
+    }  # transformers has no MTP
+    shapes = {f"{name} {tuple(has)}, not {tuple(due)}" for name, has, due in info["mismatched_keys"]}
+    for names, what in (
+        (shapes, "has the tensor"),
+        (info["missing_keys"], "lacks the tensor"),
+        (unexpected, "has a tensor that is not the model's,"),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"it {what} {min(names)}{more}, so its weights are not those of its config.json")
+    whole = getattr(net.config, "quantization_config", None) is None
+    if whole and (name := quantized_tensor(Path(path))):
+        raise ValueError(f"its tensor {name} is quantized, and its config.json has no quantization_config")
+    return net
 
 
 def _near(what: str, ours: Tensor, theirs: Tensor) -> None:

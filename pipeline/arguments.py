@@ -164,6 +164,12 @@ def parse(
     for name, value in leaves(read_toml(file), known) if file else ():
         if name not in known:
             raise unknown(str(file), flag_of(name), map(flag_of, known))
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if any(isinstance(part, bool) for part in parts) is not (
+            known[name] is bool
+        ):  # to pydantic true is 1
+            kind = "true or false" if known[name] is bool else "no switch"
+            raise UserError(f"{file}: {flag_of(name)} cannot be {value!r}: it is {kind}")
         values[name] = value
     for name, value in read_flags(settings, args, prog, positional):
         both = isinstance(value, dict) and isinstance(values.get(name), dict)

@@ -105,8 +105,23 @@ def array_of(data: bytes) -> list[Any] | None:
 
 
 def read_log(path: Path) -> list[JsonObject]:
-    """The rows of a log that a run appends to: no file is no rows, and a torn last line is left out."""
-    return [row for _, row in read_jsonl(path, torn=True)] if path.exists() else []
+    """The rows of a log that a run appends to: no file is no rows, and a torn last line is left out. Another
+    line that is damaged is left out too, and said."""
+    rows, damaged = list[JsonObject](), list[str]()
+    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
+        try:
+            row = json.loads(line.decode("utf-8")) if line.strip() else {}
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows += [row] if row else []
+        else:
+            damaged.append(str(number))
+    if damaged and damaged[-1] == str(number):  # no line feed follows: torn
+        del damaged[-1]
+    if damaged:
+        print(f"{path}: left out what is damaged: line {', '.join(damaged)}", flush=True)
+    return rows
 
 
 def json_line(row: Mapping[str, Any]) -> str:

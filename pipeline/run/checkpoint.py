@@ -1,12 +1,17 @@
 """Checkpoints of a stage: `checkpoint-N/` with a manifest of hashes, and `latest`, which names the newest.
 
 A checkpoint counts from the moment that `latest` names it; a kill before that leaves the earlier one.
+
+One that a rollback may go to has in its manifest the number of updates `applied` until then. One of a Ctrl-C
+has none, since rollbacks must not depend on when a run was stopped, nor one after a skipped update.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.run.files import replacing, sha256, write_atomic
@@ -14,7 +19,9 @@ from pipeline.run.files import replacing, sha256, write_atomic
 KEEP_CHECKPOINTS = 2
 
 
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> None:
+def save_checkpoint(
+    folder: Path, step: int, write: Callable[[Path], None], applied: int | None = None
+) -> None:
     """Let `write` fill `checkpoint-STEP/`, then name it in `latest` and remove all but the newest."""
     final, pointer = folder / f"checkpoint-{step}", folder / "latest"
     if pointer.exists() and pointer.read_text().strip() == final.name:
@@ -22,13 +29,57 @@ def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None]) -> N
     with replacing(final) as partial:
         partial.mkdir()
         write(partial)
-        manifest = {"step": step, "files": {p.name: sha256(p) for p in sorted(partial.iterdir())}}
+        files = {p.name: sha256(p) for p in sorted(partial.iterdir())}
+        manifest = {"step": step, "applied": applied, "files": files}
         write_atomic(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
     write_atomic(pointer, final.name + "\n")
-    steps = {int(p.name.rpartition("-")[2]) for p in folder.glob("checkpoint-*[0-9]")}
-    past = sorted(n for n in steps if n <= step)  # later ones are of an abandoned run
-    for old in steps - set(past[-KEEP_CHECKPOINTS:]):
+    past = [n for n in steps_in(folder) if n <= step]  # later ones are of an abandoned run
+    good = [n for n in past if applied_at(folder, n) is not None]
+    for old in set(steps_in(folder)) - {*good[-KEEP_CHECKPOINTS:], *past[-KEEP_CHECKPOINTS:]}:
         shutil.rmtree(folder / f"checkpoint-{old}")
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Steps of the checkpoints that lie in `folder`, ascending."""
+    found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*"))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    found = json.loads((checkpoint / "manifest.json").read_text())
+    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
+        raise ValueError("manifest.json has no files")
+    if not isinstance(found.get("step"), int):
+        raise ValueError("manifest.json has no step")
+    return found
+
+
+def applied_at(folder: Path, step: int) -> int | None:
+    """Updates applied until a checkpoint; None where a rollback may not go there, or it is damaged."""
+    try:
+        applied: int | None = manifest_of(folder / f"checkpoint-{step}").get("applied")
+    except (OSError, ValueError):
+        return None
+    return applied
+
+
+def go_back(folder: Path, applied: int, floor: int) -> int:
+    """Make `latest` the newest checkpoint from which weights moved on, with fewer than `applied` updates, or
+    that of step `floor`; its step, 0 for the start of the run.
+    """
+    past = [(n, applied_at(folder, n)) for n in steps_in(folder)]
+    now = newest_checkpoint(folder)
+    good = [n for n, at in past if now and n <= now[0] and at is not None and (at < applied or n <= floor)]
+    if good:
+        write_atomic(folder / "latest", f"checkpoint-{good[-1]}\n")
+        return good[-1]
+    (folder / "latest").unlink(missing_ok=True)
+    return 0
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
@@ -40,11 +91,11 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     pointer = folder / "latest"
     if not pointer.exists():
         return None
-    newest = folder / pointer.read_text().strip()
+    newest = folder / pointer.read_text(errors="replace").strip()
     try:
-        manifest = json.loads((newest / "manifest.json").read_text())
+        manifest = manifest_of(newest)
         bad = [n for n, digest in manifest["files"].items() if sha256(newest / n) != digest]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{newest} is not readable ({error}); {way_out(folder, newest)}") from error
     if bad:
         way = way_out(folder, newest)
@@ -54,7 +105,7 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
 
 def way_out(folder: Path, damaged: Path) -> str:
     """What to type when a checkpoint is damaged."""
-    others = sorted((p.name for p in folder.glob("checkpoint-*[0-9]") if p != damaged), key=len)
+    others = [name for n in steps_in(folder) if (name := f"checkpoint-{n}") != damaged.name]
     if others:
         return f"to go on from {others[-1]}: echo {others[-1]} > {folder / 'latest'}, then --resume again"
     return f"no older one is left: rm -r {folder} and run the stage again"

@@ -5,17 +5,18 @@
     checkpoint-N/    state; manifest written last  latest           name of the newest checkpoint
     model/           the finished model            done.json        written last: the stage is complete
 
-A directory in use is never overwritten. `--resume` goes on from `latest`, to the same bits.
+A directory with a checkpoint or a model is never overwritten; a run that ended before its first checkpoint
+is started again. `--resume` goes on from `latest`, to the same bits.
 """
 
 import errno
 import fcntl
+import hashlib
 import json
 import re
 import shutil
 import signal
-import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -23,14 +24,16 @@ from typing import Any
 
 import tomli_w
 
+from model.checkpoint import not_finite
 from pipeline.data.hub import hub_model, is_model_name
 from pipeline.data.jsonl import json_line
-from pipeline.errors import UserError
-from pipeline.run.checkpoint import newest_checkpoint, save_checkpoint
+from pipeline.errors import Stopped, UserError
+from pipeline.run.checkpoint import go_back, newest_checkpoint, save_checkpoint
 from pipeline.run.environment import environment, peak_rss_bytes
-from pipeline.run.files import read_json, replacing, sha256, write_atomic
+from pipeline.run.files import damaged, read_json, remove, replacing, sha256, write_atomic
+from pipeline.run.history import changes, note, record_changes, resolved, rollbacks
 from pipeline.run.metrics import MetricsLog, say, truncate_after
-from pipeline.settings.common import StageSettings, to_dict
+from pipeline.settings.common import StageSettings
 from pipeline.table import STAGES, Stage
 
 
@@ -51,8 +54,7 @@ class RunDir:
         name = str(value)
         if not is_model_name(name):
             return self.find_input(value, "model", "config.json")
-        inputs = read_json(self.path / "env.json")["inputs"]
-        path = hub_model(name, inputs.get(f"hub:{name}"))
+        path = hub_model(name, self.environment()["inputs"].get(f"hub:{name}"))
         self.note_input(f"hub:{name}", path.name)
         return path
 
@@ -83,11 +85,35 @@ class RunDir:
         self.note_input(str(path), digest)
         return digest
 
+    def record_rows(self, name: str, rows: Iterable[object]) -> None:
+        """Note the sha256 of a data set's rows, dataclasses of plain values, as input `name`."""
+        digest = hashlib.sha256()
+        for row in rows:
+            digest.update(f"{row!r}\n".encode(errors="backslashreplace"))
+        self.note_input(name, digest.hexdigest())
+
     def note_input(self, name: str, digest: str) -> None:
-        """Note an input and its hash in env.json."""
-        env = read_json(self.path / "env.json")
+        """Note an input and its hash in env.json.
+
+        Raises:
+            UserError: the run began with another.
+        """
+        env = self.environment()
+        before = env["inputs"].get(name, digest)
+        if before != digest and not self.stage.extends:
+            advice = "restore it, or take another --name"
+            raise UserError(
+                f"{name} changed since this run began ({before[:8]} is {digest[:8]} now); {advice}"
+            )
         env["inputs"][name] = digest
         write_atomic(self.path / "env.json", json.dumps(env, indent=2) + "\n")
+
+    def environment(self) -> dict[str, Any]:
+        """What env.json has; raises `UserError` where it is damaged."""
+        env = read_json(self.path / "env.json")
+        if not isinstance(env.get("inputs"), dict) or not isinstance(env.get("history", []), list):
+            raise damaged(self.path / "env.json", "no inputs")
+        return env
 
     # ---- outputs
 
@@ -100,20 +126,52 @@ class RunDir:
         with (self.path / "samples.jsonl").open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json_line({"step": step, **r}) for r in records)
 
-    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill `checkpoint-STEP/`; it counts from the moment that `latest` names it."""
-        save_checkpoint(self.path, step, write)
+    def checkpoint(self, step: int, write: Callable[[Path], None], applied: int | None = None) -> None:
+        """Let `write` fill `checkpoint-STEP/`; see `pipeline.run.checkpoint`."""
+        save_checkpoint(self.path, step, write, applied)
 
     def latest(self) -> tuple[int, Path] | None:
         """Step and folder of the newest checkpoint, checked against its manifest."""
         return newest_checkpoint(self.path)
 
-    def save_model(self, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill `model/`, the finished model; it appears complete or not at all."""
-        with replacing(self.path / "model") as partial:
-            partial.mkdir()
+    def roll_back(self, step: int, applied: int, floor: int, why: str, slower: float) -> int:
+        """Go back from step `step`, see `go_back`, with `slower` times the learning rate; the step to go on
+        after, which logs are cut back to."""
+        to = go_back(self.path, applied, floor)
+        scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
+        note(self.path, {"step": step, "to": to, "why": why, "lr_scale": scale})
+        before = self.metrics
+        before.file.close()
+        truncate_after(self.path / "samples.jsonl", to)
+        self.metrics = MetricsLog(self.path / "metrics.jsonl", self.stage.name, keep_to=to)
+        self.metrics.elapsed_before = before.elapsed_s
+        say(f"{self.stage.name}: {why}: back to step {to}, learning rate times {scale:g}")
+        return to
+
+    def rollbacks(self, floor: int = 0) -> list[dict[str, Any]]:
+        """See `history.rollbacks`: those to step `floor` or a later one."""
+        return [entry for entry in rollbacks(self.path) if entry["to"] >= floor]
+
+    def kept(self) -> str:
+        """What there is to go on from, for a guard that stops the run."""
+        newest = self.latest()
+        return f"{newest[1]} is kept" if newest else "There is no checkpoint yet: a resume begins at step 1"
+
+    def save_model(self, write: Callable[[Path], None], folder: str = "model") -> Path:
+        """Let `write` fill `folder`, a finished model; it appears complete or not at all.
+
+        Raises:
+            Stopped: a tensor has a value that is not finite.
+        """
+        with replacing(self.path / folder) as partial:
+            partial.mkdir(parents=True)
             write(partial)
-        return self.path / "model"
+            if name := not_finite(partial):
+                what = f"the finished {folder} has values that are not finite in {name}, so it is not saved"
+                raise Stopped(
+                    f"{what}; lower optim.lr and go on from the last checkpoint: {self.command} --resume"
+                )
+        return self.path / folder
 
     def stop_if_interrupted(self, save: Callable[[], None] | None = None) -> None:
         """After a Ctrl-C: save, then leave with exit code 130. Called between steps."""
@@ -132,29 +190,6 @@ class RunDir:
             say("\nCtrl-C: finishing this step, then saving (again to stop now)")
 
 
-def resolved(config: StageSettings) -> dict[str, Any]:
-    """The settings that decide the result: all but `resume` and `runs`."""
-    return {k: v for k, v in to_dict(config).items() if k not in ("resume", "runs")}
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as dotted keys, as on the command line."""
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
-
-
-def check_same_config(path: Path, config: StageSettings) -> None:
-    """Raise `UserError` when the directory was begun with other settings."""
-    before, now = flat(tomllib.loads((path / "config.toml").read_text())), flat(resolved(config))
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key):
-            advice = "resume it with the same settings, or take another --name"
-            values = f"{before.get(key)!r}, not {now.get(key)!r}"
-            raise UserError(f"{path} was begun with {key} = {values}; {advice}")
-
-
 @contextmanager
 def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunDir | None]:
     """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well.
@@ -168,22 +203,27 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
     run = RunDir(stage, config, command)
     used = (run.path / "config.toml").exists() and not stage.extends
     done = (run.path / "done.json").exists() and not stage.extends
-    if used and not config.resume:
+    if used and not config.resume and (done or has_work(run.path)):
         way = f"finished; to redo it: rm -r {run.path}" if done else f"in use; go on with: {command} --resume"
         raise UserError(f"{run.path} is {way}, or take another --name")
-    if used:
-        check_same_config(run.path, config)
-    if done:
+    changed = changes(run.path, config) if used and config.resume else {}
+    if done and not changed:
         say(f"{stage.name}: {run.path} is already finished")
         yield None
         return
+    if done:
+        raise UserError(
+            f"{run.path} is finished, with other settings ({', '.join(changed)}); take another --name"
+        )
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {run.path}: {error.strerror}; choose another --runs") from error
     try:
         with locked(run.path):
-            begin(run, resume=used)
+            if used and not config.resume:
+                start_again(run)
+            begin(run, used and config.resume, changed)
             before = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}
             try:
                 yield run
@@ -200,6 +240,18 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
             advice = f"free some space, then: {command} --resume"
             raise UserError(f"the disk is full ({run.path}); {advice}") from error
         raise
+
+
+def has_work(path: Path) -> bool:
+    """Whether a run left a checkpoint or a model: something to go on from."""
+    return (path / "latest").exists() or any(path.glob("**/model"))
+
+
+def start_again(run: RunDir) -> None:
+    """Clear the directory of a run that ended before its first checkpoint; its lock is held."""
+    for file in [p for p in run.path.iterdir() if p.name != "lock"]:
+        remove(file)
+    say(f"{run.stage.name}: the run in {run.path} ended before its first checkpoint: starting again")
 
 
 def forget_if_empty(run: RunDir, used: bool) -> None:
@@ -223,22 +275,32 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def begin(run: RunDir, resume: bool) -> None:
-    """Describe a new run, or cut a resumed one's logs back to its checkpoint."""
+def begin(run: RunDir, resume: bool, changed: dict[str, list[Any]]) -> None:
+    """Describe a new run; or record what `changed`, and cut a resumed one's logs back to its checkpoint."""
     newest = run.latest() if resume else None
     step = newest[0] if newest else 0
     if resume:
+        run.environment()
+        what = record_changes(run.path, run.config, changed, step) if changed else ""
         truncate_after(run.path / "samples.jsonl", step)
-        say(f"{run.stage.name}: going on after step {step} of {run.path}")
+        say(f"{run.stage.name}: going on after step {step} of {run.path}{what and f': {what}'}")
     else:
         write_atomic(run.path / "env.json", json.dumps(environment(), indent=2) + "\n")
         write_atomic(run.path / "config.toml", tomli_w.dumps(resolved(run.config)))
     run.metrics = MetricsLog(run.path / "metrics.jsonl", run.stage.name, keep_to=step if resume else None)
-    run.metrics.elapsed_before += read_json(run.path / "done.json").get("seconds", 0.0)
+    run.metrics.elapsed_before += seconds_before(run)
+
+
+def seconds_before(run: RunDir, key: str = "seconds") -> float:
+    """What done.json of an earlier run of a stage that `extends` has, 0 without one."""
+    value = read_json(run.path / "done.json").get(key, 0.0)
+    if not isinstance(value, int | float):
+        raise damaged(run.path / "done.json", f"{key} is {value!r}")
+    return value
 
 
 def finish(run: RunDir) -> None:
     """Write done.json, last of all."""
-    peak = max(peak_rss_bytes(), read_json(run.path / "done.json").get("peak_rss_bytes", 0))
+    peak = max(peak_rss_bytes(), int(seconds_before(run, "peak_rss_bytes")))
     usage = {"seconds": round(run.metrics.elapsed_s, 2), "peak_rss_bytes": peak, "seed": run.config.seed}
     write_atomic(run.path / "done.json", json.dumps(usage) + "\n")

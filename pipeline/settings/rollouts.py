@@ -1,5 +1,6 @@
 """Settings of the stages that generate: RL (`zero`, `grpo`, `grpo2`) and rejection sampling (`reject`)."""
 
+import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,9 +13,25 @@ from pipeline.settings.common import (
     TemplateSettings,
     TrainSettings,
 )
+from rewards.registry import own_function
 from rewards.reward import check_weights
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
 from rollout.settings import RolloutSettings
+
+LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
+"""Names of the functions of `pipeline.train.losses`."""
+
+
+def check_loss(name: str) -> None:
+    """Raise ValueError for a loss that does not exist, with the nearest; a user's module is imported for it."""
+    if ":" in name:
+        own_function(name)
+    elif name not in LOSS_NAMES:
+        near = difflib.get_close_matches(name, LOSS_NAMES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f'unknown loss {name!r}; {hint}There are: {", ".join(LOSS_NAMES)}, or "module:function".'
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +47,8 @@ class GeneratingSettings(TemplateSettings, Sampling, RowSettings, ComputeSetting
     shown; all are graded, so a program that only knows the shown ones fails. 0 = the public protocol."""
     data: Path | None = None
     """Folder of local data files; default: the environment variable R1_DATA."""
+    max_error_share: Share = 0.5
+    """Stop when the verifier fails on a greater share of the rollouts in two steps in a row; 1 = never."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The engine that generates, in the trainer's process or in workers."""
 
@@ -83,6 +102,8 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     """Cap of the importance correction between engine and trainer."""
     max_mismatch_kl: Positive = 0.1
     """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
+    max_idle_steps: Natural = 10
+    """Stop when no group's rewards differ in this many steps in a row, which teach nothing; 0 = never."""
     eval_every: Natural = 10
     """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
     eval_problems: Count = 64
@@ -108,6 +129,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
                 f"the nearest that does is {nearest}."
             )
         check_weights(self.rewards)
+        check_loss(self.loss)
         buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")

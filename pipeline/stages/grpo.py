@@ -18,11 +18,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from model.policy import Policy
 from pipeline.data.pool import fitting, pooled
 from pipeline.data.problems import order, problems
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
+from pipeline.run.guard import Diverged, Guard, guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.settings.rollouts import GrpoSettings
 from pipeline.train.advantages import group_advantages
@@ -32,7 +35,7 @@ from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts, save_policy
-from pipeline.train.rollouts import example, mean, rollout_metrics, transcript
+from pipeline.train.rollouts import Watch, example, mean, rollout_metrics, transcript
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, sample_groups
@@ -43,7 +46,14 @@ from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 def run(config: GrpoSettings, run_dir: RunDir) -> None:
     """Train; leave `model/`."""
+    policy, tokenizer = guarded(run_dir, config.guard, lambda: reinforced(config, run_dir))
+    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
+
+
+def reinforced(config: GrpoSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
+    """The trained policy and its tokenizer, from the newest checkpoint on; raises `Diverged`, `Stopped`."""
     trainer = Trainer(config, run_dir)
+    guard = trainer.learner.guard
     try:
         first = trainer.restore() + 1
         run_dir.metrics.begin()
@@ -55,15 +65,18 @@ def run(config: GrpoSettings, run_dir: RunDir) -> None:
             metrics["time/step_s"] = time.monotonic() - began
             run_dir.samples(step, records)
             run_dir.log(step, config.steps, metrics)
+            trainer.watch.check()
             if step % config.checkpoint_every == 0 and step < config.steps:
-                trainer.checkpoint(step)
+                trainer.checkpoint(step, guard.good)
             run_dir.stop_if_interrupted(lambda at=step: trainer.checkpoint(at))  # type: ignore[misc]
     except (EngineDied, StaleWeights) as error:
         raise UserError(f"{error} To go on from the last checkpoint: {run_dir.command} --resume") from error
+    except FloatingPointError as error:  # the engine's: finite weights that give logits that are not
+        raise Diverged(str(error), guard.applied + guard.skipped, guard.applied) from error
     finally:
         trainer.close()
-    policy, tokenizer = trainer.policy, trainer.tokenizer
-    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
+    guard.check_trained(run_dir.stage.name)
+    return trainer.policy, trainer.tokenizer
 
 
 class Trainer:
@@ -83,6 +96,7 @@ class Trainer:
         check_memory(start, self.place, config.optim, tokens, reference=kl, rollout=config.rollout)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
         self.problems = pooled(config, self.tokenizer, start, config.seed)
+        run_dir.record_rows(f"the problems of {', '.join(config.problems)}", self.problems)
         self.heldout_problems = []
         if config.eval_every:
             count = config.eval_problems
@@ -94,7 +108,9 @@ class Trainer:
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)
         updates = config.steps * config.minibatches
-        self.learner = Learner(self.policy, config.optim, updates)
+        guard = Guard(config.guard, config.optim.clip)
+        self.learner = Learner(self.policy, slowed(config.optim, run_dir), updates, guard=guard)
+        self.watch = Watch(run_dir, config.max_error_share, config.max_idle_steps)
         self.usage = Usage(self.policy.config, self.place.device)
         self.reference = self.policy.frozen() if config.kl_coef else None
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
@@ -118,6 +134,7 @@ class Trainer:
         groups = [advantages[i : i + config.group_size] for i in range(0, len(graded), config.group_size)]
         metrics |= rollout_metrics(graded) | done.engine
         metrics["reward/groups_with_spread"] = mean([float(any(group)) for group in groups])
+        self.watch.look(step, graded, metrics["reward/groups_with_spread"])
         metrics["time/tokens_per_s"] = done.tokens / done.sample_s
         metrics["time/rollout_s"], metrics["time/reward_s"] = done.sample_s, done.grade_s
         metrics["time/train_s"] = train_s
@@ -177,7 +194,7 @@ class Trainer:
         """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
 
         Raises:
-            RuntimeError: the engine sampled from other weights than the policy's.
+            Stopped: the engine sampled from other weights than the policy's.
         """
         config = self.config
         old: list[list[Tensor] | None] = [None] * len(batches)
@@ -187,13 +204,14 @@ class Trainer:
         metrics, mismatch = dict[str, float](), 0.0
         for batch, logprobs in zip(batches, old, strict=True):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
-            mismatch = max(mismatch, metrics["policy/mismatch_kl"])
+            mismatch = max(mismatch, metrics.get("policy/mismatch_kl", 0.0))  # none of a skipped update
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
             self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
         if mismatch > config.max_mismatch_kl:
             bound = f"{mismatch:.3g} nats a token (bound {config.max_mismatch_kl})"
             why = "the rollouts do not come from these weights"
-            raise RuntimeError(f"engine and trainer differ by {bound}: {why}")
+            advice = f"update or change the engine, or raise the bound. {self.run_dir.kept()}"
+            raise Stopped(f"engine and trainer differ by {bound}: {why} (max_mismatch_kl); {advice}")
         return metrics
 
     # ---- around it
@@ -211,11 +229,11 @@ class Trainer:
             "heldout/format": mean([g.parts["format"] for g in graded]),
         }
 
-    def checkpoint(self, step: int) -> None:
-        """Save all that the next step depends on."""
+    def checkpoint(self, step: int, applied: int | None = None) -> None:
+        """Save all that the next step depends on; `applied` as for `RunDir.checkpoint`."""
         reference = None if self.reference is None else self.reference.state_dict()
         state = {"learner": self.learner.state_dict(), "reference": reference, **self.source.state_dict()}
-        save_state(self.run_dir, step, state)
+        save_state(self.run_dir, step, state | {"watch": self.watch.state_dict()}, applied)
 
     def restore(self) -> int:
         """Go on from the newest checkpoint; the steps it stands for."""
@@ -223,6 +241,7 @@ class Trainer:
         if step:
             self.learner.load_state_dict(state["learner"])
             self.source.load_state_dict(state)
+            self.watch.load_state_dict(state["watch"])
         if step and self.reference is not None:
             self.reference.load_state_dict(state["reference"])
         return step

@@ -5,13 +5,14 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from model import TINY
 from model.transformer import Transformer
 from pipeline.data.generators import items
 from pipeline.data.traces import corpus, random_document
 from pipeline.run.directory import RunDir
+from pipeline.run.guard import Guard, guarded, slowed
 from pipeline.settings.supervised import PretrainSettings
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
@@ -23,7 +24,7 @@ from rollout.text.tokenizer import train_tokenizer
 
 
 def batches(
-    config: PretrainSettings, tokenizer: PreTrainedTokenizerBase, micro_tokens: int
+    config: PretrainSettings, tokenizer: PreTrainedTokenizerFast, micro_tokens: int
 ) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
     known = items(config.task, config.pool, "train", config.seed)
@@ -44,6 +45,12 @@ def batches(
 
 def run(config: PretrainSettings, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
+    net, tokenizer = guarded(run_dir, config.guard, lambda: pretrained(config, run_dir))
+    run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))
+
+
+def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, PreTrainedTokenizerFast]:
+    """The base and its tokenizer, from the newest checkpoint on; raises `Diverged`."""
     place = Place.open(config)
     texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)
     tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -60,16 +67,18 @@ def run(config: PretrainSettings, run_dir: RunDir) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    check_memory(shape, place, config.optim, min(place.micro_tokens(config), config.batch_tokens))
+    optim = slowed(config.optim, run_dir)
+    check_memory(shape, place, optim, min(place.micro_tokens(config), config.batch_tokens))
     net = Transformer(shape, seed=config.seed).train().to(place.device)
     learner = Learner(
         net,
-        config.optim,
+        optim,
         config.steps,
         mtp_coef=config.mtp_coef,
         mtp_coef_late=config.mtp_coef_late,
         mtp_late_from=config.mtp_late_from,
+        guard=Guard(config.guard, config.optim.clip),
     )
     packed = batches(config, tokenizer, place.micro_tokens(config))
     train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
-    run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))
+    return net, tokenizer

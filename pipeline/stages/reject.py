@@ -15,7 +15,7 @@ from pipeline.run.directory import RunDir
 from pipeline.settings.rollouts import RejectSettings
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts
-from pipeline.train.rollouts import mean, transcript
+from pipeline.train.rollouts import Watch, mean, transcript
 from rewards.reward import Scorer
 from rollout.collect import sample_groups
 from rollout.engine import EngineDied, StaleWeights
@@ -29,6 +29,8 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     start = run_dir.model_input(config.init_from)
     policy, tokenizer = load_policy(start, place.device)
     pool = pooled(config, tokenizer, start, config.seed + 2)
+    run_dir.record_rows(f"the problems of {', '.join(config.problems)}", pool)
+    watch = Watch(run_dir, config.max_error_share)
     engine, scorer = open_rollouts(policy, tokenizer, config.rollout, start), Scorer({"accuracy": 1.0})
     newest = run_dir.latest()
     done, kept = (newest[0], newest[1] / "kept.jsonl") if newest else (0, None)
@@ -55,6 +57,8 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
                 "rollout/truncated": mean([float(r.finish_reason == "length") for r in rollouts]),
             }
             run_dir.log(step, steps, metrics)
+            watch.look(step, graded)
+            watch.check()
             run_dir.checkpoint(step, lambda folder: write_corpus(folder / "kept.jsonl", rows))
             run_dir.stop_if_interrupted()
     except (EngineDied, StaleWeights) as error:

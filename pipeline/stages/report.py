@@ -5,8 +5,6 @@ It reads the other stages' directories and trains nothing, so it may be run at a
 
 import json
 
-import torch
-
 from pipeline.errors import UserError
 from pipeline.report.page import build_page, main_benchmark, read_transcripts
 from pipeline.report.summary import read_stages, summarise
@@ -19,8 +17,6 @@ from pipeline.stages.evaluate import print_table
 
 def run(config: ReportSettings, run_dir: RunDir) -> None:
     """The stage."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
     folder = run_dir.path.parent
     scores_file = folder / "eval" / "scores.json"
     if not scores_file.is_file():

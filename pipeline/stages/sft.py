@@ -11,12 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from model.policy import Policy
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, tagged, write_corpus
 from pipeline.data.jsonl import read_log
 from pipeline.data.pool import encoded
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.run.guard import Guard, guarded, slowed
 from pipeline.settings.supervised import SftSettings
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
@@ -101,16 +103,24 @@ def epoch_batches(encoded: list[Encoded], config: SftSettings, micro_tokens: int
 
 def run(config: SftSettings, run_dir: RunDir) -> None:
     """Train; leave `model/` and its corpus."""
+    policy, tokenizer = guarded(run_dir, config.guard, lambda: tuned(config, run_dir))
+    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
+
+
+def tuned(config: SftSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
+    """The trained policy and its tokenizer, from the newest checkpoint on; raises `Diverged`."""
     place = Place.open(config)
     start = run_dir.model_input(config.init_from)
     check_memory(start, place, config.optim, min(place.micro_tokens(config), config.batch_tokens))
     policy, tokenizer = load_policy(start, place.device)
     rows = gather(config, run_dir)
+    run_dir.record_rows("the corpus", rows)
     encoded = examples(rows, tokenizer, config, policy.config.max_position_embeddings)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     updates = sum(1 for _ in epoch_batches(encoded, config, place.micro_tokens(config)))
     packed = epoch_batches(encoded, config, place.micro_tokens(config))  # one at a time: weights take memory
     print(f"{run_dir.stage.name}: {len(rows)} rows, {updates} updates")
-    learner = Learner(policy, config.optim, updates, mtp_coef=config.mtp_coef)
+    optim, guard = slowed(config.optim, run_dir), Guard(config.guard, config.optim.clip)
+    learner = Learner(policy, optim, updates, mtp_coef=config.mtp_coef, guard=guard)
     train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
-    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
+    return policy, tokenizer

@@ -111,11 +111,21 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
             config = Path("configs", up.preset, f"{stage.name}.toml")
             settings = [*shared, *(flags if goal else ["--resume"])]
             chosen = load(stage, config, settings)  # refuse a wrong one before a stage takes its minutes
+            check_device(chosen)
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
             announcement = f"{complete}: {stage.name}" if complete else needed
             argv = [stage.name, "--config", str(config), *settings]
             steps.append(Step(stage, argv, announcement, needs_vllm(chosen)))
     return steps
+
+
+def check_device(config: Any) -> None:
+    """Raise `UserError` where a stage with these settings asks for a GPU and torch finds none."""
+    if getattr(config, "device", "") == "cuda":
+        import torch  # takes seconds, and no other settings need it
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda: torch finds no GPU here; set --device cpu, or auto")
 
 
 def needs_vllm(config: Any) -> bool:
@@ -216,6 +226,8 @@ def main(argv: list[str]) -> int:
         make_vllm()
     if failed := make(steps, up.jobs):
         step, code = failed
+        if code == 2:
+            return code  # the stage's own line states what to do
         again = command_line("up", *(arg for arg in argv if arg != "--resume"), "--resume")
         what = "interrupted" if code == 130 else f"{step.stage.name} ended with exit code {code}"
         print(f"{what}; go on with: {again}", file=sys.stderr)

@@ -13,15 +13,13 @@ from torch import Tensor, nn
 
 from model.policy import Policy
 from pipeline.errors import UserError
-from pipeline.settings.common import OptimSettings
+from pipeline.run.guard import Guard
+from pipeline.settings.common import GuardSettings, OptimSettings
 from pipeline.train import heap
 from pipeline.train.logprobs import token_logprobs
 from pipeline.train.losses import Loss, Tokens, k3
 from pipeline.train.pack import Batch, Micro
 from pipeline.train.precision import Masters, Own, load_optimizer_state, optimizer, optimizer_state
-
-MAX_SKIPPED = 5
-"""Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +56,10 @@ class Learner:
         mtp_coef: float = 0.0,
         mtp_coef_late: float | None = None,
         mtp_late_from: float = 1.0,
+        guard: Guard | None = None,
     ) -> None:
-        """Train `policy` in place, on the device that it lies on; schedules run over `total_updates`.
+        """Train `policy` in place, on the device that it lies on; schedules run over `total_updates`, and
+        `guard` decides which updates are applied (None = one with the default settings).
 
         Multi-token prediction has weight `mtp_coef` (0: its modules are not trained), and `mtp_coef_late`, if
         that is set, from the share `mtp_late_from` of the updates on.
@@ -79,7 +79,8 @@ class Learner:
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
         self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
         self.adamw = optimizer(self.weights.stepped, optim)
-        self.updates = self.skipped = self.skipped_in_a_row = 0
+        self.guard = guard or Guard(GuardSettings(), optim.clip)
+        self.updates = 0
 
     # ---- losses
 
@@ -163,10 +164,11 @@ class Learner:
     # ---- the update
 
     def _step(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Clip, step, `Policy.after_update`. An update that is not finite is counted and not applied.
+        """Clip, step, `Policy.after_update`. An update that the guard does not accept changes nothing; of its
+        metrics the finite ones are returned.
 
         Raises:
-            FloatingPointError: `MAX_SKIPPED` updates in a row were not finite.
+            Diverged: the guard has skipped too many.
         """
         self.weights.collect()
         length = nn.utils.clip_grad_norm_(self.weights.stepped, self.optim.clip or math.inf)
@@ -174,24 +176,17 @@ class Learner:
         *found, norm = torch.stack(values).tolist()  # the one wait for a GPU
         metrics = dict(zip(sums, found, strict=True))
         rate = learning_rate(self.optim, self.updates, self.total_updates)
-        if math.isfinite(norm) and all(map(math.isfinite, metrics.values())):
+        accepted = self.guard.accepts(norm, finite=all(map(math.isfinite, metrics.values())))
+        if accepted:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
             self.adamw.step()
             self.weights.publish()
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-            metrics = {key: value if math.isfinite(value) else 0.0 for key, value in metrics.items()}
-            norm = 0.0
-            if self.skipped_in_a_row >= MAX_SKIPPED:
-                advice = f"lower optim.lr (now {self.optim.lr}) and resume from the last checkpoint"
-                what = "updates in a row had a loss or gradient that is not finite"
-                raise FloatingPointError(f"{MAX_SKIPPED} {what}; {advice}")
         self.weights.clear()
-        metrics |= self.policy.after_update(self.optim.router_bias_gamma)
+        metrics |= self.policy.after_update(self.optim.router_bias_gamma if accepted else 0.0)
+        metrics |= {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped": self.guard.skipped}
         self.updates += 1
-        return metrics | {"optim/lr": rate, "optim/grad_norm": norm, "optim/skipped": self.skipped}
+        return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
     # ---- state
 
@@ -200,7 +195,8 @@ class Learner:
         return {
             "policy": self.policy.state_dict(),
             "adamw": optimizer_state(self.adamw, self.weights),
-            "counts": (self.updates, self.skipped, self.skipped_in_a_row),
+            "updates": self.updates,
+            "guard": self.guard.state_dict(),
             **self.weights.state_dict(),
         }
 
@@ -209,7 +205,8 @@ class Learner:
         self.policy.load_state_dict(state["policy"])
         self.weights.load_state_dict(state)
         load_optimizer_state(self.adamw, self.weights, state["adamw"])
-        self.updates, self.skipped, self.skipped_in_a_row = state["counts"]
+        self.updates = state["updates"]
+        self.guard.load_state_dict(state["guard"])
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

@@ -12,20 +12,26 @@ Axes    n scored tokens of a micro-batch, rollouts laid end to end
 Units   log-probabilities and KL in nats
 """
 
-import difflib
+import functools
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pipeline.errors import UserError
+from pipeline.run.metrics import GLOSSARY
+from pipeline.settings.rollouts import check_loss
 from pipeline.train.pack import Per
 from rewards.registry import own_function
 
 Terms = tuple[Tensor, dict[str, Tensor]]
 """A scalar loss, and metrics that, like it, add up over micro-batches."""
 Loss = Callable[..., Terms]
+OWN_METRICS = {"loss/clip_frac", "loss/kl_ref"}
+"""Those of our losses, which a user's may have too."""
 SETTINGS = ("clip_low", "clip_high", "kl_coef")
 """Settings of an RL stage that a loss may take as keywords."""
 
@@ -102,16 +108,41 @@ def loss_named(name: str) -> Loss:
         ValueError: no such loss (with the nearest), or a function that does not take `tokens` first, or takes
             settings that RL stages do not have.
     """
+    check_loss(name)
     if name in LOSSES:
         return LOSSES[name]
-    if ":" not in name:
-        near = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        known = ", ".join(LOSSES)
-        raise ValueError(f'unknown loss {name!r}; {hint}There are: {known}, or "module:function".')
     found: Loss = own_function(name)
     takes_settings(found, name)
-    return found
+    return checked(found, name)
+
+
+def checked(loss: Loss, name: str) -> Loss:
+    """A user's `loss`, with a `UserError` of one line where it fails or does not return `Terms`."""
+
+    @functools.wraps(loss)
+    def call(tokens: Tokens, **settings: float) -> Terms:
+        try:
+            out = loss(tokens, **settings)
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise UserError(f"loss {name!r} failed at {at.filename}:{at.lineno} with {why}") from error
+        pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)
+        values = [out[0], *out[1].values()] if pair else []
+        if not values or not all(isinstance(value, Tensor) and value.numel() == 1 for value in values):
+            returned = f"{type(out).__name__} {out!r}".partition("\n")[0][:80]
+            raise UserError(
+                f"loss {name!r} must return (scalar tensor, {{name: scalar tensor}}), not {returned}"
+            )
+        if not out[0].requires_grad:
+            raise UserError(
+                f"loss {name!r} returned a value without gradient: compute it from tokens.logprobs"
+            )
+        if taken := sorted((set(GLOSSARY) - OWN_METRICS) & set(out[1])):
+            raise UserError(f"loss {name!r} returned the metric {taken[0]}, which is one of ours; rename it")
+        return out
+
+    return call
 
 
 def takes_settings(loss: Loss, name: str) -> set[str]:

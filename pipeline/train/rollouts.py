@@ -5,8 +5,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import Stopped
+from pipeline.run.directory import RunDir
+from pipeline.run.metrics import say
 from pipeline.train.pack import Example
 from rollout.types import Graded, Rollout
+
+FAILED_STEPS = 2
+"""Steps in a row with too many verifier failures that stop a run; one may be an accident."""
 
 
 def mean(values: Sequence[float]) -> float:
@@ -24,6 +30,11 @@ def example(rollout: Rollout, advantage: float, weight: float) -> Example:
         rollout_logprobs=np.concatenate([zeros, np.asarray(rollout.logprobs, np.float32)]),
         advantage=advantage,
     )
+
+
+def error_share(graded: Sequence[Graded]) -> float:
+    """Share of rollouts whose verifier failed."""
+    return mean([float(g.verdict == "error") for g in graded])
 
 
 def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
@@ -57,3 +68,48 @@ def transcript(graded: Graded, advantage: float | None) -> dict[str, Any]:
         "tokens": len(rollout.token_ids),
         "finish_reason": rollout.finish_reason,
     }
+
+
+class Watch:
+    """Says which rollouts of a step cannot teach, and stops the run when such steps come in a row."""
+
+    def __init__(self, run_dir: RunDir, max_error_share: float, max_idle_steps: int = 0) -> None:
+        """See `GrpoSettings` on the bounds."""
+        self.run_dir, self.max_error_share, self.max_idle_steps = run_dir, max_error_share, max_idle_steps
+        self.failed = self.idle = 0  # steps in a row
+
+    def look(self, step: int, graded: Sequence[Graded], spread: float = 1.0) -> None:
+        """Say what is wrong with a step's rollouts; `spread` is the share of groups whose rewards differ."""
+        errors, n = [g for g in graded if g.verdict == "error"], len(graded)
+        self.failed = self.failed + 1 if error_share(graded) > self.max_error_share else 0
+        self.idle = 0 if spread else self.idle + 1
+        if errors:
+            reason = f"the first: {errors[0].detail or 'no reason given'}"
+            say(f"step {step}: the verifier failed on {len(errors)} of {n} rollouts; {reason}")
+        if all(g.rollout.finish_reason == "length" for g in graded):
+            most = max(len(g.rollout.token_ids) for g in graded)
+            say(f"step {step}: all {n} rollouts were cut at {most} tokens: raise --max-tokens")
+        if not spread and len(errors) < n:
+            mean_reward = rollout_metrics(graded)["reward/mean"]
+            why = f"no group of this step has spread in its rewards (mean {mean_reward:.3g})"
+            say(f"step {step}: {why}, so it teaches nothing: take other problems or a larger group_size")
+
+    def check(self) -> None:
+        """Raise `Stopped` where too many steps in a row were of no use."""
+        again = f"{self.run_dir.kept()}; then: {self.run_dir.command} --resume"
+        if self.failed >= FAILED_STEPS:
+            what = f"on more than {self.max_error_share:.0%} of the rollouts of {self.failed} steps in a row"
+            raise Stopped(f"the verifier failed {what} (max_error_share); mend it, see above. {again}")
+        if self.max_idle_steps and self.idle >= self.max_idle_steps:
+            what = f"for {self.idle} steps in a row (max_idle_steps; 0 goes on)"
+            raise Stopped(
+                f"no group had spread in its rewards {what}: the rewards tell no answers apart. {again}"
+            )
+
+    def state_dict(self) -> dict[str, int]:
+        """What `check` depends on."""
+        return {"failed": self.failed, "idle": self.idle}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take over what `state_dict` returned."""
+        self.failed, self.idle = state["failed"], state["idle"]

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Con
 
 from distill.batches import plan
 from distill.student import first_weights, lora_config
-from distill.trainer import Job, arguments
-from pipeline.errors import UserError
+from distill.trainer import Job, StudentTrainer, arguments
+from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
-from pipeline.settings.common import AdamWSettings
+from pipeline.run.guard import Guard
+from pipeline.settings.common import AdamWSettings, GuardSettings
 from pipeline.settings.distill import DistillSettings, ShapeSettings
 from rollout.text.tokenizer import encode_example
 
@@ -133,6 +134,59 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         assert same_bits(weights(whole, label), weights(cut, label))
     told = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics(cut)]
     assert told == [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics(whole)]
+
+
+@pytest.fixture
+def unstable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The student's updates 4 and 5 are not finite, unless the rate is lower than that of the settings."""
+    real = StudentTrainer.compute_loss
+
+    def loss(self: StudentTrainer, *args: Any, **more: Any) -> Any:
+        high = "/student" in self.args.output_dir and self.args.learning_rate > 6e-3
+        return real(self, *args, **more) * (math.nan if high and self.state.global_step in (3, 4) else 1.0)
+
+    monkeypatch.setattr(StudentTrainer, "compute_loss", loss)
+
+
+def test_a_student_that_diverges_goes_back_and_its_control_does_not(
+    distill: Distill,
+    unstable: None,
+    stop_after: Callable[[int], Callable[[RunDir], None]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And a Ctrl-C between the skipped updates changes no bit."""
+    guard = GuardSettings(max_skipped=2)
+    through = distill(name="through", save_every=2, guard=guard)
+    said = capsys.readouterr().out
+    assert "update 4 skipped: its loss or gradient is not finite" in said
+    assert "back to step 2, learning rate times 0.5" in said
+    schedule = [row["optim/lr"] for row in metrics(through)]
+    assert schedule[2:6] == pytest.approx([rate / 2 for rate in schedule[8:12]])
+    assert schedule[:2] == schedule[6:8] and len(schedule) == 12
+    with pytest.raises(KeyboardInterrupt):
+        distill(name="cut", save_every=2, guard=guard, hook=stop_after(4))
+    cut = distill(name="cut", save_every=2, guard=guard, resume=True)
+    assert all(same_bits(weights(through, label), weights(cut, label)) for label in ("student", "plain"))
+
+
+def test_a_student_without_one_good_update_is_no_student(
+    distill: Distill, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Guard, "accepts", lambda *args: False)
+    with pytest.raises(Stopped, match="student: no update was applied"):
+        distill(steps=1)
+    assert not (tmp_path / "tiny/distill/student/model").exists()
+
+
+def test_a_lower_rate_at_a_resume_holds(
+    distill: Distill, stop_after: Callable[[int], Callable[[RunDir], None]]
+) -> None:
+    """Trainer would go on with the rate that its checkpoint was saved with."""
+    with pytest.raises(KeyboardInterrupt):
+        distill(hook=stop_after(3))
+    slow = AdamWSettings(lr=1e-3, schedule="cosine", warmup_steps=2)
+    rates = [row["optim/lr"] for row in metrics(distill(resume=True, optim=slow))]
+    assert rates[4:6] == pytest.approx(rates[10:12]) and rates[3] > 8e-3
 
 
 def test_a_damaged_checkpoint_is_refused(

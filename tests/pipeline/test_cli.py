@@ -88,7 +88,7 @@ def test_a_stage_that_refuses_its_input_is_2(toy, capsys):
 
 def test_a_used_directory_says_how_to_go_on_and_that_works(toy, capsys):
     def stop(config, run_dir):
-        run_dir.samples(1, [{"text": "some work"}])  # a run that did nothing leaves no directory
+        run_dir.checkpoint(1, lambda folder: None)  # a run that did nothing leaves no directory
         raise UserError("stop")
 
     toy.run = stop

@@ -109,6 +109,11 @@ def test_a_nested_default_of_the_stage_survives_an_override_beside_it(tmp_path):
         ("", ["--group-size"], ["--group-size", "needs a value"]),
         ("", ["--mtp", "yes"], ["yes"]),
         ("", ["stray"], ["stray"]),
+        ("group_size = true", [], ["--group-size", "True", "no switch", "toy.toml"]),
+        ("mtp = 1", [], ["--mtp", "true or false"]),
+        ("sizes = [true]", [], ["--sizes", "no switch"]),
+        ("[weights]\naccuracy = true", [], ["--weights", "no switch"]),
+        ("[optim]\nlr = true", [], ["--optim.lr", "no switch"]),
         ("group_size = 1", [], ["group_size=1 must be at least 2."]),
         ("", ["--optim.lr", "-1"], ["optim.lr=-1.0 must be above 0."]),
         ("", ["--optim.min-lr-ratio", "2"], ["optim.min_lr_ratio=2.0 must be in [0, 1]."]),
@@ -232,6 +237,7 @@ def test_every_number_has_a_range_and_is_refused_outside_it(entry, tmp_path, mon
         assert allowed, f"{entry.name}: --{dotted} has no range"
         whole = typing.get_type_hints(owner)[name] in (int, int | None)
         outside = [allowed.low if allowed.open_low else allowed.low - 1]
+        outside += [] if whole else [math.nan, math.inf, -math.inf]
         if allowed.high < math.inf:
             outside.append(allowed.high if allowed.open_high else allowed.high + 1)
         for value in (int(v) if whole else v for v in outside):

@@ -65,3 +65,11 @@ def test_no_file_is_an_empty_log_and_otherwise_an_error(tmp_path):
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(UserError, match=f"cannot read {path}: "):
             list(read_jsonl(path))
+
+
+@pytest.mark.parametrize("bad", [b"{", b"\x00\xff", b"[1]", b'{"a": 1}{"a": 2}', b"3"])
+def test_a_damaged_line_of_a_log_costs_no_other_and_is_said(tmp_path, capsys, bad):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + bad + b'\n{"step": 3}\n' + bad + b'\n{"step": 5}\n{"st')
+    assert read_log(file) == [{"step": 1}, {"step": 3}, {"step": 5}]
+    assert capsys.readouterr().out == f"{file}: left out what is damaged: line 2, 4\n"

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+from pipeline.errors import Stopped
 from pipeline.run.directory import open_run
 from pipeline.settings.common import OptimSettings
 from pipeline.settings.rollouts import GrpoSettings
@@ -72,7 +73,7 @@ def test_rollouts_of_other_weights_stop_the_run(trainer):
         )
         for g in graded
     ]
-    with pytest.raises(RuntimeError, match="do not come from these weights"):
+    with pytest.raises(Stopped, match="do not come from these weights"):
         it.update(it.batches(off, spread(off)))
 
 

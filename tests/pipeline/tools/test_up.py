@@ -291,7 +291,7 @@ def test_output_is_not_touched_with_one_job(up):
     assert "\npretrain begins\n" in "\n" + up("pretrain")[2]
 
 
-@pytest.mark.parametrize("code", [1, 2, 3, 77])
+@pytest.mark.parametrize("code", [1, 3, 77])
 def test_a_failure_lets_the_running_stages_finish_and_starts_none(up, code):
     """sft2 fails at once; distill, beside it, ends; grpo2 and eval are not started."""
     got, calls, out = up("r1 --jobs 2", fail=f"sft2 {code}", slow="distill")
@@ -299,6 +299,20 @@ def test_a_failure_lets_the_running_stages_finish_and_starts_none(up, code):
     assert set(names(calls)[-2:]) == {"sft2", "distill"}
     assert Path("runs/tiny/distill/done.json").exists() and not Path("runs/tiny/grpo2").exists()
     assert f"sft2 ended with exit code {code}; go on with: " in out and "up r1 --jobs 2 --resume" in out
+
+
+def test_after_a_stage_that_refused_its_input_no_second_line_follows(up):
+    assert up("zero", fail="pretrain 2") == (
+        2,
+        calls(),
+        "zero needs pretrain: making it first\npretrain begins\n",
+    )
+
+
+@pytest.mark.parametrize("flags", ["--device cuda", "--loss gpro", "--loss os:nothing"])
+def test_what_the_named_stage_refuses_is_refused_before_another_is_made(up, flags):
+    code, made, out = up(f"zero {flags}")
+    assert code == 2 and not made and out.count("\n") == 1 and flags.split()[1].partition(":")[0] in out
 
 
 def test_a_stage_that_a_signal_killed_is_a_failure(up):

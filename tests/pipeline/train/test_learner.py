@@ -12,7 +12,7 @@ from model.moe import load_metrics
 from model.transformer import Transformer
 from pipeline.errors import UserError
 from pipeline.settings.common import OptimSettings
-from pipeline.train.learner import MAX_SKIPPED, Learner, PolicyObjective, learning_rate, score
+from pipeline.train.learner import Learner, PolicyObjective, learning_rate, score
 from pipeline.train.losses import grpo
 from pipeline.train.pack import Example, mean_weights, pack, rollout_weights
 from tests.small import llama
@@ -128,10 +128,7 @@ def test_a_restored_learner_goes_on_to_the_same_bits():
         straight.supervised_update(batch)
     for batch in batches[:2]:
         broken.supervised_update(batch)
-    state = {
-        k: v if k == "counts" else torch.load(roundtrip(v), weights_only=True)
-        for k, v in broken.state_dict().items()
-    }
+    state = torch.load(roundtrip(broken.state_dict()), weights_only=True)
     resumed = learner(gamma=0.01)
     resumed.load_state_dict(state)
     for batch in batches[2:]:
@@ -146,20 +143,6 @@ def roundtrip(value):
     torch.save(value, file)
     file.seek(0)
     return file
-
-
-def test_an_update_that_is_not_finite_is_skipped_and_counted_then_stops_the_run():
-    it = learner()
-    good, bad = supervised(40, sequences()), supervised(40, sequences())
-    bad.parts[0][0].weights[2] = float("nan")
-    before = parameters(it)
-    assert it.supervised_update(bad)["optim/skipped"] == 1
-    assert torch.equal(parameters(it), before)
-    assert it.supervised_update(good)["optim/skipped"] == 1
-    assert not torch.equal(parameters(it), before) and parameters(it).isfinite().all()
-    with pytest.raises(FloatingPointError, match=r"lower optim\.lr"):
-        for _ in range(MAX_SKIPPED):
-            it.supervised_update(bad)
 
 
 def test_the_router_bias_moves_towards_an_even_load():

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from pipeline.errors import UserError
+from pipeline.settings.rollouts import LOSS_NAMES
 from pipeline.train.advantages import group_advantages
 from pipeline.train.losses import LOSSES, Tokens, grpo, k3, loss_named, takes_settings, weighted_per
 from pipeline.train.pack import rollout_weights
@@ -72,6 +74,10 @@ def test_rollout_weights_are_each_papers_mean(kind):
     assert got == pytest.approx(want)
 
 
+def test_the_settings_know_the_losses_by_name():
+    assert tuple(LOSSES) == LOSS_NAMES
+
+
 def test_the_losses_differ_in_their_weights_alone():
     """DAPO's and Dr. GRPO's surrogate is GRPO's; each states its own mean."""
     torch.manual_seed(2)
@@ -94,6 +100,27 @@ def half(tokens, *, clip_low, temperature_of_mars):
 def nothing():
     return 0
 
+def raises(tokens):
+    return tokens.logprobs / 0 + [], {}
+
+def alone(tokens):
+    return tokens.logprobs.sum()
+
+def each(tokens):
+    return tokens.logprobs, {}
+
+def floats(tokens):
+    return tokens.logprobs.sum(), {"loss/mine": 1.0}
+
+def constant(tokens):
+    return tokens.weights.sum(), {}
+
+def ours(tokens):
+    return tokens.logprobs.sum(), {"policy/mismatch_kl": tokens.weights.sum()}
+
+def shared(tokens):
+    return tokens.logprobs.sum(), {"loss/kl_ref": tokens.weights.sum()}
+
 NUMBER = 3
 """
 
@@ -103,6 +130,26 @@ def own(tmp_path, monkeypatch):
     """A file of losses in the working directory, outside the package."""
     (tmp_path / "my_losses.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("raises", r"failed at .*my_losses.py:\d+ with TypeError: "),
+        ("alone", "must return .scalar tensor, .name: scalar tensor.., not Tensor"),
+        ("each", "must return"),
+        ("floats", "must return"),
+        ("constant", "without gradient"),
+        ("ours", "returned the metric policy/mismatch_kl, which is one of ours; rename it"),
+    ],
+)
+def test_a_loss_of_your_own_that_is_wrong_is_one_line(own, name, says):
+    logprobs = torch.zeros(3, requires_grad=True)
+    tokens = tokens_of(logprobs, *torch.zeros(2, 3), torch.ones(3), torch.ones(3))
+    with pytest.raises(UserError, match=f"^loss 'my_losses:{name}' {says}") as error:
+        loss_named(f"my_losses:{name}")(tokens)
+    assert "\n" not in str(error.value)
+    assert loss_named("my_losses:shared")(tokens)[1]
 
 
 def test_a_loss_of_your_own_is_found_and_says_what_it_takes(own):
