@@ -6,7 +6,6 @@ to import, and a fork of it a few milliseconds.
 
 import os
 import resource
-import secrets
 import signal
 import socket
 import time
@@ -14,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from rewards.wire import Channel
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Fork:
@@ -52,40 +53,51 @@ def keep_open(*files: int) -> None:
 
 
 def remove(folder: str) -> None:
-    """Delete a folder, however deep and whatever its permissions; never raises.
-
-    `shutil.rmtree` recurses, and fails at a thousand nested folders. Here the content of each inner folder
-    moves up, so that paths stay short.
-    """
-    for _ in range(100):  # what still writes there is being killed
+    """Delete a folder, however deep and whatever its permissions; never raises (`shutil.rmtree` recurses)."""
+    for _ in range(50):  # what still writes there is being killed
         try:
             os.chmod(folder, 0o700)
-            while names := os.listdir(folder):
-                for path in (os.path.join(folder, name) for name in names):
-                    if os.path.islink(path) or not os.path.isdir(path):
-                        os.unlink(path)
-                        continue
-                    os.chmod(path, 0o700)
-                    for inner in (os.path.join(path, name) for name in os.listdir(path)):
-                        if os.path.isdir(inner) and not os.path.islink(inner):
-                            os.chmod(inner, 0o700)  # to move a folder is to change its own ".."
-                        os.rename(inner, os.path.join(folder, secrets.token_hex(8)))
-                    os.rmdir(path)
+            _empty(os.open(folder, _FOLDER))
             os.rmdir(folder)
         except FileNotFoundError:
-            if not os.path.lexists(folder):
-                return
+            return
         except OSError:
             time.sleep(0.02)
 
 
+def _empty(at: int) -> None:
+    """Delete all that is in the folder open at `at`, one folder after the other, and close it."""
+    inside: list[str] = []
+    try:
+        while True:
+            inner = ""
+            with os.scandir(at) as entries:
+                for entry in entries:
+                    try:
+                        os.unlink(entry.name, dir_fd=at)
+                    except (IsADirectoryError, PermissionError):  # of a folder, by system
+                        inner = entry.name
+                        break
+            if inner:
+                os.chmod(inner, 0o700, dir_fd=at)
+                inside.append(inner)
+            elif not inside:
+                return
+            above, at = at, os.open(inner or "..", _FOLDER, dir_fd=at)
+            os.close(above)
+            if not inner:
+                os.rmdir(inside.pop(), dir_fd=at)
+    finally:
+        os.close(at)
+
+
 def outgrown(folder: str, most: int) -> bool:
-    """Whether a folder holds more than `most` bytes, or is too deep to be looked through."""
+    """Whether a folder holds more than `most` bytes, 16 KiB an entry included, or is too deep to search."""
     size, folders = 0, [folder]
     while folders and size <= most:
         with suppress(FileNotFoundError, PermissionError), os.scandir(folders.pop()) as entries:
             for entry in entries:
-                size += entry.stat(follow_symlinks=False).st_blocks * 512
+                size += entry.stat(follow_symlinks=False).st_blocks * 512 + (16 << 10)
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
                     size += most * (len(entry.path) > 2000)

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from rewards.programs.isolate import readable
+from rewards.programs.isolate import python_folders
 
 _REFUSED = frozenset(
     "os.fork os.forkpty os.exec os.posix_spawn os.spawn os.system subprocess.Popen pty.spawn os.kill "  # noqa: SIM905
@@ -31,8 +31,8 @@ def forbid(folder: str | None) -> None:
     home = os.path.realpath(folder) if folder else "\0"
     inside = home + os.sep
     realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
-    seen = (inside, *(root + "/" for root in readable()))
-    seen_files = (os.devnull, "/dev/zero", "/dev/urandom", *readable())
+    seen = (inside, *(root + "/" for root in python_folders()))
+    seen_files = (os.devnull, "/dev/zero", "/dev/urandom", *python_folders())
 
     def within(
         path: Any, folders: tuple[str, ...] = (inside,), files: tuple[str, ...] = (os.devnull,)

@@ -69,7 +69,7 @@ def enter() -> None:
     if libc is None or machine is None:
         _no_namespaces = f"not supported on {platform.system()} {platform.machine()}"
         return
-    readable()  # before the folders above them are out of sight
+    python_folders()  # before the folders above them are out of sight
     # Tried in a child first: half a move could not be undone.
     probe = os.fork()
     if probe == 0:
@@ -113,7 +113,7 @@ def _enter() -> None:
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
     root = NEW_ROOT
     _mount("root", root, "tmpfs", MS_NOSUID | MS_NODEV, b"size=1048576,mode=0755")
-    for path in readable():
+    for path in python_folders():
         _bind(path, root)
     for device in ("null", "zero", "urandom"):
         _bind(f"/dev/{device}", root, read_only=False)
@@ -128,7 +128,7 @@ def _enter() -> None:
 
 
 @cache
-def readable() -> tuple[str, ...]:
+def python_folders() -> tuple[str, ...]:
     """The folders that Python needs, without those that lie in others of them."""
     project = Path(__file__).resolve().parents[2]
     needed = [sys.base_prefix, sys.prefix, sys.base_exec_prefix, os.path.dirname(os.__file__)]
@@ -244,8 +244,8 @@ def confine(scratch: str | None) -> None:
     if libc is None:
         return
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    landlock.confine(readable(), scratch)
+    landlock.restrict(python_folders(), scratch)
     header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     libc.capset(header, bytes(24))  # none, root's included
     if seccomp.available():
-        seccomp.confine()
+        seccomp.filter_calls()

@@ -25,7 +25,7 @@ def version() -> int:
     return max(0, libc.syscall(_CREATE_RULESET, None, 0, 1)) if libc else 0
 
 
-def confine(readable: Sequence[str], scratch: str | None) -> None:
+def restrict(readable: Sequence[str], scratch: str | None) -> None:
     """This process may from now on read below `readable`, do anything below `scratch`, and no more.
 
     Where the version allows it: no TCP, no abstract sockets or signals of processes outside. OSError: the

@@ -74,7 +74,7 @@ def available() -> bool:
     return libc.prctl(PR_SET_SECCOMP, 2, 0, 0, 0) < 0 and ctypes.get_errno() == 14
 
 
-def confine() -> None:
+def filter_calls() -> None:
     """Only harmless system calls from now on, permanently. OSError: refused. Needs PR_SET_NO_NEW_PRIVS."""
     if machine is None:
         return

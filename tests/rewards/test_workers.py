@@ -123,7 +123,7 @@ def test_a_process_killed_in_the_middle_of_a_batch_costs_no_verdict(victim):
 
 
 def find(pool: WorkerPool, victim: str) -> int | None:
-    """One of the worker's processes: the zygote is its first fork, the solver its second, a judge its last."""
+    """One of the worker's processes: the zygote is its first fork, the solver its second."""
     for worker in pool.pids():
         if victim == "worker":
             return worker
