@@ -52,7 +52,7 @@ class Solver:
 
 def _serve(channel: wire.Channel) -> None:
     isolate.die_with_parent()
-    isolate.confine(None)
+    isolate.confine(isolate.file_rules(None))
     gc.freeze()
     while True:
         task = channel.receive()  # raises when the worker is gone

@@ -35,7 +35,7 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 <<
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 NEW_ROOT = "/proc"  # a folder that every system has, and that nothing below needs once it is covered
-SCRATCH = "/scratch"
+SCRATCH = "/scratch/program"
 STACK_BYTES = 64 << 20  # deep recursion is a legitimate way to write a solution
 _SYSCALL_PIVOT_ROOT, _SYSCALL_MOUNT_SETATTR = (155, 41), 442
 
@@ -117,7 +117,7 @@ def _enter() -> None:
         _bind(path, root)
     for device in ("null", "zero", "urandom"):
         _bind(f"/dev/{device}", root, read_only=False)
-    os.mkdir(root + SCRATCH)
+    os.makedirs(root + SCRATCH)
     os.mkdir(root + "/.old")
     os.chdir(root)
     _check(libc.syscall(_SYSCALL_PIVOT_ROOT[machine[0]], b".", b".old"))
@@ -239,13 +239,24 @@ def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> Non
         resource.setrlimit(what, (bound, hard if what == resource.RLIMIT_STACK else bound))
 
 
-def confine(scratch: str | None) -> None:
-    """This process keeps harmless system calls, and files to read as Python needs and write in `scratch`."""
-    if libc is None:
-        return
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    landlock.restrict(python_folders(), scratch)
-    header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    libc.capset(header, bytes(24))  # none, root's included
-    if seccomp.available():
-        seccomp.filter_calls()
+def file_rules(scratch: str | None) -> int:
+    """Landlock's rules for a process that reads as Python needs and writes in `scratch`; see `ruleset`."""
+    # A file in memory is found by the folder above the mount, which stays the same for all programs.
+    return landlock.ruleset(python_folders(), os.path.dirname(SCRATCH) if scratch == SCRATCH else scratch)
+
+
+def obey(rules: int) -> None:
+    """Keep this process, and its forks, to the rules of `file_rules`."""
+    if libc is not None:
+        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        landlock.enforce(rules)
+
+
+def confine(rules: int = -1) -> None:
+    """Keep this process to `rules` and to harmless system calls, without root's capabilities."""
+    obey(rules)
+    if libc is not None:
+        header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+        libc.capset(header, bytes(24))
+        if seccomp.available():
+            seccomp.filter_calls()

@@ -25,19 +25,19 @@ def version() -> int:
     return max(0, libc.syscall(_CREATE_RULESET, None, 0, 1)) if libc else 0
 
 
-def restrict(readable: Sequence[str], scratch: str | None) -> None:
-    """This process may from now on read below `readable`, do anything below `scratch`, and no more.
+def ruleset(readable: Sequence[str], scratch: str | None) -> int:
+    """Descriptor of rules: read below `readable`, do anything below `scratch`, and no more; -1: no Landlock.
 
     Where the version allows it: no TCP, no abstract sockets or signals of processes outside. OSError: the
-    kernel refused. Does nothing where there is no Landlock. Needs PR_SET_NO_NEW_PRIVS.
+    kernel refused.
     """
     if not (abi := version()):
-        return
+        return -1
     assert libc is not None
     every = (1 << _RIGHTS[min(abi, len(_RIGHTS) - 1)]) - 1
     network, scopes = (bits if abi >= since else 0 for since, bits in (_NETWORK, _SCOPES))
     attributes = struct.pack("QQQ", every, network, scopes)
-    ruleset = _checked(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
+    made = _checked(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     rules = [(path, _READ_FILE | _READ_DIR) for path in (*readable, "/dev/zero", "/dev/urandom")]
     rules.append((os.devnull, _READ_FILE | _WRITE_FILE | _TRUNCATE))
     if scratch:
@@ -49,10 +49,16 @@ def restrict(readable: Sequence[str], scratch: str | None) -> None:
             continue
         of_file = ~0 if os.path.isdir(path) else _READ_FILE | _WRITE_FILE | _TRUNCATE
         rule = struct.pack("=Qi", rights & every & of_file, at)
-        _checked(libc.syscall(_ADD_RULE, ruleset, 1, rule, 0))
+        _checked(libc.syscall(_ADD_RULE, made, 1, rule, 0))
         os.close(at)
-    _checked(libc.syscall(_RESTRICT_SELF, ruleset, 0))
-    os.close(ruleset)
+    return made
+
+
+def enforce(rules: int) -> None:
+    """This process obeys the rules from now on, beside those of before. Needs PR_SET_NO_NEW_PRIVS."""
+    if rules >= 0:
+        assert libc is not None
+        _checked(libc.syscall(_RESTRICT_SELF, rules, 0))
 
 
 def _checked(result: int) -> int:

@@ -68,6 +68,7 @@ def warm(scratch: str) -> None:
             import_module(name)
         isolate.enter()
         _zygote = Zygote(scratch)
+        isolate.obey(isolate.file_rules(None))
 
 
 def adopt_orphans(parent: int) -> None:
@@ -130,7 +131,7 @@ def _judge(link: int, tests: list[str], stop_early: bool, limits: Limits, answer
     os.setsid()
     sys.stdin, sys.stdout, sys.stderr = (open(os.devnull, mode) for mode in ("r", "w", "w"))  # noqa: SIM115
     isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
-    isolate.confine(None)
+    isolate.confine()  # the worker's file rules hold for its forks
     hook.forbid(None)
     sys.set_int_max_str_digits(0)
     seed()

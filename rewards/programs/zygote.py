@@ -74,7 +74,7 @@ class Zygote:
 def _serve_forks(scratch: str, channel: Channel) -> None:
     """In the zygote: start and end programs, one at a time, until the worker is gone; leave nothing then."""
     isolate.reap_orphans()
-    program, folder, ready = 0, "", -1
+    program, folder, ready, rules = 0, "", -1, -1
     try:
         while True:
             while folder == scratch and channel.quiet(WATCH_S):  # a folder on disk has no size of its own
@@ -90,8 +90,12 @@ def _serve_forks(scratch: str, channel: Channel) -> None:
                     channel.send({"status": status} if confined else {"errno": errno.ECHILD})
                 else:
                     folder = isolate.fresh_scratch(scratch)
-                    program, ready = _fork(message, channel.files, folder)
+                    rules = rules if rules >= 0 else isolate.file_rules(folder)
+                    program, ready = _fork(message, channel.files, folder, rules)
                     channel.send({"pid": program})
+                    if folder == scratch and rules >= 0:  # the next is another folder
+                        os.close(rules)
+                        rules = -1
             except OSError as error:
                 channel.send({"errno": error.errno or 1})
             for given in channel.files:
@@ -127,7 +131,7 @@ def _children() -> list[int]:
         return []
 
 
-def _fork(message: dict[str, Any], fds: list[int], folder: str) -> tuple[int, int]:
+def _fork(message: dict[str, Any], fds: list[int], folder: str, rules: int) -> tuple[int, int]:
     """The program's process id, and a pipe from which a byte can be read once it is confined."""
     ready_in, ready_out = os.pipe()
     if pid := isolate.fork_program():
@@ -137,7 +141,8 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str) -> tuple[int, in
         limits = Limits(**message["limits"])
         isolate.die_with_parent()
         os.setsid()
-        keep([*fds, ready_out])
+        keep([*fds, ready_out, *([rules] if rules >= 0 else [])])
+        ready_out, rules = len(fds), len(fds) + 1 if rules >= 0 else -1
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(PATH=os.defpath, HOME=folder, TMPDIR=folder, LANG="C.UTF-8")
@@ -148,10 +153,10 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str) -> tuple[int, in
         sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         seed()
         isolate.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
-        isolate.confine(folder)
+        isolate.confine(rules)
         hook.forbid(folder)
-        os.write(len(fds), b"k")
-        os.close(len(fds))
+        os.write(ready_out, b"k")
+        os.closerange(ready_out, ready_out + 2)
         if message["kind"] == "stdio":
             _script(message["code"])
         else:

@@ -15,6 +15,7 @@ import shutil
 import socket
 import sqlite3
 import stat
+import struct
 import sys
 import tempfile
 import time
@@ -69,12 +70,13 @@ def take_away(layers: list[str], folder: Path) -> None:
         program += [(give, 0, 0, invalid), (give, 0, 0, 0x7FFF0000)]
     if len(program) > 1:
         libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-        seccomp.install(program)
+        seccomp.install(b"".join(struct.pack("HBBI", *each) for each in program))
     if "audit hook" in layers:
         script = folder / "worker"
         script.write_text(
             f"#!{sys.executable}\nimport sys\nsys.argv[1:] = sys.argv[4:]\n"
-            "from rewards.programs import hook\nhook.forbid = lambda folder: None\nfrom rewards import worker\nsys.exit(worker.main())\n"
+            "from rewards.programs import hook\nhook.forbid = lambda folder: None\n"
+            "from rewards import worker\nsys.exit(worker.main())\n"
         )
         script.chmod(0o755)
         pool_module.sys.executable = str(script)
