@@ -36,6 +36,11 @@ def exactly(read: Callable[[int], bytes], length: int) -> bytes:
     return b"".join(parts)
 
 
+def receive(read: Callable[[int], bytes]) -> Any:
+    """The next message; raises as `exactly` does."""
+    return json.loads(exactly(read, length_of(exactly(read, HEAD_BYTES))))
+
+
 class Channel:
     """One end of a socket pair: messages, each within a deadline (monotonic seconds), and open files.
 
@@ -44,9 +49,8 @@ class Channel:
     """
 
     def __init__(self, end: socket.socket, parent: int = -1) -> None:
-        self.end, self._parent = end, parent
+        self.end, self._fd, self._parent = end, end.fileno(), parent
         end.setblocking(False)
-        self.files: list[int] = []  # that came with the last message
 
     def send(self, message: Any, deadline: float = math.inf, files: Sequence[int] = ()) -> None:
         """Send a message, however much of it the other end takes at once."""
@@ -55,34 +59,40 @@ class Channel:
             if files:
                 view = view[socket.send_fds(self.end, [view], list(files)) :]
             while view:
-                self._wait(select.POLLOUT, deadline)
-                view = view[os.write(self.end.fileno(), view) :]  # a confined process may not call send
+                try:
+                    view = view[os.write(self._fd, view) :]  # a confined process may not call send
+                except BlockingIOError:
+                    self._wait(select.POLLOUT, deadline)
         except ConnectionError:
             raise EOFError("the other end is gone") from None
 
     def receive(self, deadline: float = math.inf) -> Any:
         """The next message."""
-        self._wait(select.POLLIN, deadline)
-        try:
-            head, self.files, _, _ = socket.recv_fds(self.end, HEAD_BYTES, 8)
-            if not head:
-                raise EOFError("the other end is gone")
-            head += exactly(lambda most: self._read(most, deadline), HEAD_BYTES - len(head))
-            return json.loads(exactly(lambda most: self._read(most, deadline), length_of(head)))
-        except ConnectionError:
-            raise EOFError("the other end is gone") from None
+        return receive(lambda most: self._read(most, deadline))
+
+    def receive_files(self) -> tuple[Any, list[int]]:
+        """The next message, and the files that came with it."""
+        self._wait(select.POLLIN, math.inf)
+        head, files, _, _ = socket.recv_fds(self.end, HEAD_BYTES, 8)
+        head += exactly(lambda most: self._read(most, math.inf), HEAD_BYTES - len(head))
+        return json.loads(exactly(lambda most: self._read(most, math.inf), length_of(head))), files
 
     def quiet(self, seconds: float) -> bool:
         """Whether no message comes within `seconds`."""
-        return not select.select([self.end], [], [], seconds)[0]
+        return not select.select([self._fd], [], [], seconds)[0]
 
     def _read(self, most: int, deadline: float) -> bytes:
-        self._wait(select.POLLIN, deadline)
-        return os.read(self.end.fileno(), most)
+        while True:
+            try:
+                return os.read(self._fd, most)
+            except BlockingIOError:
+                self._wait(select.POLLIN, deadline)
+            except ConnectionError:
+                return b""
 
     def _wait(self, event: int, deadline: float) -> None:
         poll = select.poll()
-        poll.register(self.end, event)
+        poll.register(self._fd, event)
         if self._parent >= 0:
             poll.register(self._parent, 0)  # no events asked for: only a hang-up is reported
         left = None if deadline == math.inf else max(0.0, 1000 * (deadline - time.monotonic()))

@@ -27,7 +27,7 @@ from typing import Any
 
 from rewards.fork import Fork
 from rewards.programs import hook, isolate, judge
-from rewards.programs.zygote import Limits, Zygote, seed
+from rewards.programs.zygote import Limits, Zygote, seed, standard_streams
 from rewards.wire import Channel
 
 __all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]
@@ -66,6 +66,7 @@ def warm(scratch: str) -> None:
     if _zygote is None:
         for name in WARM_MODULES:
             import_module(name)
+        standard_streams()
         isolate.enter()
         _zygote = Zygote(scratch)
         isolate.obey(isolate.file_rules(None))
@@ -129,7 +130,6 @@ def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Lim
 def _judge(link: int, tests: list[str], stop_early: bool, limits: Limits, answers: Channel) -> None:
     isolate.die_with_parent()
     os.setsid()
-    sys.stdin, sys.stdout, sys.stderr = (open(os.devnull, mode) for mode in ("r", "w", "w"))  # noqa: SIM115
     isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
     isolate.confine()  # the worker's file rules hold for its forks
     hook.forbid(None)

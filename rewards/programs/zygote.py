@@ -80,7 +80,7 @@ def _serve_forks(scratch: str, channel: Channel) -> None:
             while folder == scratch and channel.quiet(WATCH_S):  # a folder on disk has no size of its own
                 if outgrown(folder, SCRATCH_BYTES):
                     os.kill(program, signal.SIGKILL)
-            message = channel.receive()
+            message, files = channel.receive_files()
             try:
                 if "end" in message:
                     status, program = _end(program), 0
@@ -91,14 +91,14 @@ def _serve_forks(scratch: str, channel: Channel) -> None:
                 else:
                     folder = isolate.fresh_scratch(scratch)
                     rules = rules if rules >= 0 else isolate.file_rules(folder)
-                    program, ready = _fork(message, channel.files, folder, rules)
+                    program, ready = _fork(message, files, folder, rules)
                     channel.send({"pid": program})
                     if folder == scratch and rules >= 0:  # the next is another folder
                         os.close(rules)
                         rules = -1
             except OSError as error:
                 channel.send({"errno": error.errno or 1})
-            for given in channel.files:
+            for given in files:
                 os.close(given)
     finally:
         if program:
@@ -148,9 +148,6 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str, rules: int) -> t
         os.environ.update(PATH=os.defpath, HOME=folder, TMPDIR=folder, LANG="C.UTF-8")
         tempfile.tempdir = folder
         sys.argv, sys.path = ["program.py"], [p for p in sys.path if "packages" in p or "lib" in p]
-        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         seed()
         isolate.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
         isolate.confine(rules)
@@ -172,6 +169,14 @@ def keep(wanted: list[int]) -> None:
     for target, source in enumerate(high):
         os.dup2(source, target)
     os.closerange(len(wanted), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def standard_streams() -> None:
+    """Python's, over descriptors 0 to 2, whatever these are by then: made once, used by every fork."""
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(fd, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+        for fd, mode in enumerate("rww")
+    )
 
 
 def seed() -> None:
