@@ -8,6 +8,7 @@ from typing import Annotated
 from pipeline.settings.common import (
     AnswerSampling,
     ComputeSettings,
+    GradingSettings,
     StageSettings,
     TemplateSettings,
     TruncatedSampling,
@@ -18,7 +19,7 @@ from rollout.settings import DtypeName, EngineName, VllmSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(TemplateSettings, TruncatedSampling):
+class BenchmarkSettings(TemplateSettings, TruncatedSampling, GradingSettings):
     """What stage and command have in common."""
 
     samples: Count = 1

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.settings.common import (
+    CodeSettings,
     ComputeSettings,
+    GradingSettings,
     OptimSettings,
     Sampling,
     TemplateSettings,
@@ -17,7 +19,7 @@ from rollout.settings import RolloutSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(TemplateSettings, Sampling, ComputeSettings):
+class GeneratingSettings(TemplateSettings, Sampling, CodeSettings, ComputeSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
@@ -116,7 +118,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RejectSettings(GeneratingSettings):
+class RejectSettings(GradingSettings, GeneratingSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"

@@ -12,6 +12,7 @@ from pipeline.data.problems import pooled
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.run.verifiers import check_errors, check_sandbox
 from pipeline.settings.rollouts import RejectSettings
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts
@@ -29,7 +30,9 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     start = run_dir.model_input(config.init_from)
     policy, tokenizer = load_policy(start, place.device)
     pool = pooled(config.problems, count=config.pool, seed=config.seed + 2, data_dir=config.data)
-    engine, scorer = open_rollouts(policy, tokenizer, config.rollout, start), Scorer({"accuracy": 1.0})
+    scorer = Scorer({"accuracy": 1.0}, allow_unsafe_code=config.allow_unsafe_code)
+    check_sandbox("reject", scorer.pool, pool, config.allow_unsafe_code)
+    engine = open_rollouts(policy, tokenizer, config.rollout, start)
     newest = run_dir.latest()
     done, kept = (newest[0], newest[1] / "kept.jsonl") if newest else (0, None)
     rows = [Row(**row) for row in read_log(kept)] if kept else []
@@ -43,6 +46,7 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
             rollouts = sample_groups(engine, prompts, params)
             texts = [completion_text(tokenizer, r, config.template) for r in rollouts]
             graded = scorer.grade_all(zip(rollouts, texts, strict=True))
+            check_errors("reject", graded, config.max_error_share)
             groups = [graded[i : i + config.samples] for i in range(0, len(graded), config.samples)]
             found = [keepers(group, config.min_language) for group in groups]
             rows.extend(row for group in found for row in group[: config.keep])
