@@ -151,23 +151,31 @@ def test_many_threads_share_few_workers():
         assert len(pool.pids()) <= 2
 
 
-@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)"])
-def test_nothing_is_left_when_the_parent_ends(end):
+@pytest.mark.parametrize("without", [[], ["namespaces"]], ids=str)
+@pytest.mark.parametrize("end", ["sys.exit()", "os.kill(os.getpid(), 9)", "os.kill(worker, 9)"])
+def test_nothing_is_left_when_the_parent_ends(end, without, tmp_path):
     """Even a parent that is killed in the middle of a task, and the program under test too."""
     script = (
         "import os, sys, threading, time\n"
+        "from pathlib import Path\nfrom tests.rewards.outside import take_away\n"
+        f"take_away({without}, Path())\n"
         "from rewards.pool import shared_pool\n"
-        "task = {'op': 'asserts', 'code': 'while True: pass', 'tests': ['pass'], 'limits': {'timeout_s': 30},"
-        " 'stop_early': True}\n"
+        "task = {'op': 'asserts', 'code': 'open(\"x\", \"w\")\\nwhile True: pass', 'tests': ['pass'],"
+        " 'limits': {'timeout_s': 30}, 'stop_early': True}\n"
         "threading.Thread(target=lambda: shared_pool().call(task, 40), daemon=True).start()\n"
         "time.sleep(0.7)\n"
         "worker = shared_pool().pids()[0]\n"
         "print(worker, open(f'/proc/{worker}/task/{worker}/children').read(), flush=True)\n" + end
     )
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, check=False, stdout=subprocess.PIPE, timeout=20
     )
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 3  # the worker, the program and its judge
     assert all(gone(pid) for pid in pids)
+    for _ in range(100):
+        if not (left := os.listdir(tmp_path)):
+            break
+        time.sleep(0.02)
+    assert left == []
