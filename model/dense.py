@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from model.checkpoint import quantized_tensor
 from model.kernels.attend import attend
@@ -211,9 +212,7 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
         net, info = cast("tuple[PreTrainedModel, dict[str, set[Any]]]", found)
     except OSError:
         raise
-    except (
-        Exception
-    ) as error:  # checks of a config, readers of tensors, constructors of layers raise anything
+    except Exception as error:  # a damaged config makes its checks and layers raise anything
         why = str(error).partition("\n")[0]  # a list of all models comes after it
         raise ValueError(f"transformers cannot read it: {why or type(error).__name__}") from error
     finally:

@@ -1,16 +1,21 @@
 """A pool of warm child processes for work that may hang, leak or crash.
 
 Each child is a light interpreter of its own (`python -m rewards.worker`), never a fork of the trainer:
-forking a process that holds torch's threads or a CUDA context is unsafe. A request and its reply are JSON
-behind a four-byte length. The parent holds the clock: a child that is late, dead or out of memory is killed
-and replaced, and only its task fails. Any thread may call; each call has a child to itself.
+forking a process that holds torch's threads or a CUDA context is unsafe. A request and its reply are messages
+over a socket (`wire`). The parent holds the clock: a child that is late, dead or out of memory is killed and
+replaced. A death is not the task's doing until it happens twice: the task is run again once, and then fails.
+Any thread may call; each call has a child to itself.
+
+`concurrent.futures` cannot stop a task that hangs. pebble over forkserver can, but a child of a forkserver
+imports the user's `__main__` again, inherits the trainer's environment, and spins on after a `kill -9` of its
+parent.
 """
 
 import atexit
 import os
-import select
-import shutil
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,16 +23,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
 
-from rewards import wire
+from rewards.fork import remove
+from rewards.wire import Channel
 
 START_LIMIT_S = 60.0  # an import of sympy on a busy machine; not part of a task's own limit
 DEFAULT_LIMIT_S = 5.0
 CHILD_MEMORY_BYTES = 2 << 30
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -46,14 +54,22 @@ class TaskFailed(Exception):
 class WorkerPool:
     """Up to `size` children, started when first needed, each running one task at a time.
 
-    `size` is min(2, cpus) unless set. `memory_bytes` is a child's address space; programs under test have
-    their own, smaller limit.
+    Args:
+        size: Default min(2, cpus).
+        memory_bytes: A child's address space; programs under test have their own, smaller limit.
+        allow_unsafe_code: Run programs too where the kernel cannot confine them (`isolate.gap`).
     """
 
-    def __init__(self, size: int | None = None, memory_bytes: int = CHILD_MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        size: int | None = None,
+        memory_bytes: int = CHILD_MEMORY_BYTES,
+        allow_unsafe_code: bool = False,
+    ) -> None:
         self.size = size or min(2, os.cpu_count() or 1)
-        self.memory_bytes = memory_bytes
+        self._arguments = [str(memory_bytes), *(["unsafe"] if allow_unsafe_code else [])]
         self._slots = threading.Semaphore(self.size)
+        self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="rewards")
         self._lock = threading.Lock()
         self._idle: list[_Child] = []
         self._children: set[_Child] = set()
@@ -61,24 +77,37 @@ class WorkerPool:
         self._owner = os.getpid()
         atexit.register(self.close)
 
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Run `function`, which calls this pool, in a thread; `close` cancels those that have not begun."""
+        return self._threads.submit(function, *args, **kwargs)
+
     def call(self, task: dict[str, Any], timeout_s: float = DEFAULT_LIMIT_S) -> dict[str, Any]:
         """Run `task` (`{"op": …}`, see `rewards.worker`) in a child within `timeout_s` seconds of wall clock.
 
         Raises `TaskFailed`, or RuntimeError where the pool is closed or was inherited through a fork.
         """
         with self._slots:
-            child = self._checkout()
             try:
-                child.prepare(task["op"])
-                reply = child.exchange(task, timeout_s)
-            except BaseException:
-                with self._lock:
-                    self._children.discard(child)
-                child.kill()
-                raise
-            with self._lock:
-                if not self._closed:
-                    self._idle.append(child)
+                return self._call(task, timeout_s)
+            except TaskFailed as failure:
+                if failure.kind != "died":
+                    raise
+            return self._call(task, timeout_s)
+
+    def _call(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        child = self._checkout()
+        try:
+            child.prepare(task["op"])
+            reply = child.exchange(task, timeout_s)
+        except BaseException:
+            self._discard(child)
+            raise
+        with self._lock:
+            keep = not self._closed and reply.get("kind") != "died"
+            if keep:
+                self._idle.append(child)
+        if not keep:
+            self._discard(child)
         if "error" in reply:
             details = {key: reply[key] for key in ("kind", "stage", "cpu_s") if key in reply}
             raise TaskFailed(str(reply["error"]), **details)
@@ -95,9 +124,13 @@ class WorkerPool:
             return  # inherited through a fork: the children are the parent's
         with self._lock:
             self._closed = True
-            children, self._children, self._idle = self._children, set(), []
-        for child in children:
-            child.kill()
+            idle, self._idle = self._idle, []
+            busy = self._children.difference(idle)
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for child in busy:
+            child.end()  # the thread that waits for its reply does the rest
+        for child in idle:
+            self._discard(child)
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:
@@ -108,40 +141,50 @@ class WorkerPool:
 
     def _checkout(self) -> "_Child":
         with self._lock:
-            if self._closed or self._owner != os.getpid():
-                raise RuntimeError("This WorkerPool is closed, or inherited through a fork: make a new one.")
-            while self._idle:
-                child = self._idle.pop()
+            while True:
+                if self._closed or self._owner != os.getpid():
+                    raise RuntimeError(
+                        "This WorkerPool is closed, or inherited through a fork: make a new one."
+                    )
+                child = self._idle.pop() if self._idle else None
+                if child is None:
+                    break
                 if child.process.poll() is None:
                     return child
                 self._children.discard(child)
-                child.kill()  # died while idle; this closes its pipes
-            child = _Child(self.memory_bytes)
+                child.close()  # died while idle
+            try:
+                child = _Child(self._arguments)
+            except OSError as error:
+                raise TaskFailed(f"a worker process cannot be started: {error}") from error
             self._children.add(child)
             return child
 
+    def _discard(self, child: "_Child") -> None:
+        with self._lock:
+            self._children.discard(child)
+        child.close()
+
 
 class _Child:
-    """One child process and its two pipes."""
+    """One child process and the socket to it."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, arguments: list[str]) -> None:
         root = str(Path(__file__).resolve().parent.parent)
-        self._folder = tempfile.mkdtemp(prefix="r1-worker-")  # deleted here, since a killed child leaves it
         # Nothing of the trainer's environment reaches a child; a fixed hash seed keeps verdicts repeatable.
         environment = {"PATH": os.defpath, "PYTHONPATH": root, "PYTHONHASHSEED": "0", "LANG": "C.UTF-8"}
-        environment["TMPDIR"] = self._folder
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rewards.worker", str(memory_bytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env=environment,
-            start_new_session=True,  # the parent handles Ctrl-C
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self._in, self._out = self.process.stdin, self.process.stdout
-        os.set_blocking(self._in.fileno(), False)
-        os.set_blocking(self._out.fileno(), False)
+        # Made by the child where a program needs it, and deleted here too, since a killed child leaves it.
+        self._scratch = os.path.join(tempfile.gettempdir(), f"r1-program-{secrets.token_hex(8)}")
+        ours, theirs = socket.socketpair()
+        self._channel = Channel(ours)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "rewards.worker", arguments[0], self._scratch, *arguments[1:]],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # the parent handles Ctrl-C
+            )
         self._loaded: set[str] = set()
 
     def prepare(self, op: str) -> None:
@@ -153,33 +196,26 @@ class _Child:
     def exchange(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         try:
-            self._write(wire.frame(task), deadline)
-            reply: dict[str, Any] = wire.receive(lambda length: self._read(length, deadline))
+            self._channel.send(task, deadline)
+            reply: dict[str, Any] = self._channel.receive(deadline)
         except TimeoutError:
             raise TaskFailed(f"time ran out: no reply within {timeout_s:g} s", "time") from None
-        except (EOFError, BrokenPipeError):
+        except EOFError:
             raise self._death() from None
         return reply
 
-    def kill(self) -> None:
+    def end(self) -> None:
+        """Kill it, and delete what its program left."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
-        self._in.close()
-        self._out.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove(self._scratch)
 
-    def _write(self, data: bytes, deadline: float) -> None:
-        view = memoryview(data)
-        while view:
-            _await(self._in.fileno(), select.POLLOUT, deadline)
-            with suppress(BlockingIOError):
-                view = view[os.write(self._in.fileno(), view[:65536]) :]
-
-    def _read(self, length: int, deadline: float) -> bytes:
-        _await(self._out.fileno(), select.POLLIN, deadline)
-        return os.read(self._out.fileno(), length)
+    def close(self) -> None:
+        """`end`, and close the socket, which no other thread may be waiting on."""
+        self.end()
+        self._channel.end.close()
 
     def _death(self) -> TaskFailed:
         with suppress(subprocess.TimeoutExpired):
@@ -187,14 +223,6 @@ class _Child:
         code = self.process.returncode
         how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit status {code}"
         return TaskFailed(f"the worker process died ({how})", "died")
-
-
-def _await(fd: int, event: int, deadline: float) -> None:
-    poll = select.poll()
-    poll.register(fd, event)
-    left = deadline - time.monotonic()
-    if left <= 0 or not poll.poll(1000 * left):
-        raise TimeoutError
 
 
 class Memo(Generic[T]):

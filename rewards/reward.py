@@ -6,8 +6,9 @@ R1-Zero adds accuracy and format, R1's first RL stage also language consistency,
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Self
 
@@ -18,7 +19,7 @@ from rewards.registry import REWARDS, Outcome, Reward, find, reward, verdict_of
 from rewards.style import overlong_reward
 from rollout.types import Graded, Rollout
 
-__all__ = ["REWARDS", "Accuracy", "Outcome", "Scorer", "check_weights", "reward", "verdict_of"]
+__all__ = ["REWARDS", "Accuracy", "Outcome", "Scorer", "check_weights", "error_share", "reward", "verdict_of"]
 
 ALWAYS = ("accuracy", "format", "language", "repetition")
 """Rewards that are computed and logged whatever their weight, in this order."""
@@ -44,6 +45,14 @@ def check_weights(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
     return list(found.values())
 
 
+def error_share(graded: Sequence[Graded]) -> tuple[float, str]:
+    """Share of the rollouts whose verifier failed, and the most frequent reason; 0 and "" where none did."""
+    reasons = Counter(g.detail for g in graded if g.verdict == "error")
+    if not reasons:
+        return 0.0, ""
+    return reasons.total() / len(graded), reasons.most_common(1)[0][0]
+
+
 class Scorer:
     """Grade rollouts with every reward that has a weight, and those of `ALWAYS`, and add the parts up.
 
@@ -53,6 +62,7 @@ class Scorer:
         partial_credit: Code earns the share of tests that it passes.
         workers: Child processes for programs and slow mathematics; default min(2, cpus).
         overlong_buffer: Length of the ramp of the reward `overlong`, tokens (DAPO's L_cache).
+        allow_unsafe_code: Run programs too where the kernel cannot confine them; else they are errors.
     """
 
     def __init__(
@@ -62,15 +72,15 @@ class Scorer:
         partial_credit: bool = False,
         workers: int | None = None,
         overlong_buffer: int = 0,
+        allow_unsafe_code: bool = False,
     ) -> None:
         ramp = partial(overlong_reward, buffer_tokens=overlong_buffer)
         self._rewards = [
             (dataclasses.replace(entry, function=ramp) if entry.name == "overlong" else entry, weight)
             for entry, weight in check_weights(weights)
         ]
-        self._pool = WorkerPool(workers)
-        self._threads = ThreadPoolExecutor(self._pool.size, thread_name_prefix="rewards")
-        self._accuracy = Accuracy(mode, partial_credit, self._pool)
+        self.pool = WorkerPool(workers, allow_unsafe_code=allow_unsafe_code)
+        self._accuracy = Accuracy(mode, partial_credit, self.pool)
 
     def grade(self, rollout: Rollout, text: str) -> Graded:
         """Grade one rollout whose completion, prefill included and stop token left out, reads `text`."""
@@ -83,7 +93,7 @@ class Scorer:
         for rollout, text in pairs:
             problem = rollout.prompt.problem
             quick, _ = self._accuracy.quick(problem, text)
-            outcomes.append(quick or self._threads.submit(self._accuracy, problem, text))
+            outcomes.append(quick or self.pool.submit(self._accuracy, problem, text))
         return [
             self._assemble(rollout, text, outcome.result() if isinstance(outcome, Future) else outcome)
             for (rollout, text), outcome in zip(pairs, outcomes, strict=True)
@@ -94,9 +104,8 @@ class Scorer:
         return {f"reward/{entry.name}": entry.summary for entry, _ in self._rewards}
 
     def close(self) -> None:
-        """Stop the threads and the children. A closed scorer grades no more."""
-        self._threads.shutdown(cancel_futures=True)
-        self._pool.close()
+        """Stop the children, and cancel what waits for them. A closed scorer grades no more."""
+        self.pool.close()
 
     def __enter__(self) -> Self:
         return self

@@ -1,13 +1,15 @@
-"""The child process of `rewards.pool`: `python -m rewards.worker MEMORY_BYTES`.
+"""The child process of `rewards.pool`: `python -m rewards.worker MEMORY_BYTES SCRATCH [unsafe]`.
 
-Answers requests one at a time until its input closes. Mathematics runs in a fork (`maths.solver`) and a
-program under test in another (`programs.run`), so that neither can harm the next task.
+Answers requests one at a time over the socket at descriptor 0, until the other end closes. Mathematics runs
+in a fork (`maths.solver`) and a program under test in another (`programs.run`), so that neither can harm the
+next task. Whatever else fails here is this process's fault and not the task's: it says so and ends, for the
+pool to replace it.
 """
 
 import gc
 import os
 import resource
-import shutil
+import socket
 import sys
 from contextlib import suppress
 from typing import Any
@@ -15,56 +17,55 @@ from typing import Any
 from rewards import wire
 from rewards.maths import engine
 from rewards.maths.solver import Solver
-from rewards.programs import run
+from rewards.programs import isolate, run
 
 
-def answer(task: dict[str, Any], solver: Solver) -> dict[str, Any]:
+def answer(task: dict[str, Any], solver: Solver, scratch: str, unsafe: bool) -> dict[str, Any]:
     """The reply to one request; `op` names what is asked."""
     match task["op"]:
         case "load":
-            return _load(task["for"])
+            return _load(task["for"], scratch)
         case "math":
             return solver.compare(task["gold"], task["answer"], task["timeout_s"])
         case "asserts" | "stdio":
+            if not unsafe and (gap := isolate.gap()):
+                return {"error": f"programs are not run: {gap}"}
             limits = run.Limits(**task["limits"])
             tested = run.run_asserts if task["op"] == "asserts" else run.run_stdio
             return tested(task["code"], task["tests"], limits, task["stop_early"])
     raise ValueError(f"unknown op {task['op']!r}")
 
 
-def _load(op: str) -> dict[str, Any]:
-    active = "" if op == "math" else run.warm()
+def _load(op: str, scratch: str) -> dict[str, Any]:
     if op == "math":
         engine.load()
+    else:
+        run.warm(scratch)
     gc.collect()
     gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"active": active}
+    return {"active": isolate.describe(), "gap": isolate.gap()}
 
 
 def main() -> int:
-    """Serve until the parent closes the input."""
-    memory = int(sys.argv[1])
+    """Serve until the parent closes the socket."""
+    memory, scratch, unsafe = int(sys.argv[1]), sys.argv[2], "unsafe" in sys.argv[3:]
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests = os.fdopen(os.dup(0), "rb")
-    replies = os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)  # whatever a library prints must not land among the replies
-    os.dup2(nothing, 1)
-    run.adopt_orphans(requests.fileno())
-    solver = Solver(requests.fileno())
-    while True:
-        try:
-            task = wire.receive(requests.read)
-        except EOFError:  # the parent is gone, and may have left the folder
-            shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
-            return 0
-        try:
-            reply = answer(task, solver)
-        except Exception as error:
-            reply = wire.failure(error)
-        with suppress(BrokenPipeError):  # the parent is gone: the next read ends the loop
-            wire.write(replies, reply)
+    isolate.hide_memory()
+    channel = wire.Channel(socket.socket(fileno=os.dup(0)))
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    run.adopt_orphans(channel.end.fileno())
+    solver = Solver(channel.end.fileno())
+    with suppress(EOFError):  # the parent is gone
+        while True:
+            task = channel.receive()
+            try:
+                reply = answer(task, solver, scratch, unsafe)
+            except Exception as error:
+                channel.send(wire.failure(error) | {"kind": "died"})
+                return 1
+            channel.send(reply)
+    return 0
 
 
 if __name__ == "__main__":

@@ -77,6 +77,24 @@ class TemplateSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CodeSettings(Settings):
+    """What everything has that grades programs."""
+
+    allow_unsafe_code: bool = False
+    """Run programs even where the kernel cannot confine them: without seccomp, or with neither namespaces nor
+    Landlock. They may then read, change and send what you may."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingSettings(CodeSettings):
+    """What stages have that cannot do without most verdicts."""
+
+    max_error_share: Share = 0.5
+    """Stop, with exit code 3, when the verifier failed for a larger share of the rollouts of two steps in a
+    row, or of a benchmark; 1 = never."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdamWSettings(Settings):
     """AdamW and its schedule. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
 

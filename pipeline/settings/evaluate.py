@@ -8,6 +8,7 @@ from typing import Annotated
 from pipeline.settings.common import (
     AnswerSampling,
     ComputeSettings,
+    GradingSettings,
     RowSettings,
     StageSettings,
     TemplateSettings,
@@ -22,7 +23,7 @@ LABELLED = r"\w[\w.-]*=.+"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(TemplateSettings, TruncatedSampling, RowSettings):
+class BenchmarkSettings(TemplateSettings, TruncatedSampling, RowSettings, GradingSettings):
     """What stage and command have in common."""
 
     samples: Count = 1

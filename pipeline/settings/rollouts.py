@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pipeline.settings.common import (
     ComputeSettings,
+    GradingSettings,
     OptimSettings,
     RowSettings,
     Sampling,
@@ -35,7 +36,7 @@ def check_loss(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(TemplateSettings, Sampling, RowSettings, ComputeSettings):
+class GeneratingSettings(TemplateSettings, Sampling, RowSettings, GradingSettings, ComputeSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
@@ -47,8 +48,6 @@ class GeneratingSettings(TemplateSettings, Sampling, RowSettings, ComputeSetting
     shown; all are graded, so a program that only knows the shown ones fails. 0 = the public protocol."""
     data: Path | None = None
     """Folder of local data files; default: the environment variable R1_DATA."""
-    max_error_share: Share = 0.5
-    """Stop when the verifier fails on a greater share of the rollouts in two steps in a row; 1 = never."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The engine that generates, in the trainer's process or in workers."""
 
@@ -142,7 +141,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RejectSettings(GeneratingSettings):
+class RejectSettings(GradingSettings, GeneratingSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings.common import AnswerSampling, TruncatedSampling
+from pipeline.settings.common import AnswerSampling, CodeSettings, TruncatedSampling
 from rollout.ranges import Count, Natural, Range, Seed, Settings, Threads
 from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
 
@@ -63,7 +63,7 @@ class UpSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradeSettings(Settings):
+class GradeSettings(CodeSettings):
     """Grade the completions of a JSONL file."""
 
     source: Path

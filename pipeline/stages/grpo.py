@@ -27,6 +27,7 @@ from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Diverged, Guard, guarded, slowed
 from pipeline.run.usage import Usage
+from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import GrpoSettings
 from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
@@ -103,7 +104,9 @@ class Trainer:
             heldout = problems(config.eval_source, count=count, seed=1, data_dir=config.data, rows=config)
             self.heldout_problems = fitting(heldout, config, self.tokenizer, start)
         engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start, config.optim.precision)
-        self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer)
+        unsafe = config.allow_unsafe_code
+        self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer, allow_unsafe_code=unsafe)
+        check_sandbox("grpo", self.scorer.pool, [*self.problems, *self.heldout_problems], unsafe)
         run_dir.metrics.explain(self.scorer.glossary())
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)

@@ -12,6 +12,7 @@ from pipeline.data.pool import pooled
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
+from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import RejectSettings
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts
@@ -31,7 +32,9 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     pool = pooled(config, tokenizer, start, config.seed + 2)
     run_dir.record_rows(f"the problems of {', '.join(config.problems)}", pool)
     watch = Watch(run_dir, config.max_error_share)
-    engine, scorer = open_rollouts(policy, tokenizer, config.rollout, start), Scorer({"accuracy": 1.0})
+    scorer = Scorer({"accuracy": 1.0}, allow_unsafe_code=config.allow_unsafe_code)
+    check_sandbox("reject", scorer.pool, pool, config.allow_unsafe_code)
+    engine = open_rollouts(policy, tokenizer, config.rollout, start)
     newest = run_dir.latest()
     done, kept = (newest[0], newest[1] / "kept.jsonl") if newest else (0, None)
     rows = [Row(**row) for row in read_log(kept)] if kept else []

@@ -29,6 +29,7 @@ from pipeline.data.jsonl import write_jsonl
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.run.files import replacing, sha256, write_atomic
+from pipeline.run.verifiers import check_errors, check_sandbox
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.tools.open import check_model, naming, open_speaker, trained_template
 from pipeline.tools.scores import Sample, scores
@@ -76,6 +77,8 @@ def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[
     if batch := config.max_batch:
         vllm, local = replace(config.vllm, max_batch=batch), replace(config.local, max_batch=batch)
         config = replace(config, vllm=vllm, local=local)
+    scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=config.allow_unsafe_code)
+    check_sandbox("evaluate", scorer.pool, found, config.allow_unsafe_code)
     engine, tokenizer = open_speaker(config)
     label = f"{config.model.parent.name} {config.benchmark}"
     with naming(config.model), closing(engine):
@@ -89,7 +92,10 @@ def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[
             params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
             total = len(sent) * config.samples
             rollouts = list(watched(engine.generate(sent, params), f"{label}: sampling", total))
-    graded = watched(grade(rollouts, tokenizer), f"{label}: grading", len(rollouts))
+    with scorer:
+        verdicts = grade(rollouts, tokenizer, scorer)
+        graded = list(watched(verdicts, f"{label}: grading", len(rollouts)))
+    check_errors("evaluate", graded, config.max_error_share)
     rows = [row_of(fits[g.rollout.index], g) for g in graded]
     for i, sample in itertools.product(set(range(len(prompts))) - set(fits), range(config.samples)):
         detail = f"prompt longer than the context ({len(prompts[i].token_ids)} tokens)"
@@ -122,12 +128,13 @@ def watched(items: Iterable[T], label: str, total: int) -> Iterator[T]:
         yield from bar.track(items, total, description=label)
 
 
-def grade(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast) -> Iterator[Graded]:
+def grade(
+    rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast, scorer: Scorer
+) -> Iterator[Graded]:
     """The rollouts with their verdicts, in order."""
-    with Scorer({"accuracy": 1.0}, mode="lenient") as scorer:
-        for start in range(0, len(rollouts), GRADED_AT_ONCE):
-            some = rollouts[start : start + GRADED_AT_ONCE]
-            yield from scorer.grade_all((r, completion_text(tokenizer, r, r.prompt.template)) for r in some)
+    for start in range(0, len(rollouts), GRADED_AT_ONCE):
+        some = rollouts[start : start + GRADED_AT_ONCE]
+        yield from scorer.grade_all((r, completion_text(tokenizer, r, r.prompt.template)) for r in some)
 
 
 def row_of(index: int, graded: Graded) -> dict[str, Any]:

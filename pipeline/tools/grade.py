@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, cast, get_args
 
@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.settings.tools import GradeSettings
 from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool
-from rewards.programs.grade import active_sandbox
+from rewards.programs.grade import active_sandbox, sandbox_gap
 from rewards.reward import Accuracy, Outcome, verdict_of
 from rollout.types import Kind, Problem
 
@@ -30,11 +30,18 @@ WINDOW = 256  # lines read ahead of the one being written: enough to keep every 
 LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read into memory
 
 
-def grade_file(source: Path, out: Path, kind: Kind | None = None, mode: Mode = "lenient") -> dict[str, int]:
+def grade_file(
+    source: Path,
+    out: Path,
+    kind: Kind | None = None,
+    mode: Mode = "lenient",
+    allow_unsafe_code: bool = False,
+) -> dict[str, int]:
     """Grade the lines of `source`, see `GradeSettings`, into `out`, complete only once this returns.
 
     Args:
         kind: of all lines; `None` = by the keys of each.
+        allow_unsafe_code: run programs too where the kernel cannot confine them; else they are errors.
 
     Returns:
         Number of lines by verdict.
@@ -52,8 +59,7 @@ def grade_file(source: Path, out: Path, kind: Kind | None = None, mode: Mode = "
     lines_done = TextColumn("{task.fields[lines]} lines")
     columns = (TextColumn("grading"), BarColumn(), lines_done, TimeRemainingColumn())
     with (
-        WorkerPool() as pool,
-        ThreadPoolExecutor(pool.size) as threads,
+        WorkerPool(allow_unsafe_code=allow_unsafe_code) as pool,
         Progress(*columns, console=Console(stderr=True)) as bar,
         source.open("rb") as lines,
         out.open("w", encoding="utf-8", errors="backslashreplace") as graded,
@@ -61,13 +67,16 @@ def grade_file(source: Path, out: Path, kind: Kind | None = None, mode: Mode = "
         accuracy = Accuracy(mode, pool=pool)
         task = bar.add_task("", total=os.fstat(lines.fileno()).st_size, lines=0)
         programs = False
-        for done, (size, row) in enumerate(_graded(_lines(lines), accuracy, kind, threads), 1):
+        for done, (size, row) in enumerate(_graded(_lines(lines), accuracy, kind, pool), 1):
             graded.write(json_line(row))
             counts[row["verdict"]] += 1
             programs = programs or "tests" in row
             bar.update(task, advance=size, lines=done)
         if programs and kind != "math":
-            bar.console.print(f"grade: programs were confined by {active_sandbox(pool)}", soft_wrap=True)
+            active, gap = active_sandbox(pool), sandbox_gap(pool)
+            refused = f"not run: {gap}; --allow-unsafe-code runs them all the same"
+            told = f"confined by {active}" if allow_unsafe_code or not gap else refused
+            bar.console.print(f"grade: programs were {told}", soft_wrap=True)
     return dict(counts)
 
 
@@ -85,12 +94,12 @@ def _graded(
     lines: Iterable[tuple[int, bytes | None]],
     accuracy: Accuracy,
     kind: str | None,
-    threads: ThreadPoolExecutor,
+    pool: WorkerPool,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each line's size and answer, in order, at most `WINDOW` of them in work at once."""
     waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()
     for number, (size, line) in enumerate(lines, 1):
-        waiting.append((size, *_grade_line(number, line, accuracy, kind, threads)))
+        waiting.append((size, *_grade_line(number, line, accuracy, kind, pool)))
         if len(waiting) >= WINDOW:
             yield _answered(*waiting.popleft())
     yield from (_answered(*line) for line in waiting)
@@ -113,7 +122,7 @@ def _failed(error: Exception) -> Outcome:
 
 
 def _grade_line(
-    number: int, line: bytes | None, accuracy: Accuracy, kind: str | None, threads: ThreadPoolExecutor
+    number: int, line: bytes | None, accuracy: Accuracy, kind: str | None, pool: WorkerPool
 ) -> tuple[dict[str, Any], Outcome | Future[Outcome]]:
     """The keys and the outcome, at once or, of programs and algebra, from a worker. Nothing escapes."""
     row: dict[str, Any] = {"line": number}
@@ -127,7 +136,7 @@ def _grade_line(
         row = found
         problem, completion = _problem(row, kind)
         quick, _ = accuracy.quick(problem, completion)
-        return row, quick or threads.submit(accuracy, problem, completion)
+        return row, quick or pool.submit(accuracy, problem, completion)
     except Exception as error:
         return row, _failed(error)
 
@@ -150,7 +159,8 @@ def _problem(row: dict[str, Any], kind: str | None) -> tuple[Problem, str]:
 def main(config: GradeSettings) -> None:
     """The command; its last line on stdout is the number of lines by verdict."""
     try:
-        counts = grade_file(config.source, config.out, config.kind, config.mode)
+        unsafe = config.allow_unsafe_code
+        counts = grade_file(config.source, config.out, config.kind, config.mode, unsafe)
     except (OSError, ValueError) as error:
         raise UserError(f"grade: {error}") from error
     print(json.dumps(counts))

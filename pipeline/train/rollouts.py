@@ -9,6 +9,7 @@ from pipeline.errors import Stopped
 from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
 from pipeline.train.pack import Example
+from rewards.reward import error_share
 from rollout.types import Graded, Rollout
 
 FAILED_STEPS = 2
@@ -30,11 +31,6 @@ def example(rollout: Rollout, advantage: float, weight: float) -> Example:
         rollout_logprobs=np.concatenate([zeros, np.asarray(rollout.logprobs, np.float32)]),
         advantage=advantage,
     )
-
-
-def error_share(graded: Sequence[Graded]) -> float:
-    """Share of rollouts whose verifier failed."""
-    return mean([float(g.verdict == "error") for g in graded])
 
 
 def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
@@ -80,16 +76,16 @@ class Watch:
 
     def look(self, step: int, graded: Sequence[Graded], spread: float = 1.0) -> None:
         """Say what is wrong with a step's rollouts; `spread` is the share of groups whose rewards differ."""
-        errors, n = [g for g in graded if g.verdict == "error"], len(graded)
-        self.failed = self.failed + 1 if error_share(graded) > self.max_error_share else 0
+        (share, reason), n = error_share(graded), len(graded)
+        self.failed = self.failed + 1 if share > self.max_error_share else 0
         self.idle = 0 if spread else self.idle + 1
-        if errors:
-            reason = f"the first: {errors[0].detail or 'no reason given'}"
-            say(f"step {step}: the verifier failed on {len(errors)} of {n} rollouts; {reason}")
+        if share:
+            why = f"most often: {reason or 'no reason given'}"
+            say(f"step {step}: the verifier failed on {share:.0%} of {n} rollouts; {why}")
         if all(g.rollout.finish_reason == "length" for g in graded):
             most = max(len(g.rollout.token_ids) for g in graded)
             say(f"step {step}: all {n} rollouts were cut at {most} tokens: raise --max-tokens")
-        if not spread and len(errors) < n:
+        if not spread and share < 1:
             mean_reward = rollout_metrics(graded)["reward/mean"]
             why = f"no group of this step has spread in its rewards (mean {mean_reward:.3g})"
             say(f"step {step}: {why}, so it teaches nothing: take other problems or a larger group_size")

@@ -1,12 +1,14 @@
 """What Python itself refuses to a program under test: the layer that works on every system.
 
-An audit hook sees what Python's functions do, and cannot be removed. Native code could bypass it, so ctypes
-is refused too; where the kernel has namespaces and seccomp, `isolate` confines native code as well.
+An audit hook sees what Python's functions do, and cannot be removed. Native code bypasses it, so ctypes is
+refused too; native code of other modules is for the kernel to confine (`isolate`).
 """
 
 import os
 import sys
 from typing import Any
+
+from rewards.programs.isolate import python_folders
 
 _REFUSED = frozenset(
     "os.fork os.forkpty os.exec os.posix_spawn os.spawn os.system subprocess.Popen pty.spawn os.kill "  # noqa: SIM905
@@ -21,18 +23,16 @@ _WITH_MODE = ("os.chmod", "os.mkdir", "os.chown", "os.truncate", "os.utime")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def forbid(folder: str) -> None:
+def forbid(folder: str | None) -> None:
     """Refuse permanently what a solution never needs: processes, the network, ctypes, files elsewhere.
 
-    It may read Python's own files, and read and write in `folder`.
+    It may read Python's own files, and read and write in `folder`, where there is one.
     """
-    home = os.path.realpath(folder)
+    home = os.path.realpath(folder) if folder else "\0"
     inside = home + os.sep
     realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
-    roots = {sys.base_prefix, sys.prefix, os.path.dirname(os.__file__)}
-    roots |= {os.path.realpath(root) for root in roots} | {"/usr/share/zoneinfo", "/usr/lib", "/lib"}
-    readable = (inside, *(root.rstrip("/") + "/" for root in roots))
-    devices = (os.devnull, "/dev/zero", "/dev/urandom", "/etc/localtime")
+    seen = (inside, *(root + "/" for root in python_folders()))
+    seen_files = (os.devnull, "/dev/zero", "/dev/urandom", *python_folders())
 
     def within(
         path: Any, folders: tuple[str, ...] = (inside,), files: tuple[str, ...] = (os.devnull,)
@@ -45,7 +45,7 @@ def forbid(folder: str) -> None:
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
             writing = (args[2] or 0) & _WRITING
-            allowed = within(args[0]) if writing else within(args[0], readable, devices)
+            allowed = within(args[0]) if writing else within(args[0], seen, seen_files)
         elif event in _CHANGES:
             # A name relative to an open folder's descriptor (the last argument) could lie anywhere.
             by_folder = isinstance(args[-1], int) and args[-1] >= 0 and len(args) > 1

@@ -9,9 +9,9 @@ The program gets what `isolate` and `hook` leave it, an empty working folder tha
 afterwards, an empty environment, and no open files but those named. At its end it is killed, and with it
 every process it made.
 
-Known limits: where namespaces are not available, native code that bypasses the audit hook could read files
-and fill the disk, one file of limited size after the other, until its time is up. A test that calls a second
-function of the program trusts that function. And a program may reproduce a public benchmark from memory.
+Known limits: where namespaces are not available, a program can ask whether a file exists, and fill the disk
+with some hundred megabytes before it is stopped. A test that calls a second function of the program trusts
+that function. And a program may reproduce a public benchmark from memory.
 """
 
 import os
@@ -20,14 +20,15 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from rewards.programs import isolate, judge
-from rewards.programs.zygote import LINK_FD, Limits, Zygote, keep, seed
+from rewards.fork import Fork
+from rewards.programs import hook, isolate, judge
+from rewards.programs.zygote import Limits, Zygote, seed, standard_streams
+from rewards.wire import Channel
 
 __all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]
 
@@ -56,15 +57,19 @@ class _Run:
         return f"exited with status {os.WEXITSTATUS(self.status)} before the tests had run to the end"
 
 
-def warm() -> str:
-    """Import what programs commonly import, confine this process, fork the zygote; the active measures."""
+def warm(scratch: str) -> None:
+    """Import what programs commonly import, confine this process, fork the zygote.
+
+    `scratch` is a folder to be made for a program at work where it needs one on disk.
+    """
     global _zygote
     if _zygote is None:
         for name in WARM_MODULES:
             import_module(name)
-        isolate.enter(Path(__file__).resolve().parents[2])
-        _zygote = Zygote()
-    return isolate.describe()
+        standard_streams()
+        isolate.enter()
+        _zygote = Zygote(scratch)
+        isolate.obey(isolate.file_rules(None))
 
 
 def adopt_orphans(parent: int) -> None:
@@ -105,37 +110,32 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
 
 
 def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Limits) -> tuple[_Run, str]:
-    result_in, result_out = os.pipe()
-    run = _Run(os.fork())
-    if run.pid == 0:
-        _become_judge(link.fileno(), result_out, tests, stop_early, limits)
-    os.close(result_out)
+    """How the judge ended, and what it found. RuntimeError: it was killed by someone else."""
+    fork = Fork(partial(_judge, link.fileno(), tests, stop_early, limits), [link.fileno()], _parent)
     link.close()
+    run, result = _Run(fork.pid), ""
     try:
-        _collect(run, [result_in], limits, until_exit=False)
+        result = str(fork.channel.receive(time.monotonic() + limits.timeout_s))
+    except TimeoutError:
+        run.killed = f"time ran out after {limits.timeout_s:g} s"
+    except EOFError:
+        os.waitid(os.P_PID, fork.pid, os.WEXITED | os.WNOWAIT)
     finally:
-        with suppress(ProcessLookupError):
-            os.kill(run.pid, signal.SIGKILL)
-        _, run.status = os.waitpid(run.pid, 0)
-        os.close(result_in)
-    return run, run.output[result_in].decode("utf-8", "replace")
+        run.status, _ = fork.end()
+    if not result and run.status == signal.SIGKILL and not run.killed:
+        raise RuntimeError("the judge was killed")
+    return run, result
 
 
-def _become_judge(link: int, out: int, tests: list[str], stop_early: bool, limits: Limits) -> NoReturn:
-    try:
-        isolate.die_with_parent()
-        isolate.hide_memory()
-        os.setsid()
-        nothing = os.open(os.devnull, os.O_RDWR)
-        keep([nothing, nothing, nothing, link, out])
-        sys.stdin, sys.stdout, sys.stderr = (open(os.devnull, mode) for mode in ("r", "w", "w"))  # noqa: SIM115
-        isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
-        sys.set_int_max_str_digits(0)
-        seed()
-        result = judge.judge(LINK_FD, tests, stop_early)
-        os.write(LINK_FD + 1, result[:1000].encode("utf-8", "replace"))
-    finally:
-        os._exit(0)
+def _judge(link: int, tests: list[str], stop_early: bool, limits: Limits, answers: Channel) -> None:
+    isolate.die_with_parent()
+    os.setsid()
+    isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
+    isolate.confine()  # the worker's file rules hold for its forks
+    hook.forbid(None)
+    sys.set_int_max_str_digits(0)
+    seed()
+    answers.send(judge.judge(link, tests, stop_early)[:1000])
 
 
 def run_stdio(code: str, cases: list[list[str]], limits: Limits, stop_early: bool) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _run_once(code: str, given: bytes, limits: Limits) -> tuple[_Run, str, str]:
         for fd in (output_out, errors_out):
             os.close(fd)
         try:
-            _collect(run, [output_in, errors_in], limits, until_exit=True)
+            _collect(run, [output_in, errors_in], limits)
         finally:
             run.status = _zygote.end()
     finally:
@@ -185,22 +185,20 @@ def same_output(got: str, want: str) -> bool:
     return lines[0] == lines[1]
 
 
-def _collect(run: _Run, pipes: list[int], limits: Limits, *, until_exit: bool) -> None:
-    """Read the pipes until the process ends (or only until they close), or exceeds its limits."""
+def _collect(run: _Run, pipes: list[int], limits: Limits) -> None:
+    """Read the pipes until the process ends, or exceeds its limits."""
     deadline = time.monotonic() + limits.timeout_s
     run.output = {fd: bytearray() for fd in pipes}
-    poll = select.poll()
+    process, poll = os.pidfd_open(run.pid), select.poll()
     for fd in pipes:
         os.set_blocking(fd, False)
+    for fd in (*pipes, process):
         poll.register(fd, select.POLLIN)
     if _parent >= 0:
         poll.register(_parent, 0)  # no events asked for: only a hang-up is reported
-    process = os.pidfd_open(run.pid) if until_exit else -1
-    if until_exit:
-        poll.register(process, select.POLLIN)
-    still_open, ended = len(pipes), False
+    ended = False
     try:
-        while not run.killed and not ended and (until_exit or still_open):
+        while not run.killed and not ended:
             left = deadline - time.monotonic()
             ready = poll.poll(1000 * left) if left > 0 else []
             if not ready:
@@ -212,13 +210,11 @@ def _collect(run: _Run, pipes: list[int], limits: Limits, *, until_exit: bool) -
                     ended = True
                 elif not _read_some(run, fd, limits):
                     poll.unregister(fd)
-                    still_open -= 1
         for fd in pipes:  # what was left in the pipes when it ended
             while ended and not run.killed and _read_some(run, fd, limits):
                 pass
     finally:
-        if process >= 0:
-            os.close(process)
+        os.close(process)
 
 
 def _read_some(run: _Run, fd: int, limits: Limits) -> bool:

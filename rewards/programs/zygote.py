@@ -6,25 +6,27 @@ nothing but programs, with their input and output as open files. A program that 
 Python, and itself.
 """
 
+import errno
 import fcntl
-import json
 import os
 import resource
-import shutil
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any
 
-from rewards import wire
+from rewards.fork import Fork, outgrown
 from rewards.programs import hook, isolate, serve
 from rewards.programs.judge import words
+from rewards.wire import Channel
 
 LINK_FD = 3
+SCRATCH_BYTES = 64 << 20  # of the folder that a program may fill
+WATCH_S = 0.2  # seconds between looks at one on disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +41,13 @@ class Limits:
 
 
 class Zygote:
-    """The worker's handle on it."""
+    """The worker's handle on it. `scratch` is a folder for programs to be made where they need one on disk.
 
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            _serve_forks(theirs)
-        theirs.close()
-        self._socket = ours
+    EOFError from any method: the zygote is gone, and no other can be made, since the worker has seen tests.
+    """
+
+    def __init__(self, scratch: str) -> None:
+        self._channel = Fork(partial(_serve_forks, scratch)).channel
 
     def start(self, code: str, kind: str, limits: Limits, fds: list[int]) -> int:
         """Start a program with `fds` as its input, output, error output; its process id.
@@ -57,79 +57,62 @@ class Zygote:
         return int(self._ask({"code": code, "kind": kind, "limits": asdict(limits)}, fds)["pid"])
 
     def end(self) -> int:
-        """Kill the program with all its processes and delete its files; its status as waitpid gives it."""
-        return int(self._ask({"end": True}, [])["status"])
+        """Kill the program with all its processes and delete its files; its status as waitpid gives it.
 
-    def _ask(self, message: dict[str, Any], fds: list[int]) -> dict[str, Any]:
-        _send(self._socket, message, fds)
-        reply, _ = _receive(self._socket)
+        OSError: it was not even confined, so that nothing of it ran.
+        """
+        return int(self._ask({"end": True})["status"])
+
+    def _ask(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        self._channel.send(message, files=fds)
+        reply: dict[str, Any] = self._channel.receive()
         if "errno" in reply:
             raise OSError(reply["errno"], f"starting a program: {os.strerror(reply['errno'])}")
         return reply
 
 
-def _send(channel: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-    data = wire.frame(message)
-    sent = socket.send_fds(channel, [data], fds)
-    channel.sendall(data[sent:])
-
-
-def _receive(channel: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    head, fds, _, _ = socket.recv_fds(channel, wire.HEAD_BYTES, 8)
-    length = wire.length_of(head + wire.exactly(channel.recv, wire.HEAD_BYTES - len(head)))
-    return json.loads(wire.exactly(channel.recv, length)), fds
-
-
-def _serve_forks(channel: socket.socket) -> NoReturn:
-    """In the zygote: start and end programs, one at a time, until the worker is gone."""
+def _serve_forks(scratch: str, channel: Channel) -> None:
+    """In the zygote: start and end programs, one at a time, until the worker is gone; leave nothing then."""
+    isolate.reap_orphans()
+    program, folder, ready, rules = 0, "", -1, -1
     try:
-        isolate.die_with_parent()
-        isolate.reap_orphans()
-        fd = channel.fileno()
-        os.closerange(0, fd)
-        os.closerange(fd + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        for low in (0, 1, 2):
-            if low != fd:
-                os.open(os.devnull, os.O_RDWR)
-        program, folder = 0, ""
         while True:
-            message, fds = _receive(channel)
+            while folder == scratch and channel.quiet(WATCH_S):  # a folder on disk has no size of its own
+                if outgrown(folder, SCRATCH_BYTES):
+                    os.kill(program, signal.SIGKILL)
+            message, files = channel.receive_files()
             try:
                 if "end" in message:
-                    _send(channel, {"status": _end(program)}, [])
-                    _drop(folder)
-                    program = 0
+                    status, program = _end(program), 0
+                    isolate.drop_scratch(folder)
+                    folder, confined = "", os.read(ready, 1)
+                    os.close(ready)
+                    channel.send({"status": status} if confined else {"errno": errno.ECHILD})
                 else:
-                    folder = isolate.fresh_scratch() or tempfile.mkdtemp(prefix="program-")
-                    program = _fork(message, fds, folder)
-                    _send(channel, {"pid": program}, [])
+                    folder = isolate.fresh_scratch(scratch)
+                    rules = rules if rules >= 0 else isolate.file_rules(folder)
+                    program, ready = _fork(message, files, folder, rules)
+                    channel.send({"pid": program})
+                    if folder == scratch and rules >= 0:  # the next is another folder
+                        os.close(rules)
+                        rules = -1
             except OSError as error:
-                _send(channel, {"errno": error.errno or 1}, [])
-            for given in fds:
+                channel.send({"errno": error.errno or 1})
+            for given in files:
                 os.close(given)
     finally:
-        os._exit(0)
-
-
-def _drop(folder: str) -> None:
-    if isolate.active.namespaces:
-        isolate.drop_scratch()
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    if os.path.exists(folder):  # folders without permissions, or nested too deep for Python
-        for command in (["chmod", "-R", "u+rwx", folder], ["rm", "-rf", folder]):
-            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        if program:
+            _end(program)
+        if folder:
+            isolate.drop_scratch(folder)
 
 
 def _end(pid: int) -> int:
-    with suppress(ProcessLookupError, PermissionError):
-        os.kill(pid, signal.SIGKILL)
-    if isolate.active.namespaces:  # the first process of a namespace takes the others with it
-        return os.waitpid(pid, 0)[1]
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+    for kill in (os.kill, os.killpg):
+        with suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    while orphans := _children():
+    while orphans := _children():  # none in a namespace, whose first process takes the others with it
         for orphan in orphans:
             with suppress(ProcessLookupError):
                 os.kill(orphan, signal.SIGKILL)
@@ -148,27 +131,29 @@ def _children() -> list[int]:
         return []
 
 
-def _fork(message: dict[str, Any], fds: list[int], folder: str) -> int:
-    pid = isolate.fork_program()
-    if pid:
-        return pid
+def _fork(message: dict[str, Any], fds: list[int], folder: str, rules: int) -> tuple[int, int]:
+    """The program's process id, and a pipe from which a byte can be read once it is confined."""
+    ready_in, ready_out = os.pipe()
+    if pid := isolate.fork_program():
+        os.close(ready_out)
+        return pid, ready_in
     try:
         limits = Limits(**message["limits"])
         isolate.die_with_parent()
         os.setsid()
-        keep(fds)
+        keep([*fds, ready_out, *([rules] if rules >= 0 else [])])
+        ready_out, rules = len(fds), len(fds) + 1 if rules >= 0 else -1
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(PATH=os.defpath, HOME=folder, TMPDIR=folder, LANG="C.UTF-8")
         tempfile.tempdir = folder
         sys.argv, sys.path = ["program.py"], [p for p in sys.path if "packages" in p or "lib" in p]
-        sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
         seed()
         isolate.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
-        isolate.give_up_privileges()
+        isolate.confine(rules)
         hook.forbid(folder)
+        os.write(ready_out, b"k")
+        os.closerange(ready_out, ready_out + 2)
         if message["kind"] == "stdio":
             _script(message["code"])
         else:
@@ -184,6 +169,14 @@ def keep(wanted: list[int]) -> None:
     for target, source in enumerate(high):
         os.dup2(source, target)
     os.closerange(len(wanted), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+
+def standard_streams() -> None:
+    """Python's, over descriptors 0 to 2, whatever these are by then: made once, used by every fork."""
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(fd, mode, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
+        for fd, mode in enumerate("rww")
+    )
 
 
 def seed() -> None:

@@ -99,7 +99,7 @@ def outlasting(name: str) -> bool:
 
 def folders() -> set[str]:
     """Programs' folders on disk, where they have no namespace of their own."""
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("program-")}
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("r1-program-")}
 
 
 def left_behind(pool: WorkerPool, before: set[str]) -> dict[str, int]:

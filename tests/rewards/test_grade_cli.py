@@ -1,8 +1,12 @@
 """`python -m pipeline grade`: every line answered, in order, whatever it holds."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +94,45 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_grading_needs_no_torch():
     script = "import sys, pipeline.tools.grade; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("end, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_it_ends_at_once_and_leaves_nothing(tmp_path, end, code):
+    """While slow programs run and many more are queued; SIGKILL hits the grading process alone."""
+    line = {"tests": ["assert f() == 1"], "completion": "import time\ntime.sleep(3)"}
+    rows = [json.dumps(line | {"completion": line["completion"] + f"\n# {i}"}) for i in range(60)]
+    (tmp_path / "in.jsonl").write_text("\n".join(rows))
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "pipeline", "grade", tmp_path / "in.jsonl", tmp_path / "out.jsonl"]
+    env = os.environ | {"TMPDIR": str(tmp_path / "tmp")}
+    process = subprocess.Popen(command, env=env, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while len(workers := children(process.pid)) < 2 or not all(map(children, workers)):
+        assert time.monotonic() < deadline, "no program was started"
+        time.sleep(0.05)
+    family = [pid for worker in workers for pid in (worker, *children(worker))]
+    time.sleep(0.3)
+    process.send_signal(end)
+    began = time.monotonic()
+    assert process.wait(timeout=20) == code
+    assert time.monotonic() - began < 2.5, "less than one program takes"
+    while any(map(alive, family)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+def children(pid: int) -> list[int]:
+    """Those of all its threads."""
+    return [
+        int(child)
+        for file in Path(f"/proc/{pid}/task").glob("*/children")
+        for child in file.read_text().split()
+    ]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,35 @@
+"""What a stage says and checks of its verifiers: what confines programs here, how many verdicts failed."""
+
+from collections.abc import Iterable, Sequence
+
+from pipeline.errors import Stopped, UserError
+from pipeline.run.metrics import say
+from rewards.pool import WorkerPool
+from rewards.programs.grade import active_sandbox, sandbox_gap
+from rewards.reward import error_share
+from rollout.types import Graded, Problem
+
+
+def check_sandbox(stage: str, pool: WorkerPool, problems: Iterable[Problem], allow_unsafe_code: bool) -> None:
+    """Say once, where `problems` ask for programs, which layers confine them on this machine.
+
+    UserError: too few do (`rewards.programs.isolate.gap`), and that is not allowed.
+    """
+    if not any(problem.kind == "code" for problem in problems):
+        return
+    if (gap := sandbox_gap(pool)) and not allow_unsafe_code:
+        raise UserError(
+            f"{stage}: programs cannot be confined here: {gap}. Grade them on another machine, or add "
+            "--allow-unsafe-code, which lets them do what you may do."
+        )
+    say(f"{stage}: programs are confined by {active_sandbox(pool)}")
+
+
+def check_errors(stage: str, graded: Sequence[Graded], most: float) -> None:
+    """Stopped: the verifier failed for a larger share of the rollouts than `most`."""
+    share, why = error_share(graded)
+    if share > most:
+        raise Stopped(
+            f"{stage}: the verifier failed for {share:.0%} of {len(graded)} rollouts, more than "
+            f"max_error_share={most:g}; most often: {why}"
+        )
