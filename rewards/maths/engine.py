@@ -1,20 +1,18 @@
-"""The engine: math-verify, with sympy inside. Called in `rewards.worker` only.
+"""The engine: math-verify, with sympy inside, for sums, products, integrals and limits. Called in a worker only.
 
 math-verify's own time-outs are off (they need `signal.alarm`, which fails off the main thread); the worker
-pool holds the clock. Its unit list is off too, because it eats variables (`3t` becomes 3); units are
-`rewards.maths.compare`'s. An expression that does not parse is reported, and never counts as "different".
+pool holds the clock. It drops what it does not know, so it is given nothing with a command that it does not.
+An expression that does not parse is reported, and never counts as "different".
 """
 
 import logging
-import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, lru_cache
 from types import ModuleType
 
-from rewards.maths.compare import Undecided, Verdict, compare, quick_leaf
+from rewards.maths.compare import Undecided, Verdict, compare, engine_reads, quick_leaf
 
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 Stage = Callable[[str], None]
 
 
@@ -30,7 +28,7 @@ def _math_verify() -> tuple[ModuleType, list]:
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none", equations=False
     )
     latex = math_verify.LatexExtractionConfig(normalization_config=normalization)
-    return math_verify, [latex, math_verify.ExprExtractionConfig()]
+    return math_verify, [latex]
 
 
 def load() -> None:
@@ -59,8 +57,8 @@ def _leaf(gold: str, answer: str, stage: Stage) -> Verdict:
     stage("answer")
     found = _parsed(answer)
     if not found:
-        return 0.0, "the answer does not parse"
-    same = _math_verify()[0].verify(wanted, found, allow_set_relation_comp=True, timeout_seconds=None)
+        return 0.0, "the answer is no expression that is understood completely"
+    same = _math_verify()[0].verify(wanted, found, timeout_seconds=None)
     return float(same), "equal by math-verify" if same else "different by math-verify"
 
 
@@ -75,6 +73,7 @@ def _gold(text: str) -> list:
 
 
 def _parsed(text: str) -> list:
-    text = _THOUSANDS.sub("", text)  # in a single expression a comma before three digits separates nothing
+    if not engine_reads(text):
+        return []
     module, config = _math_verify()
     return module.parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)

@@ -12,7 +12,7 @@ is a verifier failure.
 """
 
 from rewards.maths.compare import Undecided, compare, quick_leaf
-from rewards.maths.notation import compact, normalise, unjoined
+from rewards.maths.notation import compact, normalise
 from rewards.pool import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
 from rewards.registry import Outcome
 
@@ -50,8 +50,6 @@ def quick_grade(gold: str, answer: str) -> Outcome | None:
         return Outcome(1.0, "equal as written", answer)
     if not got:
         return Outcome(0.0, "empty answer", answer)
-    if (fault := unjoined(got)) and not unjoined(want):
-        return Outcome(0.0, f"no expression: {fault}", answer)
     if compact(want) == compact(got):
         return Outcome(1.0, "equal as written", answer)
     try:

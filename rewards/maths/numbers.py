@@ -1,13 +1,16 @@
 """Plain numbers with their units, exactly: the fast path for most answers.
 
 Integers, decimals, fractions, mixed numbers, thousands separators, powers of ten, percent, money, simple
-units, number words. All arithmetic is in fractions; nothing is rounded but where `equal_numbers` says so.
+units, number words. All arithmetic is in fractions; nothing is rounded but where `rounds_to` says so.
 """
 
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
+
+from rewards.maths.units import split_unit, unit_conflict
 
 _ASSIGNED = re.compile(r"[A-Za-z](?:_\{?\w\}?|\([a-z]\))?\s*=\s*([^=]+)")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
@@ -18,32 +21,25 @@ _NUMBER = re.compile(
       | (?:(?P<whole2>\d+)\s+)?(?P<top2>{_DIGITS})\s*/\s*(?P<bottom2>{_DIGITS})
       | (?P<decimal>{_DECIMAL})
         (?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*\^\s*\{{?\s*(?P<power>[+-]?\d{{1,4}})\s*\}}?|[eE](?P<power2>[+-]?\d{{1,3}}))?
-    )\s*(?P<percent>\\?%)?""",
+    )\s*(?P<percent>%|percent)?""",
     re.VERBOSE,
 )
-_UNIT = re.compile(r"\s?((?:[A-Za-z]++\.?(?:\s?\^?\s?\{?[23]\}?)?[/\s]*+){1,6})$")
-# After a number these are not units: they change it, or join it to another.
-_NOT_UNITS = frozenset(
-    "or and to over out point half third quarter hundred dozen times plus minus e i pi x y z n k a b c mod "  # noqa: SIM905
-    "sqrt infinity oo not is choose".split()
-)
-_MULTIPLES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "  # noqa: SIM905
-    "seventeen eighteen nineteen twenty".split()
-)  # each at its value
-_UNIT_NAMES = {
-    alias: names.split()[0]
-    for names in (
-        "mm millimeter millimeters", "cm centimeter centimeters centimetres", "m meter meters metre metres",
-        "km kilometer kilometers", "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles",
-        "s sec second seconds", "min minute minutes", "h hr hrs hour hours", "day days", "week weeks",
-        "month months", "year years", "g gram grams", "kg kilogram kilograms", "lb lbs pound pounds",
-        "oz ounce ounces", "ml milliliter milliliters", "l liter liters", "gallon gallons", "cent cents",
-        "dollar dollars", "euro euros", "degree degrees", "rad radian radians", "mph", "kph",
-    )
-    for alias in names.split()
+_MULTIPLE = re.compile(r"(.*[\d.])\s*(dozen|hundred|thousand|million|billion|trillion)\b(.*)", re.IGNORECASE)
+_MULTIPLES = {
+    "dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
 }  # fmt: skip
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "  # noqa: SIM905
+    "seventeen eighteen nineteen".split()
+)  # each at its value
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
+WORDS = {word: i for i, word in enumerate(_UNITS)} | {
+    ten + part: 10 * i + j
+    for i, ten in enumerate(_TENS, 2)
+    for j in range(10)
+    for part in ([""] if j == 0 else [f"-{_UNITS[j]}", f" {_UNITS[j]}"])
+}
+_LONGEST = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,7 @@ class Number:
     """A plain number as it was written."""
 
     value: Fraction
-    digits: int | None  # decimal places, where it is written with a point and no percent sign
+    digits: int | None  # decimal places, where it is written with a point
     percent: bool
     unit: str
 
@@ -61,24 +57,17 @@ def plain_number(text: str) -> Number | None:
     """Normalised `text` as a plain number with a unit, or `None`; `x = 5` counts as 5."""
     assigned = _ASSIGNED.fullmatch(text)
     text = (assigned[1] if assigned else text).replace("{,}", ",").strip()
-    if text.casefold() in _WORDS:
-        return Number(Fraction(_WORDS.index(text.casefold())), None, False, "")
-    if len(text) > 200:
+    if len(text) > _LONGEST:
         return None
-    unit, factor = "", 1
-    match = _NUMBER.fullmatch(text)
-    if match is None and (tail := _UNIT.search(text)) and tail.start():
-        unit = tail[1].strip().lower()
-        words = re.findall(r"[a-z]+", unit)
-        if words and words[0] in _MULTIPLES:
-            factor, words = _MULTIPLES[words[0]], words[1:]
-            unit = " ".join(words)
-        if _NOT_UNITS.intersection(words):
-            return None
-        # "3t" is a product; of single letters only "3 m" and its like are units, apart from the number.
-        if len(unit) == 1 and (unit not in _UNIT_NAMES or not tail[0][0].isspace()):
-            return None
-        match = _NUMBER.fullmatch(text[: tail.start()])
+    multiple = _MULTIPLE.fullmatch(text)
+    factor = _MULTIPLES[multiple[2].lower()] if multiple else 1
+    text = f"{multiple[1]} {multiple[3]}".strip() if multiple else text
+    match, unit = _NUMBER.fullmatch(text), ""
+    if match is None:
+        if text.casefold() in WORDS:
+            return Number(Fraction(WORDS[text.casefold()]), None, False, "")
+        head, unit = split_unit(text)
+        match = _NUMBER.fullmatch(head) if unit else None
     if match is None:
         return None
     try:
@@ -87,13 +76,12 @@ def plain_number(text: str) -> Number | None:
         return None
     written = match["decimal"] or ""
     plain = "." in written and factor == 1 and not (match["power"] or match["power2"])
-    percent = bool(match["percent"]) or unit in ("percent", "percents", "percentage", "pct")
     negative = (match["sign"] == "-") != (match["sign2"] == "-")
     return Number(
         value=-value if negative else value,
         digits=len(written.partition(".")[2]) if plain else None,
-        percent=percent,
-        unit="" if percent else unit,
+        percent=bool(match["percent"]),
+        unit=unit,
     )
 
 
@@ -106,32 +94,37 @@ def _value(match: re.Match[str]) -> Fraction:
     return int(match["whole"] or match["whole2"] or 0) + fraction
 
 
-def unit_conflict(gold: str, answer: str) -> bool:
-    """Whether both units are known and differ. A unit may be missing, but not differ."""
-    names = {_UNIT_NAMES.get(unit.split("^")[0].strip()) for unit in (gold, answer)} - {None}
-    return len(names) == 2
-
-
 def equal_numbers(gold: Number, answer: Number) -> bool:
     """Whether two plain numbers are equal.
 
     `50%` equals 50 and 0.5 (both readings of the sign occur; a number without one has one reading), so 100
-    is not 1. A decimal of six digits or more equals what rounds to it.
+    is not 1. Of a decimal and a fraction one may be the other, rounded.
     """
     if unit_conflict(gold.unit, answer.unit):
         return False
+    values = {answer.value}
     if gold.percent != answer.percent:
-        signed, bare = (gold, answer) if gold.percent else (answer, gold)
-        return bare.value in (signed.value, signed.value / 100)
-    if gold.value == answer.value:
-        return True
-    return any(_rounds_to(exact.value, written) for exact, written in ((gold, answer), (answer, gold)))
+        values.add(answer.value * 100 if gold.percent else answer.value / 100)
+    return any(gold.value == value or _rounded(gold, answer, value) for value in values)
 
 
-def _rounds_to(exact: Fraction, written: Number) -> bool:
-    """Whether a decimal with at least six significant digits is `exact`, rounded to its last place."""
-    if written.digits is None or abs(written.value) * 10**written.digits < 100_000:
+def _rounded(gold: Number, answer: Number, value: Fraction) -> bool:
+    if gold.digits is not None and answer.digits is None:
+        return rounds_to(value, gold, least=100)
+    return answer.value == value and rounds_to(gold.value, answer, least=100_000)
+
+
+def rounds_to(exact: Any, written: Number, least: int) -> bool:
+    """Whether a decimal is `exact`, rounded to its last place, and has as many digits as `least`.
+
+    A reference of three digits is taken for a rounded one; an answer takes six, for 0.33 is not a third.
+    """
+    if written.digits is None or abs(written.value) * (last := Fraction(10) ** written.digits) < least:
         return False
-    if exact.denominator in (1, 2, 4, 5, 8, 10, 20, 25, 50, 100, 1000):  # nothing to round: it differs
+    if isinstance(exact, Fraction) and written.digits >= 0 and 1000 % exact.denominator == 0:  # it differs
         return False
-    return bool(2 * abs(exact - written.value) * 10**written.digits <= 1)
+    if not isinstance(exact, Fraction):
+        context = exact.context
+        gap = abs(exact - context.mpf(written.value.numerator) / written.value.denominator)
+        return bool(2 * gap * last.numerator <= last.denominator)
+    return bool(2 * abs(exact - written.value) * last <= 1)
