@@ -1,15 +1,14 @@
 r"""One notation for what is written alike: the strings that answers are compared as.
 
-`normalise` removes what carries no value (delimiters, `\left`, `\dfrac`, text wrappers, full-width digits) and
-gives each sign one name. It never joins what stood apart: a character between two digits stays, as itself or as
-a space, unless it separates thousands.
-"""
+`normalise` removes what carries no value (delimiters, `\left`, `\dfrac`, text wrappers, full-width digits)
+and gives each sign one name. It never joins what stood apart: a character between two digits stays, as itself
+or as a space, unless it separates thousands."""
 
 import re
 from functools import lru_cache
 
 # Full-width ASCII to ASCII. Not NFKC: that would turn x² into x2.
-_WIDTH = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+_WIDTH: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _WIDTH |= dict.fromkeys((0x3000, 0x00A0, 0x202F, 0x2009, 0x200B, 0xFEFF), " ")
 _WIDTH |= {0x2460 + i: f",{i + 1}," for i in range(20)}  # circled digits, side by side
 _WIDTH |= {

@@ -35,9 +35,9 @@ _NO_VALUE = re.compile(
 _AND = re.compile(r"(?:[\s,;、]|\b(?:and|or)\b|和|或|或者|以及)*")
 _FENCE = re.compile(r"```[ \t]*(?:python|py|cpp|c|java)\b.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
 _CUT_WORDS = frozenset(
-    "the a an of is are was and or to in with that we so which by for from as be this it if then at on let since "  # noqa: E501, SIM905
-    "because when where has have can will would how first next now i our their its but not get gives find use "  # noqa: E501
-    "using plus minus times".split()
+    "the a an of is are was and or to in with that we so which by for from as be this it if then at on "  # noqa: SIM905
+    "let since because when where has have can will would how first next now i our their its but not get "
+    "gives find use using plus minus times".split()
 )
 _ENDS = tuple(".!?。！？)]}\"'*$")
 _CUT_CHARACTERS = "=+-−*/^_({[,:;\\&<>~，、：≈×÷"
@@ -49,7 +49,8 @@ _CONTEXT = re.compile(
     r"(?:(?<!total )(?<!sum )(?<!cost )(?<!price )(?<!profit )(?<!average )(?<!balance )(?<!amount )(?<!score )"  # noqa: E501
     r"(?<!length )(?<!area )(?<!speed )(?<!value )(?<!answer )(?<!maximum )(?<!minimum )\bof|"
     r"\b(?:in|after|for|during|over|within|on|at|from|with|without|per|every|each|than|before|when|if|between|"
-    r"that\s+(?:costs?|ha[sd]|have|is|are)|by|until|among|through|across|given|since|as|modulo|where|mod)|(?<!need )(?<!needs )(?<!have )(?<!has )"
+    r"that\s+(?:costs?|ha[sd]|have|is|are)|by|until|among|through|across|given|since|as|modulo|where|mod)|"
+    r"(?<!need )(?<!needs )(?<!have )(?<!has )"
     r"(?<!had )(?<!able )(?<!going )(?<!needed )(?<!him )(?<!her )(?<!them )(?<!us )\bto(?:\s+[a-z]+)?)"
     r"(?:\s+(?:[a-z]+ing|\$?\d+\$?,?|and|or|the|a|an|his|her|their|its|all|these|those|first|next|last|another|about|only|just|other))*"
     r"\s*$",
@@ -59,7 +60,8 @@ _DENIED = re.compile(r"(?:\bnot|n't|≠|\\ne|不是)\s*$", re.IGNORECASE)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[^{}]|\{[^{}]*\})*\Z")
 _THEN_VALUE = re.compile(r"\s*(?:is|are|equals|=|是|为)\s*(?=[-−$\\\d])")
 _CHANGES = re.compile(
-    r"\b(?:less|more|fewer|greater|smaller|larger) than|\bat (?:least|most)|\b(?:not|twice|half|double)\b[^=]*$",
+    r"\b(?:less|more|fewer|greater|smaller|larger) than|"
+    r"\bat (?:least|most)|\b(?:not|twice|half|double)\b[^=]*$",
     re.IGNORECASE,
 )
 _MODIFIER = re.compile(r"\s?-\s?[A-Za-z]")  # "the 8-point buck"

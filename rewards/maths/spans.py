@@ -7,9 +7,9 @@ pattern is bounded, for the text is whatever a model wrote.
 import re
 from dataclasses import dataclass
 
-from rewards.maths.expression import parse
 from rewards.maths.notation import normalise
-from rewards.maths.numbers import WORDS
+from rewards.maths.values.expression import parse
+from rewards.maths.values.numbers import WORDS
 
 LONGEST_SPAN = 2000  # characters between two delimiters
 
@@ -34,12 +34,12 @@ _PROSE_WORD = re.compile(
     r"(?<![A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|max|min|gcd|lcm|mod)\b)[A-Za-z]{3,}"
 )
 _MATHS_WORDS = frozenset(
-    "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin arccos "  # noqa: SIM905
-    "arctan and or".split()
+    "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin "  # noqa: SIM905
+    "arccos arctan and or".split()
 )
 _SHORT_WORDS = frozenset(
-    "is are was be of in to so we by at it the a an as if or and for has had get got can how our his her its not "  # noqa: SIM905
-    "no yes let set per all any one two six ten but cm mm km kg lb ft mi hr am pm st nd rd th".split()
+    "is are was be of in to so we by at it the a an as if or and for has had get got can how our his her "  # noqa: SIM905
+    "its not no yes let set per all any one two six ten but cm mm km kg lb ft mi hr am pm st nd rd th".split()
 )
 _OPENER = re.compile(r"\$\$|\\\[|\\\(|\\begin\{(?P<env>(?:align|equation|gather|aligned)\*?)\}|\\\$|\$")
 _PLAIN_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
@@ -56,7 +56,10 @@ _LABELS = re.compile(
 )
 
 
-_ATOM = r"(?:\\[A-Za-z]+|\{(?:[^{}]|\{[^{}]*\}){0,200}\}|\d+(?:\.\d+)?|[-+*/^_()|=<>]|(?<![A-Za-z])(?![aAI] )[A-Za-z](?![A-Za-z]))"
+_ATOM = (
+    r"(?:\\[A-Za-z]+|\{(?:[^{}]|\{[^{}]*\}){0,200}\}|\d+(?:\.\d+)?|[-+*/^_()|=<>]|"
+    r"(?<![A-Za-z])(?![aAI] )[A-Za-z](?![A-Za-z]))"
+)
 _BARE = re.compile(rf"{_ATOM}(?: ?{_ATOM}){{0,80}}")
 _BARE_SIGN = re.compile(r"\\(?:[dt]?frac|sqrt|pi|binom|cdot|times|log|ln|sin|cos|tan)(?![A-Za-z])")
 _NUMBER_WORD = re.compile(

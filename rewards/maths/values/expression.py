@@ -7,10 +7,10 @@ A grader that drops what it cannot read takes `7 \star 8` for 7. Here every toke
     power    = atom ("!" | "%" | degrees)* ["^" power]
     atom     = number | mixed number | name | (sum) | |sum| | \frac.. | \binom.. | \sqrt.. | function argument
 
-A name is a letter or a Greek letter, with a subscript or without. Letters side by side are a product (`ac+bd`),
-but more than four of them a word. What people write in two ways is read as they mean it: `\frac12` is a half,
-`x^23` the 23rd power, `\sin 2x` the sine of a product, `3\frac12` a mixed number, `1/2x` half of x.
-"""
+A name is a letter or a Greek letter, with a subscript or without. Letters side by side are a product
+(`ac+bd`), but more than four of them a word. What people write in two ways is read as they mean it: `\frac12`
+is a half, `x^23` the 23rd power, `\sin 2x` the sine of a product, `3\frac12` a mixed number, `1/2x` half of
+x."""
 
 import re
 from fractions import Fraction
@@ -24,8 +24,8 @@ FUNCTIONS = {
 }
 _INVERSE = {name: f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "  # noqa: SIM905
-    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell hbar".split()
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho "  # noqa: SIM905
+    "sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
 )
 _ACCENTS = frozenset(("vec", "hat", "bar", "overline", "overrightarrow", "tilde", "mathcal", "dot", "ddot"))
 _CONSTANTS = {"pi": "pi", "infty": "inf", "infinity": "inf", "oo": "inf", "inf": "inf"}
@@ -208,14 +208,14 @@ class _Parser:
             return ("constant", _CONSTANTS[name])
         if token in (r"\frac", r"\binom"):
             top, bottom = self.argument(), self.argument()
-            return ("multiply", top, ("inverse", bottom)) if name == "frac" else ("binom", top, bottom)
+            return ("multiply", top, ("inverse", bottom)) if name == "frac" else ("binomial", top, bottom)
         if token[0] == "\\" and name in _ACCENTS:
             return self.named(name + self.raw())
         if token in (r"\triangle", r"\angle"):
             while self.next.isupper():
                 name += self.raw()
             return ("variable", name)
-        if name in _GREEK and token[0] == "\\" or (len(token) == 1 and token.isascii() and token.isalpha()):
+        if (name in _GREEK and token[0] == "\\") or (len(token) == 1 and token.isascii() and token.isalpha()):
             return self.named(name)
         raise Unreadable(token)
 

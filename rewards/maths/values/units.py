@@ -10,10 +10,10 @@ from functools import lru_cache
 _NAMES = {
     alias: names.split()[0]
     for names in (
-        "mm millimeter millimeters millimetre millimetres", "cm centimeter centimeters centimetre centimetres",
-        "m meter meters metre metres", "km kilometer kilometers kilometre kilometres", "in inch inches",
-        "ft foot feet", "yd yard yards", "mi mile miles", "s sec secs second seconds", "min mins minute minutes",
-        "h hr hrs hour hours", "day days", "week weeks", "month months", "year years yr yrs", "g gm gram grams",
+        "mm millimeter millimeters millimetre", "cm centimeter centimeters centimetre",
+        "m meter meters metre metres", "km kilometer kilometers kilometre", "in inch inches",
+        "ft foot feet", "yd yard yards", "mi mile miles", "s sec second seconds", "min mins minute minutes",
+        "h hr hrs hour hours", "day days", "week weeks", "month months", "year years yr", "g gm gram grams",
         "kg kilogram kilograms", "lb lbs pound pounds", "oz ounce ounces", "mg milligram milligrams",
         "ml milliliter milliliters millilitre", "l liter liters litre litres", "gallon gallons", "cent cents",
         "dollar dollars usd", "euro euros", "rad radian radians", "n newton newtons", "j joule joules",
@@ -24,12 +24,13 @@ _NAMES = {
 }  # fmt: skip
 _COMPOUND = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "sqft": "ft^2", "cc": "cm^3"}
 _CHANGING = frozenset(
-    "or and to over out point half halves third thirds fourth fourths fifth fifths tenth tenths "  # noqa: SIM905
-    "hundredth hundredths thousandth thousandths times plus minus negative e i pi x y z n k a b c mod sqrt infinity "
-    "oo not is isn are was if but than choose less more fewer greater most least fold twice double triple no never "
-    "none either cubed squared doubled tripled halved wrong incorrect false zero one two three four five six seven "
-    "eight nine ten eleven twelve twenty hundred thousand million billion trillion dozen percent nor except without "
-    "almost nearly approximately about around maybe perhaps possibly sin cos tan log ln exp".split()
+    "or and to over out point half halves third thirds fourth fourths fifth fifths tenth tenths hundredth "  # noqa: SIM905
+    "hundredths thousandth thousandths times plus minus negative e i pi x y z n k a b c mod sqrt infinity "
+    "oo not is isn are was if but than choose less more fewer greater most least fold twice double triple "
+    "no never none either cubed squared doubled tripled halved wrong incorrect false zero one two three "
+    "four five six seven eight nine ten eleven twelve twenty hundred thousand million billion trillion "
+    "dozen percent nor except without almost nearly approximately about around maybe perhaps possibly sin "
+    "cos tan log ln exp".split()
 )
 _CHANGED = re.compile(r"\w{3,}(?<!spe)(?<!see)(?<!w)(?:ed|fold)$")  # squared, doubled, multiplied; not speed
 _WORD = r"[A-Za-z]+\.?"
@@ -96,8 +97,8 @@ def _one_notation(unit: str) -> str:
 def unit_conflict(gold: str, answer: str) -> bool:
     """Whether both have a unit and the units differ.
 
-    `5 dollars` and `5 dollars per day` name the same thing more or less closely; `cm^2` and `cm^3`, `km/h` and
-    `km`, or `cm` and a word that is not known do not.
+    `5 dollars` and `5 dollars per day` name the same thing more or less closely; `cm^2` and `cm^3`, `km/h`
+    and `km`, or `cm` and a word that is not known do not.
     """
     if not gold or not answer or gold == answer or "unit" in (gold[:4], answer[:4]):
         return False
