@@ -5,13 +5,14 @@ decides on what is left: single expressions, which are read completely or not at
 can run away, so all of it happens in the trainer's own process; an answer that is too expensive to evaluate
 is wrong, a reference answer that is one is the verifier's failure."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from rewards.maths.compare import compare
 from rewards.maths.notation import normalise
 from rewards.registry import Outcome
 
-__all__ = ["grade_math", "normalise", "same"]
+__all__ = ["first_equal", "grade_math", "normalise", "same"]
 
 LONGEST_ANSWER = 2000  # characters; longer ones are not answers
 LONGEST_GOLD = 10_000
@@ -37,3 +38,13 @@ def same(first: str, second: str) -> bool:
     return normalise(first) == normalise(second) or (
         grade_math(first, second).value == 1 == grade_math(second, first).value
     )
+
+
+def first_equal(answers: Sequence[str | None]) -> list[str | None]:
+    """Each answer as the first of them that is the same, so that votes are counted by value."""
+    first: dict[str, str] = {}
+    for answer in answers:
+        if answer is not None and answer not in first:
+            found = (kept for kept in dict.fromkeys(first.values()) if same(kept, answer))
+            first[answer] = next(found, answer)
+    return [None if answer is None else first[answer] for answer in answers]

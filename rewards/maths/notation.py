@@ -10,7 +10,6 @@ from functools import lru_cache
 # Full-width ASCII to ASCII. Not NFKC: that would turn x² into x2.
 _WIDTH: dict[int, int | str] = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
 _WIDTH |= dict.fromkeys((0x3000, 0x00A0, 0x202F, 0x2009, 0x200B, 0xFEFF), " ")
-_WIDTH |= {0x2460 + i: f",{i + 1}," for i in range(20)}  # circled digits, side by side
 _WIDTH |= {
     ord(sign): text
     for sign, text in {
@@ -22,6 +21,7 @@ _WIDTH |= {
         **{power: f"^{i}" for i, power in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
     }.items()
 }  # fmt: skip
+_CIRCLED = re.compile(r"[\u2460-\u2473](?:[\s,]*[\u2460-\u2473])*")  # choices, side by side
 # What a JSON or Python string makes of a single backslash: "\frac" is a form feed and "rac".
 _ESCAPED = re.compile(r"\x0c(?=rac)|\x08(?=inom|oxed)|\t(?=imes|ext|frac|an\b|heta)|\r(?=ight)")
 _LETTER = {"\x0c": "\\f", "\x08": "\\b", "\t": "\\t", "\r": "\\r"}
@@ -79,6 +79,7 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", 
 def normalise(text: str) -> str:
     """One notation for what is written alike: no delimiters or text wrappers, one name for each sign."""
     text = _ESCAPED.sub(lambda match: _LETTER[match[0]], text)
+    text = _CIRCLED.sub(lambda found: ", ".join(str(ord(c) - 0x245F) for c in found[0] if c > "\u245f"), text)
     text = _SPACES.sub(" ", text.translate(_WIDTH)).strip()
     for start, end in _DELIMITERS * 2:
         if text.startswith(start) and text.endswith(end) and len(text) > len(start) + len(end):
@@ -93,8 +94,8 @@ def normalise(text: str) -> str:
     text = _OLD_FONT.sub(" ", _TEXT.sub(r" \1 ", _ORDINAL.sub("", text)))
     for pattern, name in _SYNONYMS:
         text = pattern.sub(name, text)
-    text = _DECORATION.sub("", _SPACES.sub(" ", text)).strip(" ,")
-    text = _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), re.sub(r" ?, ?(?:, ?)+", ", ", text))
+    text = _DECORATION.sub("", _SPACES.sub(" ", text)).strip()
+    text = _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
     choice = _CHOICE.fullmatch(text)
     return choice[1] if choice else text
 

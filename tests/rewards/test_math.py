@@ -129,7 +129,11 @@ def test_a_gold_that_cannot_be_verified_is_no_verdict(gold, why):
 
 
 def test_same_is_for_votes_and_symmetric():
-    for group in ([r"\frac12", "0.5", "1/2", r"\dfrac{2}{4}"], [r"2\sqrt3", r"\sqrt{12}"], ["(C)", "C", "c."]):
+    for group in (
+        [r"\frac12", "0.5", "1/2", r"\dfrac{2}{4}"],
+        [r"2\sqrt3", r"\sqrt{12}"],
+        ["(C)", "C", "C."],
+    ):
         assert all(same(a, b) for a in group for b in group)
     assert not same("1/3", "0.333")  # as a reference it would be taken for a rounded one
     assert not same("0.333", "1/3")

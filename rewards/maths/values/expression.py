@@ -24,7 +24,7 @@ FUNCTIONS = {
 }
 _INVERSE = {name: f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
 _GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho "  # noqa: SIM905
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta hbar kappa lambda mu nu xi rho "  # noqa: SIM905
     "sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega ell".split()
 )
 _ACCENTS = frozenset(("vec", "hat", "bar", "overline", "overrightarrow", "tilde", "mathcal", "dot", "ddot"))
