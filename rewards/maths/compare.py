@@ -59,16 +59,17 @@ def compare(gold: str, answer: str, depth: int = 0) -> Verdict:
         expected, got = region(gold), region(answer)
         if expected and got:
             return float(expected.same(got)), "as sets of numbers"
-        if (expected and "=" not in answer) or (got and parse(gold) is not None):
+        if (expected and not RELATION.search(answer)) or (got and parse(gold) is not None):
             return 0.0, "a set of numbers against something else"
     verdict = _by_members(gold, answer, depth, thousands=True)
-    if verdict[0] == 0 and max(len(gold), len(answer)) < 200:
-        # The commas of `100,200` may separate thousands or members, that of `1,5` may be a decimal point.
-        if _THOUSANDS.search(gold) or _THOUSANDS.search(answer):
-            other = _by_members(gold, answer, depth, thousands=False)
-            return other if other[0] == 1 else verdict
-        if _DECIMAL_COMMA.fullmatch(answer) and (number := plain_number(gold)) and number.digits:
-            return compare(gold, answer.replace(",", "."), depth + 1)
+    # The commas of `100,200` may separate thousands or members, that of `1,5` may be a decimal point.
+    short = verdict[0] == 0 and max(len(gold), len(answer)) < 200
+    if short and (_THOUSANDS.search(gold) or _THOUSANDS.search(answer)):
+        other = _by_members(gold, answer, depth, thousands=False)
+        verdict, short = (other, False) if other[0] == 1 else (verdict, True)
+    for text, number in ((gold, plain_number(answer)), (answer, plain_number(gold))):
+        if short and number and number.digits and _DECIMAL_COMMA.fullmatch(text):
+            return compare(gold.replace(",", "."), answer.replace(",", "."), depth + 1)
     return verdict
 
 
@@ -113,8 +114,10 @@ def members(text: str, thousands: bool = True) -> tuple[str, list[str]]:
         if text[:2] == "{<" or (text[0] != "{" and "," in text and not _PLUS_MINUS.search(text)):
             kind = text[0] + text[-1]
             text = text[1:-1].removeprefix("<").removesuffix(">")
+        elif text[0] == "{":
+            text = text[1:-1]
         thousands = thousands and ", " in text  # (1,234) is a pair
-    parts = [sign for part in _split(text, thousands) if part for sign in _signs(part)]
+    parts = [sign for part in _split(text, thousands) for sign in _signs(part)]
     return kind, [part.replace("{<", "\\{").replace(">}", "\\}") for part in parts] or [text]
 
 
@@ -198,7 +201,7 @@ def _relations(gold: str, answer: str, depth: int) -> Verdict | None:
         if len(expected) == 2 and not is_quantity(expected[0]):
             return 0.0, "an equation is expected"
         return compare(expected[-1].strip(), answer, depth + 1)
-    if len(expected) == 1 and len(got) > 1:
+    if len(expected) == 1 and (len(got) > 1 or ("mod" in answer and "mod" not in gold)):
         verdict: Verdict = (0.0, "a false equation")
         for member in true_members(answer):
             if (verdict := compare(gold, member, depth + 1))[0] != 0:

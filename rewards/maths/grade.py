@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from rewards.maths.compare import compare
+from rewards.maths.extract import last_boxed
 from rewards.maths.notation import normalise
 from rewards.registry import Outcome
 
@@ -27,6 +28,7 @@ def grade_math(gold: str, answer: str) -> Outcome:
         return Outcome(None, f"the gold answer is longer than {LONGEST_GOLD} characters", answer)
     if len(answer) > LONGEST_ANSWER:
         return Outcome(0.0, f"answer longer than {LONGEST_ANSWER} characters", answer)
+    gold = (last_boxed(gold) or gold) if "\\boxed" in gold else gold
     expected, got = normalise(gold), normalise(answer)
     if not got and expected:
         return Outcome(0.0, "empty answer", answer)

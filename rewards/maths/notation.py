@@ -47,8 +47,16 @@ _SYNONYMS = [
         (r"\\(?:mathbb|Bbb|mathbf)\s*\{?\s*R\s*\}?(?![A-Za-z])", r"\\R "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
         (r"\\(?:dots|cdots|dotsc)(?![A-Za-z])", r"\\ldots "),
+        (r"\{([^{}]+)\\choose([^{}]+)\}", r"\\binom{\1}{\2}"),
+        (r"\\\{\s*\\\}", r"\\emptyset "),
+        (r"^(?:all )?real numbers$", r"\\R"),
         (r"\\(?:approxeq|simeq)(?![A-Za-z])|\\doteq(?![A-Za-z])", r"\\approx "),
         (r"(?<=[\w)])\*\*(?=[\w(-])", "^"),
+        (
+            r"[\[(]?\s*\\begin\{array\}\s*\{[lcr|]*\}(.*?)\\end\{array\}\s*[\])]?",
+            r"\\begin{pmatrix}\1\\end{pmatrix}",
+        ),
+        (r"^\((\\begin\{pmatrix\}.*\\end\{pmatrix\})\)$", r"\1"),
         (r"\\dot\{?(\d)\}?", r"\\overline{\1}"),
         (r"(?:\^\s*\{?\s*\\circ\s*\}?|(?<=\d)\s*\\circ\b)", r"\\degree "),
         (r"(?<=[\d}])\s*degrees?\b(?!\s*[a-z])", r"\\degree "),
@@ -62,13 +70,15 @@ _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mbox)\s*\{?\s*)?(?:st|nd|rd|th)\b\s*\}?\}?(?!\s*\d)"
 )
 _TEXT = re.compile(
-    r"\\(?:(?:text|math)(?:bf|rm|it|sf|normal)|text|bf|rm|it|mbox|hbox|operatorname|emph|bm|boldsymbol)\s*"
+    r"\\(?:(?:text|math)(?:bf|rm|it|sf|normal|cal)|text|bf|rm|it|mbox|hbox|operatorname|emph|bm|boldsymbol)\s*"
     r"\{([^{}]*)\}"
 )
 _APART_IN_BOLD = re.compile(r"\\(?:mathbf|boldsymbol)\{(\d(?: \d)+)\}")  # how some bodies set `20`
+_TWICE_ESCAPED = re.compile(r"\\(?=\\[a-z]{2})")
 _OLD_FONT = re.compile(r"\\(?:bf|rm|it|mathrm)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<![\d._^])\d{1,3}(?: \d{3})+(?!\d| \d)")
 _DECORATION = re.compile(r"(?:[\s.,;]|\\(?=[\s.,;]|$)|[\u2600-\u27bf\U0001f000-\U0001faff\ufe0f])+$")
+_PLAIN = re.compile(r"-?\d+(?:\.\d+)?|[A-Z]")
 _SPACES = re.compile(r"\s+")
 _APART = re.compile(r"(?<!\d) | (?!\d)")
 _CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
@@ -78,7 +88,11 @@ _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", 
 @lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
     """One notation for what is written alike: no delimiters or text wrappers, one name for each sign."""
+    if _PLAIN.fullmatch(text):
+        return text
     text = _ESCAPED.sub(lambda match: _LETTER[match[0]], text)
+    if "\\begin" not in text:
+        text = _TWICE_ESCAPED.sub("", text)
     text = _CIRCLED.sub(lambda found: ", ".join(str(ord(c) - 0x245F) for c in found[0] if c > "\u245f"), text)
     text = _SPACES.sub(" ", text.translate(_WIDTH)).strip()
     for start, end in _DELIMITERS * 2:

@@ -26,7 +26,8 @@ _NUMERAL = re.compile(r"-?[\d.,/]+")
 def is_quantity(left: str) -> bool:
     """Whether an equation's left side is what is asked for: a name, words, or made of points, `AB/CD`."""
     bare = re.sub(r"\\[A-Za-z]+", "", left)
-    return bool(NAME.fullmatch(left)) or not re.search(r"[a-z]", bare) or bool(WORD.search(bare))
+    points = bool(re.search(r"[A-Z]", bare)) and not re.search(r"[a-z]", bare)
+    return points or ":" in left or bool(NAME.fullmatch(left)) or bool(WORD.search(bare))
 
 
 def same_relation(gold: str, answer: str) -> Verdict | None:

@@ -147,7 +147,7 @@ def test_works_in_threads():
 
 
 def test_numbers_cost_microseconds():
-    start = time.perf_counter()
+    start = time.process_time()
     for i in range(2000):
         assert grade_math("10080", str(i)).value == 0
-    assert time.perf_counter() - start < 2000 * 500e-6  # measured about 60 us; room for a busy machine
+    assert time.process_time() - start < 2000 * 300e-6  # measured 50 us

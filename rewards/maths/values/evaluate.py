@@ -99,7 +99,8 @@ def close(a: Any, b: Any) -> bool:
         return bool(a == b)
     context = (b if isinstance(a, Fraction) else a).context
     digits = _SAME_DIGITS if context.dps >= _DIGITS else _QUICK_SAME
-    return bool(abs(a - b) <= max(abs(a), abs(b)) * context.mpf(10) ** -digits) and not context.isinf(a)
+    gap = abs(a - b)
+    return bool(gap <= max(abs(a), abs(b)) * context.mpf(10) ** -digits) and not context.isinf(gap)
 
 
 def _compare(first: Tree, second: Tree, agree: Callable[[Pairs], bool]) -> bool:

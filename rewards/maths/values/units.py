@@ -43,7 +43,7 @@ _UNIT = re.compile(
 _VALUE = re.compile(r"\d|\\pi|\\sqrt|\\frac")
 _SILENT = re.compile(
     r"(?:(?:the|final|answer|value|result|solution|total|number|is|are|be|equals?|to|of|thus|so|hence|we|get|"
-    r"therefore|have|it|there|only|exactly|just|simply|yes|approximately|about|option|choice)\b[\s:,]*|[:,]\s*)+",
+    r"therefore|have|it|there|only|exactly|just|simply|yes|approximately|about|option|choice)\b[\s:,]*)+",
     re.IGNORECASE,
 )
 _STATED = re.compile(r"(?:[A-Za-z][\w'-]*,?\s+){1,12}?(?:is|are|equals|be)\b[\s:]*", re.IGNORECASE)
