@@ -24,7 +24,7 @@ LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
 
 
 def check_loss(name: str) -> None:
-    """Raise ValueError for a loss that does not exist, with the nearest; a user's module is imported for it."""
+    """Raise ValueError for a loss that does not exist, with the nearest; a user's module is imported."""
     if ":" in name:
         own_function(name)
     elif name not in LOSS_NAMES:
@@ -141,7 +141,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RejectSettings(GradingSettings, GeneratingSettings):
+class RejectSettings(GeneratingSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"
