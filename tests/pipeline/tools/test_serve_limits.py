@@ -82,8 +82,9 @@ def until(holds: Callable[[], bool], seconds: float = 10) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_grace(monkeypatch):
+def short_grace_and_no_key(monkeypatch):
     monkeypatch.setattr(serve, "GRACE_S", 0.5)
+    monkeypatch.delenv("R1_API_KEY", raising=False)
 
 
 @pytest.mark.parametrize("stream", [True, False])
