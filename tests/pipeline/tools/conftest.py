@@ -23,7 +23,7 @@ def running() -> Callable[[Endpoint], AbstractContextManager[tuple[str, int]]]:
     def run(endpoint: Endpoint) -> Iterator[tuple[str, int]]:
         with listen(endpoint.config) as sock:
             address = sock.getsockname()
-            thread = threading.Thread(target=lambda: asyncio.run(endpoint.server.serve([sock])))
+            thread = threading.Thread(target=lambda: asyncio.run(endpoint.server.serve([sock])), daemon=True)
             thread.start()
             try:
                 yield address

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import itertools
 import json
 import os
 import signal
@@ -32,9 +31,9 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
 
 
 class Talk:
-    """A conversation whose model says `text` every few milliseconds, for ever or for `most` pieces."""
+    """A conversation whose model says `text` every five milliseconds, `most` times."""
 
-    def __init__(self, text: str = "a", most: int | None = None) -> None:
+    def __init__(self, text: str = "a", most: int = 2000) -> None:
         self.text, self.most, self.said, self.error = text, most, 0, None
         self.tokenizer = type("Tokenizer", (), {"decode": lambda self, ids: "a"})()
 
@@ -42,15 +41,12 @@ class Talk:
         pass
 
     def stream(self, *args: Any) -> Iterator[Piece]:
-        for number in itertools.count(1):
+        for number in range(1, self.most + 1):
             time.sleep(0.005)
             self.said += 1
             if self.error:
                 raise self.error
-            reason = "length" if number == self.most else ""
-            yield Piece([("answer", self.text)], [5], [-1.0], reason)
-            if reason:
-                return
+            yield Piece([("answer", self.text)], [5], [-1.0], "length" if number == self.most else "")
 
 
 def connect(address: tuple[str, int], data: bytes = b"", timeout: float = 20) -> socket.socket:
@@ -86,8 +82,9 @@ def until(holds: Callable[[], bool], seconds: float = 10) -> None:
 
 
 @pytest.fixture(autouse=True)
-def short_grace(monkeypatch):
+def short_grace_and_no_key(monkeypatch):
     monkeypatch.setattr(serve, "GRACE_S", 0.5)
+    monkeypatch.delenv("R1_API_KEY", raising=False)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -237,6 +234,15 @@ def test_wrong_settings_are_refused_and_no_key_is_shown(wrong):
         replace(SETTINGS, **wrong)
     assert "api_key" not in wrong or wrong["api_key"] not in str(said.value)
     assert "hidden" not in repr(replace(SETTINGS, api_key="hidden"))
+
+
+def test_vllms_server_gets_the_key_but_not_in_its_command_line(monkeypatch):
+    monkeypatch.setattr(serve, "server_flags", lambda *args: [])
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.setenv("R1_API_KEY", "from the environment")
+    for key, expected in (("hidden", "hidden"), ("", "from the environment")):
+        assert not any("hidden" in part for part in serve.vllm_command(replace(SETTINGS, api_key=key)))
+        assert os.environ["VLLM_API_KEY"] == expected
 
 
 def test_the_command_serves_until_ctrl_c(tokenizer, tmp_path, root):
