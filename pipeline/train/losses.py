@@ -113,10 +113,10 @@ def loss_named(name: str) -> Loss:
         return LOSSES[name]
     found: Loss = own_function(name)
     takes_settings(found, name)
-    return checked(found, name)
+    return one_line_errors(found, name)
 
 
-def checked(loss: Loss, name: str) -> Loss:
+def one_line_errors(loss: Loss, name: str) -> Loss:
     """A user's `loss`, with a `UserError` of one line where it fails or does not return `Terms`."""
 
     @functools.wraps(loss)

@@ -245,7 +245,7 @@ def test_what_a_step_cannot_learn_from_is_said_and_stops_the_run(capsys):
         return capsys.readouterr().out
 
     assert look(graded(), graded("incorrect", 0.0)) == ""
-    assert "the verifier failed on 1 of 2 rollouts; the first: the solver is gone" in look(
+    assert "the verifier failed on 50% of 2 rollouts; most often: the solver is gone" in look(
         graded(), graded("error")
     )
     assert "all 2 rollouts were cut at 1 tokens: raise --max-tokens" in look(
