@@ -77,7 +77,8 @@ def examples(
     every = [Example(*pair) for pair in encoded(rows, tokenizer, template, config)]
     kept = [e for e in every if len(e) <= config.max_length and len(e.completion_ids) <= longest]
     if not kept:
-        raise UserError(f"distill: none of {len(rows)} rows fits max_length={config.max_length}; raise it")
+        where = ", ".join(config.corpus)
+        raise UserError(f"none of {len(rows)} rows of {where} fits max_length={config.max_length}; raise it")
     dropped = f"; dropped {len(every) - len(kept)} too long ones" if len(kept) < len(every) else ""
     say(f"distill: {label}: {len(kept)} rows, {sum(map(len, kept)) / len(kept):.0f} tokens each{dropped}")
     return kept

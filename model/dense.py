@@ -210,8 +210,6 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
         options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         found: Any = AutoModelForCausalLM.from_pretrained(path, **options)
         net, info = cast("tuple[PreTrainedModel, dict[str, set[Any]]]", found)
-    except OSError:
-        raise
     except Exception as error:  # a damaged config makes its checks and layers raise anything
         why = str(error).partition("\n")[0]  # a list of all models comes after it
         raise ValueError(f"transformers cannot read it: {why or type(error).__name__}") from error

@@ -10,6 +10,10 @@ class EngineDied(RuntimeError):
     """The engine stopped in the middle of a request and cannot go on."""
 
 
+class Unanswerable(ValueError):
+    """A request that an engine refuses at once: a prompt, or limits that do not fit."""
+
+
 class StaleWeights(RuntimeError):
     """The engine does not compute with the expected weights, so its completions are not on policy."""
 

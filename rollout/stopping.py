@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rollout.engine import Unanswerable
 from rollout.types import Prompt, Rollout, SamplingParams
 
 BYTES_OF_A_CHARACTER = 4
@@ -24,19 +25,21 @@ def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int
     """Refuse prompts that no completion can follow, before anything is generated.
 
     Raises:
-        ValueError: naming the first prompt that is empty, too long, or has an id outside the vocabulary.
+        Unanswerable: naming the first prompt that is empty, too long, or has an id outside the vocabulary.
     """
     for index, prompt in enumerate(prompts):
         ids = prompt.token_ids
         if not ids:
-            raise ValueError(f"prompt {index} has no tokens; a completion needs at least one to start from.")
+            raise Unanswerable(
+                f"prompt {index} has no tokens; a completion needs at least one to start from."
+            )
         if len(ids) > max_positions - 1:
-            raise ValueError(
+            raise Unanswerable(
                 f"prompt {index} has {len(ids)} tokens; the model's {max_positions} positions "
                 f"(max_position_embeddings) leave room for at most {max_positions - 1}."
             )
         if min(ids) < 0 or max(ids) >= vocab_size:
-            raise ValueError(
+            raise Unanswerable(
                 f"prompt {index} has token id {min(ids) if min(ids) < 0 else max(ids)}, outside the model's "
                 f"vocabulary of {vocab_size}; is it tokenized for another model?"
             )
@@ -64,13 +67,13 @@ class Stopper:
     ) -> None:
         """
         Raises:
-            ValueError: stop strings, and no tokenizer to read them with.
+            Unanswerable: stop strings, and no tokenizer to read them with.
         """
         self.ids = stop_ids(eos, sampling)
         self.min_tokens = sampling.min_tokens
         self.strings = () if sampling.ignore_eos else sampling.stop
         if self.strings and tokenizer is None:
-            raise ValueError(
+            raise Unanswerable(
                 f"stop strings {list(self.strings)} need the model's tokenizer, and it has none; give "
                 "stop_token_ids instead."
             )

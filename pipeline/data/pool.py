@@ -69,8 +69,10 @@ def fitting(
     kept = [p for p, size in zip(found, sizes, strict=True) if size + config.max_tokens <= most]
     limit = f"with max_tokens={config.max_tokens} exceed the model's context of {most} tokens"
     if not kept:
-        room = most - min(sizes, default=0)
-        raise UserError(f"all {len(found)} problems {limit}; set --max-tokens to at most {max(room, 1)}")
+        room = most - min(sizes)
+        where = ", ".join(sorted({problem.source for problem in found}))
+        way = f"set --max-tokens to at most {room}" if room > 0 else "take shorter problems"
+        raise UserError(f"all {len(found)} problems of {where} {limit}; {way}")
     if len(kept) < len(found):
         print(f"{len(found) - len(kept)} of {len(found)} problems {limit}: left out")
     return kept

@@ -139,7 +139,13 @@ def read_problems(
 
 
 def data_folder(chosen: Path | None) -> Path | None:
-    """Where the benchmarks' files lie: the folder that was chosen, else $R1_DATA, else nowhere."""
+    """Where the benchmarks' files lie: the folder that was chosen, else $R1_DATA, else nowhere.
+
+    Raises:
+        UserError: the chosen folder does not exist.
+    """
+    if chosen and not chosen.is_dir():
+        raise UserError(f"no folder {chosen}; --data needs the folder of the benchmarks' files")
     return chosen or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
 
 

@@ -128,7 +128,8 @@ class MetricsLog:
 
 def truncate_after(path: Path, step: int) -> None:
     """Keep the rows of `path` up to and including `step`, atomically; one without a step is damaged."""
-    write_jsonl(path, [row for row in read_log(path) if row.get("step", step + 1) <= step])
+    rows = read_log(path)
+    write_jsonl(path, [row for row in rows if isinstance(at := row.get("step"), int) and at <= step])
 
 
 def say(text: str) -> None:

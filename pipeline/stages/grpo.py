@@ -40,7 +40,7 @@ from pipeline.train.rollouts import Watch, example, mean, rollout_metrics, trans
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, sample_groups
-from rollout.engine import EngineDied, StaleWeights
+from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
@@ -70,7 +70,7 @@ def reinforced(config: GrpoSettings, run_dir: RunDir) -> tuple[Policy, PreTraine
             if step % config.checkpoint_every == 0 and step < config.steps:
                 trainer.checkpoint(step, guard.good)
             run_dir.stop_if_interrupted(lambda at=step: trainer.checkpoint(at))  # type: ignore[misc]
-    except (EngineDied, StaleWeights) as error:
+    except (EngineDied, StaleWeights, Unanswerable) as error:
         raise UserError(f"{error} To go on from the last checkpoint: {run_dir.command} --resume") from error
     except FloatingPointError as error:  # the engine's: finite weights that give logits that are not
         raise Diverged(str(error), guard.applied + guard.skipped, guard.applied) from error

@@ -19,7 +19,7 @@ from pipeline.train.policy import load_policy, open_rollouts
 from pipeline.train.rollouts import Watch, mean, transcript
 from rewards.reward import Scorer
 from rollout.collect import sample_groups
-from rollout.engine import EngineDied, StaleWeights
+from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Graded
 
@@ -64,7 +64,7 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
             watch.check()
             run_dir.checkpoint(step, lambda folder: write_corpus(folder / "kept.jsonl", rows))
             run_dir.stop_if_interrupted()
-    except (EngineDied, StaleWeights) as error:
+    except (EngineDied, StaleWeights, Unanswerable) as error:
         raise UserError(f"{error} To go on from the last step: {run_dir.command} --resume") from error
     finally:
         engine.close()

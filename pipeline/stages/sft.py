@@ -79,7 +79,8 @@ def examples(
             too_long += 1
     limit = f"max_length={most}" if most == config.max_length else f"the model's context of {most} tokens"
     if not out:
-        raise UserError(f"all {len(rows)} rows exceed {limit}; raise it, or take shorter rows")
+        where = f" of {config.corpus}" if config.corpus else ""
+        raise UserError(f"all {len(rows)} rows{where} exceed {limit}; raise it, or take shorter rows")
     if too_long:
         print(f"{too_long} of {len(rows)} rows exceed {limit}: left out")
     return out

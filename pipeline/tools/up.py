@@ -91,6 +91,8 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
         UserError: preset or stage is absent, a setting is wrong, or the run was begun with another seed.
     """
     here, run = stages_of(up.preset), up.runs / up.name
+    if up.runs.exists() and not up.runs.is_dir():
+        raise UserError(f"--runs {up.runs} is no folder; name another")
     complete = next((goal for goal in up.stages if goal in ALL), "")
     goals = [goal for goal in up.stages if goal not in ALL]
     if absent := " ".join(goal for goal in goals if TABLE[goal] not in here):

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.cache import LatentCache, bytes_per_page
 from model.transformer import Transformer
+from rollout.engine import Unanswerable
 from rollout.native.graphs import DecodeGraphs, capturable
 from rollout.native.schedule import Draft, Schedule, Stats, pages_of
 from rollout.sampling import refuse_nonfinite, sample
@@ -79,7 +80,7 @@ class NativeEngine(InPlaceEngine):
         """Yield each rollout when it ends.
 
         Raises:
-            ValueError: at once, when a prompt is empty, too long, or of another vocabulary, when the cache
+            Unanswerable: at once, when a prompt is empty, too long, or of another vocabulary, when the cache
                 cannot hold the longest rollout, or when stop strings meet a model without tokenizer.
             FloatingPointError: when the model's logits are not finite.
         """
@@ -91,9 +92,9 @@ class NativeEngine(InPlaceEngine):
         room, needed = self.cache_bytes // size, [pages_of(n) for n in lengths]
         if prompts and max(needed) > room:
             worst = needed.index(max(needed))
-            raise ValueError(
+            raise Unanswerable(
                 f"prompt {worst} with {sampling.max_tokens} new tokens needs {needed[worst] * size:,} bytes "
-                f"of cache, and cache_bytes allows {self.cache_bytes:,}; allow more, or lower max_tokens."
+                f"of cache, and cache_gib allows {self.cache_bytes:,}; raise it, or lower max_tokens."
             )
         rows = min(self.max_batch, len(prompts) * sampling.n)
         pages = min(room, (rows + 1) * max(needed, default=0))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from tests.pipeline import wrong
+from tests.pipeline import typed, wrong
 from tests.small import llama, random_policy
 
 CORRECT, USER_ERROR, GUARD = 0, 2, 3
@@ -42,7 +42,7 @@ prompts_per_step = 2
 group_size = 2
 max_tokens = 4
 eval_every = 0
-kl_coef = 0.0
+kl_coef = 0.1
 checkpoint_every = 1
 """
 SAMPLE = """
@@ -101,13 +101,13 @@ def here(right, root, tmp_path, monkeypatch) -> Path:
 def run(capsys, monkeypatch) -> Callable[[str], tuple[int, str]]:
     """Exit code and the error of a command line. An exception that escapes is the fault looked for."""
 
-    def listen(*_: object, **__: object) -> None:
-        raise AssertionError("the server would have listened: the damage was not seen")
+    def serve(*_: object, **__: object) -> None:
+        raise AssertionError("the server would have run: the damage was not seen")
 
     def start(*_: object) -> None:
         raise AssertionError("a stage would have been started: its settings were not checked first")
 
-    monkeypatch.setattr("socket.socket.listen", listen)
+    monkeypatch.setattr("uvicorn.Server.run", serve)
     monkeypatch.setattr("pipeline.tools.up.Children.run", start)
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
 
@@ -141,7 +141,7 @@ def refused(said: tuple[int, str], *names: str) -> None:
 def test_what_is_right_is_accepted(here, run, command, kind):
     """Else the refusals below would prove nothing."""
     if command == "serve":
-        with pytest.raises(AssertionError, match="would have listened"):
+        with pytest.raises(AssertionError, match="would have run"):
             run(WITH_MODEL[command].replace("MODEL", kind))
         return
     code, text = run(WITH_MODEL[command].replace("MODEL", kind))
@@ -175,7 +175,7 @@ def test_every_other_command_reads_models_alike(here, run, command, damage):
 @pytest.mark.parametrize("command", ["generate text", "evaluate", "chat", "zero", "sft"])
 def test_a_damaged_tokenizer_is_named(here, run, command, damage):
     damaged(here, "native", wrong.TOKENIZERS[damage])
-    refused(run(WITH_MODEL[command].replace("MODEL", "bad")), "bad")
+    refused(run(WITH_MODEL[command].replace("MODEL", "bad")), "bad", "the model has no tokenizer")
 
 
 @pytest.mark.parametrize("damage", wrong.HARMLESS)
@@ -208,7 +208,10 @@ def test_a_model_that_is_none(here, run, command, where):
 )
 def test_a_file_without_problems_is_named(here, run, line, what):
     (here / "bad.jsonl").write_bytes(wrong.PROBLEMS[what])
-    refused(run(line), "bad.jsonl", "bad")
+    if what == "too long a question" and "evaluate" in line:
+        assert run(line) == (0, "")  # it counts as not solved
+    else:
+        refused(run(line), "bad.jsonl", "of bad ")
 
 
 @pytest.mark.parametrize("what", wrong.CORPORA)
@@ -288,115 +291,7 @@ def test_a_damaged_line_of_a_log_costs_that_line(here, run, begun, name, line):
     assert code == CORRECT or name in text, (code, text)
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("zero --config small.toml --init-from native --runs sums.jsonl", "--runs"),
-        ("zero --config small.toml --init-from native --runs sums.jsonl/x", "--runs"),
-        ("zero --config small.toml --init-from native --name __x/y", "--name"),
-        ("zero --config small.toml --init-from native --name=", "--name"),
-        ("zero --config small.toml --init-from native --name ..", "--name"),
-        (f"zero --config small.toml --init-from native --name {'x' * 300}", "--name"),
-        ("zero --config small.toml --init-from native --threads 100000", "--threads"),
-        ("zero --config small.toml --init-from native --threads 99999999999999999999", "--threads"),
-        ("zero --config small.toml --init-from native --temperature 1e-300", "temperature"),
-        ("zero --config small.toml --init-from native --optim.lr inf", "--optim.lr"),
-        ("zero --config small.toml --init-from native --optim.lr nan", "--optim.lr"),
-        ("zero --config small.toml --init-from native --optim.clip nan", "--optim.clip"),
-        ("zero --config small.toml --init-from native --optim.weight-decay inf", "--optim.weight-decay"),
-        ("zero --config small.toml --init-from native --steps true", "--steps"),
-        ("zero --config small.toml --init-from native --steps 1e3", "--steps"),
-        ("zero --config small.toml --init-from native --max-tokens 5000", "max_tokens"),
-        ("zero --config small.toml --init-from native --loss typo", "typo"),
-        ("zero --config small.toml --init-from native --loss nomodule:f", "nomodule"),
-        ("zero --config small.toml --init-from native --rewards.typo 1", "typo"),
-        ("zero --config small.toml --init-from native --rewards.accuracy nan", "accuracy"),
-        ("zero --config small.toml --init-from native --problems", "problems"),
-        ("zero --config small.toml --init-from native --problems nofile.jsonl", "nofile.jsonl"),
-        ("zero --config small.toml --init-from native --problems generator:nope", "nope"),
-        ("zero --config small.toml --init-from native --problems hub:x", "hub:x"),
-        ("zero --config small.toml --init-from native --problems .", "."),
-        ("zero --config small.toml --init-from native --template nope", "nope"),
-        ("zero --config small.toml --init-from native --device cuda", "cuda"),
-        ("zero --config small.toml --init-from native --rollout.engine vllm", "vllm"),
-        ("zero --config small.toml --init-from native --rollout.local.cache-gib 1e-9", "cache_gib"),
-        ("zero --config small.toml --init-from native --rollout.local.cache-gib 1e300", "cache_gib"),
-        ("zero --config sums.jsonl --init-from native", "sums.jsonl"),
-        ("zero --config . --init-from native", "."),
-        ("zero --config small.toml --config sample.toml", "config"),
-        ("zero", "--config"),
-        ("sft --config empty.toml --init-from native", "nothing to train on"),
-        ("sft --config empty.toml --init-from native --curated 3 --epochs 0", "epochs"),
-        ("sft --config empty.toml --init-from native --curated 3 --max-length 4", "max_length"),
-        ("sft --config empty.toml --init-from native --samples-from zero --curated 1", "zero"),
-        ("pretrain --config empty.toml --steps 0", "steps"),
-        ("pretrain --config empty.toml --task nope", "nope"),
-        ("pretrain --config empty.toml --vocab-size 3", "vocab_size"),
-        ("reject --config sample.toml --init-from native --keep 0", "keep"),
-        ("distill --config teach.toml --corpus nofile.jsonl --init-from dense", "nofile.jsonl"),
-        ("distill --config teach.toml --corpus corpus.jsonl --init-from dense --epochs 0", "epochs"),
-        ("distill --config teach.toml --corpus corpus.jsonl --tokenizer-from nowhere", "nowhere"),
-        ("distill --config teach.toml --corpus corpus.jsonl --init-from dense --lora-rank 100000", "lora"),
-        ("eval --config empty.toml --models native", "native"),
-        ("eval --config empty.toml --models ..=native", ".."),
-        ("eval --config empty.toml --models m=native --benchmarks ../x=sums.jsonl", "../x"),
-        ("eval --config empty.toml --models m=native m=dense --benchmarks s=sums.jsonl", "m"),
-        ("eval --config empty.toml --models m=native --benchmarks nope", "nope"),
-        ("report --config empty.toml", "runs/tiny"),
-        ("report --config empty.toml --transcripts x", "--transcripts"),
-        ("evaluate --model native --benchmark nope --out scores", "nope"),
-        ("evaluate --model native --benchmark math500 --out scores", "R1_DATA"),
-        ("evaluate --model native --benchmark sums.jsonl --out sums.jsonl", "sums.jsonl"),
-        ("evaluate --model native --benchmark sums.jsonl --out sums.jsonl/x", "sums.jsonl"),
-        ("evaluate --model native --benchmark sums.jsonl --out s --data nowhere", "nowhere"),
-        ("evaluate --model native --benchmark sums.jsonl --out s --limit 0", "limit"),
-        ("evaluate --model native --benchmark sums.jsonl", "--out"),
-        ("evaluate --model dense --benchmark sums.jsonl --out s --engine native", "native"),
-        ("evaluate --model native --benchmark sums.jsonl --out s --template nope", "nope"),
-        ("evaluate --model native --benchmark sums.jsonl --out s --device cuda", "cuda"),
-        ("generate --model native --prompts nofile.jsonl --out o.jsonl", "nofile.jsonl"),
-        ("generate --model native --prompts . --out o.jsonl", "."),
-        ("generate --model native --prompts ids.jsonl --out .", "."),
-        ("generate --model native --prompts ids.jsonl --out sums.jsonl/x", "sums.jsonl"),
-        ("generate --model native --prompts ids.jsonl --out ids.jsonl", "ids.jsonl"),
-        ("generate --model native --prompts ids.jsonl --out o.jsonl --temperature -1", "temperature"),
-        ("generate --model native --prompts ids.jsonl --out o.jsonl --temperature nan", "temperature"),
-        ("generate --model native --prompts ids.jsonl --out o.jsonl --top-p 0", "top_p"),
-        ("generate --model native --prompts ids.jsonl --out o.jsonl --seed -1", "seed"),
-        ("generate --model native --prompts ids.jsonl --out o.jsonl --dtype float8", "--dtype"),
-        ("generate --model native --prompts ids.jsonl --out o.jsonl --engine vllm", "vllm"),
-        ("generate --model native --prompts ids.jsonl --out o.jsonl --threads 1000000", "--threads"),
-        ("generate --prompts ids.jsonl --out o.jsonl", "--model"),
-        ("grade", "--source"),
-        ("grade nofile.jsonl o.jsonl", "nofile.jsonl"),
-        ("grade . o.jsonl", "."),
-        ("grade sums.jsonl .", "."),
-        ("grade sums.jsonl sums.jsonl/x", "sums.jsonl"),
-        ("grade sums.jsonl sums.jsonl", "sums.jsonl"),
-        ("grade sums.jsonl o.jsonl --kind poetry", "--kind"),
-        ("grade sums.jsonl o.jsonl --mode loose", "--mode"),
-        ("grade sums.jsonl o.jsonl extra", "extra"),
-        ("chat --model native --temperature x", "--temperature"),
-        ("chat", "--model"),
-        ("serve --model native --port 70000", "port"),
-        ("serve --model native --host nowhere.invalid", "nowhere.invalid"),
-        ("serve --model native --host 999.999.999.999", "999"),
-        ("up", "STAGE"),
-        ("up nope", "nope"),
-        ("up zero --preset nope", "nope"),
-        ("up zero --jobs 0", "jobs"),
-        ("up zero --typo 3", "--typo"),
-        ("up zero --name a/b", "name"),
-        ("up zero --seed x", "--seed"),
-        ("up zero --steps x", "--steps"),
-        ("up zero --loss typo", "typo"),
-        ("up zero --device cuda", "cuda"),
-        ("up zero --runs sums.jsonl", "sums.jsonl"),
-        ("upp zero", "upp"),
-        ("--typo", "--typo"),
-        ("", "unknown stage"),
-    ],
-)
+@pytest.mark.parametrize(("line", "says"), typed.LINES)
 def test_what_is_typed_wrong_is_named(here, run, line, says):
     code, text = run(line)
     assert code == USER_ERROR, (code, text)

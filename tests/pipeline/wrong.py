@@ -256,7 +256,7 @@ PROMPTS: dict[str, bytes] = {
 
 RUNS: dict[str, tuple[Maker, str]] = {
     "config is garbage": (replaced("config.toml", "steps == 1"), "config.toml"),
-    "config is empty": (replaced("config.toml", ""), "config.toml"),
+    "config is empty": (replaced("config.toml", ""), "runs/tiny/zero was begun with"),
     "config is not text": (replaced("config.toml", b"\xff\xfe\x00"), "config.toml"),
     "config is a folder": (a_folder("config.toml"), "config.toml"),
     "environment is garbage": (replaced("env.json", "{"), "env.json"),
@@ -276,6 +276,5 @@ RUNS: dict[str, tuple[Maker, str]] = {
     "lock is a folder": (a_folder("lock"), "lock"),
     "metrics are a folder": (a_folder("metrics.jsonl"), "metrics.jsonl"),
     "samples are a folder": (a_folder("samples.jsonl"), "samples.jsonl"),
-    "done is garbage": (replaced("done.json", "{"), "done.json"),
 }
 """Damage of a run directory that a resumed stage may not accept, and the file that the message names."""

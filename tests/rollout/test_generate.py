@@ -80,7 +80,7 @@ def test_stop_strings_min_tokens_and_speculation(tmp_path, tokenizer, capfd):
     code, rows = generate(tmp_path, folder, lines, *flags[:-1], "--stop", stop, "--min-tokens", "20")
     assert code == 0 and all(len(row["token_ids"]) >= 20 for row in rows)
     code, rows = generate(tmp_path, folder, lines, *flags, "--local.cache-gib", "1e-6")
-    assert code == 2 and "cache_bytes allows 1,073" in capfd.readouterr().err
+    assert code == 2 and "cache_gib allows 1,073" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

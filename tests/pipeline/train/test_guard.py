@@ -259,6 +259,6 @@ def test_what_a_step_cannot_learn_from_is_said_and_stops_the_run(capsys):
     watch.load_state_dict(state)
     with pytest.raises(Stopped, match="3 steps in a row"):
         look(graded(), spread=0.0)
-    assert "failed on 2 of 2" in look(graded("error"), graded("error"))
+    assert "failed on 100% of 2" in look(graded("error"), graded("error"))
     with pytest.raises(Stopped, match="failed on more than 50% of the rollouts of 2 steps in a row"):
         look(graded("error"), graded("error"), spread=0.0)
