@@ -22,7 +22,7 @@ LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
 
 
 def check_loss(name: str) -> None:
-    """Raise ValueError for a loss that does not exist, with the nearest; a user's module is imported for it."""
+    """Raise ValueError for a loss that does not exist, with the nearest; a user's module is imported."""
     if ":" in name:
         own_function(name)
     elif name not in LOSS_NAMES:

@@ -139,7 +139,7 @@ def own(tmp_path, monkeypatch):
         ("alone", "must return .scalar tensor, .name: scalar tensor.., not Tensor"),
         ("each", "must return"),
         ("floats", "must return"),
-        ("constant", "without gradient"),
+        ("constant", "returned a value without gradient"),
         ("ours", "returned the metric policy/mismatch_kl, which is one of ours; rename it"),
     ],
 )
