@@ -1,10 +1,10 @@
 """What the stages of a run left in their directories, and `summary.json`, the run's result for programs."""
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.arguments import read_toml
 from pipeline.data.jsonl import read_log
 from pipeline.run.files import read_json
 from pipeline.run.metrics import GLOSSARY, GLOSSARY_FILE
@@ -38,7 +38,7 @@ def read_stages(folder: Path) -> list[StageRecord]:
         if stage.name == "report" or not (path / "config.toml").is_file():
             continue
         done, env = read_json(path / "done.json"), read_json(path / "env.json")
-        config = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        config = read_toml(path / "config.toml")
         cost = done.get("seconds"), done.get("peak_rss_bytes", 0), done.get("seed")
         log, glossary = read_log(path / "metrics.jsonl"), GLOSSARY | read_json(path / GLOSSARY_FILE)
         found.append(StageRecord(stage.name, config, env, log, glossary, *cost))

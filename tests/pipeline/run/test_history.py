@@ -39,7 +39,9 @@ def test_what_changes_at_a_resume_is_said_and_recorded(opened, capsys):
     assert "lr = 1e-06" in (run.path / "config.toml").read_text()
     with opened(resume=True, **slower):
         pass
-    assert "finished, with other settings (steps)" in refusal(opened(resume=True, **slower | {"steps": 6}))
+    assert "is finished, with another optim.lr" in refusal(opened(resume=True, steps=5))
+    with opened(resume=True, **slower | {"steps": 6}) as more:  # a finished run goes on
+        assert more.latest() == (2, run.path / "checkpoint-2") and not (run.path / "done.json").exists()
 
 
 def test_every_setting_that_may_change_is_one(opened):
