@@ -63,6 +63,7 @@ def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
         rows += found
     if 0 < config.count < len(rows):
         rows = random.Random(f"distill/{config.seed}").sample(rows, config.count)
+    run_dir.record_rows(f"the corpus of {', '.join(config.corpus)}", rows)
     return rows
 
 

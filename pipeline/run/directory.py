@@ -131,12 +131,12 @@ class RunDir:
         """Step and folder of the newest checkpoint, checked against its manifest."""
         return newest_checkpoint(self.path)
 
-    def roll_back(self, step: int, applied: int, floor: int, why: str, slower: float) -> int:
-        """Go back from step `step`, see `go_back`, with `slower` times the learning rate; the step to go on
-        after, which logs are cut back to."""
+    def roll_back(self, update: int, applied: int, floor: int, why: str, slower: float) -> int:
+        """Go back from update `update`, see `go_back`, with `slower` times the learning rate; logs are cut back
+        too. The step to go on after."""
         to = go_back(self.path, applied, floor)
         scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
-        note(self.path, {"step": step, "to": to, "why": why, "lr_scale": scale})
+        note(self.path, {"update": update, "to": to, "why": why, "lr_scale": scale})
         before = self.metrics
         before.file.close()
         truncate_after(self.path / "samples.jsonl", to)

@@ -1,6 +1,6 @@
 """What happened to a run beyond its steps: settings changed at a resume, and rollbacks; in env.json.
 
-`history` is a list. A change is `{"step", "changed": {name: [before, now]}}`, a rollback `{"step", "to",
+`history` is a list. A change is `{"step", "changed": {name: [before, now]}}`, a rollback `{"update", "to",
 "why", "lr_scale"}`: after step `to` the learning rate is `lr_scale` times the schedule's. Both are written
 before the run goes on, so a run that is killed and resumed repeats the same steps.
 """
