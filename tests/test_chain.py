@@ -76,7 +76,7 @@ def test_every_stage_leaves_its_record(runs):
         for row in rows(folder / "metrics.jsonl"):
             assert set(map(explained, row)) - {"step"} <= set(GLOSSARY)
     inputs = json.loads((runs / "micro/sft2/env.json").read_text())["inputs"]
-    assert {Path(p).name for p in inputs} == {"model", "corpus.jsonl"}
+    assert {Path(p).name for p in inputs} == {"model", "corpus.jsonl", "the corpus of this stage"}
 
 
 def test_each_model_differs_from_the_one_it_started_from(runs):

@@ -3,7 +3,7 @@
 A checkpoint counts from the moment that `latest` names it; a kill before that leaves the earlier one.
 
 One that a rollback may go to has in its manifest the number of updates `applied` until then. One of a Ctrl-C
-has none, since rollbacks must not depend on when a run was stopped, nor one after a skipped update.
+has none, since rollbacks must not depend on when a run was stopped.
 """
 
 import json

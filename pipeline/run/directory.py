@@ -132,8 +132,8 @@ class RunDir:
         return newest_checkpoint(self.path)
 
     def roll_back(self, update: int, applied: int, floor: int, why: str, slower: float) -> int:
-        """Go back from update `update`, see `go_back`, with `slower` times the learning rate; logs are cut back
-        too. The step to go on after."""
+        """Go back from update `update`, see `go_back`, with `slower` times the learning rate; logs are cut
+        back too. The step to go on after."""
         to = go_back(self.path, applied, floor)
         scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
         note(self.path, {"update": update, "to": to, "why": why, "lr_scale": scale})

@@ -45,11 +45,6 @@ class Guard:
         self.applied, self.skipped = first, 0
         self.recent: list[float | None] = []  # norms of the latest updates; None: skipped
 
-    @property
-    def good(self) -> int | None:
-        """Updates applied so far, for a checkpoint that is due; None after one that was skipped."""
-        return self.applied if self.recent and self.recent[-1] is not None else None
-
     def accepts(self, norm: float, *, finite: bool = True) -> bool:
         """Whether an update of gradient norm `norm` may be applied; `finite`: its metrics are. Raises
         `Diverged` once `max_skipped` of the latest updates may not."""

@@ -60,6 +60,6 @@ def train_loop(
             metrics |= {"data/tokens": tokens, "time/step_s": seconds, **usage.of(batch.lengths, seconds)}
             run_dir.log(step, steps, metrics)
         if step % checkpoint_every == 0 and step < steps:
-            save_state(run_dir, step, learner.state_dict(), learner.guard.good)
+            save_state(run_dir, step, learner.state_dict(), learner.guard.applied)
         run_dir.stop_if_interrupted(lambda at=step: save_state(run_dir, at, learner.state_dict()))  # type: ignore[misc]
     learner.guard.check_trained(run_dir.stage.name)
