@@ -216,8 +216,6 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         with locked(run.path):
             if used and not config.resume:
                 start_again(run)
-            if used:  # more steps for a finished run
-                remove(run.path / "done.json")
             begin(run, used and config.resume, changed)
             before = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}
             try:
@@ -277,6 +275,7 @@ def begin(run: RunDir, resume: bool, changed: dict[str, list[Any]]) -> None:
     if resume:
         run.environment()
         what = record_changes(run.path, run.config, changed, step) if changed else ""
+        remove(run.path / "done.json")  # of a finished run that gets more steps
         truncate_after(run.path / "samples.jsonl", step)
         say(f"{run.stage.name}: going on after step {step} of {run.path}{what and f': {what}'}")
     else:

@@ -40,6 +40,8 @@ def test_what_changes_at_a_resume_is_said_and_recorded(opened, capsys):
     with opened(resume=True, **slower):
         pass
     assert "is finished, with another optim.lr" in refusal(opened(resume=True, steps=5))
+    assert "has done 2 steps" in refusal(opened(resume=True, **slower | {"steps": 1}))
+    assert (run.path / "done.json").exists()
     with opened(resume=True, **slower | {"steps": 6}) as more:  # a finished run goes on
         assert more.latest() == (2, run.path / "checkpoint-2") and not (run.path / "done.json").exists()
 
