@@ -66,6 +66,7 @@ def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
         rows += found
     if 0 < config.count < len(rows):
         rows = random.Random(f"distill/{config.seed}").sample(rows, config.count)
+    run_dir.record_rows(f"the corpus of {', '.join(config.corpus)}", rows)
     return rows
 
 
@@ -179,33 +180,6 @@ def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
 # ---- the stage
 
 
-def taught(
-    job: Job,
-    first: int,
-    total: int,
-    tokenizer: Any,
-    init: Path | None,
-    lora: Any,
-    config: DistillSettings,
-    run_dir: RunDir,
-    device: torch.device,
-) -> Any:
-    """The model of a job, from its newest checkpoint on, after `first` of the stage's `total` updates.
-
-    Raises:
-        Diverged, Stopped: see `Guard`.
-    """
-    job = replace(job, optim=slowed(job.optim, run_dir, first))
-    guard = Guard(config.guard, job.optim.clip, first)
-    model = first_weights(config, tokenizer, init)
-    size = f"{model.num_parameters() / 1e6:.2f}M parameters"
-    say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
-    watch = Watch(job, run_dir, first, total, Usage(model.config, device), guard)
-    model = train(model, tokenizer, job, run_dir, config, watch, lora, device)
-    guard.check_trained(f"distill: {job.label}")
-    return model
-
-
 def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, path: Path) -> None:
     """Weights, tokenizer, template and card of a job's model."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -231,9 +205,19 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
         if folder.is_dir():
             say(f"distill: {job.label} is already trained")
         else:
-            where = run_dir, place.device
-            attempt = partial(taught, job, first, total, tokenizer, init, lora, config, *where)
-            model = guarded(run_dir, config.guard, attempt)
+
+            def taught(job: Job = job, first: int = first, init: Path | None = init) -> Any:
+                job = replace(job, optim=slowed(job.optim, run_dir, first))
+                guard = Guard(config.guard, job.optim.clip, first)
+                model = first_weights(config, tokenizer, init)
+                size = f"{model.num_parameters() / 1e6:.2f}M parameters"
+                say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
+                watch = Watch(job, run_dir, first, total, Usage(model.config, place.device), guard)
+                model = train(model, tokenizer, job, run_dir, config, watch, lora, place.device)
+                guard.check_trained(f"distill: {job.label}")
+                return model
+
+            model = guarded(run_dir, config.guard, taught)
             save = partial(save_student, model, tokenizer, job, config)
             run_dir.save_model(save, f"{job.label}/model")
             run_dir.stop_if_interrupted()

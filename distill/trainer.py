@@ -122,7 +122,7 @@ class Watch(TrainerCallback):
         pointer = {"label": self.job.label, "step": step, "sha256": digest, "guard": self.guard.state_dict()}
         text = json.dumps(pointer) + "\n"
         due = step % args.save_steps == 0 or step == self.job.steps  # else a Ctrl-C's
-        good = self.guard.good if due else None
+        good = self.guard.applied if due else None
         self.run_dir.checkpoint(self.first + step, lambda at: write_atomic(at / "pointer.json", text), good)
         pointers = self.run_dir.path.glob("checkpoint-*/pointer.json")
         kept = {f"checkpoint-{read_json(path)['step']}" for path in pointers}

@@ -237,26 +237,20 @@ class StoredTensors:
         return dequantize(Quantized(tensor, self.read(scale, blocks).float(), BLOCK))
 
 
-def not_finite(path: Path) -> str:
-    """The name of a tensor in the safetensors files of `path` that has a NaN or an infinity, or ""."""
+def _stored(path: Path) -> Iterator[tuple[str, safe_open]]:
+    """Each tensor's name, with its open file, of the safetensors files in directory `path`."""
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point() and not tensor.float().isfinite().all():
-                    return str(name)
-    return ""
+            yield from ((name, tensors) for name in tensors.keys())  # noqa: SIM118 - not a dict
+
+
+def not_finite(path: Path) -> str:
+    """The name of a tensor in directory `path` that has a NaN or an infinity, or ""."""
+    found = ((name, tensors.get_tensor(name)) for name, tensors in _stored(path))
+    return next((name for name, x in found if x.is_floating_point() and not x.float().isfinite().all()), "")
 
 
 def quantized_tensor(path: Path) -> str:
-    """A tensor in the safetensors files of directory `path` whose type is no weight's, and the type, or "".
-
-    A name and a shape do not tell that numbers are quantized: read as weights they would be noise.
-    """
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                kind = tensors.get_slice(name).get_dtype()
-                if kind.startswith(("F8", "I8")) or (kind == "U8" and name.endswith(".weight")):
-                    return f"{name} ({kind})"
-    return ""
+    """A tensor in directory `path` whose numbers are no weights by themselves, and its type, or ""."""
+    kinds = ((name, tensors.get_slice(name).get_dtype()) for name, tensors in _stored(path))
+    return next((f"{name} ({kind})" for name, kind in kinds if kind.startswith(("F8", "I8"))), "")

@@ -201,8 +201,8 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
     """The model in directory `path`, as transformers reads it with `options`, all of its weights from there.
 
     Raises:
-        OSError, ValueError: no model there that transformers can read, or tensors that are not the network's:
-            transformers would leave random weights in their stead.
+        OSError, ValueError: no model there that transformers can read, or tensors that do not fit: it would
+            leave random weights in their stead.
     """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a report of what is refused below
@@ -215,25 +215,15 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
         raise ValueError(f"transformers cannot read it: {why or type(error).__name__}") from error
     finally:
         logging.set_verbosity(verbosity)
-    first = getattr(net.config, "num_hidden_layers", 0)
-    mtp = tuple(
-        f"model.layers.{first + k}." for k in range(getattr(net.config, "num_nextn_predict_layers", 0))
-    )
-    unexpected = {
-        name for name in info["unexpected_keys"] if not name.startswith(mtp)
-    }  # transformers has no MTP
-    shapes = {f"{name} {tuple(has)}, not {tuple(due)}" for name, has, due in info["mismatched_keys"]}
-    for names, what in (
-        (shapes, "has the tensor"),
-        (info["missing_keys"], "lacks the tensor"),
-        (unexpected, "has a tensor that is not the model's,"),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"it {what} {min(names)}{more}, so its weights are not those of its config.json")
-    whole = getattr(net.config, "quantization_config", None) is None
-    if whole and (name := quantized_tensor(Path(path))):
-        raise ValueError(f"its tensor {name} is quantized, and its config.json has no quantization_config")
+    first, modules = (getattr(net.config, f"num_{of}", 0) for of in ("hidden_layers", "nextn_predict_layers"))
+    mtp = tuple(f"model.layers.{first + k}." for k in range(modules))  # transformers has none
+    wrong = [f"{name} is {tuple(has)}, not {tuple(due)}" for name, has, due in info["mismatched_keys"]]
+    wrong += [f"{name} is missing" for name in info["missing_keys"]]
+    wrong += [f"{name} is not the model's" for name in info["unexpected_keys"] if not name.startswith(mtp)]
+    if getattr(net.config, "quantization_config", None) is None and (name := quantized_tensor(Path(path))):
+        wrong.append(f"{name} is quantized, without a quantization_config")
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors do not fit its config.json; the first: {min(wrong)}")
     return net
 
 

@@ -3,15 +3,15 @@
 A checkpoint counts from the moment that `latest` names it; a kill before that leaves the earlier one.
 
 One that a rollback may go to has in its manifest the number of updates `applied` until then. One of a Ctrl-C
-has none, since rollbacks must not depend on when a run was stopped, nor one after a skipped update.
+has none, since rollbacks must not depend on when a run was stopped.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.run.files import replacing, sha256, write_atomic
@@ -45,41 +45,26 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def manifest_of(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's manifest.
-
-    Raises:
-        ValueError: it is damaged.
-    """
-    found = json.loads((checkpoint / "manifest.json").read_text())
-    if not isinstance(found, dict) or not isinstance(found.get("files"), dict):
-        raise ValueError("manifest.json has no files")
-    if not isinstance(found.get("step"), int):
-        raise ValueError("manifest.json has no step")
-    return found
-
-
 def applied_at(folder: Path, step: int) -> int | None:
-    """Updates applied until a checkpoint; None where a rollback may not go there, or it is damaged."""
-    try:
-        applied: int | None = manifest_of(folder / f"checkpoint-{step}").get("applied")
-    except (OSError, ValueError):
-        return None
-    return applied
+    """Updates applied until a checkpoint; None where a rollback may not go to it, or it is damaged."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((folder / f"checkpoint-{step}/manifest.json").read_text())["applied"])
+    return None
 
 
 def go_back(folder: Path, applied: int, floor: int) -> int:
     """Make `latest` the newest checkpoint from which weights moved on, with fewer than `applied` updates, or
-    that of step `floor`; its step, 0 for the start of the run.
-    """
-    past = [(n, applied_at(folder, n)) for n in steps_in(folder)]
-    now = newest_checkpoint(folder)
-    good = [n for n, at in past if now and n <= now[0] and at is not None and (at < applied or n <= floor)]
+    that of step `floor`; its step, 0 for the start of the run."""
+    now, good = newest_checkpoint(folder), 0
+    for n in steps_in(folder) if now else ():
+        at = applied_at(folder, n)
+        if now and n <= now[0] and at is not None and (at < applied or n <= floor):
+            good = n
     if good:
-        write_atomic(folder / "latest", f"checkpoint-{good[-1]}\n")
-        return good[-1]
-    (folder / "latest").unlink(missing_ok=True)
-    return 0
+        write_atomic(folder / "latest", f"checkpoint-{good}\n")
+    else:
+        (folder / "latest").unlink(missing_ok=True)
+    return good
 
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
@@ -93,14 +78,15 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
         return None
     newest = folder / pointer.read_text(errors="replace").strip()
     try:
-        manifest = manifest_of(newest)
+        manifest = json.loads((newest / "manifest.json").read_text())
+        step: int = manifest["step"]
         bad = [n for n, digest in manifest["files"].items() if sha256(newest / n) != digest]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{newest} is not readable ({error}); {way_out(folder, newest)}") from error
     if bad:
         way = way_out(folder, newest)
         raise UserError(f"{newest / bad[0]} does not match its manifest (corrupted); {way}")
-    return manifest["step"], newest
+    return step, newest
 
 
 def way_out(folder: Path, damaged: Path) -> str:

@@ -101,17 +101,14 @@ class RunDir:
         env = self.environment()
         before = env["inputs"].get(name, digest)
         if before != digest and not self.stage.extends:
-            advice = "restore it, or take another --name"
-            raise UserError(
-                f"{name} changed since this run began ({before[:8]} is {digest[:8]} now); {advice}"
-            )
+            raise UserError(f"{name} changed since this run began; restore it, or take another --name")
         env["inputs"][name] = digest
         write_atomic(self.path / "env.json", json.dumps(env, indent=2) + "\n")
 
     def environment(self) -> dict[str, Any]:
         """What env.json has; raises `UserError` where it is damaged."""
         env = read_json(self.path / "env.json")
-        if not isinstance(env.get("inputs"), dict) or not isinstance(env.get("history", []), list):
+        if not isinstance(env.get("inputs"), dict):
             raise damaged(self.path / "env.json", "no inputs")
         return env
 
@@ -134,12 +131,12 @@ class RunDir:
         """Step and folder of the newest checkpoint, checked against its manifest."""
         return newest_checkpoint(self.path)
 
-    def roll_back(self, step: int, applied: int, floor: int, why: str, slower: float) -> int:
-        """Go back from step `step`, see `go_back`, with `slower` times the learning rate; the step to go on
-        after, which logs are cut back to."""
+    def roll_back(self, update: int, applied: int, floor: int, why: str, slower: float) -> int:
+        """Go back from update `update`, see `go_back`, with `slower` times the learning rate; logs are cut
+        back too. The step to go on after."""
         to = go_back(self.path, applied, floor)
         scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
-        note(self.path, {"step": step, "to": to, "why": why, "lr_scale": scale})
+        note(self.path, {"update": update, "to": to, "why": why, "lr_scale": scale})
         before = self.metrics
         before.file.close()
         truncate_after(self.path / "samples.jsonl", to)
@@ -167,10 +164,8 @@ class RunDir:
             partial.mkdir(parents=True)
             write(partial)
             if name := not_finite(partial):
-                what = f"the finished {folder} has values that are not finite in {name}, so it is not saved"
-                raise Stopped(
-                    f"{what}; lower optim.lr and go on from the last checkpoint: {self.command} --resume"
-                )
+                again = f"{self.kept()}; lower the rate: {self.command} --resume --optim.lr VALUE"
+                raise Stopped(f"the finished {folder} is not finite in {name}, so it is not saved. {again}")
         return self.path / folder
 
     def stop_if_interrupted(self, save: Callable[[], None] | None = None) -> None:
@@ -211,10 +206,8 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         say(f"{stage.name}: {run.path} is already finished")
         yield None
         return
-    if done:
-        raise UserError(
-            f"{run.path} is finished, with other settings ({', '.join(changed)}); take another --name"
-        )
+    if done and "steps" not in changed:
+        raise UserError(f"{run.path} is finished, with another {min(changed)}; take another --name")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -282,25 +275,18 @@ def begin(run: RunDir, resume: bool, changed: dict[str, list[Any]]) -> None:
     if resume:
         run.environment()
         what = record_changes(run.path, run.config, changed, step) if changed else ""
+        remove(run.path / "done.json")  # of a finished run that gets more steps
         truncate_after(run.path / "samples.jsonl", step)
         say(f"{run.stage.name}: going on after step {step} of {run.path}{what and f': {what}'}")
     else:
         write_atomic(run.path / "env.json", json.dumps(environment(), indent=2) + "\n")
         write_atomic(run.path / "config.toml", tomli_w.dumps(resolved(run.config)))
     run.metrics = MetricsLog(run.path / "metrics.jsonl", run.stage.name, keep_to=step if resume else None)
-    run.metrics.elapsed_before += seconds_before(run)
-
-
-def seconds_before(run: RunDir, key: str = "seconds") -> float:
-    """What done.json of an earlier run of a stage that `extends` has, 0 without one."""
-    value = read_json(run.path / "done.json").get(key, 0.0)
-    if not isinstance(value, int | float):
-        raise damaged(run.path / "done.json", f"{key} is {value!r}")
-    return value
+    run.metrics.elapsed_before += read_json(run.path / "done.json").get("seconds", 0.0)
 
 
 def finish(run: RunDir) -> None:
     """Write done.json, last of all."""
-    peak = max(peak_rss_bytes(), int(seconds_before(run, "peak_rss_bytes")))
+    peak = max(peak_rss_bytes(), read_json(run.path / "done.json").get("peak_rss_bytes", 0))
     usage = {"seconds": round(run.metrics.elapsed_s, 2), "peak_rss_bytes": peak, "seed": run.config.seed}
     write_atomic(run.path / "done.json", json.dumps(usage) + "\n")

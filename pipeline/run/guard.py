@@ -45,17 +45,9 @@ class Guard:
         self.applied, self.skipped = first, 0
         self.recent: list[float | None] = []  # norms of the latest updates; None: skipped
 
-    @property
-    def good(self) -> int | None:
-        """Updates applied so far, for a checkpoint that is due; None after one that was skipped."""
-        return self.applied if self.recent and self.recent[-1] is not None else None
-
     def accepts(self, norm: float, *, finite: bool = True) -> bool:
-        """Whether an update of gradient norm `norm` may be applied; `finite`: its loss and metrics are.
-
-        Raises:
-            Diverged: `max_skipped` of the latest updates may not.
-        """
+        """Whether an update of gradient norm `norm` may be applied; `finite`: its metrics are. Raises
+        `Diverged` once `max_skipped` of the latest updates may not."""
         most, why = max((n for n in self.recent if n is not None), default=0.0), ""
         compared = len(self.recent) - self.recent.count(None) >= LEAST and self.settings.max_spike
         if not (finite and math.isfinite(norm)):
@@ -102,12 +94,9 @@ def guarded(run_dir: RunDir, settings: GuardSettings, attempt: Callable[[], T]) 
             why, (update, applied, floor) = str(error), error.at
         made = len(run_dir.rollbacks(floor))  # outside the handler, which keeps the attempt's tensors alive
         if applied == floor or made >= settings.max_rollbacks:
-            done, again = f"after {made} rollbacks", f"{run_dir.command} --resume"
-            advice = f"lower the rate: {again} --optim.lr VALUE"
-            if applied == floor:
-                done = "before any was applied"
-                advice = f"look at the model and the data that it begins with, then: {again}"
-            raise Stopped(f"{why}, {done}. {run_dir.kept()}; {advice}")
+            done = f"after {made} rollbacks" if applied > floor else "before any was applied"
+            again = f"lower the rate, if the data is sound: {run_dir.command} --resume --optim.lr VALUE"
+            raise Stopped(f"{why}, {done}. {run_dir.kept()}; {again}")
         run_dir.roll_back(update, applied, floor, why, settings.rollback_lr)
 
 

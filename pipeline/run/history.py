@@ -1,6 +1,6 @@
 """What happened to a run beyond its steps: settings changed at a resume, and rollbacks; in env.json.
 
-`history` is a list. A change is `{"step", "changed": {name: [before, now]}}`, a rollback `{"step", "to",
+`history` is a list. A change is `{"step", "changed": {name: [before, now]}}`, a rollback `{"update", "to",
 "why", "lr_scale"}`: after step `to` the learning rate is `lr_scale` times the schedule's. Both are written
 before the run goes on, so a run that is killed and resumed repeats the same steps.
 """
@@ -17,9 +17,10 @@ from pipeline.run.files import read_json, write_atomic
 from pipeline.settings.common import StageSettings, to_dict
 
 MAY_CHANGE = {
-    *("steps", "checkpoint_every", "save_every", "eval_every", "log_every", "log_samples", "micro_tokens"),
-    *("optim.lr", "optim.clip", "base.optim.lr", "base.optim.clip", "max_mismatch_kl"),
-}
+    "steps", "checkpoint_every", "save_every", "eval_every", "log_every", "log_samples", "micro_tokens",
+    "max_mismatch_kl", "max_idle_steps", "max_error_share",
+    "optim.lr", "optim.clip", "base.optim.lr", "base.optim.clip",
+}  # fmt: skip
 """Settings that a resume may change, beside the group `guard`. Those of logs, checkpoints and checks keep
 the bits, `steps` does with a constant schedule, `micro_tokens` to rounding; the others are for another run
 from there on. All else decided what the steps before the checkpoint did."""
@@ -61,17 +62,18 @@ def record_changes(path: Path, config: StageSettings, changed: dict[str, list[An
     steps = changed.get("steps", [0, step])[1]
     if steps < step:
         raise UserError(f"{path} has done {step} steps; --steps {steps} must be at least that")
-    note(path, {"step": step, "changed": changed})
+    entry = {"step": step, "changed": changed}
+    if entry not in read_json(path / "env.json").get("history", [])[-1:]:  # noted before a kill
+        note(path, entry)
     write_atomic(path / "config.toml", tomli_w.dumps(resolved(config)))
     return ", ".join(f"{key} is {now}, was {before}" for key, (before, now) in changed.items())
 
 
 def note(path: Path, entry: dict[str, Any]) -> None:
-    """Append an entry to the history, once."""
+    """Append an entry to the history."""
     env = read_json(path / "env.json")
-    if entry not in env.setdefault("history", [])[-1:]:
-        env["history"].append(entry)
-        write_atomic(path / "env.json", json.dumps(env, indent=2) + "\n")
+    env["history"] = [*env.get("history", []), entry]
+    write_atomic(path / "env.json", json.dumps(env, indent=2) + "\n")
 
 
 def rollbacks(path: Path) -> list[dict[str, Any]]:

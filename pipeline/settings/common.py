@@ -48,7 +48,7 @@ class GuardSettings(Settings):
     """Roll back when this many of the last 32 updates were skipped."""
     max_rollbacks: Natural = 2
     """Rollbacks before the run stops, counted from the last change of the learning rate at a resume."""
-    rollback_lr: Annotated[float, Range(0, 1, open_low=True)] = 0.5
+    rollback_lr: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.5
     """Each rollback multiplies the learning rate by this."""
 
 

@@ -47,37 +47,38 @@ from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 def run(config: GrpoSettings, run_dir: RunDir) -> None:
     """Train; leave `model/`."""
-    policy, tokenizer = guarded(run_dir, config.guard, lambda: reinforced(config, run_dir))
+
+    def attempt() -> tuple[Policy, PreTrainedTokenizerFast]:
+        trainer = Trainer(config, run_dir)
+        guard = trainer.learner.guard
+        try:
+            first = trainer.restore() + 1
+            run_dir.metrics.begin()
+            for step in range(first, config.steps + 1):
+                began = time.monotonic()
+                metrics, records = trainer.step(step)
+                if config.eval_every and (step % config.eval_every == 0 or step == 1):
+                    metrics |= trainer.heldout()
+                metrics["time/step_s"] = time.monotonic() - began
+                run_dir.samples(step, records)
+                run_dir.log(step, config.steps, metrics)
+                trainer.watch.check()
+                if step % config.checkpoint_every == 0 and step < config.steps:
+                    trainer.checkpoint(step, guard.applied)
+                run_dir.stop_if_interrupted(lambda at=step: trainer.checkpoint(at))  # type: ignore[misc]
+        except (EngineDied, StaleWeights, Unanswerable) as error:
+            raise UserError(
+                f"{error} To go on from the last checkpoint: {run_dir.command} --resume"
+            ) from error
+        except FloatingPointError as error:  # the engine's: finite weights that give logits that are not
+            raise Diverged(str(error), guard.applied + guard.skipped, guard.applied) from error
+        finally:
+            trainer.close()
+        guard.check_trained(run_dir.stage.name)
+        return trainer.policy, trainer.tokenizer
+
+    policy, tokenizer = guarded(run_dir, config.guard, attempt)
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
-
-
-def reinforced(config: GrpoSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedTokenizerFast]:
-    """The trained policy and its tokenizer, from the newest checkpoint on; raises `Diverged`, `Stopped`."""
-    trainer = Trainer(config, run_dir)
-    guard = trainer.learner.guard
-    try:
-        first = trainer.restore() + 1
-        run_dir.metrics.begin()
-        for step in range(first, config.steps + 1):
-            began = time.monotonic()
-            metrics, records = trainer.step(step)
-            if config.eval_every and (step % config.eval_every == 0 or step == 1):
-                metrics |= trainer.heldout()
-            metrics["time/step_s"] = time.monotonic() - began
-            run_dir.samples(step, records)
-            run_dir.log(step, config.steps, metrics)
-            trainer.watch.check()
-            if step % config.checkpoint_every == 0 and step < config.steps:
-                trainer.checkpoint(step, guard.good)
-            run_dir.stop_if_interrupted(lambda at=step: trainer.checkpoint(at))  # type: ignore[misc]
-    except (EngineDied, StaleWeights, Unanswerable) as error:
-        raise UserError(f"{error} To go on from the last checkpoint: {run_dir.command} --resume") from error
-    except FloatingPointError as error:  # the engine's: finite weights that give logits that are not
-        raise Diverged(str(error), guard.applied + guard.skipped, guard.applied) from error
-    finally:
-        trainer.close()
-    guard.check_trained(run_dir.stage.name)
-    return trainer.policy, trainer.tokenizer
 
 
 class Trainer:

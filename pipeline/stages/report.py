@@ -9,7 +9,7 @@ from pipeline.errors import UserError
 from pipeline.report.page import build_page, main_benchmark, read_transcripts
 from pipeline.report.summary import read_stages, summarise
 from pipeline.run.directory import RunDir
-from pipeline.run.files import write_atomic
+from pipeline.run.files import read_json, write_atomic
 from pipeline.run.metrics import say
 from pipeline.settings.evaluate import ReportSettings
 from pipeline.stages.evaluate import print_table
@@ -21,7 +21,7 @@ def run(config: ReportSettings, run_dir: RunDir) -> None:
     scores_file = folder / "eval" / "scores.json"
     if not scores_file.is_file():
         raise UserError(f"no {scores_file}; score the models first: make eval ARGS='--name {config.name}'")
-    state = json.loads(scores_file.read_text(encoding="utf-8"))
+    state = read_json(scores_file)
     records = read_stages(folder)
     summary = summarise(state, records, config.seed)
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")

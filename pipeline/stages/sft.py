@@ -115,7 +115,7 @@ def tuned(config: SftSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedToken
     check_memory(start, place, config.optim, min(place.micro_tokens(config), config.batch_tokens))
     policy, tokenizer = load_policy(start, place.device)
     rows = gather(config, run_dir)
-    run_dir.record_rows("the corpus", rows)
+    run_dir.record_rows("the corpus of this stage", rows)
     encoded = examples(rows, tokenizer, config, policy.config.max_position_embeddings)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     updates = sum(1 for _ in epoch_batches(encoded, config, place.micro_tokens(config)))

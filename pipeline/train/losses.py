@@ -122,25 +122,16 @@ def one_line_errors(loss: Loss, name: str) -> Loss:
     @functools.wraps(loss)
     def call(tokens: Tokens, **settings: float) -> Terms:
         try:
-            out = loss(tokens, **settings)
+            value, metrics = loss(tokens, **settings)
+            if taken := sorted((set(GLOSSARY) - OWN_METRICS) & set(metrics)):
+                raise ValueError(f"its metric {taken[0]} is one of ours; rename it")
+            if not all(x.numel() == 1 for x in (value, *metrics.values())) or not value.requires_grad:
+                raise ValueError("it must return (scalar tensor from tokens.logprobs, {name: scalar tensor})")
+            return value, metrics
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
-            raise UserError(f"loss {name!r} failed at {at.filename}:{at.lineno} with {why}") from error
-        pair = isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], dict)
-        values = [out[0], *out[1].values()] if pair else []
-        if not values or not all(isinstance(value, Tensor) and value.numel() == 1 for value in values):
-            returned = f"{type(out).__name__} {out!r}".partition("\n")[0][:80]
-            raise UserError(
-                f"loss {name!r} must return (scalar tensor, {{name: scalar tensor}}), not {returned}"
-            )
-        if not out[0].requires_grad:
-            raise UserError(
-                f"loss {name!r} returned a value without gradient: compute it from tokens.logprobs"
-            )
-        if taken := sorted((set(GLOSSARY) - OWN_METRICS) & set(out[1])):
-            raise UserError(f"loss {name!r} returned the metric {taken[0]}, which is one of ours; rename it")
-        return out
+            raise UserError(f"loss {name!r} failed at {at.filename}:{at.lineno}: {why}") from error
 
     return call
 

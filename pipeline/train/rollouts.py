@@ -86,9 +86,9 @@ class Watch:
             most = max(len(g.rollout.token_ids) for g in graded)
             say(f"step {step}: all {n} rollouts were cut at {most} tokens: raise --max-tokens")
         if not spread and share < 1:
-            mean_reward = rollout_metrics(graded)["reward/mean"]
-            why = f"no group of this step has spread in its rewards (mean {mean_reward:.3g})"
-            say(f"step {step}: {why}, so it teaches nothing: take other problems or a larger group_size")
+            means = rollout_metrics(graded)["reward/mean"]
+            why = f"no group of this step has spread in its rewards (mean {means:.3g}), so it teaches nothing"
+            say(f"step {step}: {why}: take other problems or a larger group_size")
 
     def check(self) -> None:
         """Raise `Stopped` where too many steps in a row were of no use."""

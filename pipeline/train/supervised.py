@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ from pipeline.train.pack import Batch
 
 def save_state(run_dir: RunDir, step: int, state: dict[str, Any], applied: int | None = None) -> None:
     """Checkpoint the state after `step` steps; see `RunDir.checkpoint`."""
-    run_dir.checkpoint(step, lambda folder: torch.save(state, folder / "state.pt"), applied)
+
+    def write(folder: Path) -> None:
+        with (folder / "state.pt").open("wb") as file:  # given a path, torch hides that the disk is full
+            torch.save(state, file)
+
+    run_dir.checkpoint(step, write, applied)
 
 
 def load_state(run_dir: RunDir) -> tuple[int, dict[str, Any]]:
@@ -54,6 +60,6 @@ def train_loop(
             metrics |= {"data/tokens": tokens, "time/step_s": seconds, **usage.of(batch.lengths, seconds)}
             run_dir.log(step, steps, metrics)
         if step % checkpoint_every == 0 and step < steps:
-            save_state(run_dir, step, learner.state_dict(), learner.guard.good)
+            save_state(run_dir, step, learner.state_dict(), learner.guard.applied)
         run_dir.stop_if_interrupted(lambda at=step: save_state(run_dir, at, learner.state_dict()))  # type: ignore[misc]
     learner.guard.check_trained(run_dir.stage.name)

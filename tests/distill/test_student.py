@@ -138,12 +138,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 
 @pytest.fixture
 def unstable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The student's updates 4 and 5 are not finite, unless the rate is lower than that of the settings."""
+    """The student's updates 5 and 6 are not finite, unless the rate is lower than that of the settings."""
     real = StudentTrainer.compute_loss
 
     def loss(self: StudentTrainer, *args: Any, **more: Any) -> Any:
         high = "/student" in self.args.output_dir and self.args.learning_rate > 6e-3
-        return real(self, *args, **more) * (math.nan if high and self.state.global_step in (3, 4) else 1.0)
+        return real(self, *args, **more) * (math.nan if high and self.state.global_step in (4, 5) else 1.0)
 
     monkeypatch.setattr(StudentTrainer, "compute_loss", loss)
 
@@ -154,18 +154,17 @@ def test_a_student_that_diverges_goes_back_and_its_control_does_not(
     stop_after: Callable[[int], Callable[[RunDir], None]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """And a Ctrl-C between the skipped updates changes no bit."""
+    """And the checkpoint of a Ctrl-C, which the rollback could go to, changes no bit."""
     guard = GuardSettings(max_skipped=2)
-    through = distill(name="through", save_every=2, guard=guard)
+    through = distill(name="through", save_every=4, guard=guard)
     said = capsys.readouterr().out
-    assert "update 4 skipped: its loss or gradient is not finite" in said
-    assert "back to step 2, learning rate times 0.5" in said
+    assert "update 5 skipped: its loss or gradient is not finite" in said
+    assert "back to step 0, learning rate times 0.5" in said  # no update came after the checkpoint of step 4
     schedule = [row["optim/lr"] for row in metrics(through)]
-    assert schedule[2:6] == pytest.approx([rate / 2 for rate in schedule[8:12]])
-    assert schedule[:2] == schedule[6:8] and len(schedule) == 12
+    assert schedule[:6] == pytest.approx([rate / 2 for rate in schedule[6:]]) and len(schedule) == 12
     with pytest.raises(KeyboardInterrupt):
-        distill(name="cut", save_every=2, guard=guard, hook=stop_after(4))
-    cut = distill(name="cut", save_every=2, guard=guard, resume=True)
+        distill(name="cut", save_every=4, guard=guard, hook=stop_after(2))
+    cut = distill(name="cut", save_every=4, guard=guard, resume=True)
     assert all(same_bits(weights(through, label), weights(cut, label)) for label in ("student", "plain"))
 
 

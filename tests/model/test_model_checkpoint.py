@@ -143,6 +143,14 @@ def test_errors_name_the_tensor_and_the_file(saved):
         rf"{name} is \(2, 2\), the config expects \(24, 48\)": lambda t: t.update({name: torch.zeros(2, 2)}),
         "differs from the trunk's": lambda t: t["model.layers.3.embed_tokens.weight"].zero_(),
         "lacks the tensor model.layers.3.hnorm": lambda t: t.pop("model.layers.3.hnorm.weight"),
+        f"{name} is int8 without a scale": lambda t: t.update({name: t[name].to(torch.int8)}),
+        f"{name} is float8_e4m3fn without a scale": lambda t: t.update(
+            {name: t[name].to(torch.float8_e4m3fn)}
+        ),
+        f"{name} is int8 with a scale": lambda t: t.update(
+            {name: t[name].to(torch.int8), f"{name}_scale_inv": torch.ones(1, 1)}
+        ),
+        f"{name} is float32 with a scale": lambda t: t.update({f"{name}_scale_inv": torch.ones(1, 1)}),
     }
     for message, change in cases.items():
         save_file(complete, saved / "model.safetensors")

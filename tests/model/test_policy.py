@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_shapes import BASE, make
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model.dense import DensePolicy
@@ -22,6 +23,31 @@ def policy(request):
     if request.param == "native":
         return make(BASE)
     return DensePolicy(llama(tie_word_embeddings=request.param != "dense"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t, name: t.pop(name), "up_proj.weight is missing"),
+        (lambda t, name: t.update(other=torch.zeros(3)), "other is not the model's"),
+        (
+            lambda t, name: t.update({name: t[name][:3].clone()}),
+            r"up_proj.weight is \(3, 32\), not \(64, 32\)",
+        ),
+        (lambda t, name: t.update({name: t[name].to(torch.int8)}), r"up_proj.weight \(I8\) is quantized"),
+        (lambda t, name: t.update({name: t[name].to(torch.float8_e4m3fn)}), r"\(F8_E4M3\) is quantized"),
+    ],
+)
+def test_a_dense_checkpoint_whose_tensors_do_not_fit_is_refused(change, says, tmp_path, capfd):
+    """transformers would report it at length, and score with random weights in their stead."""
+    llama().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    capfd.readouterr()
+    change(tensors, "model.layers.0.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"do not fit its config.json; the first: .*{says}") as error:
+        DensePolicy.load(tmp_path)
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
 
 
 def test_states_head_logits_and_sizes_fit_together(policy):

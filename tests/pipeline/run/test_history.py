@@ -39,7 +39,11 @@ def test_what_changes_at_a_resume_is_said_and_recorded(opened, capsys):
     assert "lr = 1e-06" in (run.path / "config.toml").read_text()
     with opened(resume=True, **slower):
         pass
-    assert "finished, with other settings (steps)" in refusal(opened(resume=True, **slower | {"steps": 6}))
+    assert "is finished, with another optim.lr" in refusal(opened(resume=True, steps=5))
+    assert "has done 2 steps" in refusal(opened(resume=True, **slower | {"steps": 1}))
+    assert (run.path / "done.json").exists()
+    with opened(resume=True, **slower | {"steps": 6}) as more:  # a finished run goes on
+        assert more.latest() == (2, run.path / "checkpoint-2") and not (run.path / "done.json").exists()
 
 
 def test_every_setting_that_may_change_is_one(opened):
@@ -79,7 +83,7 @@ def test_an_input_that_changed_since_the_run_began_is_refused_by_name(opened, tm
     with pytest.raises(UserError, match=f"the problems of .* {changed}"), opened(resume=True) as run:
         use(run, "1+2?")
     given.write_text("{}\n\n")
-    with pytest.raises(UserError, match=rf"/data\.jsonl {changed} .*restore it"), opened(resume=True) as run:
+    with pytest.raises(UserError, match=rf"/data\.jsonl {changed}; restore it"), opened(resume=True) as run:
         use(run)
 
 
@@ -103,7 +107,7 @@ def test_a_rollback_goes_to_the_last_checkpoint_from_which_weights_moved_on(open
         assert run.roll_back(3, 2, 0, "again", 0.5) == 0 and run.latest() is None
         assert "too many NaN: back to step 2, learning rate times 0.5" in capsys.readouterr().out
     history = json.loads((run.path / "env.json").read_text())["history"]
-    assert [(e["step"], e["to"], e["lr_scale"]) for e in history] == [(8, 2, 0.5), (3, 0, 0.25)]
+    assert [(e["update"], e["to"], e["lr_scale"]) for e in history] == [(8, 2, 0.5), (3, 0, 0.25)]
 
 
 def test_checkpoints_of_a_ctrl_c_do_not_push_out_those_for_rollbacks(opened):

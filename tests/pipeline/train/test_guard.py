@@ -19,6 +19,7 @@ from pipeline.stages import pretrain
 from pipeline.table import STAGES
 from pipeline.train.learner import Learner
 from pipeline.train.rollouts import Watch
+from pipeline.train.supervised import save_state
 from rollout.types import Graded, Problem, Prompt, Rollout
 
 STAGE = next(stage for stage in STAGES if stage.name == "pretrain")
@@ -151,7 +152,7 @@ def test_divergence_goes_back_to_a_checkpoint_with_a_lower_rate(run, inject, cap
     path = run(guard=GUARD)
     assert "2 of the last 9 updates were skipped" in (said := capsys.readouterr().out)
     assert "back to step 6, learning rate times 0.5" in said
-    assert [(e["step"], e["to"], e["lr_scale"]) for e in history(path)] == [(9, 6, 0.5)]
+    assert [(e["update"], e["to"], e["lr_scale"]) for e in history(path)] == [(9, 6, 0.5)]
     assert [row["optim/lr"] for row in rows(path)] == [LR] * 6 + [LR / 2] * 3
     assert [row["step"] for row in rows(path)] == list(range(1, 10))
 
@@ -262,3 +263,15 @@ def test_what_a_step_cannot_learn_from_is_said_and_stops_the_run(capsys):
     assert "failed on 100% of 2" in look(graded("error"), graded("error"))
     with pytest.raises(Stopped, match="failed on more than 50% of the rollouts of 2 steps in a row"):
         look(graded("error"), graded("error"), spread=0.0)
+
+
+def test_a_disk_that_is_full_says_so_as_a_system_error(tmp_path):
+    """torch.save to a path has a RuntimeError that names no cause."""
+
+    class Full:
+        def checkpoint(self, step, write, applied):
+            (tmp_path / "state.pt").symlink_to("/dev/full")
+            write(tmp_path)
+
+    with pytest.raises(OSError, match="No space left"):
+        save_state(Full(), 1, {"weights": torch.zeros(10_000)})
