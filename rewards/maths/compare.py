@@ -61,6 +61,7 @@ def compare(gold: str, answer: str, depth: int = 0) -> Verdict:
             return float(expected.same(got)), "as sets of numbers"
         if (expected and not RELATION.search(answer)) or (got and parse(gold) is not None):
             return 0.0, "a set of numbers against something else"
+        gold, answer = _as_interval(gold), _as_interval(answer)  # a < x < a + 1 is (a, a + 1)
     verdict = _by_members(gold, answer, depth, thousands=True)
     # The commas of `100,200` may separate thousands or members, that of `1,5` may be a decimal point.
     short = verdict[0] == 0 and max(len(gold), len(answer)) < 200
@@ -209,14 +210,13 @@ def _relations(gold: str, answer: str, depth: int) -> Verdict | None:
         return verdict
     if len(expected) == len(got) == 2:
         function, other = _FUNCTION.fullmatch(expected[0]), _FUNCTION.fullmatch(got[0])
-        if function and other and function[1] == other[1]:  # g(t) = 3t is g(x) = 3x
+        if (
+            function and other and function[1] == other[1] and function[2] not in got[1]
+        ):  # g(t) = 3t, g(x) = 3x
             got[1] = re.sub(rf"(?<![\\A-Za-z]){other[2]}(?![A-Za-z])", function[2], got[1])
             got[0] = expected[0]
         if compact(expected[0]) == compact(got[0]):
             return compare(expected[1].strip(), got[1].strip(), depth + 1)
-    intervals = [_as_interval(text) for text in (gold, answer)]  # a < x < a + 1 is (a, a + 1)
-    if intervals != [gold, answer]:
-        return compare(intervals[0], intervals[1], depth + 1)
     return same_relation(gold, answer)
 
 

@@ -8,6 +8,8 @@ reported again and again in the issue trackers of evaluation harnesses and of ma
 
 from __future__ import annotations
 
+from tests.rewards import kinds
+
 Case = tuple[str, str, str, bool]
 
 
@@ -363,3 +365,4 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("|x-1|", "|1-x|", True),
     ],
 }  # fmt: skip
+CLASSES |= kinds.CLASSES
