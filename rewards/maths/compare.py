@@ -29,6 +29,7 @@ _PARAMETER = re.compile(
     r",?\s*(?:\(|where\b|for\b|with\b)?\s*(?:all|any|every|some)?\s*(?:integers?)?\s*[a-z]\s*"
     r"(?:\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?|(?:is|are|be) (?:an? )?(?:any )?integers?)\s*\)?$"
 )
+_VARIABLE = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?\s*")
 _FUNCTION = re.compile(r"\s*([A-Za-z]\w*)\s*\(\s*([a-z])\s*\)\s*")
 _CHOSEN = re.compile(
     r"(?:(?:option|choice|answer(?: choice)?)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|"
@@ -224,7 +225,7 @@ def _as_interval(text: str) -> str:
     sides, signs = RELATION.split(text), RELATION.findall(text)
     if signs and signs[0] in (">", "\\ge"):
         sides, signs = sides[::-1], [FLIPPED.get(sign, sign) for sign in signs[::-1]]
-    if len(sides) != 3 or not set(signs) <= {"<", "\\le"} or not NAME.fullmatch(sides[1]):
+    if len(sides) != 3 or not set(signs) <= {"<", "\\le"} or not _VARIABLE.fullmatch(sides[1]):
         return text
     return ("(" if signs[0] == "<" else "[") + f"{sides[0]}, {sides[2]}" + (")" if signs[1] == "<" else "]")
 

@@ -61,6 +61,8 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("5", "$5$", True),
         ("5", "\\(5\\)", True),
         ("5", "**5**", True),
+        ("5", "{\\bf 5}", True),
+        ("\\frac{\\pi}{3} + \\pi k", "\\frac{\\pi}{3} + \\pi k, k \\in \\mathbb{Z}", True),
         ("5", "5.", True),
         ("5", "５", True),
         ("-5", "−5", True),

@@ -30,7 +30,7 @@ _PRIMES = (
     754_974_721,
 )  # variables take residues by these: chance agreement is remote
 _RANGES = ((0.4, 1.0), (1.1, 3.0), (3.0, 7.0), (-1.0, -0.2), (-6.0, -1.2), (7.0, 30.0))  # then these
-_READINGS = {"root": "power", "log": "log", "degree": "degree", "percent": "percent"}  # and what shows them
+_READINGS = {"root": "power", "log": "log", "degree": "degree"}  # and what shows them
 
 
 class TooExpensive(ArithmeticError):
@@ -112,7 +112,10 @@ def _compare(first: Tree, second: Tree, agree: Callable[[Pairs], bool]) -> bool:
     except ZeroDivisionError:
         if not free:
             raise TooExpensive("a division by zero") from None
-    for reading in ("", *(name for name, sign in _READINGS.items() if has(first, sign) or has(second, sign))):
+    readings = [name for name, sign in _READINGS.items() if has(first, sign) or has(second, sign)]
+    if "percent" in (first[0], second[0]):  # of the complete expression, not within it
+        readings.append("percent")
+    for reading in ("", *readings):
         if agree(list(_pairs(first, second, free, reading, _contexts.quick, 1))):
             pairs = list(_pairs(first, second, free, reading, _contexts.precise, len(_RANGES)))
             if len(pairs) > bool(free) and agree(pairs):
@@ -199,7 +202,7 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
 
 
 class _Evaluation:
-    """Values of trees at one point, in one reading ("" or a key of `_READINGS`)."""
+    """Values of trees at one point, in one reading ("" or the name of one)."""
 
     def __init__(self, context: Any, values: dict[str, Any], reading: str) -> None:
         self.context, self.values, self.reading = context, values, reading
