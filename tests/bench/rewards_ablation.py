@@ -118,7 +118,7 @@ def run() -> dict[str, Any]:
     return {
         "claims": [
             {"claim": "rules that change no verdict", "value": len(idle), "at_most": 0},
-            {"claim": "rules that cost more right verdicts than they win", "value": len(harmful), "at_most": 0},
+            {"claim": "rules that cost more than they win", "value": len(harmful), "at_most": 0},
             {"claim": "own pairs judged as labelled", "at_least": 1.0, "unit": "of all",
              "value": sum(v == case[3] for v, case in zip(before, ours, strict=False)) / len(ours)},
         ],
