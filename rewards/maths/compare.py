@@ -167,7 +167,7 @@ def _choice(gold: str, answer: str, depth: int) -> Verdict | None:
     if got and _MORE_CHOICES.search(got[3]):
         return None
     letters = [(match[1] or match[2]).upper() if match else "" for match in (expected, got)]
-    if len(gold) == 1 and gold.isupper():
+    if expected and not expected[3] and gold.isupper():
         return (float(letters[0] == letters[1]), "by its letter") if got else None
     if expected and expected[3]:
         if not got:
