@@ -22,7 +22,7 @@ SUMMARY = "each rule of the mathematics grader switched off: how many verdicts i
 MODULES = (compare, extract, notation, prose, relations, single, spans, expression, numbers, regions, units)
 NEVER = re.compile(r"(?!)")
 SAMPLES = {"math500": 3, "gsm8k_test": 12, "olympiadbench": 4, "minerva_math": 3}
-"""One row in so many of each file."""
+"""Every n-th row of each file."""
 
 Case = tuple[str, str, str, bool]
 """Where it is from, gold, completion, whether it is right."""
