@@ -52,6 +52,10 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("\\sin \\pi", "0", True), ("\\sqrt{2}\\sqrt{8}", "4", True),
     ],
     "hedges and false equations": [
+        ("8", "7=8=8", False), ("\\sum_{k=1}^{n} a_k", "\\sum_{k = 1}^{n} a_k", True),
+        ("\\text{non-negative}", "nonnegative", True),
+        ("5", "a.b", False), ("5", "5 . 5", False), ("x", ".", False), ("x", "x..", True),
+        ("2", "2.x", False),
         ("151", "150=151=152", False), ("152", "150=151=152", False),
         ("0.667", "\\frac{2}{3} = 0.668 = 0.667", False), ("6", "5 = 6", False),
         ("9", "4 \\equiv 9 \\pmod 1", False), ("3", "10 \\equiv 3 \\pmod 7", True),

@@ -63,7 +63,7 @@ def parse(text: str) -> Tree | None:
     parser = _Parser(tokens)
     try:
         tree = parser.sum()
-    except (Unreadable, ZeroDivisionError):
+    except ValueError:  # `Unreadable`, or a full stop where a number should be
         return None
     return tree if parser.at == len(tokens) else None
 
@@ -235,7 +235,7 @@ class _Parser:
             return ("number", Fraction(fixed + "0") + Fraction(int(period), nines))
         if self.next == "_":
             raise Unreadable("a numeral with a base")
-        whole = ("number", Fraction(token.rstrip(".") or "x"))
+        whole = ("number", Fraction(token.rstrip(".")))
         if self.next != r"\frac" or not token.isdecimal():
             return whole
         fraction = self.atom()
