@@ -29,6 +29,7 @@ _PARAMETER = re.compile(
     r",?\s*(?:\(|where\b|for\b|with\b)?\s*(?:all|any|every|some)?\s*(?:integers?)?\s*[a-z]\s*"
     r"(?:\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?|(?:is|are|be) (?:an? )?(?:any )?integers?)\s*\)?$"
 )
+_VARIABLE = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?\s*")
 _FUNCTION = re.compile(r"\s*([A-Za-z]\w*)\s*\(\s*([a-z])\s*\)\s*")
 _CHOSEN = re.compile(
     r"(?:(?:option|choice|answer(?: choice)?)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|"
@@ -61,6 +62,7 @@ def compare(gold: str, answer: str, depth: int = 0) -> Verdict:
             return float(expected.same(got)), "as sets of numbers"
         if (expected and not RELATION.search(answer)) or (got and parse(gold) is not None):
             return 0.0, "a set of numbers against something else"
+        gold, answer = _as_interval(gold), _as_interval(answer)  # a < x < a + 1 is (a, a + 1)
     verdict = _by_members(gold, answer, depth, thousands=True)
     # The commas of `100,200` may separate thousands or members, that of `1,5` may be a decimal point.
     short = verdict[0] == 0 and max(len(gold), len(answer)) < 200
@@ -165,7 +167,7 @@ def _choice(gold: str, answer: str, depth: int) -> Verdict | None:
     if got and _MORE_CHOICES.search(got[3]):
         return None
     letters = [(match[1] or match[2]).upper() if match else "" for match in (expected, got)]
-    if len(gold) == 1 and gold.isupper():
+    if expected and not expected[3] and gold.isupper():
         return (float(letters[0] == letters[1]), "by its letter") if got else None
     if expected and expected[3]:
         if not got:
@@ -209,14 +211,13 @@ def _relations(gold: str, answer: str, depth: int) -> Verdict | None:
         return verdict
     if len(expected) == len(got) == 2:
         function, other = _FUNCTION.fullmatch(expected[0]), _FUNCTION.fullmatch(got[0])
-        if function and other and function[1] == other[1]:  # g(t) = 3t is g(x) = 3x
+        if (
+            function and other and function[1] == other[1] and function[2] not in got[1]
+        ):  # g(t) = 3t, g(x) = 3x
             got[1] = re.sub(rf"(?<![\\A-Za-z]){other[2]}(?![A-Za-z])", function[2], got[1])
             got[0] = expected[0]
         if compact(expected[0]) == compact(got[0]):
             return compare(expected[1].strip(), got[1].strip(), depth + 1)
-    intervals = [_as_interval(text) for text in (gold, answer)]  # a < x < a + 1 is (a, a + 1)
-    if intervals != [gold, answer]:
-        return compare(intervals[0], intervals[1], depth + 1)
     return same_relation(gold, answer)
 
 
@@ -224,7 +225,7 @@ def _as_interval(text: str) -> str:
     sides, signs = RELATION.split(text), RELATION.findall(text)
     if signs and signs[0] in (">", "\\ge"):
         sides, signs = sides[::-1], [FLIPPED.get(sign, sign) for sign in signs[::-1]]
-    if len(sides) != 3 or not set(signs) <= {"<", "\\le"} or not NAME.fullmatch(sides[1]):
+    if len(sides) != 3 or not set(signs) <= {"<", "\\le"} or not _VARIABLE.fullmatch(sides[1]):
         return text
     return ("(" if signs[0] == "<" else "[") + f"{sides[0]}, {sides[2]}" + (")" if signs[1] == "<" else "]")
 

@@ -16,10 +16,6 @@ Several boxes on one line joined by a comma or a word are one answer with severa
 formulas after "the answer is"; so hedging (`\boxed{3} or \boxed{4}`) reads as two values, not as the last.
 When a model goes on to ask itself a new question after having answered, the answer is the one before it.
 
-math-verify alone gives another verdict than the label on 54 of the 185 completions in
-`tests/rewards/completions.py`, and finds the gold in 343 of MATH-500's 500 solutions once their box is
-removed; with this module it is found in 473.
-
 What is inside a closed think block is never an answer. A block that is never closed hides everything from
 strict mode, and nothing from lenient mode: there the completion was often only cut, or the model never
 learned the tags. Likewise an answer that the end of the text cuts off, `\boxed{12`, is no answer.

@@ -78,17 +78,15 @@ _TWICE_ESCAPED = re.compile(r"\\(?=\\[a-z]{2})")
 _OLD_FONT = re.compile(r"\\(?:bf|rm|it|mathrm)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<![\d._^])\d{1,3}(?: \d{3})+(?!\d| \d)")
 _DECORATION = re.compile(r"(?:[\s.,;]|\\(?=[\s.,;]|$)|[\u2600-\u27bf\U0001f000-\U0001faff\ufe0f])+$")
-_PLAIN = re.compile(r"-?\d+(?:\.\d+)?|[A-Z]")
 _SPACES = re.compile(r"\s+")
 _APART = re.compile(r"(?<!\d) | (?!\d)")
-_CHOICE = re.compile(r"\(?\s*([A-Z])\s*\)?")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 
 
 @lru_cache(maxsize=8192)
 def normalise(text: str) -> str:
     """One notation for what is written alike: no delimiters or text wrappers, one name for each sign."""
-    if _PLAIN.fullmatch(text):
+    if text.isascii() and text.isdigit():
         return text
     text = _ESCAPED.sub(lambda match: _LETTER[match[0]], text)
     if "\\begin" not in text:
@@ -110,8 +108,7 @@ def normalise(text: str) -> str:
         text = pattern.sub(name, text)
     text = _DECORATION.sub("", _SPACES.sub(" ", text)).strip()
     text = _THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
-    choice = _CHOICE.fullmatch(text)
-    return choice[1] if choice else text
+    return text
 
 
 def compact(text: str) -> str:

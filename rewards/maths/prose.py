@@ -3,22 +3,12 @@
 import re
 from itertools import pairwise
 
-from rewards.maths.spans import (
-    Span,
-    bare_latex,
-    is_expression,
-    maths,
-    maths_or_money,
-    number_words,
-    numbers,
-    trim,
-)
+from rewards.maths.spans import Span, bare_latex, is_expression, maths, number_words, numbers, trim
 
 LONGEST_STATED = 600  # characters after a marker that are looked at
 TAIL = 4000  # characters at the end of a text in which its last expression is looked for
 
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？；]|\n\s*\n|\n(?=\s*(?:[-*]|\d+[.)])\s)|\n")
-_BOLD = re.compile(r"\*\*(?!\s)([^*\n]{1,120})\*\*")
 _FILLER = re.compile(
     r"(?:[\s:：*_>]|\\?\[?\s*$|(?:that|therefore|thus|then|simply|just|indeed|actually|exactly|equal(?:s)? to|"  # noqa: E501
     r"approximately|about|given by|is|are|given as|obtained as|option|choice|hence|the number|the value|the|"
@@ -73,8 +63,8 @@ _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?")
 def value_after(text: str, position: int, *, after_heading: bool = False) -> str | None:
     """The value that is stated from `position` on, behind "the answer is" or the like; `None` if none is.
 
-    Maths that comes first, with all that a comma or a word joins to it; else bold text; else an expression
-    or a number with its unit; else a word or two (`Evelyn`, `even`, `(C)`).
+    Maths that comes first, with all that a comma or a word joins to it; else an expression or a number with
+    its unit; else a word or two (`Evelyn`, `even`, `(C)`).
     """
     said = text[position : position + LONGEST_STATED]
     said = said[_FILLER.match(said).end() :]  # type: ignore[union-attr]
@@ -95,8 +85,6 @@ def value_after(text: str, position: int, *, after_heading: bool = False) -> str
         if named := _THEN_VALUE.match(said, first[0].end):  # "the number of roots of $g(x)$ is 12"
             return value_after(said, named.end())
         return _group(said, inside, first[0])
-    if bold := _BOLD.search(sentence):
-        sentence = bold[1]
     return _plain(sentence, whole=stop is not None or said.rstrip().endswith(_ENDS))
 
 
@@ -133,8 +121,8 @@ def _with_unit(sentence: str, found: list[Span]) -> str:
 
 
 def last_stated(text: str) -> str | None:
-    """The last expression that a finished sentence of the text states: maths, bold text or a number."""
-    text = maths_or_money(text)
+    """The last expression that a finished sentence of the text states: maths or a number."""
+    text = text.replace("$\\$$", "\\$")  # `$\$$300`, money that its writer set in maths
     if _looks_cut(text):
         return None
     tail = _FENCE.sub(" ", _tail(text))
@@ -159,9 +147,6 @@ def last_stated(text: str) -> str | None:
             return letter[1]
         if not telling:
             continue
-        for bold in list(_BOLD.finditer(tail, sentence_start, sentence_end))[::-1]:
-            if any(bold.start() <= token.start < bold.end() for token in telling):
-                return _bold(bold[1])
         last = _main(tail, telling)
         return _group(tail, telling, last, backwards=True) if last in spans else last.content
     return None
@@ -183,19 +168,6 @@ def _main(text: str, tokens: list[Span]) -> Span:
         if not _CONTEXT.search(before) and not _MODIFIER.match(text, token.end):
             return token
     return tokens[-1]
-
-
-def _bold(content: str) -> str | None:
-    """The value of bold text, without the words before it: `**Total: 18 dollars**`."""
-    content = trim(content)
-    if spans := maths(content):
-        return spans[-1].content
-    if is_expression(content):
-        return content
-    found = numbers(content)
-    if found and found[0].start == 0:
-        return _with_unit(content, found)
-    return found[-1].content if found else content
 
 
 def _group(text: str, spans: list[Span], chosen: Span, *, backwards: bool = False) -> str:

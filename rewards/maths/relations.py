@@ -61,6 +61,8 @@ def true_members(chain: str) -> list[str]:
     """
     modulus = _MODULUS.search(chain)
     parts = [part.strip() for part in EQUALS.split(chain[: modulus.start()] if modulus else chain)]
+    if "" in parts[1:]:
+        return []
     below = parse(modulus[1] or modulus[2]) if modulus else None
     modulo = exact(below) if below else None
     rounded = False

@@ -11,7 +11,7 @@ Verdict = tuple[float | None, str]
 UNREAD = ("the gold answer does not parse", "no expression that is understood completely")
 WORD = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|inf)\b)[^\W\d_]{3,}")
 _INTEGERS = frozenset("klmn")  # names of a parameter that is any integer
-_SILENT = re.compile(r"[\s.,;:!()\"'*-]+")
+_SILENT = re.compile(r"[\s.,;:!()\"*]+|(?<=\w)['-](?=\w)")
 
 
 def single(gold: str, answer: str) -> Verdict:

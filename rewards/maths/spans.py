@@ -189,11 +189,6 @@ def trim(text: str) -> str:
     return text.strip().strip("*").strip().rstrip(".。,，").strip("*").strip()
 
 
-def maths_or_money(text: str) -> str:
-    r"""`$\$$300`, money that its writer set in maths, as `\$300`."""
-    return text.replace("$\\$$", "\\$")
-
-
 def bare_latex(text: str) -> list[Span]:
     """LaTeX that stands in prose without delimiters."""
     found = (match for match in _BARE.finditer(text) if _BARE_SIGN.search(match[0]))

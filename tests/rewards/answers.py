@@ -8,6 +8,8 @@ reported again and again in the issue trackers of evaluation harnesses and of ma
 
 from __future__ import annotations
 
+from tests.rewards import kinds
+
 Case = tuple[str, str, str, bool]
 
 
@@ -59,6 +61,8 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("5", "$5$", True),
         ("5", "\\(5\\)", True),
         ("5", "**5**", True),
+        ("5", "{\\bf 5}", True),
+        ("\\frac{\\pi}{3} + \\pi k", "\\frac{\\pi}{3} + \\pi k, k \\in \\mathbb{Z}", True),
         ("5", "5.", True),
         ("5", "５", True),
         ("-5", "−5", True),
@@ -363,3 +367,4 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("|x-1|", "|1-x|", True),
     ],
 }  # fmt: skip
+CLASSES |= kinds.CLASSES

@@ -21,8 +21,7 @@ from rewards.maths.values.expression import Tree, has, names
 _DIGITS, _SAME_DIGITS = 300, 200
 _QUICK_DIGITS, _QUICK_SAME = 40, 20  # one point at these first: most that differ do so there
 _MOST_BITS = 1 << 14  # of a power computed exactly
-_LARGEST = {"exp": 40, "sinh": 40, "cosh": 40, "tanh": 40}  # bits of an argument before the point
-_LARGEST_OTHER = 2000
+_LARGEST = 40  # bits before the point of an exponent or a function's argument
 _LARGEST_FACTORIAL = 10_000
 _PRIMES = (
     1_000_003,
@@ -30,7 +29,7 @@ _PRIMES = (
     754_974_721,
 )  # variables take residues by these: chance agreement is remote
 _RANGES = ((0.4, 1.0), (1.1, 3.0), (3.0, 7.0), (-1.0, -0.2), (-6.0, -1.2), (7.0, 30.0))  # then these
-_READINGS = {"root": "power", "log": "log", "degree": "degree", "percent": "percent"}  # and what shows them
+_READINGS = {"root": "power", "log": "log", "degree": "degree"}  # and what shows them
 
 
 class TooExpensive(ArithmeticError):
@@ -112,7 +111,10 @@ def _compare(first: Tree, second: Tree, agree: Callable[[Pairs], bool]) -> bool:
     except ZeroDivisionError:
         if not free:
             raise TooExpensive("a division by zero") from None
-    for reading in ("", *(name for name, sign in _READINGS.items() if has(first, sign) or has(second, sign))):
+    readings = [name for name, sign in _READINGS.items() if has(first, sign) or has(second, sign)]
+    if "percent" in (first[0], second[0]):  # of the complete expression, not within it
+        readings.append("percent")
+    for reading in ("", *readings):
         if agree(list(_pairs(first, second, free, reading, _contexts.quick, 1))):
             pairs = list(_pairs(first, second, free, reading, _contexts.precise, len(_RANGES)))
             if len(pairs) > bool(free) and agree(pairs):
@@ -159,26 +161,16 @@ def _exact(tree: Tree, trial: int) -> Fraction:
         return Fraction(parts[0])
     if operation == "variable":
         return Fraction(zlib.crc32(parts[0].encode()) * (trial + 2) ** 5 % _PRIMES[trial])
-    if operation not in ("add", "multiply", "neg", "inverse", "factorial", "power"):
+    if operation not in _EXACT:
         raise _Irrational
     values = [_exact(part, trial) for part in parts]
-    match operation:
-        case "add":
-            return sum(values, Fraction(0))
-        case "multiply":
-            return math.prod(values, start=Fraction(1))
-        case "neg":
-            return -values[0]
-        case "inverse":
-            return 1 / values[0]
-        case "factorial":
-            if values[0].denominator != 1 or not 0 <= values[0] <= 1500:
-                raise _Irrational
-            return Fraction(math.factorial(int(values[0])))
-    return _exact_power(*values)
+    if operation == "factorial" and (values[0].denominator != 1 or not 0 <= values[0] <= 1500):
+        raise _Irrational
+    return Fraction(_EXACT[operation](values))
 
 
-def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
+def _exact_power(values: list[Fraction]) -> Fraction:
+    base, exponent = values
     degree, power = exponent.denominator, exponent.numerator
     bits = max(base.numerator.bit_length(), base.denominator.bit_length())
     if (
@@ -198,8 +190,18 @@ def _exact_power(base: Fraction, exponent: Fraction) -> Fraction:
     return Fraction(base**power)
 
 
+_EXACT: dict[str, Callable[[list[Fraction]], Any]] = {
+    "add": sum,
+    "multiply": math.prod,
+    "neg": lambda values: -values[0],
+    "inverse": lambda values: 1 / values[0],
+    "factorial": lambda values: math.factorial(int(values[0])),
+    "power": _exact_power,
+}
+
+
 class _Evaluation:
-    """Values of trees at one point, in one reading ("" or a key of `_READINGS`)."""
+    """Values of trees at one point, in one reading ("" or the name of one)."""
 
     def __init__(self, context: Any, values: dict[str, Any], reading: str) -> None:
         self.context, self.values, self.reading = context, values, reading
@@ -207,15 +209,14 @@ class _Evaluation:
     def of(self, tree: Tree) -> Any:
         context = self.context
         operation, *parts = tree
-        match operation:
-            case "number":
-                return context.mpf(parts[0].numerator) / parts[0].denominator
-            case "variable":
-                return self.values[parts[0]]
-            case "constant":
-                return {"pi": +context.pi, "e": +context.e, "i": context.j, "inf": context.inf}[parts[0]]
-            case "power":
-                return self.power(*parts)
+        if operation == "number":
+            return context.mpf(parts[0].numerator) / parts[0].denominator
+        if operation == "variable":
+            return self.values[parts[0]]
+        if operation == "constant":
+            return {"pi": +context.pi, "e": +context.e, "i": context.j, "inf": context.inf}[parts[0]]
+        if operation == "power":
+            return self.power(*parts)
         numbers = [self.of(part) for part in parts]
         first = numbers[0]
         match operation:
@@ -242,7 +243,7 @@ class _Evaluation:
                 if any(it != context.floor(it.real) for it in numbers):
                     raise ValueError("a factorial of a fraction")
                 return getattr(context, operation)(*numbers)
-        if first and context.mag(first) > _LARGEST.get(operation, _LARGEST_OTHER):
+        if first and context.mag(first) > _LARGEST:
             raise TooExpensive("a function of a large number")
         result = getattr(context, operation)(first)
         # sin(pi) is zero, and only rounding is left of it
@@ -263,7 +264,7 @@ class _Evaluation:
             return context.mpf(0)
         if context.isinf(base) or context.isinf(exponent):
             raise ValueError("infinite")
-        if base != 1 and exponent and context.mag(exponent) + context.mag(context.ln(base) or 1) > 40:
+        if base != 1 and exponent and context.mag(exponent) + context.mag(context.ln(base) or 1) > _LARGEST:
             raise TooExpensive("a power beyond all bounds")
         if not exponent.imag and exponent.real == context.floor(exponent.real):
             return base ** int(exponent.real)

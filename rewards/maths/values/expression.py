@@ -29,6 +29,10 @@ _GREEK = frozenset(
 )
 _ACCENTS = frozenset(("vec", "hat", "bar", "overline", "overrightarrow", "tilde", "mathcal", "dot", "ddot"))
 _CONSTANTS = {"pi": "pi", "infty": "inf", "infinity": "inf", "oo": "inf", "inf": "inf"}
+_POSTFIX = {"!": "factorial", "%": "percent", r"\degree": "degree"}
+_COMMANDS = {*_GREEK, *_ACCENTS, *FUNCTIONS, *_CONSTANTS} | {
+    "triangle", "angle", "frac", "binom", "sqrt", "lfloor", "lceil"
+}  # fmt: skip
 _NAMES = "|".join(sorted([*FUNCTIONS, "sqrt", "pi", "infinity", "oo", "inf"], key=len, reverse=True))
 _TOKEN = re.compile(
     rf"\d*\.\d*\\overline\s*\{{\d+\}}|\d+(?:\.\d*)?|\.\d+|\\[A-Za-z]+|\\.|(?:{_NAMES})(?![a-z])|\S"
@@ -52,21 +56,16 @@ def parse(text: str) -> Tree | None:
     """The tree of a normalised expression, or `None` where any part of it is not understood."""
     text = _TEN_TO.sub(r"\\cdot 10^{\1}", _THOUSANDS.sub("", text))
     text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    if any(_is_word(run) for run in _WORD.findall(text)):
-        return None
     tokens = _TOKEN.findall(text)
-    if not 0 < len(tokens) <= _MOST_TOKENS:
+    word = any(len(_ONE_NAME.sub("", run)) > 4 for run in _WORD.findall(text))
+    if word or not 0 < len(tokens) <= _MOST_TOKENS:
         return None
     parser = _Parser(tokens)
     try:
         tree = parser.sum()
-    except (Unreadable, ZeroDivisionError):
+    except ValueError:  # `Unreadable`, or a full stop where a number should be
         return None
     return tree if parser.at == len(tokens) else None
-
-
-def _is_word(run: str) -> bool:
-    return len(_ONE_NAME.sub("", run)) > 4
 
 
 def names(tree: Tree) -> set[str]:
@@ -99,17 +98,15 @@ class _Parser:
         self.at += 1
         return token
 
-    def expect(self, symbol: str) -> None:
-        if not self.take(symbol):
-            raise Unreadable(self.next)
-
     def between(self, start: str, end: str) -> Tree:
         """The expression in brackets that comes next."""
-        self.expect(start)
-        bars, self.bars = self.bars, 0
+        bars, self.bars = self.bars, int(start == "|")
+        if not self.take(start):
+            raise Unreadable(self.next)
         inner = self.sum()
+        if not self.take(end):
+            raise Unreadable(self.next)
         self.bars = bars
-        self.expect(end)
         return inner
 
     def sum(self) -> Tree:
@@ -149,23 +146,16 @@ class _Parser:
             return not self.bars
         if token[:1].isdigit() or token[:1] == ".":
             return self.tokens[self.at - 1] == ")"  # a number behind anything else may be an index
-        if token[:1] == "\\":
-            return token[1:] in _GREEK | _ACCENTS | set(FUNCTIONS) | set(_CONSTANTS) or token in _COMMANDS
-        return token[:1].isalpha() or token in ("(", "[", "{")
+        return (
+            token[1:] in _COMMANDS if token[:1] == "\\" else token[:1].isalpha() or token in ("(", "[", "{")
+        )
 
     def power(self) -> Tree:
         base = self.atom()
-        while True:
-            if self.take("!"):
-                base = ("factorial", base)
-            elif base[0] != "percent" and self.take("%"):
-                base = ("percent", base)
-            elif self.take(r"\degree"):
-                base = ("degree", base)
-            else:
-                break
-        if self.tokens[self.at - 2 : self.at] == ["!", "!"]:
-            raise Unreadable("a double factorial")
+        while base[0] != "percent" and (sign := self.take(*_POSTFIX)):
+            base = (_POSTFIX[sign], base)
+            if sign == self.next:
+                raise Unreadable("a double factorial")
         if not self.take("^"):
             return base
         token = self.next
@@ -187,15 +177,9 @@ class _Parser:
             raise Unreadable("the end")
         if token in ("(", "[", "{"):
             return self.between(token, {"(": ")", "[": "]", "{": "}"}[token])
-        if token in (r"\lfloor", r"\lceil"):
-            return (token[2:], self.between(token, token.replace("\\l", "\\r")))
+        if token in (r"\lfloor", r"\lceil", "|"):
+            return (token[2:] or "abs", self.between(token, token.replace("\\l", "\\r")))
         self.at += 1
-        if token == "|":
-            self.bars += 1
-            inner = self.sum()
-            self.expect("|")
-            self.bars -= 1
-            return ("abs", inner)
         if token[:1].isdecimal() or token[:1] == ".":
             return self.number(token)
         name = token.removeprefix("\\")
@@ -220,13 +204,9 @@ class _Parser:
         raise Unreadable(token)
 
     def named(self, name: str) -> Tree:
-        if (
-            self.next == "("
-            and self.tokens[self.at + 1].isdigit()
-            and self.tokens[self.at + 2 : self.at + 3] == [")"]
-        ):
+        if re.fullmatch(r"\(\d+\)", argument := "".join(self.tokens[self.at : self.at + 3])):
             self.at += 3
-            return ("variable", f"{name}({self.tokens[self.at - 2]})")  # f(0) is no product
+            return ("variable", name + argument)  # f(0) is no product
         while self.next == "_" or (self.next == "'" and len(name) == 1):
             name += self.take("_", "'")
             name += self.raw() if name[-1] == "_" else ""
@@ -242,29 +222,26 @@ class _Parser:
             return self.tokens[start]
         while self.next and self.next not in "{}":
             self.at += 1
-        self.expect("}")
+        if not self.take("}"):
+            raise Unreadable(self.next)
         return "".join(self.tokens[start + 1 : self.at - 1])
 
     def number(self, token: str) -> Tree:
         if len(token) > _LONGEST_NUMBER:
             raise Unreadable("a number of too many digits")
         if "\\" in token:  # 0.1\overline{6}
-            fixed, _, period = token.rstrip("}").partition("\\overline")
-            period = period.strip(" {")
-            places = len(fixed.partition(".")[2])
-            value = Fraction(fixed + "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
-            return ("number", value)
+            fixed, period = token.replace(" ", "").rstrip("}").split("\\overline{")
+            nines = (10 ** len(period) - 1) * 10 ** len(fixed.partition(".")[2])
+            return ("number", Fraction(fixed + "0") + Fraction(int(period), nines))
         if self.next == "_":
             raise Unreadable("a numeral with a base")
-        whole = ("number", Fraction(token.rstrip(".") or "x"))
-        if self.next == r"\frac" and token.isdecimal():
-            start = self.at
-            fraction = self.atom()
-            top, bottom = fraction[1], fraction[2][1]
-            if top[0] == bottom[0] == "number" and 0 < top[1] < bottom[1] and top[1].denominator == 1:
-                return ("add", whole, fraction)
-            self.at = start
-        return whole
+        whole = ("number", Fraction(token.rstrip(".")))
+        if self.next != r"\frac" or not token.isdecimal():
+            return whole
+        fraction = self.atom()
+        top, bottom = fraction[1], fraction[2][1]
+        mixed = top[0] == bottom[0] == "number" and 0 < top[1] < bottom[1]
+        return ("add" if mixed else "multiply", whole, fraction)
 
     def argument(self, *, digits: bool = False) -> Tree:
         """What \\frac and \\sqrt apply to: a group, or one token, which is one digit of a number."""
@@ -288,20 +265,15 @@ class _Parser:
             inner = self.atom()
         else:
             factors = [self.power()]
-            while self.starts_factor() and self.next not in ("(", "[", "|"):
-                if self.next.removeprefix("\\") in FUNCTIONS:
+            while self.starts_factor() and self.next.removeprefix("\\") not in {"(", "[", "|", *FUNCTIONS}:
+                before, coefficient = (self.at, [*self.tokens]), factors[-1][0] in ("number", "constant")
+                factors.append(self.power())
+                if factors[-1][0] == "power" and not coefficient:  # \sin t e^t is no sine of a product
+                    factors.pop()
+                    self.at, self.tokens = before
                     break
-                start, coefficient = self.at, all(factor[0] in ("number", "constant") for factor in factors)
-                factor = self.power()
-                if factor[0] == "power" and not coefficient:  # \sin t e^t
-                    self.at = start
-                    break
-                factors.append(factor)
             inner = factors[0] if len(factors) == 1 else ("multiply", *factors)
         if exponent == ("neg", ("number", Fraction(1))) and name in _INVERSE:
             name, exponent = _INVERSE[name], None
         tree: Tree = (name, inner) if base is None else ("log", inner, base)
         return tree if exponent is None else ("power", tree, exponent)
-
-
-_COMMANDS = frozenset((r"\triangle", r"\angle", r"\frac", r"\binom", r"\sqrt", r"\lfloor", r"\lceil"))

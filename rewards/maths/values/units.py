@@ -76,7 +76,7 @@ def split_unit(text: str) -> tuple[str, str]:
         return text, ""
     if not match["apart"] and (len(words[0]) < 2 or not (words[0] in _NAMES or len(words[0]) > 4)):
         return text, ""
-    if head[-1:].isalpha() and not re.search(r"\\[A-Za-z]+$", head):  # a variable or a word: `2x cm` is rare
+    if head[-1:].isalpha() and not head.endswith("\\pi"):  # a variable or a word: `2x cm` is rare
         return text, ""
     if any(len(word) < 3 and word not in _NAMES and word not in ("sq", "cu", "of", "in") for word in words):
         return text, ""
