@@ -106,15 +106,14 @@ def test_a_process_killed_in_the_middle_of_a_batch_costs_no_verdict(victim):
             jobs = [compare | {"gold": f"\\frac{{x^2 - {i}}}{{x - 1}}"} for i in range(12)]
         else:
             jobs = [task(f"{pause}x = {i}\nassert x % 2 == 0") for i in range(12)]
-        batch = threads.submit(lambda: [pool.call(job) for job in jobs])
-        killed = 0
+        replies, killed, again = [], 0, 0
+        batch = threads.submit(lambda: [replies.append(pool.call(job)) for job in jobs])
         while not batch.done():
-            time.sleep(0.08)
-            if killed < 3 and (process := find(pool, victim)):
+            time.sleep(0.02)  # two deaths of one task would be its own doing
+            if killed < 3 and len(replies) >= again and (process := find(pool, victim)):
                 os.kill(process, signal.SIGKILL)
-                killed += 1
-                time.sleep(0.5)  # two in a row would be the task's own doing
-        replies = batch.result()
+                killed, again = killed + 1, len(replies) + 2
+        batch.result()
         assert killed
         if victim == "solver":
             assert [reply["value"] for reply in replies] == [0, 1, *[0] * 10]
