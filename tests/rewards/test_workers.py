@@ -121,6 +121,20 @@ def test_a_process_killed_in_the_middle_of_a_batch_costs_no_verdict(victim):
             assert [reply["passed"] for reply in replies] == [1, 0] * 6
 
 
+def test_one_worker_does_both_kinds_in_any_order():
+    """An answer that takes too long is stopped by its own worker, whatever that did before."""
+    slow = {"op": "math", "gold": "1 + x", "answer": "(1 + x)^{3000}(1 + y)^{3000}", "timeout_s": 0.5}
+    with WorkerPool(1) as pool:
+        assert pool.call(slow | {"answer": "x + 1"})["value"] == 1
+        (pid,) = pool.pids()
+        for _ in range(2):
+            assert pool.call(task("x = 1"))["passed"] == 1
+            with pytest.raises(TaskFailed) as failed:
+                pool.call(slow, timeout_s=20)
+            assert failed.value.kind == "time"
+        assert pool.pids() == [pid]
+
+
 def find(pool: WorkerPool, victim: str) -> int | None:
     """One of the worker's processes: the zygote is its first fork, the solver its second."""
     for worker in pool.pids():
