@@ -26,11 +26,11 @@ def answer(task: dict[str, Any], solver: Solver, scratch: str, unsafe: bool) -> 
         case "load":
             if task["for"] == "math":
                 engine.load()
+                gc.collect()
+                gc.freeze()  # forks then share these pages instead of copying them at their first collection
             else:
                 solver.stop()  # rules that this process obeys from now on forbid signals to older forks
                 run.warm(scratch, solver.parent)
-            gc.collect()
-            gc.freeze()  # forks then share these pages instead of copying them at their first collection
             return {"active": isolate.describe(), "gap": isolate.gap()}
         case "math":
             return solver.compare(task["gold"], task["answer"], task["timeout_s"])

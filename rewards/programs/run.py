@@ -14,6 +14,7 @@ with some hundred megabytes before it is stopped. A test that calls a second fun
 that function. And a program may reproduce a public benchmark from memory.
 """
 
+import gc
 import os
 import select
 import signal
@@ -68,8 +69,11 @@ def warm(scratch: str, parent: int) -> None:
         _parent = parent
         standard_streams()
         isolate.enter()
+        gc.collect()
+        gc.freeze()  # as in `worker`
         _zygote = Zygote(scratch)
         isolate.obey(isolate.file_rules(None))
+        hook.rule(None)
 
 
 def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:

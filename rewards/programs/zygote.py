@@ -89,6 +89,7 @@ def _serve_forks(scratch: str, channel: Channel) -> None:
                     channel.send({"status": status} if confined else {"errno": errno.ECHILD})
                 else:
                     folder = isolate.fresh_scratch(scratch)
+                    hook.rule(folder)
                     rules = rules if rules >= 0 else isolate.file_rules(folder)
                     program, ready = _fork(message, files, folder, rules)
                     channel.send({"pid": program})
