@@ -74,7 +74,8 @@ class Channel:
         """The next message, and the files that came with it."""
         self._wait(select.POLLIN, math.inf)
         head, files, _, _ = socket.recv_fds(self.end, HEAD_BYTES, 8)
-        head += exactly(lambda most: self._read(most, math.inf), HEAD_BYTES - len(head))
+        if not head:
+            raise EOFError("the other end is gone")
         return json.loads(exactly(lambda most: self._read(most, math.inf), length_of(head))), files
 
     def quiet(self, seconds: float) -> bool:

@@ -24,7 +24,14 @@ def answer(task: dict[str, Any], solver: Solver, scratch: str, unsafe: bool) -> 
     """The reply to one request; `op` names what is asked."""
     match task["op"]:
         case "load":
-            return _load(task["for"], scratch)
+            if task["for"] == "math":
+                engine.load()
+                gc.collect()
+                gc.freeze()  # forks then share these pages instead of copying them at their first collection
+            else:
+                solver.stop()  # rules that this process obeys from now on forbid signals to older forks
+                run.warm(scratch, solver.parent)
+            return {"active": isolate.describe(), "gap": isolate.gap()}
         case "math":
             return solver.compare(task["gold"], task["answer"], task["timeout_s"])
         case "asserts" | "stdio":
@@ -36,16 +43,6 @@ def answer(task: dict[str, Any], solver: Solver, scratch: str, unsafe: bool) -> 
     raise ValueError(f"unknown op {task['op']!r}")
 
 
-def _load(op: str, scratch: str) -> dict[str, Any]:
-    if op == "math":
-        engine.load()
-    else:
-        run.warm(scratch)
-    gc.collect()
-    gc.freeze()  # forks then share these pages instead of copying them at their first collection
-    return {"active": isolate.describe(), "gap": isolate.gap()}
-
-
 def main() -> int:
     """Serve until the parent closes the socket."""
     memory, scratch, unsafe = int(sys.argv[1]), sys.argv[2], "unsafe" in sys.argv[3:]
@@ -54,7 +51,6 @@ def main() -> int:
     isolate.hide_memory()
     channel = wire.Channel(socket.socket(fileno=os.dup(0)))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    run.adopt_orphans(channel.end.fileno())
     solver = Solver(channel.end.fileno())
     with suppress(EOFError):  # the parent is gone
         while True:

@@ -19,12 +19,12 @@ class Solver:
     """The fork that compares. `parent` is a descriptor that hangs up when the worker's own parent is gone."""
 
     def __init__(self, parent: int = -1) -> None:
-        self._parent = parent
+        self.parent = parent
         self._fork: Fork | None = None
 
     def compare(self, gold: str, answer: str, timeout_s: float) -> dict[str, Any]:
         """`value` and `detail` of `equivalent`, or `error` with `kind`, `stage` and `cpu_s`."""
-        self._fork = self._fork or Fork(_serve, parent=self._parent)
+        self._fork = self._fork or Fork(_serve, parent=self.parent)
         channel, deadline = self._fork.channel, time.monotonic() + timeout_s
         stage, stage_cpu_s = "", 0.0
         try:
@@ -32,22 +32,21 @@ class Solver:
             while "stage" in (reply := channel.receive(deadline)):
                 stage, stage_cpu_s = reply["stage"], reply["cpu_s"]
         except TimeoutError:
-            spent = max(0.0, self._stop() - stage_cpu_s)
+            spent = max(0.0, self.stop() - stage_cpu_s)
             why = f"time ran out: no reply within {timeout_s:g} s"
             return {"error": why, "kind": "time", "stage": stage, "cpu_s": spent}
         except EOFError:
-            self._stop()
+            self.stop()
             return {"error": "the comparing process died", "kind": "died", "stage": stage, "cpu_s": 0.0}
         if "error" in reply:  # its memory may be in any state
-            self._stop()
+            self.stop()
             reply |= {"stage": stage, "cpu_s": 0.0}
         return reply
 
-    def _stop(self) -> float:
+    def stop(self) -> float:
         """Kill the fork; the CPU seconds that it used."""
-        assert self._fork is not None
         fork, self._fork = self._fork, None
-        return fork.end()[1]
+        return fork.end() if fork else 0.0
 
 
 def _serve(channel: wire.Channel) -> None:

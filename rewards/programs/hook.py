@@ -1,11 +1,14 @@
 """What Python itself refuses to a program under test: the layer that works on every system.
 
 An audit hook sees what Python's functions do, and cannot be removed. Native code bypasses it, so ctypes is
-refused too; native code of other modules is for the kernel to confine (`isolate`).
+refused too; native code of other modules, and a program that changes the hook itself by way of the traceback
+of its refusal, are for the kernel to confine (`isolate`).
 """
 
 import os
 import sys
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from rewards.programs.isolate import python_folders
@@ -28,6 +31,12 @@ def forbid(folder: str | None) -> None:
 
     It may read Python's own files, and read and write in `folder`, where there is one.
     """
+    sys.addaudithook(rule(folder))
+
+
+@cache
+def rule(folder: str | None) -> Callable[[str, tuple[Any, ...]], None]:
+    """The hook of `forbid`, which a parent prepares for its forks."""
     home = os.path.realpath(folder) if folder else "\0"
     inside = home + os.sep
     realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
@@ -56,4 +65,4 @@ def forbid(folder: str | None) -> None:
         if not allowed:
             raise PermissionError(f"{event} is not allowed in a program under test")
 
-    sys.addaudithook(hook)
+    return hook

@@ -30,7 +30,7 @@ from rewards.fork import remove
 from rewards.programs import landlock, seccomp
 from rewards.programs.seccomp import libc, machine
 
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
@@ -203,12 +203,6 @@ def drop_scratch(folder: str) -> None:
     assert libc is not None
     with suppress(OSError):
         _check(libc.umount2(os.fsencode(SCRATCH), MNT_DETACH))
-
-
-def reap_orphans() -> None:
-    """Make this process the parent of descendants that lose theirs."""
-    if libc is not None:
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def die_with_parent() -> None:

@@ -14,6 +14,7 @@ with some hundred megabytes before it is stopped. A test that calls a second fun
 that function. And a program may reproduce a public benchmark from memory.
 """
 
+import gc
 import os
 import select
 import signal
@@ -30,7 +31,7 @@ from rewards.programs import hook, isolate, judge
 from rewards.programs.zygote import Limits, Zygote, seed, standard_streams
 from rewards.wire import Channel
 
-__all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]
+__all__ = ["Limits", "run_asserts", "run_stdio", "same_output", "warm"]
 
 WARM_MODULES = (
     "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools",
@@ -38,44 +39,41 @@ WARM_MODULES = (
 )  # fmt: skip
 JUDGE_MEMORY_BYTES = 1 << 30
 
-_parent = -1  # set by `adopt_orphans`
-_zygote: Zygote | None = None  # set by `warm`
+_parent = -1  # both set by `warm`
+_zygote: Zygote | None = None
 
 
 @dataclass(slots=True)
 class _Run:
-    pid: int
+    pid: int = 0
     status: int = 0  # waitpid's
     killed: str = ""  # why it was killed, or ""
     output: dict[int, bytearray] = field(default_factory=dict)  # by descriptor
 
     def failure(self) -> str:
-        if self.killed:
-            return self.killed
         if os.WIFSIGNALED(self.status):
             return f"killed by {signal.Signals(os.WTERMSIG(self.status)).name}"
         return f"exited with status {os.WEXITSTATUS(self.status)} before the tests had run to the end"
 
 
-def warm(scratch: str) -> None:
+def warm(scratch: str, parent: int) -> None:
     """Import what programs commonly import, confine this process, fork the zygote.
 
-    `scratch` is a folder to be made for a program at work where it needs one on disk.
+    `scratch` is a folder to be made for a program at work where it needs one on disk; `parent` a descriptor
+    that hangs up when the worker's own parent is gone: a running program is stopped then.
     """
-    global _zygote
+    global _zygote, _parent
     if _zygote is None:
         for name in WARM_MODULES:
             import_module(name)
+        _parent = parent
         standard_streams()
         isolate.enter()
+        gc.collect()
+        gc.freeze()  # as in `worker`
         _zygote = Zygote(scratch)
         isolate.obey(isolate.file_rules(None))
-
-
-def adopt_orphans(parent: int) -> None:
-    """`parent` is the pipe from the worker's parent: when it hangs up, a running program is stopped."""
-    global _parent
-    _parent = parent
+        hook.rule(None)
 
 
 def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:
@@ -86,45 +84,36 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
     assert _zygote is not None
     ours, theirs = socket.socketpair()
     nothing = os.open(os.devnull, os.O_RDWR)
-    program = _Run(0)
+    program = _Run()
     try:
         program.pid = _zygote.start(code, "asserts", limits, [nothing, nothing, nothing, theirs.fileno()])
         theirs.close()
         try:
-            judged, result = _judged(ours, tests, stop_early, limits)
+            result, why = _judged(ours, tests, stop_early, limits)
         finally:
             program.status = _zygote.end()
     finally:
         os.close(nothing)
         ours.close()
         theirs.close()
-    total = len(tests)
     if result.startswith("E "):
         return {"error": result[2:]}
-    if not result:
-        return {"passed": 0, "total": total, "detail": judged.failure()}
-    passed, _, detail = result.partition(" ")
+    passed, _, detail = (result or f"0 {why}").partition(" ")
     if judge.ENDED in detail:
         detail += f" ({program.failure()})"
-    return {"passed": int(passed), "total": total, "detail": detail}
+    return {"passed": int(passed), "total": len(tests), "detail": detail}
 
 
-def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Limits) -> tuple[_Run, str]:
-    """How the judge ended, and what it found. RuntimeError: it was killed by someone else."""
+def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Limits) -> tuple[str, str]:
+    """What the judge found, or "" and why there is nothing. EOFError: it died, not by the program's doing."""
     fork = Fork(partial(_judge, link.fileno(), tests, stop_early, limits), [link.fileno()], _parent)
     link.close()
-    run, result = _Run(fork.pid), ""
     try:
-        result = str(fork.channel.receive(time.monotonic() + limits.timeout_s))
+        return str(fork.channel.receive(time.monotonic() + limits.timeout_s)), ""
     except TimeoutError:
-        run.killed = f"time ran out after {limits.timeout_s:g} s"
-    except EOFError:
-        os.waitid(os.P_PID, fork.pid, os.WEXITED | os.WNOWAIT)
+        return "", f"time ran out after {limits.timeout_s:g} s"
     finally:
-        run.status, _ = fork.end()
-    if not result and run.status == signal.SIGKILL and not run.killed:
-        raise RuntimeError("the judge was killed")
-    return run, result
+        fork.end()
 
 
 def _judge(link: int, tests: list[str], stop_early: bool, limits: Limits, answers: Channel) -> None:

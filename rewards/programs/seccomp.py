@@ -6,44 +6,46 @@ Numbers: the kernel's tables, x86-64's and aarch64's; -1 where an architecture h
 import ctypes
 import os
 import platform
+import re
 import struct
 import sys
 from functools import cache
 
 PR_SET_SECCOMP = 22
 
-# fmt: off
-DENIED = {
-    "socket": (41, 198), "socketpair": (53, 199), "connect": (42, 203), "bind": (49, 200), "listen": (50, 201),  # noqa: E501
-    "accept": (43, 202), "accept4": (288, 242), "sendto": (44, 206), "sendmsg": (46, 211), "sendmmsg": (307, 269),  # noqa: E501
-    "fork": (57, -1), "vfork": (58, -1), "execve": (59, 221), "execveat": (322, 281),
-    "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "kcmp": (312, 272),
-    "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
-    "rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240), "tkill": (200, 130),
-    "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41), "chroot": (161, 51), "unshare": (272, 97),  # noqa: E501
-    "setns": (308, 268), "open_tree": (428, 428), "move_mount": (429, 429), "fsopen": (430, 430),
-    "mount_setattr": (442, 442), "mknod": (133, -1), "mknodat": (259, 33), "bpf": (321, 280),
-    "perf_event_open": (298, 241), "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
-    "io_uring_setup": (425, 425), "userfaultfd": (323, 282), "name_to_handle_at": (303, 264),
-    "open_by_handle_at": (304, 265), "init_module": (175, 105), "finit_module": (313, 273), "reboot": (169, 142),  # noqa: E501
-    "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195), "semget": (64, 190), "semctl": (66, 191),
-    "semop": (65, 193), "msgget": (68, 186), "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187),
-    "mq_open": (240, 180), "memfd_create": (319, 279), "inotify_init": (253, -1), "inotify_init1": (294, 26),
-    "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setattr": (314, 274),  # noqa: E501
-    "sched_setparam": (142, 118), "sched_setscheduler": (144, 119), "migrate_pages": (256, 238),
-    "move_pages": (279, 239), "setsid": (112, 157), "setpgid": (109, 154), "truncate": (76, 45),
-    "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463),
-    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16),
-    "removexattrat": (466, 466), "file_setattr": (469, 469),
-}
+
+def _table(text: str) -> dict[str, tuple[int, int]]:
+    """NAME=x86-64's number,aarch64's number …"""
+    return {name: (int(x), int(a)) for name, x, a in re.findall(r"(\w+)=(-?\d+),(-?\d+)", text)}
+
+
+DENIED = _table(
+    """
+    socket=41,198 socketpair=53,199 connect=42,203 bind=49,200 listen=50,201 accept=43,202 accept4=288,242
+    sendto=44,206 sendmsg=46,211 sendmmsg=307,269 fork=57,-1 vfork=58,-1 execve=59,221 execveat=322,281
+    ptrace=101,117 process_vm_readv=310,270 process_vm_writev=311,271 kcmp=312,272 pidfd_open=434,434
+    pidfd_getfd=438,438 pidfd_send_signal=424,424 rt_sigqueueinfo=129,138 rt_tgsigqueueinfo=297,240
+    tkill=200,130 mount=165,40 umount2=166,39 pivot_root=155,41 chroot=161,51 unshare=272,97 setns=308,268
+    open_tree=428,428 move_mount=429,429 fsopen=430,430 mount_setattr=442,442 mknod=133,-1 mknodat=259,33
+    bpf=321,280 perf_event_open=298,241 keyctl=250,219 add_key=248,217 request_key=249,218
+    io_uring_setup=425,425 userfaultfd=323,282 name_to_handle_at=303,264 open_by_handle_at=304,265
+    init_module=175,105 finit_module=313,273 reboot=169,142 shmget=29,194 shmat=30,196 shmctl=31,195
+    semget=64,190 semctl=66,191 semop=65,193 msgget=68,186 msgsnd=69,189 msgrcv=70,188 msgctl=71,187
+    mq_open=240,180 memfd_create=319,279 inotify_init=253,-1 inotify_init1=294,26 setpriority=141,140
+    ioprio_set=251,30 sched_setaffinity=203,122 sched_setattr=314,274 sched_setparam=142,118
+    sched_setscheduler=144,119 migrate_pages=256,238 move_pages=279,239 setsid=112,157 setpgid=109,154
+    truncate=76,45 setxattr=188,5 lsetxattr=189,6 fsetxattr=190,7 setxattrat=463,463 removexattr=197,14
+    lremovexattr=198,15 fremovexattr=199,16 removexattrat=466,466 file_setattr=469,469
+    """
+)
 # Landlock does not see changes of a file's mode, owner or times. A copy of a file asks for them: they do
 # nothing then, and succeed.
-IGNORED = {
-    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
-    "fchown": (93, 55), "lchown": (94, -1), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
-    "futimesat": (261, -1), "utimensat": (280, 88),
-}
-# fmt: on
+IGNORED = _table(
+    """
+    chmod=90,-1 fchmod=91,52 fchmodat=268,53 fchmodat2=452,452 chown=92,-1 fchown=93,55 lchown=94,-1
+    fchownat=260,54 utime=132,-1 utimes=235,-1 futimesat=261,-1 utimensat=280,88
+    """
+)
 CLONE, _CLONE3, _KILL, _TGKILL = (56, 220), (435, 435), (62, 129), (234, 131)
 _PRLIMIT, _FCNTL, _IOCTL = (302, 261), (72, 25), (16, 29)
 _CLONE_THREAD = 0x00010000

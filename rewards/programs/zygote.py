@@ -73,7 +73,6 @@ class Zygote:
 
 def _serve_forks(scratch: str, channel: Channel) -> None:
     """In the zygote: start and end programs, one at a time, until the worker is gone; leave nothing then."""
-    isolate.reap_orphans()
     program, folder, ready, rules = 0, "", -1, -1
     try:
         while True:
@@ -90,6 +89,7 @@ def _serve_forks(scratch: str, channel: Channel) -> None:
                     channel.send({"status": status} if confined else {"errno": errno.ECHILD})
                 else:
                     folder = isolate.fresh_scratch(scratch)
+                    hook.rule(folder)
                     rules = rules if rules >= 0 else isolate.file_rules(folder)
                     program, ready = _fork(message, files, folder, rules)
                     channel.send({"pid": program})
@@ -108,27 +108,11 @@ def _serve_forks(scratch: str, channel: Channel) -> None:
 
 
 def _end(pid: int) -> int:
+    """Kill a program; those of its namespace go with it, and without one it could make no other."""
     for kill in (os.kill, os.killpg):
         with suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    while orphans := _children():  # none in a namespace, whose first process takes the others with it
-        for orphan in orphans:
-            with suppress(ProcessLookupError):
-                os.kill(orphan, signal.SIGKILL)
-        for orphan in orphans:
-            with suppress(ChildProcessError):
-                os.waitpid(orphan, 0)
-    return status
-
-
-def _children() -> list[int]:
-    """This process's children (Linux; elsewhere none are found)."""
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as listing:
-            return [int(pid) for pid in listing.read().split()]
-    except OSError:
-        return []
+    return os.waitpid(pid, 0)[1]
 
 
 def _fork(message: dict[str, Any], fds: list[int], folder: str, rules: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rollout.engine import EngineDied
 from rollout.settings import RolloutSettings
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+LONGEST_TEMP = 36
+"""Characters of a folder for temporary files that Ray can use: its sockets lie 71 below, a path has 107."""
 
 
 def start_ray(settings: RolloutSettings, trainer: torch.device | None = None) -> None:
@@ -18,7 +21,7 @@ def start_ray(settings: RolloutSettings, trainer: torch.device | None = None) ->
 
     Raises:
         EngineDied: no cluster there.
-        ValueError: too few GPUs on this machine, or beside the trainer's.
+        ValueError: too few GPUs on this machine, or beside the trainer's; no folder with a short name.
     """
     import ray
 
@@ -33,6 +36,8 @@ def start_ray(settings: RolloutSettings, trainer: torch.device | None = None) ->
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise EngineDied(f"no Ray cluster at {settings.address}: {last_line(error)}") from error
         return
+    if len(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) > LONGEST_TEMP:
+        common["_temp_dir"] = short_folder()
     cores = max(os.cpu_count() or 1, int(settings.workers * settings.worker_cpus + 0.999))
     before = os.environ.get(VISIBLE)
     if trainer is not None and trainer.type == "cuda" and settings.worker_gpus >= 1:
@@ -49,6 +54,20 @@ def start_ray(settings: RolloutSettings, trainer: torch.device | None = None) ->
     finally:
         os.environ.pop(VISIBLE, None)
         os.environ |= {} if before is None else {VISIBLE: before}
+
+
+def short_folder() -> str:
+    """A folder for Ray where the usual one has too long a name for sockets.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not os.access("/tmp", os.W_OK):
+        raise ValueError(
+            f"{tempfile.gettempdir()}, the folder for temporary files, has too long a name for Ray: "
+            f"set RAY_TMPDIR to one of at most {LONGEST_TEMP} characters."
+        )
+    return f"/tmp/ray-{os.getuid()}"
 
 
 def gpus_beside(trainer: torch.device, settings: RolloutSettings) -> str:

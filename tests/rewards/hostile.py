@@ -270,6 +270,8 @@ _WRITE = {
     "a thread that writes": "import threading; threading.Thread(target=lambda: open(r'{target}', 'w')).start()",
     "a finalizer that writes": "class X:\n  def __del__(s): open(r'{target}', 'w')\nx = X(); del x",
     "an audit hook of its own": "import sys; sys.addaudithook(lambda *a: None); open(r'{target}', 'w')",
+    "the hook's own frame": "try: open(r'{target}')\nexcept OSError as e:\n  t = e.__traceback__\n  while t.tb_next: t = t.tb_next\n"
+    "  t.tb_frame.f_locals['within'].__defaults__ = (('/',), ('/',))\nopen(r'{target}', 'w')",
     "an import hook": "import sys; sys.meta_path.insert(0, None); import this",
 }  # fmt: skip
 

@@ -106,20 +106,33 @@ def test_a_process_killed_in_the_middle_of_a_batch_costs_no_verdict(victim):
             jobs = [compare | {"gold": f"\\frac{{x^2 - {i}}}{{x - 1}}"} for i in range(12)]
         else:
             jobs = [task(f"{pause}x = {i}\nassert x % 2 == 0") for i in range(12)]
-        batch = threads.submit(lambda: [pool.call(job) for job in jobs])
-        killed = 0
+        replies, killed, again = [], 0, 0
+        batch = threads.submit(lambda: [replies.append(pool.call(job)) for job in jobs])
         while not batch.done():
-            time.sleep(0.08)
-            if killed < 3 and (process := find(pool, victim)):
+            time.sleep(0.02)  # two deaths of one task would be its own doing
+            if killed < 3 and len(replies) >= again and (process := find(pool, victim)):
                 os.kill(process, signal.SIGKILL)
-                killed += 1
-                time.sleep(0.5)  # two in a row would be the task's own doing
-        replies = batch.result()
+                killed, again = killed + 1, len(replies) + 2
+        batch.result()
         assert killed
         if victim == "solver":
             assert [reply["value"] for reply in replies] == [0, 1, *[0] * 10]
         else:
             assert [reply["passed"] for reply in replies] == [1, 0] * 6
+
+
+def test_one_worker_does_both_kinds_in_any_order():
+    """An answer that takes too long is stopped by its own worker, whatever that did before."""
+    slow = {"op": "math", "gold": "1 + x", "answer": "(1 + x)^{3000}(1 + y)^{3000}", "timeout_s": 0.5}
+    with WorkerPool(1) as pool:
+        assert pool.call(slow | {"answer": "x + 1"})["value"] == 1
+        (pid,) = pool.pids()
+        for _ in range(2):
+            assert pool.call(task("x = 1"))["passed"] == 1
+            with pytest.raises(TaskFailed) as failed:
+                pool.call(slow, timeout_s=20)
+            assert failed.value.kind == "time"
+        assert pool.pids() == [pid]
 
 
 def find(pool: WorkerPool, victim: str) -> int | None:

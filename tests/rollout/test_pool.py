@@ -279,3 +279,17 @@ def test_without_ray_it_says_what_to_install(deepseek_dir, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[cluster\]'"):
         RolloutPool(deepseek_dir, SETTINGS, open_worker_engine)
+
+
+@pytest.mark.parametrize(("characters", "short"), [(20, False), (36, False), (37, True), (90, True)])
+def test_a_long_folder_for_temporary_files_is_not_rays(monkeypatch, characters, short):
+    """Ray's sockets lie 71 characters below it, and no socket's path is longer than 107."""
+    asked = {}
+    monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
+    monkeypatch.setenv("RAY_TMPDIR", "/".ljust(characters, "x"))
+    start_ray(RolloutSettings(workers=1))
+    assert asked.get("_temp_dir", "") == (f"/tmp/ray-{os.getuid()}" if short else "")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    if short:
+        with pytest.raises(ValueError, match=r"RAY_TMPDIR to one of at most 36 characters"):
+            start_ray(RolloutSettings(workers=1))
