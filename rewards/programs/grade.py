@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import textwrap
 from collections.abc import Sequence
 
 from rewards.maths.extract import answer_block, outside_think
@@ -28,6 +29,7 @@ def extract_code(completion: str) -> str | None:
         fences = _FENCE.findall(visible)
     python = [body for tag, body in fences if tag.lower() in ("python", "python3", "py")]
     code = python[-1] if python else fences[-1][1] if fences else text
+    code = textwrap.dedent(code) if code[:1].isspace() else code
     return code.strip("\n") if code.strip() else None
 
 

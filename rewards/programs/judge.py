@@ -1,310 +1,366 @@
 """Assert-style tests in one process, the program in another, so that the program cannot give the verdict.
 
-`judge` runs the tests. In their namespace the program's functions are `Remote` stand-ins: a call goes over a
-pipe to `serve` in the program's process, and its answer comes back as data (`values`). So expected
-values, the tests' source and the verdict exist only outside the program's process: it cannot read them from
-frames, the heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
+`judge` runs the tests. In their namespace the program's functions and classes are stand-ins (`remote`): a call
+goes over a socket to `serve` in the program's process, and its answer comes back as data. So expected values,
+the tests' source and the verdict exist only outside the program's process: it cannot read them from frames, the
+heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
 
-What a test asks of the program's own objects, the program answers: `==` between two of its objects, a helper
-function of its own that the test calls. It answers nothing else: a stand-in never equals plain data and never
-turns into a number, and built-in and library names in a test mean the real ones even where the program
-redefined them (unless the test uses no other name of the program, as for a program about its own `sum`).
+What a test believes, in one place, is `Judge.ask`: plain data, which are compared here. An object of the program
+answers a comparison or arithmetic only where its class is one that the tests name, and only if `controls`
+shows that it would have answered another question otherwise. Built-in names, library modules and what the tests
+define are the tests' own.
 
-Known differences from running in one process: a module-level variable is copied when the tests begin; an
-argument changed in place is seen by the test when the call returns.
+Known differences from running in one process: an argument changed in place is seen when the statement has
+ended, if the call returned something else; the tests cannot derive from a class of the program.
 """
 
+import ast
 import builtins
-import json
-import os
-import re
+import functools
+import importlib
+import io
+import symtable
 import sys
 import types
-from collections.abc import Callable, Iterator
+import warnings
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import NonCallableMock
 
-from rewards import wire
-from rewards.programs.values import Malformed, decode, encode
+from rewards.programs import pytests
+from rewards.programs.remote import (
+    ARITHMETIC,
+    COMPARISONS,
+    PROTOCOL,
+    Mirrored,
+    Peer,
+    ProgramGone,
+    Remote,
+    change,
+    quiet_loops,
+    words,
+)
+from rewards.programs.values import Malformed, encode
 
-ENDED = "the program ended"
-LONGEST_MESSAGE = 64 << 20
-
-
-class ProgramGone(Exception):
-    """The program's process ended, or sent something that is no message."""
-
-
-class Pipe:
-    """Messages over a socket: a length, then JSON."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd, self._read, self._write = fd, os.read, os.write
-
-    def send(self, message: Any) -> None:
-        data = wire.frame(message)
-        while data:
-            data = data[self._write(self._fd, data) :]
-
-    def receive(self) -> Any:
-        length = wire.length_of(self._exactly(wire.HEAD_BYTES))
-        if length > LONGEST_MESSAGE:
-            raise ProgramGone("the program sent too much")
-        try:
-            return json.loads(self._exactly(length))
-        except (ValueError, RecursionError):
-            raise ProgramGone("the program sent something that is no message") from None
-
-    def _exactly(self, length: int) -> bytes:
-        try:
-            return wire.exactly(lambda most: self._read(self._fd, most), length)
-        except (OSError, EOFError):
-            raise ProgramGone(ENDED) from None
+_FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
+_MODULES = "solution main program module candidate submission answer your_module __main__".split()  # noqa: SIM905
 
 
-class _Changed:
-    """The value of a call that changed some of its arguments in place."""
-
-    def __init__(self, value: Any, changes: list[tuple[int, Any]]) -> None:
-        self.value, self.changes = value, changes
+class Unjudged(BaseException):
+    """The test asks what cannot be settled; no handler of a test should catch this."""
 
 
-class Link:
-    """The judge's end of the socket."""
+@dataclass(frozen=True)
+class _Test:
+    """One test text, compiled, and the names in it."""
+
+    code: types.CodeType
+    used: frozenset[str]
+    bound: frozenset[str]
+    suites: tuple[str, ...]
+    """Functions `test_*` and classes that the text defines and does not use itself."""
+    checked: frozenset[str] | None
+    """Names in what is handed to the text's own `check`."""
+
+
+class Judge(Peer):
+    """The tests' end of the socket."""
 
     def __init__(self, fd: int) -> None:
-        self.pipe = Pipe(fd)
-        self._own: list[Any] = []  # objects of the tests that the program may call
-        self.gone = ""
+        super().__init__(fd)
+        self.number(_line)  # object 0: a line of input
+        self.gone = self.unjudged = ""
+        self.asked = 0
+        self.log: list[list[Any]] = []
+        self.doubtful: list[int] = []  # answers in the log that need a control
+        self.named: set[int] = set()  # classes that the tests name
+        self.helpers: dict[int, str] = {}  # functions that the tests should have brought
+        self._holder: types.FrameType | None = None
+        self._held: list[tuple[Any, Any]] = []
 
-    def ask(self, operation: str, *args: Any) -> Any:
-        """Run an operation in the program; return its value, or raise its exception here."""
+    def send(self, message: list[Any]) -> None:
+        self.log.append([message, None])
+        super().send(message)
+
+    def receive(self) -> list[Any]:
+        while (message := super().receive())[0] == "print":
+            sys.stdout.write(str(message[1]))
+        self.log[-1][1] = message
+        return message
+
+    def ask(self, number: int, name: str, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """What the test believes of the program's answer."""
         if self.gone:
             raise ProgramGone(self.gone)
+        of_program = args and isinstance(args[0], Remote)
+        leading = name in COMPARISONS or name in ARITHMETIC
+        if leading and not (self._believed(number) and (of_program or _is_plain(args[0]))):
+            if name == "__contains__":
+                return any(item is args[0] or item == args[0] for item in self._remotes[number])
+            return NotImplemented
+        if name == "__exit__":
+            args = (*args[:2], None)  # no frames of the test
+        self.asked += name != "global"
+        at = len(self.log)
         try:
-            self.pipe.send([operation, *args])
-            while True:
-                kind, *rest = self.pipe.receive()
-                if kind == "value":
-                    return self.decoded(rest[0])
-                if kind == "changed":
-                    return _Changed(
-                        self.decoded(rest[0]), [(int(at), self.decoded(new)) for at, new in rest[1]]
-                    )
-                if kind == "raised":
-                    raise _exception(str(rest[0]), str(rest[1]), rest[2])
-                if kind != "own":
-                    raise ProgramGone("the program sent something that is no message")
-                self.pipe.send(self._called(*rest))
-        except (Malformed, ValueError, TypeError, OSError, ProgramGone) as error:
-            if getattr(error, "from_program", False):
+            value = super().ask(number, name, args, kwargs)
+        except (Malformed, ProgramGone, OSError, ValueError, TypeError, LookupError) as error:
+            if getattr(error, "r1_theirs", False) or len(self.log) == at:
                 raise
-            self.gone = str(error) if isinstance(error, (ProgramGone, Malformed)) else ENDED
+            self.gone = (
+                str(error) if isinstance(error, (ProgramGone, Malformed)) else "the program sent nonsense"
+            )
             raise ProgramGone(self.gone) from None
+        at = len(self.log) - 1
+        if number in self.helpers and name == "__call__":
+            self.unjudged = f"the tests call {self.helpers[number]}, which neither they nor the prompt define"
+            self.doubtful.append(at)
+        elif leading and value is not NotImplemented and not isinstance(value, Remote):
+            if name in COMPARISONS and type(value) is not bool:
+                raise TypeError(f"{name} answered with a {type(value).__name__}")
+            if name in ARITHMETIC and not of_program:
+                self.unjudged = f"an object of the program answers {name} with plain data"
+                raise Unjudged(self.unjudged)
+            if name not in ("__eq__", "__ne__", "__contains__") or value is (name != "__ne__"):
+                self.doubtful.append(at)
+        elif name == "__exit__" and value:
+            return _raised_on_purpose(args[1])
+        return value
 
-    def encoded(self, value: Any) -> Any:
-        return encode(value, self._reference)
+    def _believed(self, number: int) -> bool:
+        mro = type(self._remotes[number]).__mro__
+        return any(kind.__dict__.get("r1_at", (None, None))[1] in self.named for kind in mro)
 
-    def decoded(self, data: Any) -> Any:
-        return decode(data, self._dereference)
+    def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """What the program may do with the tests' objects: their protocols, and data of the tests' own classes."""
+        tests = "tests" in (type(target).__module__, isinstance(target, type) and target.__module__)
+        if name in ("getattr", "setattr", "delattr"):
+            free = tests or isinstance(target, NonCallableMock)
+            if args[0].startswith("_") or not (
+                free or isinstance(target, io.IOBase) and args[0] in _FILE_METHODS
+            ):
+                raise AttributeError(args[0])
+        elif (name not in PROTOCOL and name not in ("copy", "deepcopy", "batch")) or (
+            isinstance(target, type) and not tests
+        ):
+            raise AttributeError(name)
+        return super().perform(target, name, args, kwargs)
 
-    def _reference(self, value: Any) -> list[Any]:
-        if isinstance(value, Remote):
-            return ["o", object.__getattribute__(value, "_id")]
-        self._own.append(value)
-        return ["j", len(self._own) - 1]
+    # ---- arguments that the program changed
 
-    def _dereference(self, kind: str, rest: list[Any]) -> Any:
-        if kind == "o" and isinstance(rest[0], int):
-            return Remote(self, rest[0])
-        if kind == "j" and isinstance(rest[0], int) and 0 <= rest[0] < len(self._own):
-            return self._own[rest[0]]
-        raise Malformed("an unknown kind of value")
+    def step(self, hold: bool) -> None:
+        """Between statements: apply changes; with `hold` the next statement sees its arguments as they are."""
+        frame = sys._getframe(1)
+        above: types.FrameType | None = frame
+        while self._holder and above and above is not self._holder:
+            above = above.f_back
+        if above is not None and above is not frame and self._holder:
+            return  # inside a function that the held statement calls
+        self.settle()
+        self._holder = frame if hold else None
 
-    def _called(self, number: Any, name: Any, args: Any, kwargs: Any) -> list[Any]:
-        """The program calls a function that the test gave it, or reads a public attribute of an object."""
-        try:
-            own = self._own[int(number)]
-            if name:
-                if str(name).startswith("_") or isinstance(own, (types.FunctionType, types.ModuleType, type)):
-                    raise AttributeError(name)
-                return ["value", self.encoded(getattr(own, str(name)))]
-            given = [self.decoded(item) for item in args]
-            return ["value", self.encoded(own(*given, **{str(k): self.decoded(v) for k, v in kwargs}))]
-        except ProgramGone:
-            raise
-        except Exception as error:
-            return ["raised", type(error).__name__, str(error)[:500], []]
+    def settle(self) -> None:
+        held, self._held, self._holder = self._held, [], None
+        for old, new in held:
+            change(old, new)
 
+    def changed(self, old: Any, new: Any, at_once: bool) -> None:
+        if self._holder and not at_once:
+            self._held.append((old, new))
+        else:
+            change(old, new)
 
-def _exception(name: str, text: str, bases: Any) -> BaseException:
-    """An exception like the program's: of the same built-in class, or of its nearest one."""
-    for candidate in [name, *map(str, bases)]:
-        kind = getattr(builtins, candidate, None)
-        if isinstance(kind, type) and issubclass(kind, Exception):
-            made = type(name, (kind,), {}) if candidate != name else kind
-            try:
-                error = made(text)
-            except Exception:
-                continue
-            error.from_program = True
-            return error
-    error = RuntimeError(f"{name}: {text}")
-    error.from_program = True  # type: ignore[attr-defined]
-    return error
-
-
-def _ask(remote: "Remote", operation: str, *args: Any) -> Any:
-    link = object.__getattribute__(remote, "_link")
-    return link.ask(operation, object.__getattribute__(remote, "_id"), *(link.encoded(arg) for arg in args))
-
-
-def _plain(value: Any, kind: type) -> Any:
-    if type(value) is not kind:
-        raise TypeError(f"the program gave a {type(value).__name__} for a {kind.__name__}")
-    return value
-
-
-def _operation(name: str, kind: type | None = None) -> Callable[..., Any]:
-    """A method that asks the program, for a plain `kind` where one is named."""
-
-    def method(self: "Remote", *args: Any) -> Any:
-        value = _ask(self, name, *args)
-        return value if kind is None else _plain(value, kind)
-
-    return method
+    def same(self, arg: Any, after: dict[Any, Any], at: Any) -> Any:
+        return after.get(at, arg) if self._holder else arg
 
 
-class Remote:
-    """An object of the program, by reference."""
-
-    __slots__ = ("_id", "_link")
-
-    def __init__(self, link: Link, number: int) -> None:
-        object.__setattr__(self, "_link", link)
-        object.__setattr__(self, "_id", number)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        link = object.__getattribute__(self, "_link")
-        given = [link.encoded(arg) for arg in args]
-        named = [[key, link.encoded(arg)] for key, arg in kwargs.items()]
-        answer = link.ask("call", object.__getattribute__(self, "_id"), given, named)
-        if not isinstance(answer, _Changed):
-            return answer
-        for at, new in answer.changes:
-            _change(args[at], new)
-        return answer.value
-
-    __getattr__ = _operation("getattr")
-    __setattr__ = _operation("setattr")
-    __delattr__ = _operation("delattr")
-    __getitem__ = _operation("getitem")
-    __setitem__ = _operation("setitem")
-    __delitem__ = _operation("delitem")
-    __enter__ = _operation("enter")
-    __len__ = _operation("len", int)
-    __bool__ = _operation("bool", bool)
-    __str__ = _operation("str", str)
-    __repr__ = _operation("repr", str)
-    __hash__ = _operation("hash", int)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Remote) and bool(_plain(_ask(self, "eq", other), bool))
-
-    def __iter__(self) -> Iterator[Any]:
-        iterator, size = _ask(self, "iter"), 1
-        while True:
-            items = _plain(_ask(iterator, "next", size), list)
-            yield from items
-            if len(items) < size:
-                return
-            size = min(2 * size, 256)
-
-    def __next__(self) -> Any:
-        items = _plain(_ask(self, "next", 1), list)
-        if not items:
-            raise StopIteration
-        return items[0]
-
-    def __contains__(self, item: Any) -> bool:
-        return item in list(self)  # all of it first: an endless one must not find everything
-
-    def __exit__(self, *_: object) -> None:
-        _ask(self, "exit")
-
-    def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, Remote) and bool(_ask(self, "isinstance", instance))
+def _line() -> str:
+    try:
+        return builtins.input() + "\n"
+    except EOFError:
+        return ""
 
 
-def _arithmetic(name: str) -> Callable[[Any, Any], Any]:
-    def operator(self: "Remote", other: Any) -> Any:
-        value = _ask(self, "operator", name, other)
-        # A result of the program's own type; a plain one could be forged to match the test.
-        both = isinstance(other, Remote)
-        return value if isinstance(value, Remote) or (both and type(value) is bool) else NotImplemented
-
-    return operator
+def _is_plain(value: Any) -> bool:
+    try:
+        encode(value, _refuse)
+    except (TypeError, RecursionError):
+        return False
+    return True
 
 
-_PLAIN = "add sub mul matmul truediv floordiv mod pow and or xor lt le gt ge"
-for _name in f"{_PLAIN} radd rsub rmul rmatmul rtruediv".split():
-    setattr(Remote, f"__{_name}__", _arithmetic(f"__{_name}__"))
+def _refuse(value: Any) -> list[Any]:
+    raise TypeError
 
 
-def _change(old: Any, new: Any) -> None:
-    """Give `old` the contents that the program gave its copy."""
-    if isinstance(old, (list, bytearray)) and isinstance(new, type(old)):
-        old[:] = new
-    elif isinstance(old, (dict, set)) and isinstance(new, (dict, set)):
-        old.clear()
-        old.update(new)
+def _raised_on_purpose(error: BaseException | None) -> bool:
+    """Whether a test raised this by `raise`, so that a context manager of the program may swallow it."""
+    trace = error.__traceback__ if error else None
+    if trace is None or isinstance(error, AssertionError):
+        return False
+    while trace.tb_next:
+        trace = trace.tb_next
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
 
 
-def judge(fd: int, tests: list[str], stop_early: bool) -> str:
-    """Run the tests against the program at the end of `fd`: "PASSED DETAIL" or "E DETAIL"."""
-    compiled = []
-    for number, test in enumerate(tests, 1):
-        try:
-            compiled.append(compile(test, f"test {number}", "exec"))
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            return f"E test {number} does not compile: {error}"
-    link = Link(fd)
+_RAISE = __import__("dis").opmap["RAISE_VARARGS"]
+
+
+@functools.lru_cache(512)
+def compiled(text: str, number: int) -> _Test:
+    """A test text with steps between its statements; SyntaxError and others where it does not compile."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = ast.parse(text)
+        table = symtable.symtable(text, "test", "exec")
+    used, bound = set[str](), set[str]()
+    waiting = [table]
+    while waiting:
+        scope = waiting.pop()
+        waiting += scope.get_children()
+        for symbol in scope.get_symbols():
+            if scope is table or symbol.is_global():
+                (bound if symbol.is_assigned() or symbol.is_imported() else set()).add(symbol.get_name())
+                used.add(symbol.get_name())
+    suites, checked, loaded = [], None, set[str]()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            suites.append(node.name)
+            continue
+        loaded |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+        match node:
+            case ast.Expr(value=ast.Call(func=ast.Name(id="check"), args=[given])) if "check" in suites:
+                checked = frozenset(inner.id for inner in ast.walk(given) if isinstance(inner, ast.Name))
+    tree.body = _stepped(tree.body)
+    code = compile(ast.fix_missing_locations(tree), f"test {number}", "exec")
+    found = tuple(name for name in suites if name not in loaded)
+    return _Test(code, frozenset(used), frozenset(bound), found, checked)
+
+
+def _stepped(body: list[Any]) -> list[Any]:
+    out: list[Any] = []
+    for node in body:
+        for part in (node, *getattr(node, "handlers", ()), *getattr(node, "cases", ())):
+            for field in ("body", "orelse", "finalbody"):
+                if isinstance(getattr(part, field, None), list) and getattr(part, field):
+                    setattr(part, field, _stepped(getattr(part, field)))
+        match node:
+            case ast.Expr(value=ast.Constant()) | ast.ImportFrom(module="__future__"):
+                pass
+            case _:
+                out.append(ast.copy_location(ast.Expr(_step(node)), node))
+        match node:
+            case ast.Assert(test=ast.BoolOp(values=[_, *rest]) as both):
+                each = [
+                    ast.Subscript(ast.Tuple([_step(node), part], ast.Load()), ast.Constant(1), ast.Load())
+                    for part in rest
+                ]
+                both.values[1:] = [ast.copy_location(part, node) for part in each]
+        out.append(node)
+    return [*out, ast.copy_location(ast.Expr(_step(None)), body[-1])] if out else body
+
+
+def _step(node: ast.stmt | None) -> ast.expr:
+    value = getattr(node, "test", None) or getattr(node, "value", None)
+    match value:
+        case None:
+            hold = False
+        case ast.Compare(ops=ops):
+            hold = not all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops)
+        case ast.Call(args=args, keywords=named):
+            inside = [*args, *(keyword.value for keyword in named)]
+            hold = any(isinstance(inner, ast.Call) for arg in inside for inner in ast.walk(arg))
+        case _:
+            hold = True
+    return ast.Call(ast.Name("__step__", ast.Load()), [ast.Constant(hold)], [])
+
+
+class _Names(dict[str, Any]):
+    """The tests' globals; variables of the program are read when a test reads them."""
+
+    def __init__(self, judge: Judge, offered: dict[str, str], tests: list[_Test]) -> None:
+        super().__init__(__name__="tests", __step__=judge.step)
+        self._judge = judge
+        used, bound = (
+            frozenset().union(*sets) for sets in ([t.used for t in tests], [t.bound for t in tests])
+        )
+        wanted = [name for name in offered if name in used - bound]
+        standard = {name for name in wanted if hasattr(builtins, name) or name in sys.stdlib_module_names}
+        about_others = any(offered[name] != "module" for name in wanted if name not in standard)
+        self._live = {name for name in wanted if name not in standard or not about_others}
+        for name in sorted(wanted, key=lambda name: offered[name] != "class"):
+            if offered[name] == "module" and name in standard:
+                self[name] = importlib.import_module(name)
+            elif name in self._live and offered[name] != "data":
+                self[name] = self.fetch(name)
+        for test in tests:
+            for name in () if test.checked is None else self._live - test.checked:
+                if isinstance(number := _at(self.get(name)), int):
+                    judge.helpers[number] = name
+        tests_module = types.ModuleType("tests")
+        tests_module.__dict__["__getattr__"] = self.__getitem__
+        sys.modules["tests"] = tests_module
+        program = types.ModuleType("solution")
+        program.__dict__["__all__"] = [name for name in offered if name[:1] != "_"]
+        program.__dict__["__getattr__"] = lambda name: self.fetch(name) if name in offered else _absent(name)
+        sys.modules.update(dict.fromkeys(_MODULES, program))
+
+    def fetch(self, name: str) -> Any:
+        value = self._judge.ask(0, "global", (name,))
+        if isinstance(value, Mirrored):
+            self._judge.named.add(value.r1_at[1])
+        return value
+
+    def __missing__(self, name: str) -> Any:
+        if name not in self._live:
+            raise KeyError(name)
+        self._judge.asked += 1
+        return self.fetch(name)
+
+
+def _at(value: Any) -> Any:
+    if isinstance(value, Remote):
+        return object.__getattribute__(value, "r1_own")[1]
+    return value.r1_at[1] if isinstance(value, Mirrored) else None
+
+
+def _absent(name: str) -> Any:
+    raise AttributeError(f"the program defines no {name}")
+
+
+def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
+    """Run the tests against the program at the end of `fd`: `passed`, `detail`, `log`, `doubtful`; or `error`."""
+    try:
+        compiled_tests = [compiled(test, number) for number, test in enumerate(tests, 1)]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return {"error": f"a test does not compile: {error}"}
+    link = Judge(fd)
+    quiet_loops()
     passed, detail = 0, ""
     try:
-        kind, *rest = link.pipe.receive()
+        kind, rest = link.pipe.receive()
         if kind != "ready":
-            return f"0 the program raised {rest[0]}"
-        namespace = _namespace(link, [str(name) for name in rest[0]], tests)
-    except (ProgramGone, Malformed, ValueError, TypeError) as error:
-        return f"0 {error} before the tests"
-    for number, statement in enumerate(compiled, 1):
+            return {"passed": 0, "detail": f"the program raised {rest}"}
+        names = _Names(link, {str(name): str(what) for name, what in rest}, compiled_tests)
+    except (ProgramGone, Malformed, ValueError, TypeError, LookupError) as error:
+        return {"passed": 0, "detail": f"{error} before the tests"}
+    sys.modules["pytest"] = pytests  # a test may import it
+    for number, test in enumerate(compiled_tests, 1):
         try:
-            exec(statement, namespace)
+            exec(test.code, names)
+            link.settle()
+            pytests.run([names[name] for name in test.suites if name in names])
+            link.settle()
             passed += 1
+        except ModuleNotFoundError as error:
+            if not hasattr(error, "r1_theirs"):
+                return {"error": f"test {number} needs the module {error.name}"}
+            detail = detail or f"test {number} of {len(tests)}: {words(error)}"
         except BaseException as error:
             detail = detail or f"test {number} of {len(tests)}: {words(error)}"
-            if stop_early or link.gone:
-                break
-    return f"{passed} {detail}"
-
-
-def _namespace(link: Link, offered: list[str], tests: list[str]) -> dict[str, Any]:
-    """The tests' module, with those of the program's names that the tests mention."""
-    mentioned = set(re.findall(r"\w+", "\n".join(tests)))
-    names = [name for name in offered if name in mentioned]
-    module = types.ModuleType("tests")
-    sys.modules["tests"] = module
-    values = {name: link.ask("global", name) for name in names}
-    standard = {name for name in names if hasattr(builtins, name) or name in sys.stdlib_module_names}
-    about_others = any(isinstance(values[name], Remote) for name in names if name not in standard)
-    for name, value in values.items():
-        if name not in standard or not about_others or isinstance(value, types.ModuleType):
-            module.__dict__[name] = value
-    return module.__dict__
-
-
-def words(error: BaseException) -> str:
-    """An exception in one line; its own `__str__` may raise."""
-    try:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    except BaseException:
-        return "an exception that cannot be printed"
+        if (detail and stop_early) or link.gone:
+            break
+    if passed == len(tests) and not link.asked:
+        return {"error": "the tests never asked the program anything"}
+    result = {"passed": passed, "detail": detail, "unjudged": link.unjudged}
+    return result | ({"log": link.log, "doubtful": link.doubtful} if passed and link.doubtful else {})

@@ -4,124 +4,80 @@ All of this runs in the program's own process, so none of it is trusted: a progr
 nothing that a program that answers could not.
 """
 
+import asyncio
+import io
 import sys
 import types
-from collections.abc import Callable
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
-from rewards.programs.judge import Pipe, words
-from rewards.programs.values import decode, encode
+from rewards.programs import values
+from rewards.programs.remote import Peer, quiet_loops, words
 
-_MUTABLE = (list, dict, set, bytearray)
-
-
-class _Served:
-    def __init__(self, pipe: Pipe) -> None:
-        self.pipe = pipe
-        self.objects: list[Any] = []
-        self.numbers: dict[int, int] = {}
-
-    def reference(self, value: Any) -> list[Any]:
-        if isinstance(value, _Own):
-            return ["j", value._number]
-        if id(value) not in self.numbers:
-            self.numbers[id(value)] = len(self.objects)
-            self.objects.append(value)  # kept alive, so that its id stays its own
-        return ["o", self.numbers[id(value)]]
-
-    def encoded(self, value: Any) -> Any:
-        try:
-            return encode(value, self.reference)
-        except RecursionError:
-            return self.reference(value)
-
-    def decoded(self, data: Any) -> Any:
-        return decode(data, lambda kind, rest: self.objects[rest[0]] if kind == "o" else _Own(self, rest[0]))
-
-    def until_answered(self) -> Any:
-        """Run requests until the answer to our own arrives; return its value or raise its exception."""
-        while True:
-            operation, *rest = self.pipe.receive()
-            if operation == "value":
-                return self.decoded(rest[0])
-            if operation == "raised":
-                kind = getattr(__import__("builtins"), rest[0], RuntimeError)
-                known = isinstance(kind, type) and issubclass(kind, Exception)
-                raise kind(rest[1]) if known else RuntimeError
-            try:
-                answer = self.done(operation, rest)
-            except BaseException as error:
-                bases = [base.__name__ for base in type(error).__mro__]
-                answer = ["raised", type(error).__name__, _text(error), bases]
-            self.pipe.send(answer)
-
-    def done(self, operation: str, rest: list[Any]) -> list[Any]:
-        if operation == "global":
-            return ["value", self.encoded(sys.modules["solution"].__dict__[rest[0]])]
-        target = self.objects[rest[0]]
-        if operation == "call":
-            return self.called(target, rest[1], dict(rest[2]))
-        args = [self.decoded(item) for item in rest[1:]]
-        return ["value", self.encoded(_OPERATIONS[operation](target, *args))]
-
-    def called(self, target: Any, given: list[Any], named: dict[str, Any]) -> list[Any]:
-        args = [self.decoded(item) for item in given]
-        value = target(*args, **{key: self.decoded(item) for key, item in named.items()})
-        answer = self.encoded(value)
-        changed = []
-        for at, (arg, before) in enumerate(zip(args, given, strict=True)):
-            if isinstance(arg, _MUTABLE) and (after := self.encoded(arg)) != before:
-                changed.append([at, after])
-        return ["changed", answer, changed] if changed else ["value", answer]
+MOST_PRINTED = 1 << 20
+"""Characters between two messages; more are dropped."""
 
 
-class _Own:
-    """A function or object of the test that was passed to the program."""
+class _Program(Peer):
+    most_ahead = 1  # an iterator of the tests is advanced no further than the program asked
 
-    def __init__(self, served: _Served, number: int) -> None:
-        self._served, self._number = served, number
+    def __init__(self, fd: int, namespace: dict[str, Any]) -> None:
+        super().__init__(fd)
+        self.printed = io.StringIO()
+        self.number(namespace)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        served = self._served
-        named = [[key, served.encoded(arg)] for key, arg in kwargs.items()]
-        served.pipe.send(["own", self._number, "", [served.encoded(arg) for arg in args], named])
-        return served.until_answered()
+    def send(self, message: list[Any]) -> None:
+        if self.printed.tell():
+            text, self.printed = self.printed.getvalue(), io.StringIO()
+            self.pipe.send(["print", text])
+        self.pipe.send(message)
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        self._served.pipe.send(["own", self._number, name, [], []])
-        return self._served.until_answered()
-
-
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "getattr": getattr,
-    "setattr": setattr,
-    "delattr": delattr,
-    "getitem": lambda target, key: target[key],
-    "setitem": lambda target, key, value: target.__setitem__(key, value),
-    "delitem": lambda target, key: target.__delitem__(key),
-    "len": len,
-    "bool": bool,
-    "str": str,
-    "repr": repr,
-    "hash": hash,
-    "eq": lambda target, other: bool(target == other),
-    "iter": iter,
-    "next": lambda target, count: list(islice(target, count)),
-    "enter": lambda target: target.__enter__(),
-    "exit": lambda target: target.__exit__(None, None, None),
-    "isinstance": lambda target, instance: isinstance(instance, target),
-    "operator": lambda target, name, other: getattr(target, name)(other),
-}
+    def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if name == "global":
+            value = target[args[0]]
+            if isinstance(value, type):
+                values.named.add(value)
+            # Of the program's, called in the program; a library's under its own name is the tests' own.
+            if callable(value) and getattr(value, "__name__", "") != args[0]:
+                return lambda *given, **named: value(*given, **named)
+            return value
+        if name == "await":
+            return asyncio.run(target)
+        return super().perform(target, name, args, kwargs)
 
 
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)[:500]
-    except BaseException:
-        return ""
+class _Stdout(io.TextIOBase):
+    """What the program prints reaches the tests' own stdout before the next message."""
+
+    def __init__(self, program: _Program) -> None:
+        self._program = program
+
+    def write(self, text: str) -> int:
+        if self._program.printed.tell() < MOST_PRINTED:
+            self._program.printed.write(text)
+        return len(text)
+
+
+class _Stdin(io.TextIOBase):
+    """Lines that the tests give: the judge's object 0 reads one."""
+
+    def __init__(self, program: _Program) -> None:
+        self._program = program
+
+    def readline(self, size: Any = -1, /) -> str:
+        return str(self._program.ask(0, "__call__"))
+
+    def read(self, size: int | None = -1, /) -> str:
+        return "".join(self)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.readline, "")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, type):
+        return "class"
+    return "module" if isinstance(value, types.ModuleType) else "call" if callable(value) else "data"
 
 
 def module(name: str) -> dict[str, Any]:
@@ -136,13 +92,20 @@ def serve(fd: int, code: str) -> None:
 
     The program is not `__main__` here, so its own demonstration under that guard stays out.
     """
-    served = _Served(pipe := Pipe(fd))
+    quiet_loops()
     namespace = module("solution")
+    program = _Program(fd, namespace)
+    sys.stdout, sys.stdin = _Stdout(program), _Stdin(program)
     try:
         exec(compile(code, "program", "exec"), namespace)
     except BaseException as error:
-        pipe.send(["raised", words(error)])
+        program.pipe.send(["raised", words(error)])
         return
-    names = [name for name in list(namespace) if isinstance(name, str) and not name.startswith("__")]
-    pipe.send(["ready", names[:10_000]])
-    served.until_answered()
+    program.printed = io.StringIO()
+    offered = [
+        [name, _kind(value)]
+        for name, value in list(namespace.items())[:10_000]
+        if isinstance(name, str) and not name.startswith("__")
+    ]
+    program.pipe.send(["ready", offered])
+    program.until_answered()

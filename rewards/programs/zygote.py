@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from rewards import wire
 from rewards.programs import hook, isolate, serve
-from rewards.programs.judge import words
+from rewards.programs.remote import words
 
 LINK_FD = 3
 
