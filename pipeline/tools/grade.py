@@ -147,7 +147,11 @@ def _problem(row: dict[str, Any], kind: str | None) -> tuple[Problem, str]:
         raise _BadLine("`completion` is missing or not a string")
     kind = kind or ("code" if "tests" in row else "math")
     if kind == "code":
-        return Problem("", "code", "", tests=_tests(row.get("tests"))), completion
+        tests = _tests(row.get("tests"))
+        shown = row.get("shown", len(tests))
+        if not isinstance(shown, int) or shown < 0:
+            raise _BadLine("`shown` is not a number of tests")
+        return Problem("", "code", "", tests=tests, shown=shown), completion
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
         raise _BadLine("`answer` is missing, or neither text nor a number")

@@ -8,6 +8,7 @@ change the answer. The program cannot tell these runs from the real one: they di
 
 import copy
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,77 +75,77 @@ def _variants(log: Log, at: int) -> Iterator[list[Any]]:
     changes.sort(key=lambda change: -change[0])
     yield from (messages for _, messages in changes[:TRIES])
     if theirs is not None and not changes:  # both sides come from the same values: another object beside them
-        makers = [i for i in sorted(sides[1]) if _made(log[i][1]) and log[i][0][0] == "op"]
+        makers = [i for i in sorted(sides[1]) if _made(log[i][1])]
         for i, messages in list(_changes(sent, makers))[:TRIES]:
             yield [*sent[:at], messages[i], ["op", target, method, [_NEW], []]]
 
 
 def _changes(sent: list[Any], ops: list[int]) -> Iterator[tuple[int, list[Any]]]:
     """Copies of the messages with one value in one of `ops` changed, and which."""
+    given = {type(h[i]): set[Any]() for message in sent for h, i in _spots(message)}
+    for message in sent:
+        for holder, index in _spots(message):
+            if not isinstance(holder[index], list):
+                given[type(holder[index])].add(holder[index])
     for i in ops:
-        if sent[i][0] != "op" or sent[i][2] in ("global", "getattr", "member", "batch"):
+        if sent[i][2:3] == ["getattr"]:
             continue
-        for spot in range(len(list(_spots(sent[i])))):
-            holder, index = list(_spots(sent[i]))[spot]
-            for value in _others(holder[index]):
+        for spot, (holder, index) in enumerate(_spots(sent[i])):
+            for value in _others(holder[index], given):
                 changed = copy.deepcopy(sent[i])
                 holder, index = list(_spots(changed))[spot]
                 holder[index] = value
                 yield i, [*sent[:i], changed, *sent[i + 1 :]]
 
 
-def _others(value: Any) -> list[Any]:
+def _others(value: Any, given: dict[type, set[Any]]) -> list[Any]:
+    """Other values near one and far from it, and some of those that the tests themselves gave."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
-        return [value + 1, value - 1, 2 * value + 3, value + 10**6, -value - 10**6]
-    return [value + "x", "q" + value[1:]] if isinstance(value, str) else []
+        near = [value + 1, value - 1, 2 * value + 3, value + 10**6, -value - 10**6]
+    elif isinstance(value, str):
+        counted = [re.sub(r"\d+", lambda found: str(int(found[0]) + more), value) for more in (1, 1000)]
+        near = [text for text in (*counted, value + "x", "q" + value[1:]) if text != value]
+    else:
+        return []
+    beside = sorted(given[type(value)] - {value})
+    return near + _chance.sample(beside, min(2, len(beside)))
 
 
 def _spots(message: list[Any]) -> Iterator[tuple[list[Any], int]]:
     """Where in a message plain values are, and references to objects: list and index."""
+    if message[0] != "op" or message[2] in ("global", "member", "batch"):
+        return
     first = 1 if message[2] in ("setattr", "delattr") else 0
     waiting = [(message[3], i) for i in range(first, len(message[3]))] + [(pair, 1) for pair in message[4]]
     while waiting:
         holder, index = waiting.pop()
         node = holder[index]
-        if not isinstance(node, list):
+        if not isinstance(node, list) or node[0] in ("j", "o"):
             yield holder, index
         elif node[0] in ("l", "t", "s", "f", "Q"):
             waiting += [(node[1], i) for i in range(len(node[1]))]
         elif node[0] in ("d", "od", "C"):
             waiting += [(pair, i) for pair in node[1] for i in (0, 1)]
-        elif node[0] in ("j", "o"):
-            yield holder, index
 
 
-def _made(answer: list[Any]) -> set[int]:
+def _made(answer: list[Any], kind: str = "o") -> set[int]:
     data = answer[1] if answer[0] == "value" else None
-    return {data[1]} if isinstance(data, list) and data[:1] == ["o"] else set()
+    return {data[1]} if isinstance(data, list) and data[:1] == [kind] else set()
 
 
 def _related(log: Log, number: int) -> set[int]:
     """Indices of the messages that had to do with an object, or with objects that had to do with it."""
-    common = {n for sent, answer in log if sent[0] == "op" and sent[2] == "global" for n in _made(answer)}
-    found, known, size = set[int](), {number}, -1
-    links = []
-    for sent, answer in log:
-        ops = sent[0] == "op" and sent[2] not in COMPARISONS and sent[2] != "global"
-        refs = [holder[i][1] for holder, i in _spots(sent) if isinstance(holder[i], list)] if ops else []
-        links.append(({sent[1], *refs} | _made(answer)) - common if ops else set())
-    classes = {n for n in (link for sent, _ in log for link in [sent[1]]) if _is_class(log, n)}
-    while len(known) != size:
-        size = len(known)
-        for i, link in enumerate(links):
-            if known & (link - classes):
-                found.add(i)
-                known |= link - classes
+    shared = {0}.union(*(_made(answer, "T") for _, answer in log))  # classes, and functions of the module
+    shared |= {n for sent, answer in log if sent[2:3] == ["global"] for n in _made(answer)}
+    links = {}
+    for i, (sent, answer) in enumerate(log):
+        if sent[0] == "op" and sent[2] != "global" and sent[2] not in COMPARISONS:
+            objects = {h[at][1] for h, at in _spots(sent) if isinstance(h[at], list) and h[at][0] == "j"}
+            links[i] = ({sent[1]} | objects | _made(answer)) - shared
+    known, found, grown = {number}, set[int](), True
+    while grown:
+        more = {i for i, link in links.items() if i not in found and known & link}
+        known, found, grown = known.union(*(links[i] for i in more)), found | more, bool(more)
     return found
-
-
-def _is_class(log: Log, number: Any) -> bool:
-    return any(
-        answer[0] == "value" and answer[1][:2] == ["T", number]
-        for _, answer in log
-        if isinstance(answer[1], list)
-    )  # noqa: E501

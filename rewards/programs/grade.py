@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rewards.maths.extract import answer_block, outside_think
 from rewards.pool import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
 from rewards.registry import Outcome
+from rewards.tables import tabulated
 from rollout.types import StdioTest
 
 DEFAULT_TIMEOUT_S = 5.0
@@ -39,6 +40,7 @@ def run_tests(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     *,
     partial_credit: bool = False,
+    shown: int | None = None,
     pool: WorkerPool | None = None,
 ) -> Outcome:
     """Whether `code` passes `tests`: 1 or 0, or with `partial_credit` the share that it passes.
@@ -47,11 +49,15 @@ def run_tests(
         tests: Python statements that raise on failure, run in the program's namespace; or stdin/stdout cases.
         timeout_s: Wall clock, seconds, of one run of the program: for all statements together, for each case.
         partial_credit: Run on after a failure; a run that times out still gets nothing.
+        shown: How many of `tests`, from the first on, the question shows; `None` = all. A program that only
+            tabulates them is wrong.
 
     Returns:
         `value=None` where the verifier failed: no tests, tests of both kinds, a test that does not compile,
         or a worker that died. A program that crashes or never ends is simply wrong.
     """
+    if tabulated(code, [test for test in tests[:shown] if isinstance(test, str)]):
+        return Outcome(0.0, "a table of the cases that the question shows", code)
     job = repr((timeout_s, partial_credit, list(tests), code)).encode()
     return _results.get(
         hashlib.sha256(job).digest(),

@@ -46,10 +46,6 @@ _FILE_METHODS = frozenset("read readline readlines write writelines flush seek t
 _MODULES = "solution main program module candidate submission answer your_module __main__".split()  # noqa: SIM905
 
 
-class Unjudged(BaseException):
-    """The test asks what cannot be settled; no handler of a test should catch this."""
-
-
 @dataclass(frozen=True)
 class _Test:
     """One test text, compiled, and the names in it."""
@@ -69,7 +65,7 @@ class Judge(Peer):
     def __init__(self, fd: int) -> None:
         super().__init__(fd)
         self.number(_line)  # object 0: a line of input
-        self.gone = self.unjudged = ""
+        self.gone = self.helped = ""
         self.asked = 0
         self.log: list[list[Any]] = []
         self.doubtful: list[int] = []  # answers in the log that need a control
@@ -113,14 +109,14 @@ class Judge(Peer):
             raise ProgramGone(self.gone) from None
         at = len(self.log) - 1
         if number in self.helpers and name == "__call__":
-            self.unjudged = f"the tests call {self.helpers[number]}, which neither they nor the prompt define"
+            self.helped = f"the tests call {self.helpers[number]}, which neither they nor the prompt define"
             self.doubtful.append(at)
         elif leading and value is not NotImplemented and not isinstance(value, Remote):
             if name in COMPARISONS and type(value) is not bool:
                 raise TypeError(f"{name} answered with a {type(value).__name__}")
             if name in ARITHMETIC and not of_program:
                 self.unjudged = f"an object of the program answers {name} with plain data"
-                raise Unjudged(self.unjudged)
+                raise TypeError(self.unjudged)
             if name not in ("__eq__", "__ne__", "__contains__") or value is (name != "__ne__"):
                 self.doubtful.append(at)
         elif name == "__exit__" and value:
@@ -136,6 +132,8 @@ class Judge(Peer):
         tests = "tests" in (type(target).__module__, isinstance(target, type) and target.__module__)
         if name in ("getattr", "setattr", "delattr"):
             free = tests or isinstance(target, NonCallableMock)
+            if args[0] in ("__name__", "__doc__") and name == "getattr":
+                return getattr(target, args[0])
             if args[0].startswith("_") or not (
                 free or isinstance(target, io.IOBase) and args[0] in _FILE_METHODS
             ):
@@ -298,7 +296,7 @@ class _Names(dict[str, Any]):
                 if isinstance(number := _at(self.get(name)), int):
                     judge.helpers[number] = name
         tests_module = types.ModuleType("tests")
-        tests_module.__dict__["__getattr__"] = self.__getitem__
+        tests_module.__dict__["__getattr__"] = lambda name: self[name] if name in self else _absent(name)
         sys.modules["tests"] = tests_module
         program = types.ModuleType("solution")
         program.__dict__["__all__"] = [name for name in offered if name[:1] != "_"]
@@ -325,7 +323,7 @@ def _at(value: Any) -> Any:
 
 
 def _absent(name: str) -> Any:
-    raise AttributeError(f"the program defines no {name}")
+    raise AttributeError(f"there is no {name}")
 
 
 def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
@@ -362,5 +360,6 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
             break
     if passed == len(tests) and not link.asked:
         return {"error": "the tests never asked the program anything"}
-    result = {"passed": passed, "detail": detail, "unjudged": link.unjudged}
+    unjudged = link.unjudged or (link.helped if passed == len(tests) else "")
+    result = {"passed": passed, "detail": detail, "unjudged": unjudged}
     return result | ({"log": link.log, "doubtful": link.doubtful} if passed and link.doubtful else {})

@@ -85,6 +85,13 @@ class Mirrored(type):
 
     r1_at: tuple["Peer", int]
 
+    def __new__(cls, name: str, bases: tuple[Any, ...], body: dict[str, Any]) -> Any:
+        if "r1_own" not in body.get("__slots__", ()):  # a class statement; `Peer._mirror` does not come here
+            peer = next(base.r1_at[0] for base in bases if isinstance(base, Mirrored))
+            peer.unjudged = f"the tests derive the class {name} from one of the program"
+            raise TypeError(peer.unjudged)
+        return super().__new__(cls, name, bases, body)
+
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         peer, number = cls.r1_at
         return peer.ask(number, "__call__", args, kwargs)
@@ -149,6 +156,8 @@ class Peer:
 
     most_ahead = 256
     """Items asked of an iterator at once."""
+    unjudged = ""
+    """Why there can be no verdict."""
 
     def __init__(self, fd: int) -> None:
         self.pipe = Pipe(fd)
@@ -376,7 +385,8 @@ class Peer:
 def _exception(kind: Any, text: str, args: list[Any], data: dict[str, Any]) -> BaseException:
     """An exception as an instance of its class here; its own `__init__` ran where it was made."""
     try:
-        error: BaseException = kind.__new__(kind, *args)
+        ours = isinstance(kind, Mirrored) or kind.__module__ != "builtins"
+        error: BaseException = kind.__new__(kind, *args) if ours else kind(*args)
         error.args = tuple(args)
     except Exception:
         error = RuntimeError(text)
@@ -398,7 +408,7 @@ def change(old: Any, new: Any) -> bool:
         old[:] = new
     elif isinstance(old, (dict, set, deque)) and isinstance(new, (dict, set, deque)):
         old.clear()
-        getattr(old, "update", getattr(old, "extend", None))(new)
+        old.extend(new) if isinstance(old, deque) else old.update(new)
     else:
         return False
     return True

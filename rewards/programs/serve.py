@@ -38,7 +38,8 @@ class _Program(Peer):
             if isinstance(value, type):
                 values.named.add(value)
             # Of the program's, called in the program; a library's under its own name is the tests' own.
-            if callable(value) and getattr(value, "__name__", "") != args[0]:
+            functions = (types.FunctionType, types.BuiltinFunctionType)
+            if isinstance(value, functions) and value.__name__ != args[0] and value.__module__ != "solution":
                 return lambda *given, **named: value(*given, **named)
             return value
         if name == "await":
