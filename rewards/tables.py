@@ -1,9 +1,9 @@
 """Whether a program is a table of the cases that its question shows, rather than a solution.
 
-A table holds the inputs of the shown tests and beside each its output: as a dictionary, a chain of `if`, lists
-of both, or text that is evaluated. So the constants of a program are read in order, containers opened, text
-parsed where it is Python, sums of constants computed; a case is tabulated where all constants of its input are
-followed, or preceded, by those of its output.
+A table holds the inputs of the shown tests and beside each its output: as a dictionary, a chain of `if`,
+lists of both, or text that is evaluated. So the constants of a program are read in order, containers opened,
+text parsed where it is Python, sums of constants computed; a case is tabulated where all constants of its
+input are followed, or preceded, by those of its output.
 """
 
 import ast
@@ -20,13 +20,13 @@ _OPERATORS = {
     ast.BitXor: operator.xor,
 }
 SHARE = 2 / 3
-"""Of the shown cases that a program must hold to count as a table; the published solutions of MBPP hold fewer."""
+"""Of the shown cases, for a program to count as a table; each published solution of MBPP holds fewer."""
 
 Leaves = list[Any]
 
 
 def tabulated(code: str, tests: Sequence[str]) -> bool:
-    """Whether `code` holds at least `SHARE` of the cases in `tests` (`assert f(1, 2) == 3`), and at least two."""
+    """Whether `code` holds two or more of the cases in `tests` (`assert f(1) == 3`), and `SHARE` of them."""
     cases = [case for test in tests for case in _cases(test)]
     tree = _parsed(code)
     if len(cases) < 2 or tree is None:
@@ -102,10 +102,9 @@ def _constant(node: ast.AST) -> list[Any] | None:
             return [str(value)]
         case ast.Constant(value=value):
             return [value]
-        case ast.UnaryOp(op=ast.USub(), operand=operand) if (value := _constant(operand)) and _number(
-            value[0]
-        ):
-            return [-value[0]]
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            inside = _constant(operand)
+            return [-inside[0]] if inside and _number(inside[0]) else None
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             a, b = _constant(left), _constant(right)
             if a and b and _number(a[0], b[0]):

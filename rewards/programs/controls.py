@@ -1,9 +1,9 @@
 """Whether an object of the program answers a test because of what it was asked: the test's negative controls.
 
 Where a test compares objects of a class that the program was asked to write, the program answers, and a class
-whose `==` is always true would pass. So what was asked up to such an answer is asked again of a fresh process of
-the program, with one value changed: of two sides of a comparison, one then differs, and some such change must
-change the answer. The program cannot tell these runs from the real one: they differ by a value.
+whose `==` is always true would pass. So what was asked up to such an answer is asked again of a fresh process,
+with one value changed: then two sides of a comparison differ, and some such change must change the answer.
+The program cannot tell these runs from the real one: they differ by a value.
 """
 
 import copy
@@ -25,7 +25,7 @@ Replay = Callable[[list[Any]], Any]
 
 
 def doubted(log: Log, asked: list[int], replay: Replay) -> str | None:
-    """Why some of the answers at these indices of the log do not count; "" where it cannot be told, else None."""
+    """Why an answer at one of these indices of the log does not count; "" where none can tell, else None."""
     for at in _chance.sample(asked, min(MOST_CHECKED, len(asked))):
         answer, tried = log[at][1], False
         for messages in _variants(log, at):
@@ -102,11 +102,12 @@ def _others(value: Any, given: dict[type, set[Any]]) -> list[Any]:
     """Other values near one and far from it, and some of those that the tests themselves gave."""
     if isinstance(value, bool):
         return [not value]
+    near: list[Any]
     if isinstance(value, (int, float)):
         near = [value + 1, value - 1, 2 * value + 3, value + 10**6, -value - 10**6]
     elif isinstance(value, str):
-        counted = [re.sub(r"\d+", lambda found: str(int(found[0]) + more), value) for more in (1, 1000)]
-        near = [text for text in (*counted, value + "x", "q" + value[1:]) if text != value]
+        counted = re.sub(r"\d+", lambda digits: str(int(digits[0]) + 1), value)
+        near = [text for text in (counted, value + "x", "q" + value[1:]) if text != value]
     else:
         return []
     beside = sorted(given[type(value)] - {value})

@@ -1,14 +1,14 @@
 """Assert-style tests in one process, the program in another, so that the program cannot give the verdict.
 
-`judge` runs the tests. In their namespace the program's functions and classes are stand-ins (`remote`): a call
-goes over a socket to `serve` in the program's process, and its answer comes back as data. So expected values,
-the tests' source and the verdict exist only outside the program's process: it cannot read them from frames, the
-heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
+`judge` runs the tests. In their namespace the program's functions and classes are stand-ins (`remote`): a
+call goes over a socket to `serve` in the program's process, and its answer comes back as data. So expected
+values, the tests' source and the verdict exist only outside the program's process: it cannot read them from
+frames, the heap or files, cannot patch what compares them, and leaving early leaves the tests unpassed.
 
-What a test believes, in one place, is `Judge.ask`: plain data, which are compared here. An object of the program
-answers a comparison or arithmetic only where its class is one that the tests name, and only if `controls`
-shows that it would have answered another question otherwise. Built-in names, library modules and what the tests
-define are the tests' own.
+What a test believes is decided in one place, `Judge.ask`: plain data, which are compared here. An object of
+the program answers a comparison only where its class is one that the tests name, and the verdict stands only
+if `controls` shows that another question gets another answer. Built-in names, library modules and what the
+tests define are the tests' own.
 
 Known differences from running in one process: an argument changed in place is seen when the statement has
 ended, if the call returned something else; the tests cannot derive from a class of the program.
@@ -16,6 +16,7 @@ ended, if the call returned something else; the tests cannot derive from a class
 
 import ast
 import builtins
+import dis
 import functools
 import importlib
 import io
@@ -32,11 +33,14 @@ from rewards.programs.remote import (
     ARITHMETIC,
     COMPARISONS,
     PROTOCOL,
+    SPECIAL,
     Mirrored,
     Peer,
     ProgramGone,
     Remote,
+    at,
     change,
+    iterate,
     quiet_loops,
     words,
 )
@@ -51,10 +55,10 @@ class _Test:
     """One test text, compiled, and the names in it."""
 
     code: types.CodeType
-    used: frozenset[str]
-    bound: frozenset[str]
+    free: frozenset[str]
+    """Global names that the text uses and does not bind."""
     suites: tuple[str, ...]
-    """Functions `test_*` and classes that the text defines and does not use itself."""
+    """Its classes, and its functions that it does not call itself: tests, if their names say so."""
     checked: frozenset[str] | None
     """Names in what is handed to the text's own `check`."""
 
@@ -70,6 +74,7 @@ class Judge(Peer):
         self.log: list[list[Any]] = []
         self.doubtful: list[int] = []  # answers in the log that need a control
         self.named: set[int] = set()  # classes that the tests name
+        self._members: dict[tuple[int, int], Any] = {}  # names by which objects were taken from classes
         self.helpers: dict[int, str] = {}  # functions that the tests should have brought
         self._holder: types.FrameType | None = None
         self._held: list[tuple[Any, Any]] = []
@@ -86,74 +91,79 @@ class Judge(Peer):
 
     def ask(self, number: int, name: str, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """What the test believes of the program's answer."""
-        if self.gone:
-            raise ProgramGone(self.gone)
         of_program = args and isinstance(args[0], Remote)
-        leading = name in COMPARISONS or name in ARITHMETIC
+        leading = name in COMPARISONS or name in ARITHMETIC  # the question may hold what the test expects
         if leading and not (self._believed(number) and (of_program or _is_plain(args[0]))):
             if name == "__contains__":
-                return any(item is args[0] or item == args[0] for item in self._remotes[number])
+                return any(item is args[0] or item == args[0] for item in iterate(self._remotes[number]))
             return NotImplemented
         if name == "__exit__":
             args = (*args[:2], None)  # no frames of the test
         self.asked += name != "global"
-        at = len(self.log)
-        try:
-            value = super().ask(number, name, args, kwargs)
-        except (Malformed, ProgramGone, OSError, ValueError, TypeError, LookupError) as error:
-            if getattr(error, "r1_theirs", False) or len(self.log) == at:
-                raise
-            self.gone = (
-                str(error) if isinstance(error, (ProgramGone, Malformed)) else "the program sent nonsense"
-            )
-            raise ProgramGone(self.gone) from None
-        at = len(self.log) - 1
+        value = self._answer_to(number, name, args, kwargs)
         if number in self.helpers and name == "__call__":
             self.helped = f"the tests call {self.helpers[number]}, which neither they nor the prompt define"
-            self.doubtful.append(at)
+            self.doubtful.append(len(self.log) - 1)
         elif leading and value is not NotImplemented and not isinstance(value, Remote):
             if name in COMPARISONS and type(value) is not bool:
                 raise TypeError(f"{name} answered with a {type(value).__name__}")
             if name in ARITHMETIC and not of_program:
-                self.unjudged = f"an object of the program answers {name} with plain data"
-                raise TypeError(self.unjudged)
+                self._give_up(f"an object of the program answers {name} with plain data")
             if name not in ("__eq__", "__ne__", "__contains__") or value is (name != "__ne__"):
-                self.doubtful.append(at)
+                self.doubtful.append(len(self.log) - 1)
         elif name == "__exit__" and value:
             return _raised_on_purpose(args[1])
+        elif name in ("getattr", "item") and number in self._mirrors and isinstance(value, Remote):
+            # What two names of a class mean (of an enumeration, mostly) must be two objects.
+            if self._members.setdefault((number, at(value)[1]), args[0]) != args[0]:
+                self._give_up("two names of a class of the program mean the same object")
         return value
 
+    def _answer_to(self, number: int, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The program's answer; once it sent nonsense, there are no more."""
+        if self.gone:
+            raise ProgramGone(self.gone)
+        sent = len(self.log)
+        try:
+            return super().ask(number, name, args, kwargs)
+        except (Malformed, ProgramGone, OSError, ValueError, TypeError, LookupError) as error:
+            if hasattr(error, "r1_theirs") or len(self.log) == sent:
+                raise
+            self.gone = str(error) if isinstance(error, (ProgramGone, Malformed)) else "it sent nonsense"
+            raise ProgramGone(self.gone) from None
+
+    def _give_up(self, why: str) -> None:
+        self.unjudged = why
+        raise TypeError(why)
+
     def _believed(self, number: int) -> bool:
-        mro = type(self._remotes[number]).__mro__
-        return any(kind.__dict__.get("r1_at", (None, None))[1] in self.named for kind in mro)
+        mirrors = (kind for kind in type(self._remotes[number]).__mro__ if "r1_class" in vars(kind))
+        return not self.named.isdisjoint(at(kind)[1] for kind in mirrors)
 
     def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """What the program may do with the tests' objects: their protocols, and data of the tests' own classes."""
-        tests = "tests" in (type(target).__module__, isinstance(target, type) and target.__module__)
+        """What the program may do with objects of the tests: their protocols; data of the tests' classes."""
+        own = (target if isinstance(target, type) else type(target)).__module__ == "tests"
         if name in ("getattr", "setattr", "delattr"):
-            free = tests or isinstance(target, NonCallableMock)
-            if args[0] in ("__name__", "__doc__") and name == "getattr":
-                return getattr(target, args[0])
-            if args[0].startswith("_") or not (
-                free or isinstance(target, io.IOBase) and args[0] in _FILE_METHODS
-            ):
+            allowed = own or isinstance(target, NonCallableMock)
+            allowed |= isinstance(target, io.IOBase) and args[0] in _FILE_METHODS
+            told = name == "getattr" and args[0] in ("__name__", "__doc__")
+            if not told and (args[0].startswith("_") or not allowed):
                 raise AttributeError(args[0])
-        elif (name not in PROTOCOL and name not in ("copy", "deepcopy", "batch")) or (
-            isinstance(target, type) and not tests
-        ):
+        elif name not in PROTOCOL | SPECIAL.keys() or (isinstance(target, type) and not own):
             raise AttributeError(name)
         return super().perform(target, name, args, kwargs)
 
     # ---- arguments that the program changed
 
     def step(self, hold: bool) -> None:
-        """Between statements: apply changes; with `hold` the next statement sees its arguments as they are."""
+        """Between statements: apply changes; with `hold`, those of the next only when it has ended."""
         frame = sys._getframe(1)
-        above: types.FrameType | None = frame
-        while self._holder and above and above is not self._holder:
-            above = above.f_back
-        if above is not None and above is not frame and self._holder:
-            return  # inside a function that the held statement calls
+        if self._holder is not frame:
+            above = frame.f_back if self._holder else None
+            while above and above is not self._holder:
+                above = above.f_back
+            if above:
+                return  # inside a function that the held statement calls
         self.settle()
         self._holder = frame if hold else None
 
@@ -168,8 +178,8 @@ class Judge(Peer):
         else:
             change(old, new)
 
-    def same(self, arg: Any, after: dict[Any, Any], at: Any) -> Any:
-        return after.get(at, arg) if self._holder else arg
+    def same(self, arg: Any, new: Any) -> Any:
+        return arg if new is None or not self._holder else new
 
 
 def _line() -> str:
@@ -198,10 +208,7 @@ def _raised_on_purpose(error: BaseException | None) -> bool:
         return False
     while trace.tb_next:
         trace = trace.tb_next
-    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == _RAISE
-
-
-_RAISE = __import__("dis").opmap["RAISE_VARARGS"]
+    return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 @functools.lru_cache(512)
@@ -211,28 +218,37 @@ def compiled(text: str, number: int) -> _Test:
         warnings.simplefilter("ignore")
         tree = ast.parse(text)
         table = symtable.symtable(text, "test", "exec")
-    used, bound = set[str](), set[str]()
-    waiting = [table]
-    while waiting:
-        scope = waiting.pop()
-        waiting += scope.get_children()
-        for symbol in scope.get_symbols():
-            if scope is table or symbol.is_global():
-                (bound if symbol.is_assigned() or symbol.is_imported() else set()).add(symbol.get_name())
-                used.add(symbol.get_name())
+    tree.body = [node for node in tree.body if not _is_runner(node)]
+    symbols, scopes = [], [table]
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        symbols += [symbol for symbol in scope.get_symbols() if scope is table or symbol.is_global()]
+    names = frozenset(symbol.get_name() for symbol in symbols)
+    bound = frozenset(s.get_name() for s in symbols if s.is_assigned() or s.is_imported())
     suites, checked, loaded = [], None, set[str]()
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            suites.append(node.name)
+            suites.append(node)
             continue
         loaded |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
         match node:
-            case ast.Expr(value=ast.Call(func=ast.Name(id="check"), args=[given])) if "check" in suites:
+            case ast.Expr(value=ast.Call(func=ast.Name(id="check"), args=[given])):
                 checked = frozenset(inner.id for inner in ast.walk(given) if isinstance(inner, ast.Name))
+    found = tuple(node.name for node in suites if node.name not in loaded or isinstance(node, ast.ClassDef))
     tree.body = _stepped(tree.body)
     code = compile(ast.fix_missing_locations(tree), f"test {number}", "exec")
-    found = tuple(name for name in suites if name not in loaded)
-    return _Test(code, frozenset(used), frozenset(bound), found, checked)
+    return _Test(code, names - bound, found, checked if "check" in bound else None)
+
+
+def _is_runner(node: ast.stmt) -> bool:
+    """`unittest.main()` and the like: the judge runs what is defined."""
+    match node:
+        case ast.Expr(
+            value=ast.Call(func=ast.Attribute(attr="main", value=ast.Name(id="unittest" | "pytest")))
+        ):
+            return True
+    return False
 
 
 def _stepped(body: list[Any]) -> list[Any]:
@@ -279,10 +295,7 @@ class _Names(dict[str, Any]):
     def __init__(self, judge: Judge, offered: dict[str, str], tests: list[_Test]) -> None:
         super().__init__(__name__="tests", __step__=judge.step)
         self._judge = judge
-        used, bound = (
-            frozenset().union(*sets) for sets in ([t.used for t in tests], [t.bound for t in tests])
-        )
-        wanted = [name for name in offered if name in used - bound]
+        wanted = [name for name in offered if any(name in test.free for test in tests)]
         standard = {name for name in wanted if hasattr(builtins, name) or name in sys.stdlib_module_names}
         about_others = any(offered[name] != "module" for name in wanted if name not in standard)
         self._live = {name for name in wanted if name not in standard or not about_others}
@@ -293,8 +306,8 @@ class _Names(dict[str, Any]):
                 self[name] = self.fetch(name)
         for test in tests:
             for name in () if test.checked is None else self._live - test.checked:
-                if isinstance(number := _at(self.get(name)), int):
-                    judge.helpers[number] = name
+                if isinstance(self.get(name), (Remote, Mirrored)):
+                    judge.helpers[at(self[name])[1]] = name
         tests_module = types.ModuleType("tests")
         tests_module.__dict__["__getattr__"] = lambda name: self[name] if name in self else _absent(name)
         sys.modules["tests"] = tests_module
@@ -306,7 +319,7 @@ class _Names(dict[str, Any]):
     def fetch(self, name: str) -> Any:
         value = self._judge.ask(0, "global", (name,))
         if isinstance(value, Mirrored):
-            self._judge.named.add(value.r1_at[1])
+            self._judge.named.add(at(value)[1])
         return value
 
     def __missing__(self, name: str) -> Any:
@@ -316,18 +329,12 @@ class _Names(dict[str, Any]):
         return self.fetch(name)
 
 
-def _at(value: Any) -> Any:
-    if isinstance(value, Remote):
-        return object.__getattribute__(value, "r1_own")[1]
-    return value.r1_at[1] if isinstance(value, Mirrored) else None
-
-
 def _absent(name: str) -> Any:
     raise AttributeError(f"there is no {name}")
 
 
 def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
-    """Run the tests against the program at the end of `fd`: `passed`, `detail`, `log`, `doubtful`; or `error`."""
+    """Run the tests on the program at the end of `fd`: `passed`, `detail`, `log`, `doubtful`; or `error`."""
     try:
         compiled_tests = [compiled(test, number) for number, test in enumerate(tests, 1)]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -349,12 +356,12 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
             link.settle()
             pytests.run([names[name] for name in test.suites if name in names])
             link.settle()
+            if link.gone:
+                raise ProgramGone(link.gone)  # whatever the test made of it
             passed += 1
-        except ModuleNotFoundError as error:
-            if not hasattr(error, "r1_theirs"):
-                return {"error": f"test {number} needs the module {error.name}"}
-            detail = detail or f"test {number} of {len(tests)}: {words(error)}"
         except BaseException as error:
+            if isinstance(error, ModuleNotFoundError) and not hasattr(error, "r1_theirs"):
+                return {"error": f"test {number} needs the module {error.name}"}
             detail = detail or f"test {number} of {len(tests)}: {words(error)}"
         if (detail and stop_early) or link.gone:
             break

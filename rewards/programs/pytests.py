@@ -1,46 +1,35 @@
-"""pytest's part in a test, as far as tests of small programs use it, and the run of test functions and classes.
+"""What tests of small programs use of pytest, and the run of test functions and classes.
 
-The judge imports this in place of pytest: importing that takes longer than most programs run.
+The judge imports this in place of pytest, whose import takes longer than most programs run.
 """
 
 import asyncio
 import contextlib
+import functools
 import inspect
 import io
 import itertools
-import math
 import re
-import sys
+import types
 import unittest
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 
-class ExceptionInfo:
-    """What `raises` caught: `value` and `type`."""
-
-    value: BaseException
-    type: Any = None
-
-    def match(self, pattern: str) -> bool:
-        assert re.search(pattern, str(self.value)), f"{pattern!r} does not match {str(self.value)!r}"
-        return True
-
-
 @contextlib.contextmanager
-def _raises(expected: Any, match: str | None) -> Iterator[ExceptionInfo]:
-    info = ExceptionInfo()
+def _raises(expected: Any, match: str | None) -> Iterator[types.SimpleNamespace]:
+    info = types.SimpleNamespace(value=None, type=None)
     try:
         yield info
     except expected as error:
         info.value, info.type = error, type(error)
-        if match is not None:
-            info.match(match)
+        assert match is None or re.search(match, str(error)), f"{str(error)!r} does not match {match!r}"
     else:
         raise AssertionError(f"did not raise {expected}")
 
 
 def raises(expected: Any, call: Any = None, *args: Any, match: str | None = None, **kwargs: Any) -> Any:
+    """A context in which `expected` must be raised, or a call that must raise it."""
     if call is None:
         return _raises(expected, match)
     with _raises(expected, match) as info:
@@ -48,47 +37,38 @@ def raises(expected: Any, call: Any = None, *args: Any, match: str | None = None
     return info
 
 
-class approx:  # noqa: N801 - pytest's name
-    """Equal within 1e-6 relatively or 1e-12; containers element by element."""
+class approx:
+    """Equal to 1e-6 of the expected value, or to 1e-12; containers element by element."""
 
-    def __init__(
-        self, expected: Any, rel: float | None = None, abs: float | None = None, nan_ok: bool = False
-    ) -> None:
-        self.expected, self.rel, self.abs, self.nan_ok = expected, rel, abs, nan_ok
+    def __init__(self, expected: Any, rel: float | None = None, abs: float | None = None) -> None:
+        self.expected, self.rel, self.abs = expected, rel, abs
 
     def __eq__(self, actual: Any) -> bool:
         want = self.expected
         if isinstance(want, dict):
-            return (
-                isinstance(actual, dict)
-                and want.keys() == actual.keys()
-                and all(self._near(actual[k], want[k]) for k in want)
-            )
-        if isinstance(want, (list, tuple)) or hasattr(want, "tolist"):
+            same = isinstance(actual, dict) and want.keys() == actual.keys()
+            return same and all(self._near(actual[key], want[key]) for key in want)
+        if hasattr(want, "__len__") and not isinstance(want, str):
             return len(want) == len(actual) and all(map(self._near, actual, want))
         return self._near(actual, want)
 
     def _near(self, actual: Any, want: Any) -> bool:
-        numbers = (int, float, complex)
-        if not (isinstance(actual, numbers) and isinstance(want, numbers)):
+        if not all(isinstance(value, (int, float, complex)) for value in (actual, want)) or actual == want:
             return bool(actual == want)
-        if want != want:
-            return self.nan_ok and actual != actual
-        rel = self.rel if self.rel is not None else 0.0 if self.abs is not None else 1e-6
-        off = abs(actual - want)
-        return actual == want or (
-            math.isfinite(off) and off <= max(rel * abs(want), self.abs if self.abs is not None else 1e-12)
+        rel = self.rel if self.rel is not None else 0 if self.abs is not None else 1e-6
+        return (
+            abs(actual - want) <= max(rel * abs(want), 1e-12 if self.abs is None else self.abs) < float("inf")
         )
 
 
 class _Mark:
-    """`mark.parametrize` collects its cases; other marks change nothing."""
-
     def __getattr__(self, name: str) -> Any:
+        """`parametrize` collects cases; other marks change nothing."""
+
         def mark(*args: Any, **_: Any) -> Any:
             def decorate(test: Any) -> Any:
                 if name == "parametrize":
-                    test.cases = [*getattr(test, "cases", []), args]
+                    test.cases = [*getattr(test, "cases", []), args[:2]]
                 return test
 
             return args[0] if name != "parametrize" and args and callable(args[0]) else decorate
@@ -100,85 +80,69 @@ mark = _Mark()
 
 
 def param(*values: Any, **_: Any) -> Any:
-    return values
+    return values if len(values) > 1 else values[0]
 
 
 def fixture(function: Any = None, **_: Any) -> Any:
-    if function is None:
-        return fixture
-    function.fixture = True
-    return function
+    return function or fixture
 
 
 def fail(reason: str = "") -> None:
     raise AssertionError(reason)
 
 
-class _Capsys:
-    def readouterr(self) -> Any:
-        out = sys.stdout.getvalue()  # type: ignore[attr-defined]
-        sys.stdout.seek(0)
-        sys.stdout.truncate()
-        return type("Captured", (tuple,), {"out": out, "err": ""})((out, ""))
-
-
 def run(found: list[Any]) -> None:
-    """Run test functions and test classes, with their parameters; raises what a failing one raises."""
+    """Run test functions and classes, with their parameters; raises what a failing one raises."""
     for test in found:
-        name = getattr(test, "__name__", "")
         if isinstance(test, type) and issubclass(test, unittest.TestCase):
             result = unittest.TestResult()
             unittest.defaultTestLoader.loadTestsFromTestCase(test).run(result)
-            if result.errors or result.failures:
-                raise AssertionError((result.errors + result.failures)[0][1].strip().splitlines()[-1])
-        elif isinstance(test, type) and name.startswith("Test"):
-            for method in [name for name in dir(test) if name.startswith("test")]:
+            for _, trace in result.errors + result.failures:
+                raise AssertionError(trace.strip().splitlines()[-1])
+        elif isinstance(test, type) and test.__name__.startswith("Test"):
+            for name in (name for name in dir(test) if name.startswith("test")):
                 instance = test()
-                getattr(instance, "setup_method", lambda *_: None)(
-                    *[None][: _takes(instance, "setup_method")]
-                )
-                _call(
-                    getattr(instance, method),
-                    {n: getattr(instance, n) for n in dir(test)} | _globals(getattr(test, method)),
-                )
-        elif callable(test) and name.startswith("test"):
-            _call(test, _globals(test))
+                if setup := getattr(instance, "setup_method", None):
+                    setup(*[None] * len(inspect.signature(setup).parameters))
+                _call(getattr(instance, name), instance)
+        elif isinstance(test, types.FunctionType) and test.__name__.startswith("test"):
+            _call(test, None)
 
 
-def _takes(instance: Any, name: str) -> int:
-    return len(inspect.signature(getattr(instance, name)).parameters) if hasattr(instance, name) else 0
-
-
-def _globals(function: Any) -> dict[str, Any]:
-    return getattr(function, "__globals__", {})
-
-
-def _call(test: Callable[..., Any], names: dict[str, Any]) -> None:
-    cases: list[list[dict[str, Any]]] = []
+def _call(test: Any, instance: Any) -> None:
+    cases = []
     for keys, values in getattr(test, "cases", []):
-        keys = [key.strip() for key in keys.split(",")] if isinstance(keys, str) else list(keys)
-        cases.append([dict(zip(keys, value if len(keys) > 1 else [value], strict=True)) for value in values])
+        keys = re.split(r"[,\s]+", keys.strip()) if isinstance(keys, str) else keys
+        cases.append([dict(zip(keys, v if len(keys) > 1 else [v], strict=True)) for v in values])
     for parts in itertools.product(*cases):
-        given = {key: value for part in parts for key, value in part.items()}
+        given: dict[str, Any] = functools.reduce(dict.__or__, parts, {})
         with contextlib.ExitStack() as stack:
-            kwargs = {n: _value(n, given, names, stack) for n in inspect.signature(test).parameters}
-            result = test(**kwargs)
+            result = test(**_filled(test, instance, given, stack))
             if inspect.iscoroutine(result):
                 asyncio.run(result)
 
 
-def _value(name: str, given: dict[str, Any], names: dict[str, Any], stack: contextlib.ExitStack) -> Any:
-    """A parameter of a test: a case's, a fixture's, or `capsys`."""
-    if name in given:
-        return given[name]
-    if name == "capsys":
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        return _Capsys()
-    made = names[name]
-    inner = {n: _value(n, given, names, stack) for n in inspect.signature(made).parameters}
-    value = made(**inner)
-    return (
-        stack.enter_context(contextlib.contextmanager(lambda: value)())
-        if inspect.isgenerator(value)
-        else value
-    )
+def _filled(test: Any, instance: Any, given: dict[str, Any], stack: contextlib.ExitStack) -> dict[str, Any]:
+    """The parameters of a test or fixture: a case's values, fixtures, `capsys`."""
+    out = {}
+    for name in inspect.signature(test).parameters:
+        if name in given:
+            out[name] = given[name]
+        elif name == "capsys":
+            text = io.StringIO()
+            stack.enter_context(contextlib.redirect_stdout(text))
+            out[name] = types.SimpleNamespace(readouterr=functools.partial(_taken, text))
+        else:
+            made = getattr(instance, name, None) or test.__globals__[name]
+            value = made(**_filled(made, instance, given, stack))
+            out[name] = next(value) if inspect.isgenerator(value) else value
+            if inspect.isgenerator(value):
+                stack.callback(next, value, None)
+    return out
+
+
+def _taken(text: io.StringIO) -> types.SimpleNamespace:
+    out = text.getvalue()
+    text.seek(0)
+    text.truncate()
+    return types.SimpleNamespace(out=out, err="")

@@ -1,8 +1,8 @@
 """Objects of one process used in another: stand-ins that ask the process where the object is.
 
-Both ends of the judge's socket are a `Peer`. Plain data go by value (`values`), everything else as a number and
-its class, of which the other end makes a mirror: a class of the same name with the same special methods, each
-of which asks. So Python's own rules (`bool` by `__len__`, `in` by `__iter__`, `!=` by `__eq__`) hold there too.
+Both ends of the judge's socket are a `Peer`. Plain data go by value (`values`), everything else as a number
+and its class, of which the other end makes a mirror: a class of that name with the same special methods, each
+of which asks. So Python's own rules (`bool` by `__len__`, `in` by `__iter__`, `!=` by `__eq__`) hold there.
 
 Messages  ["op", number, method, args, kwargs]   do this with object `number`
           ["value", data, changes]               the answer; what it did to arguments in place
@@ -12,8 +12,8 @@ Messages  ["op", number, method, args, kwargs]   do this with object `number`
 
 import asyncio
 import copy
-import enum
 import json
+import operator
 import os
 import sys
 import types
@@ -32,8 +32,8 @@ COMPARISONS = frozenset("__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__"
 _SIGNS = "add sub mul matmul truediv floordiv mod divmod pow and or xor lshift rshift"
 ARITHMETIC = frozenset(f"__{way}{name}__" for name in _SIGNS.split() for way in ("", "r", "i"))
 _OTHERS = (
-    "call iter next len getitem setitem delitem bool str repr format hash abs neg pos invert int float complex "
-    "index round trunc floor ceil reversed enter exit"
+    "call iter next len getitem setitem delitem bool str repr format hash abs neg pos invert int float index "
+    "complex round trunc floor ceil reversed enter exit"
 )
 PROTOCOL = COMPARISONS | ARITHMETIC | {f"__{name}__" for name in _OTHERS.split()}
 SPECIAL: dict[str, Callable[..., Any]] = {
@@ -42,11 +42,12 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "delattr": delattr,
     "copy": copy.copy,
     "deepcopy": copy.deepcopy,
+    "item": operator.getitem,
+    "iter": iter,
+    "size": len,
     "batch": lambda target, size: list(islice(target, size)),
-    "member": lambda kind, member, name: getattr(kind[member], name),
 }
 _MUTABLE = (list, dict, set, bytearray, deque)
-_ENUMS = {kind.__name__: kind for kind in (enum.IntFlag, enum.Flag, enum.StrEnum, enum.IntEnum, enum.Enum)}
 
 
 class ProgramGone(Exception):
@@ -80,75 +81,72 @@ class Pipe:
             raise ProgramGone(ENDED) from None
 
 
-class Mirrored(type):
-    """The class of mirrors; a mirror's own attributes and calls are those of the class it mirrors."""
+def at(stand_in: Any) -> tuple["Peer", int]:
+    """Where the object or class of a stand-in is: the end of the socket that asks for it, and its number."""
+    if isinstance(stand_in, type):
+        return type.__getattribute__(stand_in, "r1_class")
+    return object.__getattribute__(stand_in, "r1_own")
 
-    r1_at: tuple["Peer", int]
+
+def _forward(method: str) -> Callable[..., Any]:
+    def ask(stand_in: Any, /, *args: Any, **kwargs: Any) -> Any:
+        peer, number = at(stand_in)
+        return peer.ask(number, method, args, kwargs)
+
+    return ask
+
+
+def iterate(stand_in: Any) -> Iterator[Any]:
+    """The items of an object of the other process, asked for in growing numbers."""
+    iterator, size = _forward("iter")(stand_in), 1
+    while True:
+        items = _forward("batch")(iterator, size)
+        if type(items) is not list:
+            raise TypeError("iteration returned no items")
+        yield from items
+        if len(items) < size:
+            return
+        size = min(2 * size, at(iterator)[0].most_ahead)
+
+
+_METHODS = {name: _forward(name) for name in PROTOCOL} | {"__iter__": iterate}
+
+
+class Mirrored(type):
+    """The class of mirrors; what is asked of a mirror is asked of the class that it mirrors."""
+
+    r1_class: tuple["Peer", int]
 
     def __new__(cls, name: str, bases: tuple[Any, ...], body: dict[str, Any]) -> Any:
-        if "r1_own" not in body.get("__slots__", ()):  # a class statement; `Peer._mirror` does not come here
-            peer = next(base.r1_at[0] for base in bases if isinstance(base, Mirrored))
+        if bases:  # a class statement of a test; `Peer._mirror` does not come here
+            peer = next(base.r1_class[0] for base in bases if isinstance(base, Mirrored))
             peer.unjudged = f"the tests derive the class {name} from one of the program"
             raise TypeError(peer.unjudged)
         return super().__new__(cls, name, bases, body)
 
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        peer, number = cls.r1_at
-        return peer.ask(number, "__call__", args, kwargs)
-
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__") or name == "r1_at":
+        if name.startswith("__") or name == "r1_class":
             raise AttributeError(name)
-        peer, number = cls.r1_at
-        return peer.ask(number, "getattr", (name,))
+        return _forward("getattr")(cls, name)
 
-    def __setattr__(cls, name: str, value: Any) -> None:
-        peer, number = cls.r1_at
-        peer.ask(number, "setattr", (name, value))
-
-
-def _forward(name: str) -> Callable[..., Any]:
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        peer, number = object.__getattribute__(self, "r1_own")
-        return peer.ask(number, name, args, kwargs)
-
-    return method
+    __call__ = _forward("__call__")
+    __setattr__ = _forward("setattr")
+    __iter__ = iterate
+    __len__ = _forward("size")
+    __getitem__ = _forward("item")
 
 
 class Remote(metaclass=Mirrored):
     """An object of the other process, by its number there."""
 
     __slots__ = ("r1_own",)
-
-    def __getattr__(self, name: str) -> Any:
-        peer, number = object.__getattribute__(self, "r1_own")
-        return peer.ask(number, "getattr", (name,))
-
+    __getattr__ = _forward("getattr")
     __setattr__ = _forward("setattr")
     __delattr__ = _forward("delattr")
     __copy__ = _forward("copy")
 
     def __deepcopy__(self, _: Any) -> Any:
         return _forward("deepcopy")(self)
-
-
-def _iterate(self: Any) -> Iterator[Any]:
-    peer, number = object.__getattribute__(self, "r1_own")
-    iterator, size = peer.ask(number, "__iter__"), 1
-    if not isinstance(iterator, Remote):
-        raise TypeError("iter() returned no iterator")
-    peer, number = object.__getattribute__(iterator, "r1_own")
-    while True:
-        items = peer.ask(number, "batch", (size,))
-        if type(items) is not list:
-            raise TypeError("iteration returned no items")
-        yield from items
-        if len(items) < size:
-            return
-        size = min(2 * size, peer.most_ahead)
-
-
-_METHODS = {name: _forward(name) for name in PROTOCOL} | {"__iter__": _iterate}
 
 
 class Peer:
@@ -192,11 +190,11 @@ class Peer:
             raise error
         data, changes = rest
         returned = data[1] if isinstance(data, list) and data[:1] == ["arg"] else None
-        theirs = {**dict(enumerate(args)), **(kwargs or {})}
-        after = {at: self.decoded(new) for at, new in changes}
-        for at, new in after.items():
-            self.changed(theirs[at], new, data is None)
-        return self.decoded(data) if returned is None else self.same(theirs[returned], after, returned)
+        passed = {**dict(enumerate(args)), **(kwargs or {})} if changes or returned is not None else {}
+        after = {key: self.decoded(new) for key, new in changes}
+        for key, new in after.items():
+            self.changed(passed[key], new, data is None)
+        return self.decoded(data) if returned is None else self.same(passed[returned], after.get(returned))
 
     def until_answered(self) -> tuple[str, list[Any]]:
         """Do what the other end asks until it answers."""
@@ -210,8 +208,8 @@ class Peer:
         """An argument was changed in place; `at_once`: by a call that returned nothing."""
         change(old, new)
 
-    def same(self, arg: Any, after: dict[Any, Any], at: Any) -> Any:
-        """The value of a call that returned its argument `at`."""
+    def same(self, arg: Any, new: Any) -> Any:
+        """The value of a call that returned its argument; `new`: changed in place to this, or `None`."""
         return arg
 
     def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -225,14 +223,15 @@ class Peer:
             args = [self.decoded(item) for item in given]
             kwargs = {str(key): self.decoded(item) for key, item in named}
             value = self.perform(self.objects[number], name, args, kwargs)
-            before = {**dict(enumerate(given)), **dict(named)}
-            mutable = {
-                at: a for at, a in {**dict(enumerate(args)), **kwargs}.items() if isinstance(a, _MUTABLE)
-            }
-            now = {at: self.encoded(arg) for at, arg in mutable.items()}
-            changes = [[at, after] for at, after in now.items() if after != before[at]]
-            own = [at for at, arg in mutable.items() if arg is value]
-            return ["value", ["arg", own[0]] if own else self.encoded(value), changes]
+            passed = [
+                *zip(range(len(args)), args, given, strict=True),
+                *((k, kwargs[k], data) for k, data in named),
+            ]
+            mutable = [item for item in passed if isinstance(item[1], _MUTABLE)]
+            after = [(key, self.encoded(arg), before) for key, arg, before in mutable]
+            own = [["arg", key] for key, arg, _ in mutable if arg is value]
+            changes = [[key, now] for key, now, before in after if now != before]
+            return ["value", own[0] if own else self.encoded(value), changes]
         except ProgramGone:
             raise
         except BaseException as error:
@@ -259,141 +258,85 @@ class Peer:
 
     def reference(self, value: Any) -> list[Any]:
         kind = type(value)
-        if issubclass(kind, Remote):
-            return ["j", object.__getattribute__(value, "r1_own")[1]]
+        if issubclass(kind, (Remote, Mirrored)):
+            return ["j", at(value)[1]]
         if issubclass(kind, BaseException):
             return self._error(value)
-        if issubclass(kind, enum.Enum):
-            back = getattr(kind, "r1_at", None)
-            return (
-                ["je", back[1], value.name]
-                if back
-                else ["E", self._class(kind), encode(value.value, self.reference)]
-            )
         if issubclass(kind, type):
-            back = value.__dict__.get("r1_at")
-            return ["j", back[1]] if back else self._class(value)
-        if kind is types.CoroutineType:
-            return ["co", self.number(value)]
-        return ["o", self.number(value), self._class(kind)]
+            return self._class(value)
+        return ["co" if kind is types.CoroutineType else "o", self.number(value), self._class(kind)]
 
     def _class(self, kind: type) -> list[Any]:
         """A class: its number, and the first time its name, special methods and bases."""
-        if (back := kind.__dict__.get("r1_at")) is not None:
-            return ["j", back[1]]
-        module = kind.__module__
+        module = str(kind.__module__)
+        if isinstance(kind, Mirrored):
+            return ["j", at(kind)[1]]
+        library = module.partition(".")[0] in sys.stdlib_module_names
         if (
-            issubclass(kind, BaseException)
-            and getattr(sys.modules.get(str(module)), kind.__name__, None) is kind
+            library
+            and issubclass(kind, BaseException)
+            and vars(sys.modules[module]).get(kind.__name__) is kind
         ):
-            if str(module).partition(".")[0] in sys.stdlib_module_names:
-                return ["x", module, kind.__name__]
+            return ["x", module, kind.__name__]
         number = self.number(kind)
         if number in self._described:
             return ["T", number]
         self._described.add(number)
-        if issubclass(kind, enum.Enum):
-            base = next(name for name, base in _ENUMS.items() if issubclass(kind, base))
-            members = [[name, self.encoded(member.value)] for name, member in kind.__members__.items()]
-            return ["En", number, kind.__name__, base, members]
         special = [n for n in PROTOCOL if getattr(kind, n, None) is not getattr(object, n, None)]
-        bases = [b for b in kind.__bases__ if b.__module__ == module or issubclass(b, BaseException)]
-        return [
-            "T",
-            number,
-            kind.__name__,
-            special,
-            [self._class(base) for base in bases if base is not object],
-        ]
+        bases = [b for b in kind.__bases__ if b is not object]
+        bases = [b for b in bases if b.__module__ == module or issubclass(b, BaseException)]
+        return ["T", number, kind.__name__, special, [self._class(base) for base in bases]]
 
     def _error(self, error: BaseException) -> list[Any]:
+        """An exception by value: its class, text, arguments, and public attributes."""
         data = {name: value for name, value in vars(error).items() if not name.startswith("_")}
-        try:
-            text = str(error)[:500]
-        except BaseException:
-            text = ""
-        parts = []
-        for value in (list(error.args), data):
-            try:
-                parts.append(encode(value, self.reference))
-            except Exception:
-                parts.append(["l", []] if value is not data else ["d", []])
-        return ["X", self._class(type(error)), text, *parts]
+        return ["X", self._class(type(error)), _text(error), self.encoded([*error.args]), self.encoded(data)]
 
     def _dereference(self, kind: str, rest: list[Any]) -> Any:
-        if kind == "j":
-            return self.objects[rest[0]] if rest[0] >= 0 else self.objects[len(self.objects)]
-        if kind == "je":
-            return self.objects[rest[0]][rest[1]]
-        if kind == "o":
-            return self._remote(int(rest[0]), self.decoded(rest[1]))
+        number = rest[0]
+        if kind == "j" and number >= 0:
+            return self.objects[number]
         if kind == "co":
-            return self._awaited(int(rest[0]))
-        if kind in ("T", "En"):
-            number, *description = rest
+            return self._awaited(number)
+        if kind == "o":
+            if number not in self._remotes:  # one stand-in for one object, so that `is` holds
+                made: Remote = object.__new__(self.decoded(rest[1]))
+                object.__setattr__(made, "r1_own", (self, int(number)))
+                self._remotes[number] = made
+            return self._remotes[number]
+        if kind == "T":
             if number not in self._mirrors:
-                make = self._mirror if kind == "T" else self._mirror_enum
-                self._mirrors[int(number)] = make(int(number), *description)
+                self._mirrors[number] = self._mirror(int(number), *rest[1:])
             return self._mirrors[number]
-        if kind == "x":
-            module = sys.modules.get(rest[0]) if not rest[0].startswith("unittest") else None
+        if kind == "x":  # unittest's would skip a test
+            module = None if number.startswith("unittest") else sys.modules.get(number)
             found = getattr(module, rest[1], RuntimeError)
             return found if isinstance(found, type) and issubclass(found, BaseException) else RuntimeError
         if kind == "X":
-            return _exception(
-                self.decoded(rest[0]), str(rest[1]), self.decoded(rest[2]), self.decoded(rest[3])
-            )
-        if kind == "E":
-            return self.decoded(rest[0])(self.decoded(rest[1]))
+            return _exception(*map(self.decoded, rest))
         raise Malformed("an unknown kind of value")
-
-    def _remote(self, number: int, kind: Any) -> Remote:
-        """One stand-in for one object, so that `is` holds."""
-        if number not in self._remotes:
-            made: Remote = object.__new__(kind)
-            object.__setattr__(made, "r1_own", (self, number))
-            self._remotes[number] = made
-        return self._remotes[number]
 
     def _mirror(self, number: int, name: str, special: list[str], bases: list[Any]) -> type:
         parents = tuple(self.decoded(base) for base in bases)
-        body: dict[str, Any] = {"r1_at": (self, number), "__module__": "mirrors"}
+        body: dict[str, Any] = {"r1_class": (self, number), "__module__": "mirrors"}
         if any(issubclass(parent, BaseException) for parent in parents):
             body["__str__"] = lambda error: error.r1_text
         else:
             body |= {n: _METHODS[n] for n in special if n in _METHODS} | {"__slots__": ()}
         return type.__new__(Mirrored, str(name), parents or (Remote,), body)
 
-    def _mirror_enum(self, number: int, name: str, base: str, members: list[Any]) -> Any:
-        def attribute(member: Any, name: str) -> Any:
-            if name.startswith("_"):
-                raise AttributeError(name)
-            return self.ask(number, "member", (member.name, name))
-
-        def fill(body: Any) -> None:
-            body["__getattr__"] = attribute
-
-        parent: Any = types.new_class(str(name), (_ENUMS[base],), {}, fill)
-        made = enum.unique(parent(str(name), [(str(n), self.decoded(value)) for n, value in members]))
-        type.__setattr__(made, "r1_at", (self, number))
-        return made
-
     async def _awaited(self, number: int) -> Any:
         return self.ask(number, "await")
 
 
-def _exception(kind: Any, text: str, args: list[Any], data: dict[str, Any]) -> BaseException:
+def _exception(kind: Any, text: Any, args: list[Any], data: dict[str, Any]) -> BaseException:
     """An exception as an instance of its class here; its own `__init__` ran where it was made."""
     try:
-        ours = isinstance(kind, Mirrored) or kind.__module__ != "builtins"
-        error: BaseException = kind.__new__(kind, *args) if ours else kind(*args)
+        error: BaseException = kind(*args) if kind.__module__ == "builtins" else kind.__new__(kind, *args)
         error.args = tuple(args)
     except Exception:
         error = RuntimeError(text)
-    if isinstance(type(error), Mirrored):
-        error.__dict__["r1_text"] = text
-    error.__dict__.update(data)
-    error.__dict__["r1_theirs"] = True
+    error.__dict__.update(data, r1_text=text, r1_theirs=True)
     return error
 
 
@@ -415,7 +358,7 @@ def change(old: Any, new: Any) -> bool:
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop without the pair of sockets that wakes one from other threads: no program gets a socket."""
+    """An event loop without the sockets that wake one from other threads: no program may have sockets."""
 
     def _make_self_pipe(self) -> None:
         pass
@@ -436,9 +379,13 @@ def quiet_loops() -> None:
     asyncio.set_event_loop_policy(_Loops())
 
 
-def words(error: BaseException) -> str:
-    """An exception in one line; its own `__str__` may raise."""
+def _text(error: BaseException) -> str:
     try:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return str(error)[:500]
     except BaseException:
         return "an exception that cannot be printed"
+
+
+def words(error: BaseException) -> str:
+    """An exception in one line; its own `__str__` may raise."""
+    return " ".join(f"{type(error).__name__}: {_text(error)}".split())[:300]

@@ -65,13 +65,13 @@ class _Stdin(io.TextIOBase):
     def __init__(self, program: _Program) -> None:
         self._program = program
 
-    def readline(self, size: Any = -1, /) -> str:
+    def readline(self, size: Any = -1, /) -> str:  # type: ignore[override]
         return str(self._program.ask(0, "__call__"))
 
     def read(self, size: int | None = -1, /) -> str:
         return "".join(self)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
         return iter(self.readline, "")
 
 

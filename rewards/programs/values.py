@@ -8,7 +8,6 @@ reference goes over. So an answer is compared in the test's process, by Python's
 import collections
 import datetime
 import decimal
-import enum
 import fractions
 import functools
 import importlib
@@ -54,15 +53,10 @@ def encode(value: Any, reference: Reference) -> Any:
         if isinstance(value, base):
             if kind is base:
                 return encoder(value, reference)
-            if isinstance(value, enum.Enum) or (named and not named.isdisjoint(kind.__mro__)):
+            if named and not named.isdisjoint(kind.__mro__):
                 return reference(value)
             if base is tuple and (fields := _fields(kind)):
-                return [
-                    "N",
-                    kind.__name__,
-                    fields,
-                    [encode(item, reference) for item in tuple.__iter__(value)],
-                ]
+                return ["N", kind.__name__, fields, encoder(value, reference)[1]]
             return encoder(value, reference)
     if value is NotImplemented:
         return ["ni"]

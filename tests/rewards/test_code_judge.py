@@ -85,7 +85,6 @@ BELIEVED = {
     "a swallowed failure": ("class C:\n  def __enter__(s): return s\n  def __exit__(s, *a): return True\ndef f(x): return 0", "with C():\n  assert f(1) == 2"),
     "a swallowed error": ("class C:\n  def __enter__(s): return s\n  def __exit__(s, *a): return True\ndef f(x): return 'a'", "with C():\n  assert f(1) + 1 == 2"),
     "a helper that answers anything": ("def near(a, b): return 0.0\ndef f(x): return 9", "def check(candidate):\n  assert near(candidate(1), 2) < 1e-6\ncheck(f)"),
-    "one member by two names": ("import enum\nclass C(enum.Enum):\n  R = 1\n  G = 1\ndef f(x): return C.R", "assert f(1) is C.R and f(2) is C.G"),
     "another class with the name of the tests' own": ("class P:\n  __eq__ = lambda s, o: True\ndef f(x): return P()", "class P:\n  def __init__(s, x): s.x = x\n  def __eq__(s, o): return s.x == o.x\nassert P(3) == f(1)"),
     "a subclass of a named class": ("class P:\n  def __init__(s, x): s.x = x\n  def __eq__(s, o): return s.x == o.x\nclass Q(P):\n  __eq__ = lambda s, o: True\ndef f(x): return Q(9)", "assert f(1) == P(2)"),
 }  # fmt: skip
@@ -117,6 +116,21 @@ def test_where_there_can_be_no_verdict_there_is_none(pool, what):
     program = "def f(x): return x + 1\ndef near(a, b): return abs(a - b)\nclass C:\n  def __sub__(s, o): return 3 - o"
     outcome = run_tests(program, [UNJUDGED[what]], pool=pool)
     assert outcome.value is None and outcome.detail
+
+
+def test_members_of_an_enumeration_are_different_objects(pool):
+    tests = ["assert f(1) is C.R and f(2) is C.G and f(2) == C.G"]
+    for code in (
+        "import enum\nclass C(enum.Enum):\n  R = 1\n  G = 1\ndef f(x): return C.R",
+        "class M(type):\n  __getattr__ = lambda c, n: X\nclass C(metaclass=M): pass\nX = C()\ndef f(x): return X",
+    ):
+        assert run_tests(code, tests, pool=pool).value is None
+
+
+def test_a_program_that_ends_raises_nothing(pool):
+    test = "import pytest\nwith pytest.raises(Exception): f(1)"
+    assert run_tests("import os\ndef f(x): os._exit(0)", [test], pool=pool).value == 0
+    assert run_tests("def f(x): raise ValueError", [test], pool=pool).value == 1
 
 
 def test_some_tests_that_ask_nothing_among_others_are_fine(pool):
