@@ -114,9 +114,7 @@ class Judge(Peer):
         elif name == "__exit__" and value:
             return _raised_on_purpose(args[1])
         elif name in ("getattr", "item") and number in self._mirrors and isinstance(value, Remote):
-            # What two names of a class mean (of an enumeration, mostly) must be two objects.
-            if self._members.setdefault((number, at(value)[1]), args[0]) != args[0]:
-                self._give_up("two names of a class of the program mean the same object")
+            self._taken(number, value, args[0])
         return value
 
     def _answer_to(self, number: int, name: str, args: tuple[Any, ...], kwargs: Any) -> Any:
@@ -131,6 +129,11 @@ class Judge(Peer):
                 raise
             self.gone = str(error) if isinstance(error, (ProgramGone, Malformed)) else "it sent nonsense"
             raise ProgramGone(self.gone) from None
+
+    def _taken(self, kind: int, value: Remote, name: Any) -> None:
+        """What two names of a class mean (of an enumeration, mostly) must be two objects."""
+        if self._members.setdefault((kind, at(value)[1]), name) != name:
+            self._give_up("two names of a class of the program mean the same object")
 
     def _give_up(self, why: str) -> None:
         self.unjudged = why
@@ -147,7 +150,8 @@ class Judge(Peer):
             allowed = own or isinstance(target, NonCallableMock)
             allowed |= isinstance(target, io.IOBase) and args[0] in _FILE_METHODS
             told = name == "getattr" and args[0] in ("__name__", "__doc__")
-            if not told and (args[0].startswith("_") or not allowed):
+            data = not isinstance(target, type) and not callable(getattr(type(target), args[0], None))
+            if not told and (args[0].startswith("_") or not allowed or (name != "getattr" and not data)):
                 raise AttributeError(args[0])
         elif name not in PROTOCOL | SPECIAL.keys() or (isinstance(target, type) and not own):
             raise AttributeError(name)
@@ -318,7 +322,7 @@ class _Names(dict[str, Any]):
 
     def fetch(self, name: str) -> Any:
         value = self._judge.ask(0, "global", (name,))
-        if isinstance(value, Mirrored):
+        if isinstance(value, Mirrored) and name[:1].isupper():  # `class f` stands in for a function
             self._judge.named.add(at(value)[1])
         return value
 

@@ -300,7 +300,10 @@ class Peer:
             return self._awaited(number)
         if kind == "o":
             if number not in self._remotes:  # one stand-in for one object, so that `is` holds
-                made: Remote = object.__new__(self.decoded(rest[1]))
+                mirror = self.decoded(rest[1])
+                if not isinstance(mirror, Mirrored):
+                    raise Malformed("an object of no class of the other end")
+                made: Any = object.__new__(mirror)  # type: ignore[arg-type]
                 object.__setattr__(made, "r1_own", (self, int(number)))
                 self._remotes[number] = made
             return self._remotes[number]
@@ -308,9 +311,9 @@ class Peer:
             if number not in self._mirrors:
                 self._mirrors[number] = self._mirror(int(number), *rest[1:])
             return self._mirrors[number]
-        if kind == "x":  # unittest's would skip a test
-            module = None if number.startswith("unittest") else sys.modules.get(number)
-            found = getattr(module, rest[1], RuntimeError)
+        if kind == "x":  # not unittest's, which skip a test
+            library = number.partition(".")[0] in sys.stdlib_module_names - {"unittest"}
+            found = getattr(sys.modules.get(number) if library else None, rest[1], RuntimeError)
             return found if isinstance(found, type) and issubclass(found, BaseException) else RuntimeError
         if kind == "X":
             return _exception(*map(self.decoded, rest))
@@ -319,6 +322,8 @@ class Peer:
     def _mirror(self, number: int, name: str, special: list[str], bases: list[Any]) -> type:
         parents = tuple(self.decoded(base) for base in bases)
         body: dict[str, Any] = {"r1_class": (self, number), "__module__": "mirrors"}
+        if not all(isinstance(parent, Mirrored) or issubclass(parent, BaseException) for parent in parents):
+            raise Malformed("a class derived from one of this end")
         if any(issubclass(parent, BaseException) for parent in parents):
             body["__str__"] = lambda error: error.r1_text
         else:

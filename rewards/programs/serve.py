@@ -35,7 +35,7 @@ class _Program(Peer):
     def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name == "global":
             value = target[args[0]]
-            if isinstance(value, type):
+            if isinstance(value, type) and args[0][:1].isupper():
                 values.named.add(value)
             # Of the program's, called in the program; a library's under its own name is the tests' own.
             functions = (types.FunctionType, types.BuiltinFunctionType)

@@ -54,6 +54,7 @@ _BASES = (
     "(Exception)",
     "(type(NotImplemented))",
 )
+_NEAR = "lambda s, *o: not isinstance(o[0], (int, float)) or abs(o[0]) < 1000"
 _RETURNS = ("X()", "[X()]", "{X(): X()}", "X")
 _INITIAL = "  def __new__(c, *a): return super().__new__(c)\n  def __init__(s, *a): pass\n"
 
@@ -67,16 +68,19 @@ def universal() -> dict[str, str]:
         if (len(parts) == 2 and value != "X()") or (base and value == "X"):
             continue
         body = "".join(_METHODS[part] for part in parts)
-        out[f"{base} {' '.join(parts)}: {value}"] = (
-            f"class X{base}:\n{_INITIAL}{body}def f(x): return {value}\n"
-        )
+        name = f"{base} {' '.join(parts)}"
+        out[f"{name}: {value}"] = f"class X{base}:\n{_INITIAL}{body}def f(x): return {value}\n"
+        if value == "X()":  # the tests then name the class
+            near = body.replace("lambda s, *o: True", _NEAR)
+            out[f"{name}: itself"] = f"class f{base}:\n{_INITIAL}{body}"
+            out[f"{name}: itself, near"] = f"class f{base}:\n{_INITIAL}{near}"
     return out
 
 
 CLASS_TESTS = (
     "assert f(3) == P(1, 2)", "assert P(1, 2) == f(3)", "assert not f(3) != P(1, 2)", "assert f(3) in [P(1, 2)]", "assert [f(3)] == [P(1, 2)]",
     "e = P(1, 2)\nassert f(3) == e and f(3) == e", "import unittest\nunittest.TestCase().assertEqual(f(3), P(1, 2))",
-    "assert f(3) >= P(1, 2) and f(3) <= P(1, 2)", "assert P(0, 1) < f(3) < P(9, 9)", "assert sorted([P(5, 5), f(3), P(0, 0)])[1] == P(1, 2)",
+    "assert f(3) >= P(1, 2) and f(3) == P(1, 2)", "assert P(0, 1) < f(3) < P(9, 9)", "assert sorted([P(5, 5), f(3), P(0, 0)])[1] == P(1, 2)",
     "assert f(3) + P(0, 1) == P(1, 3)", "assert f(3) == (1, 2)", "assert (1, 2) == f(3)", "assert 1 in f(3) and 2 in f(3)", "assert f(3).x == 1 and f(3).y == 2",
     "assert abs(f(3) - 5) < 1e-9", "assert f(3) - P(1, 2) == 0", "class T:\n    def test_p(self): assert f(3) == P(1, 2)\nT().test_p()",
     "def test_p():\n    assert f(3) == P(1, 2)", "with P(1, 2): assert f(3) == P(1, 2) and f(4) == 9", "assert {f(3)} == {P(1, 2)}", "assert P(1, 2).__eq__(f(3)) is True",
@@ -84,6 +88,7 @@ CLASS_TESTS = (
 _STORED = {"nothing": "pass", "all": "s.a = a", "count": "P.n = getattr(P, 'n', 0) + 1; s.n = P.n"}
 _EQUAL = {
     "always": "True", "of a kind": "isinstance(o, P)", "by class name": "type(o).__name__ == 'P'", "not itself": "s is not o",
+    "below a bound": "all(v < 50 for v in getattr(o, 'a', [0]) if isinstance(v, int))",
     "to plain": "not isinstance(o, P) or True", "a truth": "bool(1)", "to objects and tuples": "isinstance(o, (P, tuple, int))",
 }  # fmt: skip
 _MORE = (
