@@ -1,9 +1,9 @@
 """Whether an object of the program answers a test because of what it was asked: the test's negative controls.
 
-Where a test compares objects of a class that the program was asked to write, the program answers: a class
-whose `==` is always true would pass. So what was asked up to such an answer is asked again of a fresh process,
-with one value changed: then two sides of a comparison differ, and the answer must change with them. The
-program cannot tell these runs from the real one: they differ by a value.
+Where a test compares objects of a class that the program was asked to write, the program answers, so a class
+whose `==` is always true would pass. What was asked up to such an answer is therefore asked again of a fresh
+process, with one value changed: then two sides of a comparison differ, and the answer must change with them.
+The program cannot tell these runs from the real one: they differ by a value.
 """
 
 import copy

@@ -26,7 +26,6 @@ import types
 import warnings
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import NonCallableMock
 
 from rewards.programs import pytests
 from rewards.programs.remote import (
@@ -147,7 +146,7 @@ class Judge(Peer):
         """What the program may do with objects of the tests: their protocols; data of the tests' classes."""
         own = (target if isinstance(target, type) else type(target)).__module__ == "tests"
         if name in ("getattr", "setattr", "delattr"):
-            allowed = own or isinstance(target, NonCallableMock)
+            allowed = own or type(target).__module__ == "unittest.mock"
             allowed |= isinstance(target, io.IOBase) and args[0] in _FILE_METHODS
             told = name == "getattr" and args[0] in ("__name__", "__doc__")
             data = not isinstance(target, type) and not callable(getattr(type(target), args[0], None))
@@ -344,7 +343,7 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return {"error": f"a test does not compile: {error}"}
     link = Judge(fd)
-    quiet_loops()
+    quiet_loops(" ".join(tests))
     passed, detail = 0, ""
     try:
         kind, rest = link.pipe.receive()

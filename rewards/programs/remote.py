@@ -10,7 +10,6 @@ Messages  ["op", number, method, args, kwargs]   do this with object `number`
           ["print", text]                        in between, unanswered
 """
 
-import asyncio
 import copy
 import json
 import operator
@@ -19,6 +18,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
@@ -362,26 +362,19 @@ def change(old: Any, new: Any) -> bool:
     return True
 
 
-class _Loop(asyncio.SelectorEventLoop):
-    """An event loop without the sockets that wake one from other threads: no program may have sockets."""
+def quiet_loops(source: str) -> None:
+    """Let `asyncio.run` do without the sockets that wake a loop from other threads: no program may have sockets.
 
-    def _make_self_pipe(self) -> None:
-        pass
-
-    def _close_self_pipe(self) -> None:
-        pass
-
-    def _write_to_self(self) -> None:
-        pass
-
-
-class _Loops(asyncio.DefaultEventLoopPolicy):
-    _loop_factory = _Loop
-
-
-def quiet_loops() -> None:
-    """Let `asyncio.run` work in this process, which may not open sockets."""
-    asyncio.set_event_loop_policy(_Loops())
+    Only where `source` could use it: the import takes longer than most programs run.
+    """
+    if "async" not in source:
+        return
+    asyncio: Any = import_module("asyncio")
+    quiet = dict.fromkeys(("_make_self_pipe", "_close_self_pipe", "_write_to_self"), lambda loop: None)
+    loop = type("Loop", (asyncio.SelectorEventLoop,), quiet)
+    asyncio.set_event_loop_policy(
+        type("Policy", (asyncio.DefaultEventLoopPolicy,), {"_loop_factory": loop})()
+    )
 
 
 def _text(error: BaseException) -> str:

@@ -4,7 +4,6 @@ All of this runs in the program's own process, so none of it is trusted: a progr
 nothing that a program that answers could not.
 """
 
-import asyncio
 import io
 import sys
 import types
@@ -43,7 +42,7 @@ class _Program(Peer):
                 return lambda *given, **named: value(*given, **named)
             return value
         if name == "await":
-            return asyncio.run(target)
+            return sys.modules["asyncio"].run(target)
         return super().perform(target, name, args, kwargs)
 
 
@@ -93,7 +92,7 @@ def serve(fd: int, code: str) -> None:
 
     The program is not `__main__` here, so its own demonstration under that guard stays out.
     """
-    quiet_loops()
+    quiet_loops(code)
     namespace = module("solution")
     program = _Program(fd, namespace)
     sys.stdout, sys.stdin = _Stdout(program), _Stdin(program)
