@@ -363,7 +363,7 @@ def change(old: Any, new: Any) -> bool:
 
 
 def quiet_loops(source: str) -> None:
-    """Let `asyncio.run` do without the sockets that wake a loop from other threads: no program may have sockets.
+    """Let `asyncio.run` do without the sockets that wake a loop from other threads; no program may have any.
 
     Only where `source` could use it: the import takes longer than most programs run.
     """
