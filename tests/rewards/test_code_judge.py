@@ -15,7 +15,7 @@ from rewards.programs.grade import run_tests
 from rewards.programs.run import same_output
 from rewards.tables import tabulated
 from tests import data
-from tests.rewards import honest, hostile
+from tests.rewards import forgeries, honest
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_right_programs_pass(pool, name):
 
 
 def test_the_shapes_pass_a_right_program(pool):
-    outcome = run_tests("def f(x): return x + 1", hostile.SHAPES, pool=pool)
+    outcome = run_tests("def f(x): return x + 1", forgeries.SHAPES, pool=pool)
     assert outcome.value == 1, outcome.detail
     right = (
         "class P:\n  def __init__(s, x, y): s.x, s.y = x, y\n  def __eq__(s, o): return [*s] == [*o]\n"
@@ -41,28 +41,28 @@ def test_the_shapes_pass_a_right_program(pool):
         "  def __add__(s, o): return P(s.x + o.x, s.y + o.y)\n"
         "  def __enter__(s): return s\n  def __exit__(s, *a): return False\ndef f(x): return P(x - 2, x - 1)"
     )
-    passed = [test for test in hostile.CLASS_TESTS if run_tests(right, [test], pool=pool).value == 1]
+    passed = [test for test in forgeries.CLASS_TESTS if run_tests(right, [test], pool=pool).value == 1]
     failed = {
         "assert f(3) == (1, 2)", "assert (1, 2) == f(3)",  # the tests do not name P
         "assert abs(f(3) - 5) < 1e-9", "assert f(3) - P(1, 2) == 0",  # no such operators
         "with P(1, 2): assert f(3) == P(1, 2) and f(4) == 9",  # false
     }  # fmt: skip
-    assert set(hostile.CLASS_TESTS) - set(passed) == failed
+    assert set(forgeries.CLASS_TESTS) - set(passed) == failed
 
 
 def test_an_object_that_answers_everything_passes_nothing(pool):
-    programs = dict(list(hostile.universal().items())[::2])
+    programs = dict(list(forgeries.universal().items())[::2])
     with ThreadPoolExecutor(2) as threads:
         outcomes = threads.map(
-            lambda code: run_tests(code, hostile.SHAPES, partial_credit=True, pool=pool), programs.values()
+            lambda code: run_tests(code, forgeries.SHAPES, partial_credit=True, pool=pool), programs.values()
         )
         passed = [name for name, outcome in zip(programs, outcomes, strict=True) if outcome.value != 0]
     assert len(programs) >= 400 and not passed
 
 
 def test_a_class_that_is_equal_to_everything_passes_nothing(pool):
-    programs = list(hostile.classes().items())[::7]
-    jobs = [(n, c, hostile.CLASS_TESTS[i % len(hostile.CLASS_TESTS)]) for i, (n, c) in enumerate(programs)]
+    programs = list(forgeries.classes().items())[::7]
+    jobs = [(n, c, forgeries.CLASS_TESTS[i % len(forgeries.CLASS_TESTS)]) for i, (n, c) in enumerate(programs)]
     with ThreadPoolExecutor(2) as threads:
         outcomes = list(threads.map(lambda job: run_tests(job[1], [job[2]], pool=pool), jobs))
     wrong = [(j[0], j[2]) for j, outcome in zip(jobs, outcomes, strict=True) if outcome.value == 1]
