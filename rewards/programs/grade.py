@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rewards.maths.extract import answer_block, outside_think
 from rewards.pool import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.programs.tables import tabulated
 from rewards.registry import Outcome
-from rewards.tables import tabulated
 from rollout.types import StdioTest
 
 DEFAULT_TIMEOUT_S = 5.0

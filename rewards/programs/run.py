@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rewards import wire
-from rewards.programs import controls, isolate, judge, remote
+from rewards.programs import isolate
+from rewards.programs.judging import controls, judge, remote
 from rewards.programs.zygote import LINK_FD, Limits, Zygote, keep, seed
 
 __all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]

@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from rewards.pool import WorkerPool
 from rewards.programs.grade import run_tests
 from rewards.programs.run import same_output
-from rewards.tables import tabulated
+from rewards.programs.tables import tabulated
 from tests import data
 from tests.rewards import forgeries, honest
 
@@ -62,7 +62,9 @@ def test_an_object_that_answers_everything_passes_nothing(pool):
 
 def test_a_class_that_is_equal_to_everything_passes_nothing(pool):
     programs = list(forgeries.classes().items())[::7]
-    jobs = [(n, c, forgeries.CLASS_TESTS[i % len(forgeries.CLASS_TESTS)]) for i, (n, c) in enumerate(programs)]
+    jobs = [
+        (n, c, forgeries.CLASS_TESTS[i % len(forgeries.CLASS_TESTS)]) for i, (n, c) in enumerate(programs)
+    ]
     with ThreadPoolExecutor(2) as threads:
         outcomes = list(threads.map(lambda job: run_tests(job[1], [job[2]], pool=pool), jobs))
     wrong = [(j[0], j[2]) for j, outcome in zip(jobs, outcomes, strict=True) if outcome.value == 1]

@@ -27,8 +27,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.programs import pytests
-from rewards.programs.remote import (
+from rewards.programs.judging import pytests
+from rewards.programs.judging.remote import (
     ARITHMETIC,
     COMPARISONS,
     PROTOCOL,
@@ -43,7 +43,7 @@ from rewards.programs.remote import (
     quiet_loops,
     words,
 )
-from rewards.programs.values import Malformed, encode
+from rewards.programs.judging.values import Malformed, encode
 
 _FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
 _MODULES = "solution main program module candidate submission answer your_module __main__".split()  # noqa: SIM905

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from rewards.programs.remote import COMPARISONS, Pipe
+from rewards.programs.judging.remote import COMPARISONS, Pipe
 
 MOST_CHECKED, GROUPS = 24, 6
 """Answers of one run that are checked; values that are changed for one of them until a change tells."""

@@ -10,8 +10,8 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-from rewards.programs import values
-from rewards.programs.remote import Peer, quiet_loops, words
+from rewards.programs.judging import values
+from rewards.programs.judging.remote import Peer, quiet_loops, words
 
 MOST_PRINTED = 1 << 20
 """Characters between two messages; more are dropped."""

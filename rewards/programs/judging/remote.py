@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any
 
 from rewards import wire
-from rewards.programs.values import Malformed, decode, encode
+from rewards.programs.judging.values import Malformed, decode, encode
 
 ENDED = "the program ended"
 LONGEST_MESSAGE = 64 << 20
