@@ -108,6 +108,8 @@ UNJUDGED = {
     "an import": "import math\nfrom solution import f",
     "a module that is not there": "import no_such_module\nassert f(1) == 2",
     "a class derived from the program's": "class D(C): pass\nassert f(1) == 2",
+    "a fixture that is not there": "def test_f(no_such_fixture):\n  assert f(1) == 2",
+    "a function replaced in another process": "from unittest.mock import patch\nwith patch('solution.f', return_value=5):\n  assert f(1) == 5",
     "arithmetic that cannot be checked": "assert abs(C() - 3) < 1",
     "a helper that neither tests nor prompt define": "def check(candidate):\n  assert near(candidate(1), 2) < 1e-6\ncheck(f)",
 }  # fmt: skip

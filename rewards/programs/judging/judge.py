@@ -11,7 +11,8 @@ if `controls` shows that another question gets another answer. Built-in names, l
 tests define are the tests' own.
 
 Known differences from running in one process: an argument changed in place is seen when the statement has
-ended, if the call returned something else; the tests cannot derive from a class of the program.
+ended, if the call returned something else; a list that a test takes from the program is a copy, so that the
+program does not see what the test appends; the tests cannot derive from a class of the program.
 """
 
 import ast
@@ -20,6 +21,7 @@ import dis
 import functools
 import importlib
 import io
+import re
 import symtable
 import sys
 import types
@@ -46,6 +48,7 @@ from rewards.programs.judging.remote import (
 from rewards.programs.judging.values import Malformed, encode
 
 _FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
+_PATCHED = re.compile(r"""\bpatch(?:\.\w+)?\(\s*(?!['"](?:builtins\.input|sys\.std)|self)""")  # `mock.patch`
 _MODULES = "solution main program module candidate submission answer your_module __main__".split()  # noqa: SIM905
 
 
@@ -364,12 +367,14 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
             passed += 1
         except BaseException as error:
             if isinstance(error, ModuleNotFoundError) and not hasattr(error, "r1_theirs"):
-                return {"error": f"test {number} needs the module {error.name}"}
+                return {"error": f"test {number} needs {error.name}, which is not here"}
             detail = detail or f"test {number} of {len(tests)}: {words(error)}"
         if (detail and stop_early) or link.gone:
             break
     if passed == len(tests) and not link.asked:
         return {"error": "the tests never asked the program anything"}
     unjudged = link.unjudged or (link.helped if passed == len(tests) else "")
+    if passed < len(tests) and any(map(_PATCHED.search, tests)):
+        unjudged = "the tests replace what the program uses, in another process"
     result = {"passed": passed, "detail": detail, "unjudged": unjudged}
     return result | ({"log": link.log, "doubtful": link.doubtful} if passed and link.doubtful else {})

@@ -133,7 +133,9 @@ def _filled(test: Any, instance: Any, given: dict[str, Any], stack: contextlib.E
             stack.enter_context(contextlib.redirect_stdout(text))
             out[name] = types.SimpleNamespace(readouterr=functools.partial(_taken, text))
         else:
-            made = getattr(instance, name, None) or test.__globals__[name]
+            made = getattr(instance, name, None) or test.__globals__.get(name)
+            if made is None:
+                raise ModuleNotFoundError(name=f"the fixture {name}")
             value = made(**_filled(made, instance, given, stack))
             out[name] = next(value) if inspect.isgenerator(value) else value
             if inspect.isgenerator(value):

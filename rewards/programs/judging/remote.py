@@ -227,7 +227,7 @@ class Peer:
                 *zip(range(len(args)), args, given, strict=True),
                 *((k, kwargs[k], data) for k, data in named),
             ]
-            mutable = [item for item in passed if isinstance(item[1], _MUTABLE)]
+            mutable = [item for item in passed if isinstance(item[1], _MUTABLE) or _is_array(item[1])]
             after = [(key, self.encoded(arg), before) for key, arg, before in mutable]
             own = [["arg", key] for key, arg, _ in mutable if arg is value]
             changes = [[key, now] for key, now, before in after if now != before]
@@ -357,9 +357,15 @@ def change(old: Any, new: Any) -> bool:
     elif isinstance(old, (dict, set, deque)) and isinstance(new, (dict, set, deque)):
         old.clear()
         old.extend(new) if isinstance(old, deque) else old.update(new)
+    elif _is_array(old) and _is_array(new) and old.shape == new.shape:
+        old[...] = new
     else:
         return False
     return True
+
+
+def _is_array(value: Any) -> bool:
+    return type(value).__name__ == "ndarray" and type(value).__module__ == "numpy"
 
 
 def quiet_loops(source: str) -> None:

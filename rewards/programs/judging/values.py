@@ -11,6 +11,7 @@ import decimal
 import fractions
 import functools
 import importlib
+import pathlib
 import sys
 import types
 from collections.abc import Callable
@@ -124,6 +125,7 @@ _ENCODERS: dict[type, Encoder] = {
     datetime.datetime: lambda value, _: ["dt", datetime.datetime.isoformat(value)],
     datetime.date: lambda value, _: ["da", datetime.date.isoformat(value)],
     datetime.time: lambda value, _: ["ti", datetime.time.isoformat(value)],
+    pathlib.PurePath: lambda value, _: ["p", pathlib.PurePath.__str__(value)],
     datetime.timedelta: lambda value, _: ["td", value.days, value.seconds, value.microseconds],
     type(Ellipsis): lambda value, _: ["e"],
 }  # fmt: skip
@@ -180,6 +182,7 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "da": datetime.date.fromisoformat,
     "ti": datetime.time.fromisoformat,
     "td": lambda days, seconds, micro: datetime.timedelta(days, seconds, micro),
+    "p": pathlib.PurePath,
     "e": lambda: ...,
     "ni": lambda: NotImplemented,
 }
