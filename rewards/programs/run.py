@@ -88,7 +88,7 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
     for number, test in enumerate(tests, 1):
         with suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # the judge reports these
             judge.compiled(test, number)  # once for all programs of a group
-    end = time.monotonic() + limits.timeout_s + 5
+    end = time.monotonic() + limits.timeout_s + 3  # for controls
     reply = _beside(code, lambda fd: judge.judge(fd, tests, stop_early), limits)
     if "doubtful" in reply:
 

@@ -17,6 +17,8 @@ from rewards.programs.judging.remote import COMPARISONS, Pipe
 
 MOST_CHECKED, GROUPS = 24, 6
 """Answers of one run that are checked; values that are changed for one of them until a change tells."""
+LONGEST_LOG, LARGEST_LOG = 5_000, 4 << 20
+"""Messages of a run that can be checked, and their size in bytes."""
 _NEW = ["new"]
 _OPPOSITE = {"__lt__": "__gt__", "__gt__": "__lt__", "__le__": "__ge__", "__ge__": "__le__"}
 _LOOSE = {*_OPPOSITE, "__contains__"}  # a value beside one may have the same answer, all values may not
@@ -30,7 +32,8 @@ Replay = Callable[[list[Any]], Any]
 
 def doubted(log: Log, asked: list[int], replay: Replay) -> str | None:
     """Why an answer at one of these indices of the log does not count; "" where none can tell, else None."""
-    chosen = _chance.sample(asked, min(MOST_CHECKED, len(asked)))
+    most = min(MOST_CHECKED, len(asked), max(3, 2_000 // len(log)))  # fewer where each run takes longer
+    chosen = _chance.sample(asked, most)
     for at in chosen:
         doubt = _doubt(log, at, replay, 2 if len(chosen) < 3 else 1)
         if doubt is not None:
@@ -86,9 +89,11 @@ def _groups(log: Log, at: int) -> Iterator[list[list[Any]]]:
         yield [[*sent[:at], ["op", target if theirs is None else theirs, *exchanged, []]]]
     sides = [_related(log[:at], number) for number in (target, theirs) if number is not None]
     one_sided = sorted(sides[0] ^ sides[1], reverse=True) if theirs is not None else [at]
-    changes = list(_changes(sent, one_sided, method in _LOOSE))
-    yield from ([[*sent[:i], other, *sent[i + 1 :]] for other in others] for i, others in changes)
-    if theirs is not None and not changes:  # both sides come from the same values: another object beside them
+    told = False
+    for i, others in _changes(sent, one_sided, method in _LOOSE):
+        told = True
+        yield [[*sent[:i], other, *sent[i + 1 :]] for other in others]
+    if theirs is not None and not told:  # both sides come from the same values: another object beside them
         makers = _changes(sent, [i for i in sorted(sides[1]) if _made(log[i][1])], method in _LOOSE)
         last = ["op", target, method, [_NEW], []]
         yield from ([[*sent[:at], other, last] for other in others] for _, others in makers)

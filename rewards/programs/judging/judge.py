@@ -21,6 +21,7 @@ import dis
 import functools
 import importlib
 import io
+import json
 import re
 import symtable
 import sys
@@ -29,7 +30,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.programs.judging import pytests
+from rewards.programs.judging import controls, pytests
 from rewards.programs.judging.remote import (
     ARITHMETIC,
     COMPARISONS,
@@ -147,15 +148,19 @@ class Judge(Peer):
 
     def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """What the program may do with objects of the tests: their protocols; data of the tests' classes."""
-        own = (target if isinstance(target, type) else type(target)).__module__ == "tests"
+        kind = target if isinstance(target, type) else type(target)
+        own = kind.__module__ == "tests"
         if name in ("getattr", "setattr", "delattr"):
-            allowed = own or type(target).__module__ == "unittest.mock"
-            allowed |= isinstance(target, io.IOBase) and args[0] in _FILE_METHODS
+            data = kind is not target and not callable(getattr(kind, args[0], None))
+            if name == "getattr":
+                allowed = own or (data and kind.__module__ == "unittest.mock")
+                allowed |= args[0] in (_FILE_METHODS if isinstance(target, io.IOBase) else ())
+            else:
+                allowed = own and data
             told = name == "getattr" and args[0] in ("__name__", "__doc__")
-            data = not isinstance(target, type) and not callable(getattr(type(target), args[0], None))
-            if not told and (args[0].startswith("_") or not allowed or (name != "getattr" and not data)):
+            if not told and (not allowed or args[0].startswith("_")):
                 raise AttributeError(args[0])
-        elif name not in PROTOCOL | SPECIAL.keys() or (isinstance(target, type) and not own):
+        elif name not in PROTOCOL | SPECIAL.keys() or (kind is target and not own):
             raise AttributeError(name)
         return super().perform(target, name, args, kwargs)
 
@@ -377,4 +382,8 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
     if passed < len(tests) and any(map(_PATCHED.search, tests)):
         unjudged = "the tests replace what the program uses, in another process"
     result = {"passed": passed, "detail": detail, "unjudged": unjudged}
-    return result | ({"log": link.log, "doubtful": link.doubtful} if passed and link.doubtful else {})
+    if not passed or not link.doubtful:
+        return result
+    if len(link.log) > controls.LONGEST_LOG or len(json.dumps(link.log)) > controls.LARGEST_LOG:
+        return {"error": "the tests ask too much of the program's own objects for it to be checked"}
+    return result | {"log": link.log, "doubtful": link.doubtful}
