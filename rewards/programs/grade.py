@@ -46,15 +46,16 @@ def run_tests(
     """Whether `code` passes `tests`: 1 or 0, or with `partial_credit` the share that it passes.
 
     Args:
-        tests: Python statements that raise on failure, run in the program's namespace; or stdin/stdout cases.
+        tests: Python statements that raise on failure, which see the program's names; what they define as
+            pytest or unittest expect is run. Or stdin/stdout cases.
         timeout_s: Wall clock, seconds, of one run of the program: for all statements together, for each case.
         partial_credit: Run on after a failure; a run that times out still gets nothing.
         shown: How many of `tests`, from the first on, the question shows; `None` = all. A program that only
             tabulates them is wrong.
 
     Returns:
-        `value=None` where the verifier failed: no tests, tests of both kinds, a test that does not compile,
-        or a worker that died. A program that crashes or never ends is simply wrong.
+        `value=None` where the verifier failed: no tests, tests of both kinds, one that does not compile,
+        tests that ask the program nothing or cannot be judged, or a worker that died. A program that crashes or never ends is simply wrong.
     """
     if tabulated(code, [test for test in tests[:shown] if isinstance(test, str)]):
         return Outcome(0.0, "a table of the cases that the question shows", code)

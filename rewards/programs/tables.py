@@ -21,23 +21,33 @@ _OPERATORS = {
 }
 SHARE = 2 / 3
 """Of the shown cases, for a program to count as a table; each published solution of MBPP holds fewer."""
+OF_CONSTANTS = 1 / 2
+"""Share of the program's constants that these must be: a dictionary of all months is a solution."""
 
 Leaves = list[Any]
 
 
 def tabulated(code: str, tests: Sequence[str]) -> bool:
-    """Whether `code` holds two or more of the cases in `tests` (`assert f(1) == 3`), and `SHARE` of them."""
-    cases = [case for test in tests for case in _cases(test)]
-    tree = _parsed(code)
-    if len(cases) < 2 or tree is None:
+    """Whether `code` holds two or more of the cases in `tests` (`assert f(1) == 3`), and little else."""
+    try:
+        cases = [case for test in tests for case in _cases(test)]
+        tree = _parsed(code)
+        if len(cases) < 2 or tree is None:
+            return False
+        streams = [list(_leaves(tree, text)) for text in (False, True)]
+    except RecursionError:
         return False
-    streams = [list(_leaves(tree, text)) for text in (False, True)]
-    inputs, outputs = ([leaf for case in cases for leaf in case[side]] for side in (0, 1))
-    if any(_held(stream, [inputs, outputs]) == 2 for stream in streams):
-        return True
+    columns = [[leaf for case in cases for leaf in case[side]] for side in (0, 1)]
     ways = ([given + answer for given, answer in cases], [answer + given for given, answer in cases])
-    most = max(_held(stream, parts) for stream in streams for parts in ways)
-    return most >= max(2, SHARE * len(cases))
+    for stream in streams:
+        held, size = _held(stream, columns)
+        if held == 2 and size >= OF_CONSTANTS * len(stream):
+            return True
+        for parts in ways:
+            held, size = _held(stream, parts)
+            if held >= max(2, SHARE * len(cases)) and size >= OF_CONSTANTS * len(stream):
+                return True
+    return False
 
 
 def _parsed(text: str) -> ast.AST | None:
@@ -121,15 +131,15 @@ def _number(*values: Any) -> bool:
     return all(isinstance(value, (int, float)) and abs(value) < 1 << 64 for value in values)
 
 
-def _held(stream: Leaves, parts: list[Leaves]) -> int:
-    """How many of `parts` are in the stream, each in constants of its own."""
-    rest, held = list(stream), 0
+def _held(stream: Leaves, parts: list[Leaves]) -> tuple[int, int]:
+    """How many of `parts` are in the stream, each in constants of its own, and how many constants that is."""
+    rest, held, size = list(stream), 0, 0
     for part in sorted(parts, key=len, reverse=True):
         at = _find(rest, part)
         if at >= 0:
-            held += 1
+            held, size = held + 1, size + len(part)
             rest[at : at + len(part)] = [None]
-    return held
+    return held, size
 
 
 def _find(stream: Leaves, part: Leaves) -> int:

@@ -192,6 +192,10 @@ def test_a_table_of_the_shown_cases_is_refused_and_a_solution_with_constants_is_
     for code in [*tables(tests), "def f(x): return {2 - 1: 1 + 1, 5: 6, -3: -2}[x]"]:
         assert tabulated(code, tests) and run_tests(code, tests, pool=pool).value == 0, code
     assert not tabulated("def f(x):\n    if x == 1: return 2\n    return x + 1", tests)
+    months = "M = {" + ", ".join(f"{n}: {n + 1}" for n in range(-9, 9)) + "}\ndef f(x): return M[x]"
+    assert not tabulated(months, tests)  # a dictionary of all there are is a solution
+    for deep in ("-" * 5000 + "1", "(" * 5000, "1" + "+1" * 50_000, "[" * 99 + "]" * 99, "x" + ".y" * 50_000):
+        assert not tabulated(deep, tests)
     hidden = run_tests(
         tables(tests)[0], [*tests, "assert f(6) == 7"], shown=0, partial_credit=True, pool=pool
     )

@@ -94,3 +94,14 @@ def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
 def test_grading_needs_no_torch():
     script = "import sys, pipeline.tools.grade; sys.exit('torch' in sys.modules or 'sympy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
+
+
+def test_a_line_says_how_many_tests_its_question_shows(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    row = {
+        "tests": ["assert f(1) == 2", "assert f(5) == 6"],
+        "completion": "def f(x): return {1: 2, 5: 6}[x]",
+    }
+    lines = [row, row | {"shown": 0}, row | {"shown": "all"}]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    assert grade_file(source, out) == {"correct": 1, "incorrect": 1, "error": 1}
