@@ -55,7 +55,8 @@ def run_tests(
 
     Returns:
         `value=None` where the verifier failed: no tests, tests of both kinds, one that does not compile,
-        tests that ask the program nothing or cannot be judged, or a worker that died. A program that crashes or never ends is simply wrong.
+        tests that ask the program nothing or cannot be judged, or a worker that died. A program that crashes
+        or never ends is simply wrong.
     """
     if tabulated(code, [test for test in tests[:shown] if isinstance(test, str)]):
         return Outcome(0.0, "a table of the cases that the question shows", code)
