@@ -26,7 +26,8 @@ class Accuracy:
         if outcome is not None:
             return outcome
         assert extracted is not None  # `quick` settles all but programs
-        return run_tests(extracted, problem.tests, partial_credit=self.partial_credit, pool=self.pool)
+        shown, partial = problem.shown, self.partial_credit
+        return run_tests(extracted, problem.tests, partial_credit=partial, shown=shown, pool=self.pool)
 
     def quick(self, problem: Problem, completion: str) -> tuple[Outcome | None, str | None]:
         """The outcome where it takes no worker, else `None`; and the answer or program found."""

@@ -16,18 +16,22 @@ that function. And a program may reproduce a public benchmark from memory.
 
 import gc
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from typing import Any
 
 from rewards.fork import Fork
-from rewards.programs import hook, isolate, judge
+from rewards.programs import hook, isolate
+from rewards.programs.judging import controls, judge, remote
 from rewards.programs.zygote import Limits, Zygote, seed, standard_streams
 from rewards.wire import Channel
 
@@ -38,6 +42,7 @@ WARM_MODULES = (
     "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",  # noqa: E501
 )  # fmt: skip
 JUDGE_MEMORY_BYTES = 1 << 30
+_DECIMAL = re.compile(r"^(-?\d+)\.(\d*?)0*$")
 
 _parent = -1  # both set by `warm`
 _zygote: Zygote | None = None
@@ -79,8 +84,38 @@ def warm(scratch: str, parent: int) -> None:
 def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:
     """Run the program in one process and the tests on it in another, under one clock.
 
-    Returns `passed`, `total` and a `detail` about the first failure; or `error`: a test does not compile.
+    Returns `passed`, `total` and a `detail` about the first failure; or `error`: what the tests ask cannot be
+    judged.
     """
+    for number, test in enumerate(tests, 1):
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # the judge reports these
+            judge.compiled(test, number)  # once for all programs of a group
+    end = time.monotonic() + limits.timeout_s + 3  # for controls
+    reply = _beside(code, lambda fd: judge.judge(fd, tests, stop_early), limits)
+    if "doubtful" in reply:
+
+        def replay(messages: list[Any]) -> Any:
+            late = time.monotonic() > end
+            return (
+                None
+                if late
+                else _beside(code, lambda fd: controls.replay(fd, messages), limits).get("answer")
+            )
+
+        doubt = controls.doubted(reply["log"], reply["doubtful"], replay)
+        if doubt:
+            reply = {"passed": 0, "detail": doubt}
+        elif doubt == "":
+            reply = {"error": "the tests compare objects of the program in a way that cannot be checked"}
+    if reply.get("unjudged"):
+        reply = {"error": reply["unjudged"]}
+    if "error" in reply:
+        return {"error": reply["error"]}
+    return {"passed": reply["passed"], "total": len(tests), "detail": reply["detail"]}
+
+
+def _beside(code: str, work: Callable[[int], dict[str, Any]], limits: Limits) -> dict[str, Any]:
+    """Start a program, and `work` with the socket to it in a judge's process; what that returns."""
     assert _zygote is not None
     ours, theirs = socket.socketpair()
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -89,34 +124,35 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
         program.pid = _zygote.start(code, "asserts", limits, [nothing, nothing, nothing, theirs.fileno()])
         theirs.close()
         try:
-            result, why = _judged(ours, tests, stop_early, limits)
+            reply, why = _judged(ours, work, limits)
         finally:
             program.status = _zygote.end()
     finally:
         os.close(nothing)
         ours.close()
         theirs.close()
-    if result.startswith("E "):
-        return {"error": result[2:]}
-    passed, _, detail = (result or f"0 {why}").partition(" ")
-    if judge.ENDED in detail:
-        detail += f" ({program.failure()})"
-    return {"passed": int(passed), "total": len(tests), "detail": detail}
+    if not reply:
+        return {"passed": 0, "detail": why}
+    if remote.ENDED in reply.get("detail", ""):
+        reply["detail"] += f" ({program.failure()})"
+    return reply
 
 
-def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Limits) -> tuple[str, str]:
-    """What the judge found, or "" and why there is nothing. EOFError: it died, not by the program's doing."""
-    fork = Fork(partial(_judge, link.fileno(), tests, stop_early, limits), [link.fileno()], _parent)
+def _judged(
+    link: socket.socket, work: Callable[[int], dict[str, Any]], limits: Limits
+) -> tuple[dict[str, Any], str]:
+    """What the judge found, or nothing and why. EOFError: it died, not by the program's doing."""
+    fork = Fork(partial(_judge, link.fileno(), work, limits), [link.fileno()], _parent)
     link.close()
     try:
-        return str(fork.channel.receive(time.monotonic() + limits.timeout_s)), ""
+        return fork.channel.receive(time.monotonic() + limits.timeout_s), ""
     except TimeoutError:
-        return "", f"time ran out after {limits.timeout_s:g} s"
+        return {}, f"time ran out after {limits.timeout_s:g} s"
     finally:
         fork.end()
 
 
-def _judge(link: int, tests: list[str], stop_early: bool, limits: Limits, answers: Channel) -> None:
+def _judge(link: int, work: Callable[[int], dict[str, Any]], limits: Limits, answers: Channel) -> None:
     isolate.die_with_parent()
     os.setsid()
     isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
@@ -124,7 +160,7 @@ def _judge(link: int, tests: list[str], stop_early: bool, limits: Limits, answer
     hook.forbid(None)
     sys.set_int_max_str_digits(0)
     seed()
-    answers.send(judge.judge(link, tests, stop_early)[:1000])
+    answers.send(work(link))
 
 
 def run_stdio(code: str, cases: list[list[str]], limits: Limits, stop_early: bool) -> dict[str, Any]:
@@ -169,8 +205,12 @@ def _run_once(code: str, given: bytes, limits: Limits) -> tuple[_Run, str, str]:
 
 
 def same_output(got: str, want: str) -> bool:
-    """Token by token, line by line; spaces within a line and blank lines at the end do not matter."""
-    lines = [[line.split() for line in text.rstrip().splitlines()] for text in (got, want)]
+    """Token by token, line by line; spaces within a line and blank lines at the end do not matter, nor does
+    how many zeros end a decimal fraction."""
+    lines = [
+        [[_DECIMAL.sub(r"\1.\2", token) for token in line.split()] for line in text.rstrip().splitlines()]
+        for text in (got, want)
+    ]
     return lines[0] == lines[1]
 
 

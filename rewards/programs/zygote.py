@@ -20,8 +20,9 @@ from functools import partial
 from typing import Any
 
 from rewards.fork import Fork, outgrown
-from rewards.programs import hook, isolate, serve
-from rewards.programs.judge import words
+from rewards.programs import hook, isolate
+from rewards.programs.judging import serve
+from rewards.programs.judging.remote import words
 from rewards.wire import Channel
 
 LINK_FD = 3

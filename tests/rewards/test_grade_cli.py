@@ -78,7 +78,11 @@ def test_strict_mode_and_forced_kind(tmp_path):
     source.write_text('{"answer": "7", "completion": "7", "tests": ["pass"]}\n')
     assert grade_file(source, out, "math", "lenient") == {"correct": 1, "incorrect": 0, "error": 0}
     assert grade_file(source, out, "math", "strict") == {"correct": 0, "incorrect": 1, "error": 0}
-    assert grade_file(source, out, None, "strict") == {"correct": 1, "incorrect": 0, "error": 0}
+    assert grade_file(source, out, None, "strict") == {
+        "correct": 0,
+        "incorrect": 0,
+        "error": 1,
+    }  # asks nothing
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
@@ -136,3 +140,14 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_a_line_says_how_many_tests_its_question_shows(tmp_path):
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    row = {
+        "tests": ["assert f(1) == 2", "assert f(5) == 6"],
+        "completion": "def f(x): return {1: 2, 5: 6}[x]",
+    }
+    lines = [row, row | {"shown": 0}, row | {"shown": "all"}]
+    source.write_text("\n".join(map(json.dumps, lines)))
+    assert grade_file(source, out) == {"correct": 1, "incorrect": 1, "error": 1}
