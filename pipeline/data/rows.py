@@ -1,5 +1,6 @@
 """Rows of any known shape as problems; bad rows are left out and counted, up to a bound."""
 
+import ast
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
@@ -80,6 +81,12 @@ def to_problem(row: Any, source: str, index: int, fields: dict[str, str]) -> Pro
     kind = "code" if asked.tests else kind
     named = first(row, "source", "data_source")
     origin = named if isinstance(named, str) else source
+    for test in asked.tests:
+        if isinstance(test, str):
+            try:
+                ast.parse(test)
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                raise BadRow(f"a test is no Python: {error}") from error
     check_text(identity, asked.question, asked.answer, origin, *map(str, asked.tests))
     kinds = cast(Kind, kind), cast(Language, language)
     return Problem(
@@ -118,6 +125,8 @@ class Tally:
                 yield where, convert(row, self.total - 1)
             except BadRow as error:
                 self.bad(where, str(error))
+            except (TypeError, AttributeError, LookupError, ValueError) as error:  # rows are any JSON
+                self.bad(where, f"a value of a kind that no known shape has ({error})")
 
     def settle(self) -> None:
         """Say how many rows were left out.

@@ -59,5 +59,5 @@ def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokeni
 def trained_template(model: Path) -> str | None:
     """The prompt template that a model was trained with, where its pipeline.json has it."""
     known = read_json(model / "pipeline.json")
-    template: str | None = known.get("template") or known.get("r1_template")
-    return template
+    template = known.get("template") or known.get("r1_template")
+    return str(template) if template else None
