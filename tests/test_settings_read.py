@@ -153,8 +153,8 @@ FLAGS = {
     "smollm2": "--threads 1 --gguf {policy}/config.json",
     "distill": "--threads 1 --corpus {corpus} --tokenizer-from {policy} --steps 1",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
-    " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3 --max-tokens 5"
-    " --temperature 0.5 --top-p 0.9 --top-k 7",
+    " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3"
+    " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7",
     "report": "--threads 1",
 }
 """The micro run of each stage's module."""

@@ -164,7 +164,7 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
     `command` is what the user typed, less `--resume`, for the errors that say how to go on.
     """
     if not re.fullmatch(r"\w[\w.-]{0,199}", config.name):
-        raise UserError(f"--name {config.name!r} must be at most 200 letters, digits and . _ - (it becomes a folder)")
+        raise UserError(f"--name {config.name!r} must be letters, digits and . _ -, at most 200 (a folder)")
     run = RunDir(stage, config, command)
     used = (run.path / "config.toml").exists() and not stage.extends
     done = (run.path / "done.json").exists() and not stage.extends

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share
+from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share, Threads
 from rollout.text.templates import template_named
 from rollout.types import SamplingParams
 
@@ -22,7 +22,7 @@ class StageSettings(Settings):
     """Seed of every random number; same config and seed give the same bits on a CPU."""
     resume: bool = False
     """Go on from the newest checkpoint of this run directory (or start it, when there is none)."""
-    threads: Natural = 0
+    threads: Threads = 0
     """CPU threads for torch; 0 = one a core. Bits are reproducible for an equal number of threads."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.settings.common import AnswerSampling, TruncatedSampling
-from rollout.ranges import Count, Natural, Range, Seed, Settings
+from rollout.ranges import Count, Natural, Range, Seed, Settings, Threads
 from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
 
 
@@ -22,7 +22,7 @@ class ModelSettings(Settings):
     """Of the weights and the arithmetic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = cuda where there is one. vLLM takes what its build is for."""
-    threads: Natural = 0
+    threads: Threads = 0
     """CPU threads for torch; 0 = torch's own choice."""
     local: LocalSettings = field(default_factory=LocalSettings)
     """Settings of the native and the dense engine."""
