@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
 
 from model.kernels.attend import attend
 from model.kernels.packed import Packed
@@ -67,6 +68,7 @@ class DensePolicy(Policy):
         Raises:
             OSError, ValueError: no model there that transformers can read.
         """
+        logging.disable_progress_bar()  # it would cut through the caller's own lines
         try:
             return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map={"": device}))
         except (SafetensorError, ValueError) as error:

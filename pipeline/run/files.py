@@ -1,6 +1,5 @@
 """Files and folders that appear complete or not at all, and their hashes."""
 
-import errno
 import hashlib
 import json
 import os
@@ -9,9 +8,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
-
-LEAST_FREE = 1 << 16
-"""Bytes; a disk with less is full."""
 
 
 @contextmanager
@@ -34,20 +30,9 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(old)
         partial.replace(path)
         remove(old)
-    except Exception as error:
-        full = is_full(error, path.parent)
+    except Exception:
         remove(partial)  # a full disk gets its space back
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
-
-
-def is_full(error: Exception, folder: Path) -> bool:
-    """Whether a write failed for lack of space: torch's and safetensors' errors have no errno."""
-    if isinstance(error, OSError):
-        return False  # it says so itself
-    told = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-    return told or shutil.disk_usage(folder).free < LEAST_FREE
 
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
