@@ -27,7 +27,13 @@ class Accuracy:
             return outcome
         assert extracted is not None  # `quick` settles completions without an answer
         if problem.kind == "code":
-            return run_tests(extracted, problem.tests, partial_credit=self.partial_credit, pool=self.pool)
+            return run_tests(
+                extracted,
+                problem.tests,
+                partial_credit=self.partial_credit,
+                shown=problem.shown,
+                pool=self.pool,
+            )
         return grade_math(problem.answer, extracted, pool=self.pool)
 
     def quick(self, problem: Problem, completion: str) -> tuple[Outcome | None, str | None]:

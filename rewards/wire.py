@@ -22,7 +22,11 @@ def length_of(head: bytes) -> int:
 
 def write(fd: int, message: Any) -> None:
     """Send a message, however much of it the pipe takes at once."""
-    data = frame(message)
+    write_all(fd, frame(message))
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write bytes, however much of them the pipe takes at once."""
     while data:
         data = data[os.write(fd, data) :]
 

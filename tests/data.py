@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import UserError
+from rewards.programs.helpers import preamble
 
 FOLDER = Path(os.environ.get("R1_DATA") or Path(__file__).parents[2] / "shared" / "data")
 """R1_DATA, else `shared/data` beside the checkout."""
@@ -32,7 +33,13 @@ def checked_programs(name: str) -> list[tuple[str, list[str]]]:
     """Reference programs of humaneval or mbpp, each with the tests that it passes."""
     if name == "humaneval":
         return [
-            (row["prompt"] + row["canonical_solution"], [f"{row['test']}\ncheck({row['entry_point']})"])
+            (
+                row["prompt"] + row["canonical_solution"],
+                [
+                    preamble(row["prompt"], row["entry_point"])
+                    + f"\n{row['test']}\ncheck({row['entry_point']})"
+                ],
+            )
             for row in rows(name)
         ]
     return [

@@ -2,10 +2,12 @@
 
 import hashlib
 import re
+import textwrap
 from collections.abc import Sequence
 
 from rewards.maths.extract import answer_block, outside_think
 from rewards.pool import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.programs.tables import tabulated
 from rewards.registry import Outcome
 from rollout.types import StdioTest
 
@@ -28,6 +30,7 @@ def extract_code(completion: str) -> str | None:
         fences = _FENCE.findall(visible)
     python = [body for tag, body in fences if tag.lower() in ("python", "python3", "py")]
     code = python[-1] if python else fences[-1][1] if fences else text
+    code = textwrap.dedent(code) if code[:1].isspace() else code
     return code.strip("\n") if code.strip() else None
 
 
@@ -37,6 +40,7 @@ def run_tests(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     *,
     partial_credit: bool = False,
+    shown: int | None = None,
     pool: WorkerPool | None = None,
 ) -> Outcome:
     """Whether `code` passes `tests`: 1 or 0, or with `partial_credit` the share that it passes.
@@ -45,11 +49,15 @@ def run_tests(
         tests: Python statements that raise on failure, run in the program's namespace; or stdin/stdout cases.
         timeout_s: Wall clock, seconds, of one run of the program: for all statements together, for each case.
         partial_credit: Run on after a failure; a run that times out still gets nothing.
+        shown: How many of `tests`, from the first on, the question shows; `None` = all. A program that only
+            tabulates them is wrong.
 
     Returns:
         `value=None` where the verifier failed: no tests, tests of both kinds, a test that does not compile,
         or a worker that died. A program that crashes or never ends is simply wrong.
     """
+    if tabulated(code, [test for test in tests[:shown] if isinstance(test, str)]):
+        return Outcome(0.0, "a table of the cases that the question shows", code)
     job = repr((timeout_s, partial_credit, list(tests), code)).encode()
     return _results.get(
         hashlib.sha256(job).digest(),

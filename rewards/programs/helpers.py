@@ -13,7 +13,7 @@ _FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def preamble(prompt: str, entry_point: str) -> str:
-    """The imports, functions, classes and constants of a prompt's code, other than the entry point, as source.
+    """What a prompt's code defines beside the entry point: imports, functions, classes, constants, as source.
 
     Definitions that the prompt leaves to be written (an empty body) are left out. "" where there is none, or
     where neither the prompt nor a code fence in it is Python.

@@ -14,19 +14,24 @@ and fill the disk, one file of limited size after the other, until its time is u
 function of the program trusts that function. And a program may reproduce a public benchmark from memory.
 """
 
+import json
 import os
+import re
 import select
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rewards.programs import isolate, judge
+from rewards import wire
+from rewards.programs import isolate
+from rewards.programs.judging import controls, judge, remote
 from rewards.programs.zygote import LINK_FD, Limits, Zygote, keep, seed
 
 __all__ = ["Limits", "adopt_orphans", "run_asserts", "run_stdio", "same_output", "warm"]
@@ -36,6 +41,7 @@ WARM_MODULES = (
     "hashlib", "heapq", "itertools", "json", "math", "operator", "random", "re", "statistics", "string", "typing",  # noqa: E501
 )  # fmt: skip
 JUDGE_MEMORY_BYTES = 1 << 30
+_DECIMAL = re.compile(r"^(-?\d+)\.(\d*?)0*$")
 
 _parent = -1  # set by `adopt_orphans`
 _zygote: Zygote | None = None  # set by `warm`
@@ -76,8 +82,38 @@ def adopt_orphans(parent: int) -> None:
 def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:
     """Run the program in one process and the tests on it in another, under one clock.
 
-    Returns `passed`, `total` and a `detail` about the first failure; or `error`: a test does not compile.
+    Returns `passed`, `total` and a `detail` about the first failure; or `error`: what the tests ask cannot be
+    judged.
     """
+    for number, test in enumerate(tests, 1):
+        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # the judge reports these
+            judge.compiled(test, number)  # once for all programs of a group
+    end = time.monotonic() + limits.timeout_s + 5
+    reply = _beside(code, lambda fd: judge.judge(fd, tests, stop_early), limits)
+    if "doubtful" in reply:
+
+        def replay(messages: list[Any]) -> Any:
+            late = time.monotonic() > end
+            return (
+                None
+                if late
+                else _beside(code, lambda fd: controls.replay(fd, messages), limits).get("answer")
+            )
+
+        doubt = controls.doubted(reply["log"], reply["doubtful"], replay)
+        if doubt:
+            reply = {"passed": 0, "detail": doubt}
+        elif doubt == "":
+            reply = {"error": "the tests compare objects of the program in a way that cannot be checked"}
+    if reply.get("unjudged"):
+        reply = {"error": reply["unjudged"]}
+    if "error" in reply:
+        return {"error": reply["error"]}
+    return {"passed": reply["passed"], "total": len(tests), "detail": reply["detail"]}
+
+
+def _beside(code: str, work: Callable[[int], dict[str, Any]], limits: Limits) -> dict[str, Any]:
+    """Start a program, and `work` with the socket to it in a judge's process; what that returns."""
     assert _zygote is not None
     ours, theirs = socket.socketpair()
     nothing = os.open(os.devnull, os.O_RDWR)
@@ -86,29 +122,26 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
         program.pid = _zygote.start(code, "asserts", limits, [nothing, nothing, nothing, theirs.fileno()])
         theirs.close()
         try:
-            judged, result = _judged(ours, tests, stop_early, limits)
+            judged, result = _judged(ours, work, limits)
         finally:
             program.status = _zygote.end()
     finally:
         os.close(nothing)
         ours.close()
         theirs.close()
-    total = len(tests)
-    if result.startswith("E "):
-        return {"error": result[2:]}
     if not result:
-        return {"passed": 0, "total": total, "detail": judged.failure()}
-    passed, _, detail = result.partition(" ")
-    if judge.ENDED in detail:
-        detail += f" ({program.failure()})"
-    return {"passed": int(passed), "total": total, "detail": detail}
+        return {"passed": 0, "detail": judged.failure()}
+    reply: dict[str, Any] = json.loads(result)
+    if remote.ENDED in reply.get("detail", ""):
+        reply["detail"] += f" ({program.failure()})"
+    return reply
 
 
-def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Limits) -> tuple[_Run, str]:
+def _judged(link: socket.socket, work: Callable[[int], dict[str, Any]], limits: Limits) -> tuple[_Run, str]:
     result_in, result_out = os.pipe()
     run = _Run(os.fork())
     if run.pid == 0:
-        _become_judge(link.fileno(), result_out, tests, stop_early, limits)
+        _become_judge(link.fileno(), result_out, work, limits)
     os.close(result_out)
     link.close()
     try:
@@ -121,7 +154,7 @@ def _judged(link: socket.socket, tests: list[str], stop_early: bool, limits: Lim
     return run, run.output[result_in].decode("utf-8", "replace")
 
 
-def _become_judge(link: int, out: int, tests: list[str], stop_early: bool, limits: Limits) -> NoReturn:
+def _become_judge(link: int, out: int, work: Callable[[int], dict[str, Any]], limits: Limits) -> NoReturn:
     try:
         isolate.die_with_parent()
         isolate.hide_memory()
@@ -132,8 +165,7 @@ def _become_judge(link: int, out: int, tests: list[str], stop_early: bool, limit
         isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
         sys.set_int_max_str_digits(0)
         seed()
-        result = judge.judge(LINK_FD, tests, stop_early)
-        os.write(LINK_FD + 1, result[:1000].encode("utf-8", "replace"))
+        wire.write_all(LINK_FD + 1, json.dumps(work(LINK_FD)).encode())
     finally:
         os._exit(0)
 
@@ -180,8 +212,12 @@ def _run_once(code: str, given: bytes, limits: Limits) -> tuple[_Run, str, str]:
 
 
 def same_output(got: str, want: str) -> bool:
-    """Token by token, line by line; spaces within a line and blank lines at the end do not matter."""
-    lines = [[line.split() for line in text.rstrip().splitlines()] for text in (got, want)]
+    """Token by token, line by line; spaces within a line and blank lines at the end do not matter, nor does
+    how many zeros end a decimal fraction."""
+    lines = [
+        [[_DECIMAL.sub(r"\1.\2", token) for token in line.split()] for line in text.rstrip().splitlines()]
+        for text in (got, want)
+    ]
     return lines[0] == lines[1]
 
 

@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from rewards import wire
-from rewards.programs import hook, isolate, serve
-from rewards.programs.judge import words
+from rewards.programs import hook, isolate
+from rewards.programs.judging import serve
+from rewards.programs.judging.remote import words
 
 LINK_FD = 3
 

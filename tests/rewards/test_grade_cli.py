@@ -74,7 +74,11 @@ def test_strict_mode_and_forced_kind(tmp_path):
     source.write_text('{"answer": "7", "completion": "7", "tests": ["pass"]}\n')
     assert grade_file(source, out, "math", "lenient") == {"correct": 1, "incorrect": 0, "error": 0}
     assert grade_file(source, out, "math", "strict") == {"correct": 0, "incorrect": 1, "error": 0}
-    assert grade_file(source, out, None, "strict") == {"correct": 1, "incorrect": 0, "error": 0}
+    assert grade_file(source, out, None, "strict") == {
+        "correct": 0,
+        "incorrect": 0,
+        "error": 1,
+    }  # asks nothing
 
 
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):

@@ -43,9 +43,13 @@ def test_the_given_is_kept_and_what_is_asked_for_is_not():
 
 def test_an_entry_point_may_be_a_method_and_a_prompt_may_have_a_fence():
     text = f"Write it.\n\n```python\n{PROMPT}```\n"
-    assert "class Node" in preamble(text, "Solution().solve") and "Solution" not in preamble(text, "Solution().solve")
+    assert "class Node" in preamble(text, "Solution().solve") and "Solution" not in preamble(
+        text, "Solution().solve"
+    )
     assert preamble("Node = 3\nx = 1", "Node") == "x = 1"
 
 
 def test_words_are_no_code():
-    assert preamble("Write a function that adds.", "add") == preamble("add", "add") == preamble("", "add") == ""
+    assert (
+        preamble("Write a function that adds.", "add") == preamble("add", "add") == preamble("", "add") == ""
+    )

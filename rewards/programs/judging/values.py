@@ -9,6 +9,7 @@ import collections
 import datetime
 import decimal
 import fractions
+import functools
 import importlib
 import sys
 import types
@@ -24,6 +25,10 @@ SAFE_BUILTINS = frozenset(
     "int float str bool list tuple dict set frozenset complex bytes len sum min max abs sorted reversed "  # noqa: SIM905
     "range enumerate zip map filter any all round pow divmod ord chr repr object".split()
 )
+
+named: set[type] = set()
+"""In the program's process: its classes that the tests name, whose objects go by reference, whatever they
+derive from."""
 
 Reference = Callable[[Any], list[Any]]
 Dereference = Callable[[str, Any], Any]
@@ -46,7 +51,15 @@ def encode(value: Any, reference: Reference) -> Any:
         return value if -(1 << 62) < value < 1 << 62 else ["i", hex(value)]
     for base, encoder in _ENCODERS.items():
         if isinstance(value, base):
+            if kind is base:
+                return encoder(value, reference)
+            if named and not named.isdisjoint(kind.__mro__):
+                return reference(value)
+            if base is tuple and (fields := _fields(kind)):
+                return ["N", kind.__name__, fields, encoder(value, reference)[1]]
             return encoder(value, reference)
+    if value is NotImplemented:
+        return ["ni"]
     if isinstance(value, types.ModuleType):
         return ["m", str(value.__name__)]
     if (name := _safe_name(value)) is not None:
@@ -68,6 +81,16 @@ def _safe_name(value: Any) -> tuple[str, str] | None:
     if not (name in SAFE_BUILTINS if module == "builtins" else module in SAFE_MODULES):
         return None
     return (module, name) if getattr(sys.modules.get(module), name, None) is value else None
+
+
+def _fields(kind: type) -> list[str]:
+    fields = getattr(kind, "_fields", None)
+    return list(fields) if isinstance(fields, tuple) and all(type(name) is str for name in fields) else []
+
+
+@functools.lru_cache(64)
+def _namedtuple(name: str, fields: tuple[str, ...]) -> Any:
+    return collections.namedtuple(name, fields)
 
 
 def _items(kind: str, base: Any) -> Encoder:
@@ -120,6 +143,8 @@ def decode(data: Any, dereference: Dereference) -> Any:
             )
         if kind in _SCALARS:
             return _SCALARS[kind](*rest)
+        if kind == "N":
+            return _namedtuple(rest[0], tuple(rest[1]))(*(decode(item, dereference) for item in rest[2]))
         if kind == "S":
             return slice(*(decode(part, dereference) for part in rest))
         if kind == "n" and (rest[0] in SAFE_MODULES or (rest[0] == "builtins" and rest[1] in SAFE_BUILTINS)):
@@ -156,4 +181,5 @@ _SCALARS: dict[str, Callable[..., Any]] = {
     "ti": datetime.time.fromisoformat,
     "td": lambda days, seconds, micro: datetime.timedelta(days, seconds, micro),
     "e": lambda: ...,
+    "ni": lambda: NotImplemented,
 }
