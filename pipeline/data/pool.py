@@ -52,12 +52,15 @@ def fitting(
     """The problems whose prompt and `max_tokens` the context holds; others are counted on the console.
 
     Raises:
-        UserError: none is left.
+        UserError: none is left, or the model's chat template cannot be used.
     """
-    most = min(filter(None, (context_of(model), config.rollout.vllm.context)), default=None)
-    if most is None:
+    try:
+        sizes = [len(encode_prompt(tokenizer, problem.question, config.template)) for problem in found]
+    except ValueError as error:
+        raise UserError(f"{model}: {error}") from error
+    most = min(filter(None, (context_of(model), config.rollout.vllm.context)), default=0)
+    if not most:
         return list(found)
-    sizes = [len(encode_prompt(tokenizer, problem.question, config.template)) for problem in found]
     kept = [p for p, size in zip(found, sizes, strict=True) if size + config.max_tokens <= most]
     limit = f"with max_tokens={config.max_tokens} exceed the model's context of {most} tokens"
     if not kept:

@@ -68,7 +68,7 @@ class GradeSettings(Settings):
 
     source: Path
     """Lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
-    with `input` and `output`)."""
+    with `input` and `output`), or with the keys of a public data set (`pipeline.data.shapes`)."""
     out: Path
     """The same lines with `verdict`, `extracted` and `detail`. Replaced where it exists."""
     kind: Literal["math", "code", "general"] | None = None

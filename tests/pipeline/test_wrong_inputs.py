@@ -231,3 +231,30 @@ def test_a_value_may_begin_with_underscores(refused, tmp_path):
     for words in (["--name", "__x"], ["--name=__x"]):
         assert "__x/pretrain/model" in refused("zero", *config, *words)
     assert "__x" in refused("grade", "__x", "__y")
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1/0 }}", "{% for %}", "{{ messages[0].x.y }}", "{{ raise_exception('no') }}"]
+)
+def test_a_chat_template_that_cannot_be_used(good, refused, tmp_path, template):
+    model = tmp_path / "model"
+    shutil.copytree(good, model)
+    (model / "chat_template.jinja").write_text(template)
+    words = [
+        "evaluate",
+        "--model",
+        model,
+        "--benchmark",
+        "generator:sum",
+        "--limit",
+        1,
+        "--out",
+        tmp_path / "out",
+    ]
+    (tmp_path / "c.jsonl").write_text(json.dumps(TRACE))
+    for line in (
+        refused(*words, "--max-tokens", 2),
+        refused(*zero(model, tmp_path, "--template", "r1")),
+        refused(*sft(model, tmp_path, tmp_path / "c.jsonl")),
+    ):
+        assert "the tokenizer's chat template fails" in line
