@@ -1,11 +1,12 @@
 """Rows of any known shape as problems; bad rows are left out and counted, up to a bound."""
 
 import ast
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from pipeline.data.jsonl import BadRow, JsonObject, Located
-from pipeline.data.shapes import CASES, SHAPES, Asked, first, json_of, read_answer, read_cases
+from pipeline.data.shapes import CASES, SHAPES, Asked, Tests, first, json_of, read_answer, read_cases
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
 from rollout.types import Kind, Language, Problem
@@ -72,26 +73,27 @@ def to_problem(row: Any, source: str, index: int, fields: dict[str, str]) -> Pro
     identity = name if isinstance(name, str) else f"{source}/{index if name is None else name}"
     kind, spoken = str(row.get("kind") or "math"), str(row.get("language") or "en").lower()
     language = "en" if asked.tests and spoken.startswith("py") else LANGUAGES.get(spoken, spoken)
-    for key, value, known in (
-        ("kind", kind, ("math", "general", "code")),
-        ("language", language, ("en", "zh")),
-    ):
+    kind = "code" if asked.tests and kind in get_args(Kind) else kind
+    for key, value, known in (("kind", kind, get_args(Kind)), ("language", language, get_args(Language))):
         if value not in known:
             raise BadRow(f"{key} {value!r} must be one of {', '.join(known)}")
-    kind = "code" if asked.tests else kind
     named = first(row, "source", "data_source")
     origin = named if isinstance(named, str) else source
-    for test in asked.tests:
-        if isinstance(test, str):
+    check_text(identity, asked.question, asked.answer, origin, *map(str, asked.tests))
+    check_python(asked.tests)
+    of, spoken = cast(Kind, kind), cast(Language, language)
+    return Problem(identity, of, asked.question, asked.answer, asked.tests, origin, spoken, asked.shown)
+
+
+def check_python(tests: Tests) -> None:
+    """Raise `BadRow` where a statement among `tests` is not Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\\d" in a string
+        for test in tests:
             try:
-                ast.parse(test)
+                ast.parse(test if isinstance(test, str) else "")
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 raise BadRow(f"a test is no Python: {error}") from error
-    check_text(identity, asked.question, asked.answer, origin, *map(str, asked.tests))
-    kinds = cast(Kind, kind), cast(Language, language)
-    return Problem(
-        identity, kinds[0], asked.question, asked.answer, asked.tests, origin, kinds[1], asked.shown
-    )
 
 
 def check_text(*texts: str) -> None:
@@ -134,11 +136,8 @@ class Tally:
         Raises:
             UserError: they are all rows, or more than the bound.
         """
-        most = (
-            self.most
-            if self.most >= 1
-            else max(self.most * self.total, bool(self.most) * min(FEW, self.total // 2))
-        )
+        few = min(FEW, self.total // 2) if self.most else 0
+        most = self.most if self.most >= 1 else max(self.most * self.total, few)
         if self.count and self.count > min(most, self.total - 1):
             more = f" ({self.count} bad rows of {self.total})" if self.count > 1 else ""
             advice = "" if self.count == self.total else f"; --max-bad-rows {self.count} leaves them out"
