@@ -1,5 +1,6 @@
 """Files and folders that appear complete or not at all, and their hashes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -30,9 +31,18 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(old)
         partial.replace(path)
         remove(old)
-    except Exception:
+    except Exception as error:
+        full = is_full(error, path.parent)
         remove(partial)  # a full disk gets its space back
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
         raise
+
+
+def is_full(error: Exception, folder: Path) -> bool:
+    """Whether a write failed for lack of space: torch's and safetensors' errors have no errno."""
+    told = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+    return not isinstance(error, OSError) and (told or shutil.disk_usage(folder).free < 1 << 16)
 
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
 from pipeline.run.files import replacing, sha256, write_atomic
 
@@ -75,6 +78,26 @@ def test_a_folder_is_never_lost_between_its_two_renames(tmp_path, monkeypatch, a
     with replacing(tmp_path / "model") as partial:
         fill(partial, "newer")
     assert names(tmp_path) == {"model"} and (tmp_path / "model/inner/a.txt").read_text() == "newer"
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "full"),
+    [
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 4096, True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), 1 << 30, False),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), 1 << 30, True),
+        (SafetensorError("I/O error: Disk quota exceeded (os error 122)"), 1 << 30, True),
+        (ValueError("lr"), 1 << 30, False),
+    ],
+)  # fmt: skip
+def test_a_disk_that_fills_under_a_library_is_an_error_of_the_disk(tmp_path, monkeypatch, error, free, full):
+    usage = lambda folder: SimpleNamespace(free=free if (folder / "a.partial").exists() else 1 << 30)  # noqa: E731
+    monkeypatch.setattr("pipeline.run.files.shutil.disk_usage", usage)
+    with pytest.raises(OSError if full else type(error)) as raised, replacing(tmp_path / "a") as partial:
+        partial.write_text("half of it")
+        raise error
+    assert not full or raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_bytes_are_on_disk_before_the_rename(tmp_path, monkeypatch):
