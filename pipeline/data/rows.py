@@ -33,7 +33,8 @@ def plain(row: Any, fields: dict[str, str]) -> JsonObject:
         raise BadRow(f"expected a JSON object, found {type(row).__name__}")
     out = {str(key).lower(): value for key, value in row.items()}
     for key in ("question", "reward_model", "verification_info"):  # PRM800K, verl, SYNTHETIC-1
-        if isinstance(inner := json_of(out.get(key)), dict):
+        inner = out.get(key) if key == "question" else json_of(out.get(key))
+        if isinstance(inner, dict):
             out = {name: value for name, value in out.items() if name != key} | inner
     return out | {name: value_at(row, path) for name, path in fields.items()}
 

@@ -172,6 +172,11 @@ def test_rows_with_tests(tmp_path, name):
     assert not starter or "add" in found[0].question
 
 
+def test_a_question_may_be_json_itself():
+    for text in ('{"a": 1}', "[1, 2]", "5", '"x"'):
+        assert to_problem({"question": text, "answer": "1"}, "s", 0, {}).question == text
+
+
 def test_every_shape_of_the_table_reads_its_own_example():
     for key, (read, names, example) in SHAPES.items():
         row = plain(example, {})
