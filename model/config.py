@@ -22,18 +22,6 @@ _BOOKKEEPING = {
     *("id2label", "label2id", "problem_type", "head_dim", "qk_head_dim", "quantization_config"),
     *("aux_loss_alpha", "seq_aux", "ep_size", "pretraining_tp", "unsloth_version", "unsloth_fixed"),
 }
-# What transformers wrote into every config.json before its version 5.
-_BOOKKEEPING |= set(
-    """
-    add_cross_attention bad_words_ids begin_suppress_tokens cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id is_decoder length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix pruned_heads
-    remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens temperature
-    task_specific_params tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript typical_p
-    use_bfloat16
-    """.split()  # noqa: SIM905
-)
 
 # Keys with one value that this architecture means; any other value is another architecture.
 _FIXED = {

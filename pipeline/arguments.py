@@ -174,6 +174,8 @@ def parse(
     for name, value in read_flags(settings, args, prog, positional):
         both = isinstance(value, dict) and isinstance(values.get(name), dict)
         values[name] = values[name] | value if both else value
+    for name in (name for name, value in values.items() if "\0" in str(value)):
+        raise UserError(f"{prog}: {flag_of(name)} has a null character, which no name of a file may have")
     nested: dict[str, Any] = {}
     for name, value in values.items():
         *groups, last = name.split(".")

@@ -149,21 +149,22 @@ EXTENDS = "resume"
 """A stage that extends its directory goes on without it. `up` gives it to every stage that another needs."""
 FLAGS = {
     "pretrain": "--threads 1 --steps 2 --pool 20 --checkpoint-every 1 --optim.warmup-steps 0",
-    "zero": "--threads 1 --init-from {policy} --steps 2 --pool 8 --prompts-per-step 2 --eval-problems 2",
+    "zero": "--threads 1 --init-from {policy} --steps 2 --pool 8 --prompts-per-step 2 --eval-problems 2"
+    " --problems generator:sum {data}/aime24.jsonl",
     "sft": "--threads 1 --init-from {policy} --curated 10 --samples-from= --epochs 1",
-    "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2",
+    "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2 --problems {data}/aime24.jsonl",
     "smollm2": "--threads 1 --gguf {policy}/config.json",
     "distill": "--threads 1 --corpus {corpus} --tokenizer-from {policy} --steps 1",
-    "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks aime24 --data {data}"
-    " --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3 --max-tokens 5"
-    " --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9",
+    "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
+    " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3"
+    " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9",
     "report": "",
 }
 """The micro run of each stage's module."""
 ONLY = {
     ("zero", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("sft", "--samples-from {samples}"): ["max_samples"],
-    ("sft", "--corpus {corpus}"): ["count"],
+    ("sft", "--corpus {corpus}"): ["count", "fields"],
     ("distill", "--steps 0 --epochs 0.1"): ["epochs"],
     ("distill", "--corpus gsm8k_train --data {data}"): ["data", "heldout"],
     ("distill", "--base.steps 1 --base.task sum --base.tokens-per-step 128"): [
@@ -254,7 +255,7 @@ COMMAND_LINES = {
     "up": "report --preset micro --runs {out}",
     "grade": "{corpus} {out}",
     "generate": MODEL + " --prompts {prompts} --out {out} --threads 1",
-    "evaluate": MODEL + " --benchmark generator:sum --limit 2 --max-batch 4 --out {out} --threads 1",
+    "evaluate": MODEL + " --benchmark {data}/aime24.jsonl --limit 2 --max-batch 4 --out {out} --threads 1",
     "chat": MODEL + " --threads 1",
     "serve": MODEL + " --port 0 --threads 1 --api-key key",
 }

@@ -22,7 +22,7 @@ from pipeline.data.jsonl import BadRow, JsonObject, located, write_jsonl
 from pipeline.data.rows import ALL_ROWS, Tally, check_text, plain
 from pipeline.data.shapes import first, json_of, question_of, turns
 from pipeline.errors import UserError
-from pipeline.settings.common import RowSettings
+from pipeline.settings.common import RowSettings, named_fields
 
 THOUGHTS = {"deepseek_reasoning": "deepseek_solution", "reasoning_content": "content"}
 """Keys of thinking and of its answer (OpenThoughts-114k, distilled instructions)."""
@@ -53,7 +53,7 @@ def read_corpus(source: Path | str, count: int = 0, seed: int = 0, rows: RowSett
     """
     hub = parse_hub(str(source)) if str(source).startswith("hub:") else None
     stem, lines = (hub.path, hub_rows(hub)) if hub else (Path(source).stem, located(Path(source)))
-    named, tally = rows.named_fields(), Tally(str(source), rows)
+    named, tally = named_fields(rows.fields), Tally(str(source), rows)
     found = tally.usable(lines, lambda row, i: to_row(plain(row, named), stem, i))
     kept = sampled((row for _, row in found if row), count, random.Random(f"corpus/{seed}"))
     tally.settle()

@@ -69,39 +69,26 @@ def located(path: Path) -> Iterator[Located]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
             file.seek(0)
-            if not start.startswith(b"[") or (array := array_of(file.read())) is None:
-                file.seek(0)
-                lines = ((number, value_of(line)) for number, line in enumerate(file, 1))
-                yield from ((f"{path}:{number}", row) for number, row in lines if row is not None)
-            else:
+            array = value_of(file.read()) if start.startswith(b"[") else None
+            if isinstance(array, list):  # and not lines that are arrays
                 yield from ((f"{path} row {number}", row) for number, row in enumerate(array, 1))
+                return
+            file.seek(0)
+            lines = ((number, value_of(line)) for number, line in enumerate(file, 1))
+            yield from ((f"{path}:{number}", row) for number, row in lines if row is not None)
     except (OSError, EOFError, zlib.error, ImportError, ValueError) as error:  # pyarrow's are ValueErrors
         why = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot read {path}: {why}") from error
 
 
 def value_of(line: bytes) -> Any:
-    """The value of a line, a `BadRow`, or None of a blank line."""
+    """The value of a line (or a file) of JSON, a `BadRow`, or None of a blank one."""
     try:
         text = line.decode("utf-8-sig").strip()
-        return (
-            BadRow("expected a JSON object, found NoneType")
-            if text == "null"
-            else json.loads(text)
-            if text
-            else None
-        )
+        null = BadRow("expected a JSON object, found NoneType")
+        return (json.loads(text) if text != "null" else null) if text else None
     except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, a huge number
         return BadRow(f"not a line of JSON ({error})")
-
-
-def array_of(data: bytes) -> list[Any] | None:
-    """The rows of a file that is one JSON array; None of any other, such as lines that are arrays."""
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
 
 
 def read_log(path: Path) -> list[JsonObject]:

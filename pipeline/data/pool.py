@@ -1,7 +1,9 @@
 """What a stage trains on: problems, some of their tests held back and long ones left out, or worked rows."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -26,32 +28,22 @@ def pooled(
     Raises:
         UserError: a source cannot be read, or none of its problems fits the model's context.
     """
-    found = [
-        hold_back(problem, config.hold_back)
-        for source in config.problems
-        for problem in problems(
-            source, count=config.pool, split="train", seed=seed, data_dir=config.data, rows=config
-        )
-    ]
-    return fitting(found, config, tokenizer, model)
+    data, most = config.data, config.pool
+    load = partial(problems, count=most, split="train", seed=seed, data_dir=data, rows=config)
+    found = [problem for source in config.problems for problem in load(source)]
+    return fitting([hold_back(problem, config.hold_back) for problem in found], config, tokenizer, model)
 
 
 def hold_back(problem: Problem, share: float) -> Problem:
     """The problem with only the first of the asserts at its question's end (MBPP): `share` of them, but never
     all, are left out of the question. All are graded."""
-    listed = 0
-    for n in range(1, problem.shown + 1):
-        tail = problem.tests[problem.shown - n : problem.shown]
-        if all(isinstance(t, str) for t in tail) and problem.question.endswith(
-            "\n" + "\n".join(map(str, tail))
-        ):
-            listed = n
-    hidden = min(-int(-share * listed // 1), listed - 1)
+    shown, question = problem.shown, problem.question
+    tails = ["\n" + "\n".join(map(str, problem.tests[at:shown])) for at in range(shown)]
+    listed = sum(map(question.endswith, tails))
+    hidden = min(math.ceil(share * listed), listed - 1)
     if hidden < 1:
         return problem
-    shown = problem.shown - hidden
-    text = "\n" + "\n".join(map(str, problem.tests[shown : problem.shown]))
-    return replace(problem, question=problem.question.removesuffix(text), shown=shown)
+    return replace(problem, question=question.removesuffix(tails[-hidden]), shown=shown - hidden)
 
 
 def fitting(
@@ -60,12 +52,15 @@ def fitting(
     """The problems whose prompt and `max_tokens` the context holds; others are counted on the console.
 
     Raises:
-        UserError: none is left.
+        UserError: none is left, or the model's chat template cannot be used.
     """
-    most = min(filter(None, (context_of(model), config.rollout.vllm.context)), default=None)
-    if most is None:
+    try:
+        sizes = [len(encode_prompt(tokenizer, problem.question, config.template)) for problem in found]
+    except ValueError as error:
+        raise UserError(f"{model}: {error}") from error
+    most = min(filter(None, (context_of(model), config.rollout.vllm.context)), default=0)
+    if not most:
         return list(found)
-    sizes = [len(encode_prompt(tokenizer, problem.question, config.template)) for problem in found]
     kept = [p for p, size in zip(found, sizes, strict=True) if size + config.max_tokens <= most]
     limit = f"with max_tokens={config.max_tokens} exceed the model's context of {most} tokens"
     if not kept:

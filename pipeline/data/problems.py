@@ -23,7 +23,7 @@ from pipeline.data.hub import Hub, hub_rows, parse_hub
 from pipeline.data.jsonl import FORMATS, Located, located
 from pipeline.data.rows import ALL_ROWS, Tally, to_problem
 from pipeline.errors import UserError
-from pipeline.settings.common import RowSettings
+from pipeline.settings.common import RowSettings, named_fields
 from rewards.maths.gold import check_golds
 from rollout.types import Problem
 
@@ -124,7 +124,7 @@ def read_problems(
     Raises:
         UserError: more rows are bad than `rows` allows.
     """
-    fields, tally = rows.named_fields(), Tally(source, rows)
+    fields, tally = named_fields(rows.fields), Tally(source, rows)
     parsed = tally.usable(found, lambda row, i: (to_problem(row, source, i, fields), row))
     kept: list[tuple[Problem, Any]] = []
     while some := list(islice(parsed, None if count is None else count - len(kept))):

@@ -1,10 +1,12 @@
 """Rows of any known shape as problems; bad rows are left out and counted, up to a bound."""
 
+import ast
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args
 
 from pipeline.data.jsonl import BadRow, JsonObject, Located
-from pipeline.data.shapes import CASES, SHAPES, Asked, first, json_of, read_answer, read_cases
+from pipeline.data.shapes import CASES, SHAPES, Asked, Tests, first, json_of, read_answer, read_cases
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
 from rollout.types import Kind, Language, Problem
@@ -31,7 +33,8 @@ def plain(row: Any, fields: dict[str, str]) -> JsonObject:
         raise BadRow(f"expected a JSON object, found {type(row).__name__}")
     out = {str(key).lower(): value for key, value in row.items()}
     for key in ("question", "reward_model", "verification_info"):  # PRM800K, verl, SYNTHETIC-1
-        if isinstance(inner := json_of(out.get(key)), dict):
+        inner = out.get(key) if key == "question" else json_of(out.get(key))
+        if isinstance(inner, dict):
             out = {name: value for name, value in out.items() if name != key} | inner
     return out | {name: value_at(row, path) for name, path in fields.items()}
 
@@ -71,20 +74,27 @@ def to_problem(row: Any, source: str, index: int, fields: dict[str, str]) -> Pro
     identity = name if isinstance(name, str) else f"{source}/{index if name is None else name}"
     kind, spoken = str(row.get("kind") or "math"), str(row.get("language") or "en").lower()
     language = "en" if asked.tests and spoken.startswith("py") else LANGUAGES.get(spoken, spoken)
-    for key, value, known in (
-        ("kind", kind, ("math", "general", "code")),
-        ("language", language, ("en", "zh")),
-    ):
+    kind = "code" if asked.tests and kind in get_args(Kind) else kind
+    for key, value, known in (("kind", kind, get_args(Kind)), ("language", language, get_args(Language))):
         if value not in known:
             raise BadRow(f"{key} {value!r} must be one of {', '.join(known)}")
-    kind = "code" if asked.tests else kind
     named = first(row, "source", "data_source")
     origin = named if isinstance(named, str) else source
     check_text(identity, asked.question, asked.answer, origin, *map(str, asked.tests))
-    kinds = cast(Kind, kind), cast(Language, language)
-    return Problem(
-        identity, kinds[0], asked.question, asked.answer, asked.tests, origin, kinds[1], asked.shown
-    )
+    check_python(asked.tests)
+    of, spoken = cast(Kind, kind), cast(Language, language)
+    return Problem(identity, of, asked.question, asked.answer, asked.tests, origin, spoken, asked.shown)
+
+
+def check_python(tests: Tests) -> None:
+    """Raise `BadRow` where a statement among `tests` is not Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "\\d" in a string
+        for test in tests:
+            try:
+                ast.parse(test if isinstance(test, str) else "")
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                raise BadRow(f"a test is no Python: {error}") from error
 
 
 def check_text(*texts: str) -> None:
@@ -118,6 +128,8 @@ class Tally:
                 yield where, convert(row, self.total - 1)
             except BadRow as error:
                 self.bad(where, str(error))
+            except (TypeError, AttributeError, LookupError, ValueError) as error:  # rows are any JSON
+                self.bad(where, f"a value of a kind that no known shape has ({error})")
 
     def settle(self) -> None:
         """Say how many rows were left out.
@@ -125,11 +137,8 @@ class Tally:
         Raises:
             UserError: they are all rows, or more than the bound.
         """
-        most = (
-            self.most
-            if self.most >= 1
-            else max(self.most * self.total, bool(self.most) * min(FEW, self.total // 2))
-        )
+        few = min(FEW, self.total // 2) if self.most else 0
+        most = self.most if self.most >= 1 else max(self.most * self.total, few)
         if self.count and self.count > min(most, self.total - 1):
             more = f" ({self.count} bad rows of {self.total})" if self.count > 1 else ""
             advice = "" if self.count == self.total else f"; --max-bad-rows {self.count} leaves them out"

@@ -177,9 +177,13 @@ def read_listed(row: JsonObject) -> Asked:
     """MBPP's: asserts that name the function, all of which the question shows."""
     given = first(row, "test_setup_code") or first(row, "test_imports") or ""
     setup = "\n".join(given) if isinstance(given, list) else str(given)
-    before, listed = (setup,) if setup.strip() else (), tuple(map(str, row["test_list"]))
+    before, listed = (setup,) if setup.strip() else (), tests_of(row["test_list"])
+    if not all(isinstance(test, str) for test in listed) or not isinstance(row["test_list"], list):
+        raise BadRow("test_list is not a list of statements")
     more = (row["test"],) if isinstance(row.get("test"), str) else ()
-    question = "\n".join([question_of(row), "", f"{BLOCK}. It should pass these tests:", "", *listed])
+    question = "\n".join(
+        [question_of(row), "", f"{BLOCK}. It should pass these tests:", "", *map(str, listed)]
+    )
     return Asked(question, tests=(*before, *listed, *more), shown=len(before) + len(listed))
 
 

@@ -193,8 +193,8 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
     Yields None when there is nothing left to do. Raises `UserError` when the directory is in use.
     `command` is what the user typed, less `--resume`, for the errors that say how to go on.
     """
-    if not re.fullmatch(r"\w[\w.-]*", config.name):
-        raise UserError(f"--name {config.name!r} must be letters, digits and . _ - (it becomes a folder)")
+    if not re.fullmatch(r"\w[\w.-]{0,199}", config.name):
+        raise UserError(f"--name {config.name!r} must be letters, digits and . _ -, at most 200 (a folder)")
     run = RunDir(stage, config, command)
     used = (run.path / "config.toml").exists() and not stage.extends
     done = (run.path / "done.json").exists() and not stage.extends

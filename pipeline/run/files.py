@@ -12,9 +12,6 @@ from typing import Any
 
 from pipeline.errors import UserError
 
-LEAST_FREE = 1 << 16
-"""Bytes; a disk with less is full."""
-
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -46,10 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def is_full(error: Exception, folder: Path) -> bool:
     """Whether a write failed for lack of space: torch's and safetensors' errors have no errno."""
-    if isinstance(error, OSError):
-        return False  # it says so itself
     told = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
-    return told or shutil.disk_usage(folder).free < LEAST_FREE
+    return not isinstance(error, OSError) and (told or shutil.disk_usage(folder).free < 1 << 16)
 
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:

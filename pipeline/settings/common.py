@@ -199,16 +199,17 @@ class RowSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.named_fields()
+        named_fields(self.fields)
 
-    def named_fields(self) -> dict[str, str]:
-        """`fields` by name."""
-        pairs = [part.partition("=") for part in self.fields.split(",") if part.strip()]
-        named = {name.strip(): key.strip() for name, _, key in pairs}
-        names = ("question", "answer", "tests", "solution", "completion", "id", "kind", "language")
-        if not named.keys() <= set(names) or not all(named.values()):
-            raise ValueError(f"fields={self.fields!r}: write NAME=KEY, with a name of: {', '.join(names)}.")
-        return named
+
+def named_fields(text: str) -> dict[str, str]:
+    """`question=body,answer=key` by name; `ValueError` where a name is none of `RowSettings.fields`."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    named = {name.strip(): key.strip() for name, _, key in pairs}
+    names = ("question", "answer", "tests", "solution", "completion", "id", "kind", "language")
+    if not named.keys() <= set(names) or not all(named.values()):
+        raise ValueError(f"fields={text!r}: write NAME=KEY, with a name of: {', '.join(names)}.")
+    return named
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

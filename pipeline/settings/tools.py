@@ -68,7 +68,8 @@ class GradeSettings(CodeSettings):
 
     source: Path
     """Lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
-    with `input` and `output`; `shown` of them, by default all, stand in the question)."""
+    with `input` and `output`; `shown` of them, by default all, stand in the question), or with the keys of a
+    public data set (`pipeline.data.shapes`)."""
     out: Path
     """The same lines with `verdict`, `extracted` and `detail`. Replaced where it exists."""
     kind: Literal["math", "code", "general"] | None = None

@@ -152,10 +152,10 @@ def _problem(row: dict[str, Any], kind: str | None) -> tuple[Problem, str]:
     asked = checked(named, {})
     if kind == "code" and not asked.tests:
         raise BadRow("no tests")
-    kind = "code" if asked.tests else "general" if kind == "general" else "math"
     shown = row.get("shown", len(asked.tests))
     if not isinstance(shown, int) or shown < 0:
         raise BadRow("`shown` is not a number of tests")
+    kind = "code" if asked.tests else "general" if kind == "general" else "math"
     return Problem("", cast(Kind, kind), "", asked.answer, asked.tests, shown=shown), completion
 
 

@@ -108,10 +108,9 @@ def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
     try:
         return cast("PreTrainedTokenizerFast", AutoTokenizer.from_pretrained(path))
     except Exception as error:  # the libraries below raise many types, `Exception` itself among them
-        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise ValueError(
-            f"the tokenizer in {path} (tokenizer.json and the like) is damaged: {why}"
-        ) from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        files = "tokenizer.json, tokenizer_config.json or config.json"
+        raise ValueError(f"the tokenizer in {path} cannot be read ({files}): {why}") from error
 
 
 def has_tokenizer(path: Path | str) -> bool:

@@ -13,13 +13,16 @@ from dataclasses import replace
 import pytest
 
 from pipeline.data.corpus import read_corpus
-from pipeline.data.pool import hold_back
+from pipeline.data.pool import fitting, hold_back
 from pipeline.data.problems import problems
 from pipeline.data.rows import plain, to_problem
 from pipeline.data.shapes import SHAPES, first
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
-from rollout.types import StdioTest
+from pipeline.settings.rollouts import GrpoSettings
+from rollout.text.tokenizer import encode_prompt
+from rollout.types import Problem, StdioTest
+from tests.small import random_policy
 
 STRICT = RowSettings(max_bad_rows=0)
 USER = [{"role": "system", "content": "Think."}, {"role": "user", "content": "3 + 4?"}]
@@ -167,6 +170,11 @@ def test_rows_with_tests(tmp_path, name):
     starter = row.get("starter_code") or ""
     assert starter.strip() in found[0].question, "the question states the signature that the tests call"
     assert not starter or "add" in found[0].question
+
+
+def test_a_question_may_be_json_itself():
+    for text in ('{"a": 1}', "[1, 2]", "5", '"x"'):
+        assert to_problem({"question": text, "answer": "1"}, "s", 0, {}).question == text
 
 
 def test_every_shape_of_the_table_reads_its_own_example():
@@ -353,3 +361,18 @@ def test_training_shows_some_of_the_asserts_and_grades_all(tmp_path):
         to_problem(PROGRAMS["code contests"][0], "c", 0, {}),
     ):
         assert hold_back(other, 0.9) == other
+
+
+def test_too_long_problems_are_left_out_and_counted(tokenizer, tmp_path, capsys):
+    model = random_policy(tmp_path / "model", tokenizer, "r1-zero-short", max_position_embeddings=96)
+    found = [Problem(str(n), "math", "1" + "+1" * n, str(n + 1)) for n in (1, 3, 100)]
+    config = GrpoSettings(template="r1-zero-short", max_tokens=40)
+    assert fitting(found, config, tokenizer, model) == found[:2]
+    said = capsys.readouterr().out
+    assert said == "1 of 3 problems with max_tokens=40 exceed the model's context of 96 tokens: left out\n"
+    longest = 96 - len(encode_prompt(tokenizer, found[0].question, "r1-zero-short"))
+    with pytest.raises(
+        UserError, match=rf"all 3 problems with max_tokens=96 .* --max-tokens to at most {longest}"
+    ):
+        fitting(found, replace(config, max_tokens=96), tokenizer, model)
+    assert fitting(found, replace(config, max_tokens=longest), tokenizer, model) == found[:1]
