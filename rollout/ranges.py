@@ -39,12 +39,11 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
-Threads = Annotated[int, Range(0, 1024)]
+Threads = Annotated[int, Range(0, 1_024)]  # OpenMP crashes the process where it cannot start them all
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NotNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
-Threads = Annotated[int, Range(0, 1_024)]  # OpenMP crashes the process where it cannot start them all
 
 
 @functools.cache

@@ -65,7 +65,7 @@ def fitting(
     limit = f"with max_tokens={config.max_tokens} exceed the model's context of {most} tokens"
     if not kept:
         room = most - min(sizes)
-        where = ", ".join(sorted({problem.source for problem in found}))
+        where = ", ".join(sorted({problem.source or "the list" for problem in found}))
         way = f"set --max-tokens to at most {room}" if room > 0 else "take shorter problems"
         raise UserError(f"all {len(found)} problems of {where} {limit}; {way}")
     if len(kept) < len(found):

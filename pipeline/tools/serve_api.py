@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.settings.tools import ServeSettings
 from pipeline.tools.conversation import Conversation, Piece
 from rollout.text.stream import UNFINISHED
+from rollout.text.tokenizer import encode_raw
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "annotations": ([],), "best_of": (1,), "echo": (False,), "frequency_penalty": (0,), "functions": ([],),
@@ -134,7 +135,7 @@ class TextBody(Body):
         """Token ids, and that the text is not split."""
         one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         forms: Any = [self.prompt] if one else self.prompt
-        return [(talk.tokenizer.encode(f) if isinstance(f, str) else f, None) for f in forms]
+        return [(encode_raw(talk.tokenizer, f) if isinstance(f, str) else f, None) for f in forms]
 
 
 class ChatBody(Body):
