@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast, get_args
 
-from pipeline.data.jsonl import BadRow, JsonObject, Located
+from pipeline.data.jsonl import BadRow, JsonObject, Located, object_of
 from pipeline.data.shapes import CASES, SHAPES, Asked, Tests, first, json_of, read_answer, read_cases
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
@@ -29,8 +29,7 @@ def plain(row: Any, fields: dict[str, str]) -> JsonObject:
     if isinstance(row, list) and len(row) > 1 and all(isinstance(turn, dict) for turn in row):
         truth = row[1].get("ground_truth")
         row = {"messages": row[:1], "ground_truth": truth.get("value") if isinstance(truth, dict) else truth}
-    if not isinstance(row, dict):
-        raise BadRow(f"expected a JSON object, found {type(row).__name__}")
+    row = object_of(row)
     out = {str(key).lower(): value for key, value in row.items()}
     for key in ("question", "reward_model", "verification_info"):  # PRM800K, verl, SYNTHETIC-1
         inner = out.get(key) if key == "question" else json_of(out.get(key))
@@ -123,8 +122,6 @@ class Tally:
         for where, row in rows:
             self.total += 1
             try:
-                if isinstance(row, BadRow):
-                    raise row
                 yield where, convert(row, self.total - 1)
             except BadRow as error:
                 self.bad(where, str(error))
