@@ -50,10 +50,7 @@ def read_solutions(
     source: str, folder: Path | None, settings: RowSettings = ALL_ROWS
 ) -> list[tuple[Problem, str]]:
     """Problems of `gsm8k_train` or `math_train` with their published solutions, from `folder` or the hub.
-
-    Raises:
-        UserError: neither can be read, or too many rows hold no problem.
-    """
+    Raises `UserError`: neither can be read, or too many rows hold no problem."""
     _, rows = benchmark_rows(source, folder)
     return [
         (problem, str(row.get("solution") or row.get("answer") or ""))

@@ -163,11 +163,7 @@ class StudentTrainer(SFTTrainer):
 
 def resume_point(job: Job, run_dir: RunDir, guard: Guard) -> Path | None:
     """The Trainer checkpoint of this job that the run directory points at, if it points at one; its guard's
-    state goes to `guard`.
-
-    Raises:
-        UserError: it is gone or damaged.
-    """
+    state goes to `guard`. Raises `UserError`: it is gone or damaged."""
     newest = run_dir.latest()
     pointer = read_json(newest[1] / "pointer.json") if newest else {}
     if newest is None or pointer["label"] != job.label:

@@ -180,10 +180,7 @@ MIXTURES: dict[str, dict[str, float]] = {
 
 def items(task: str, count: int, split: Split, seed: int) -> list[Item]:
     """`count` different problems of a family or mixture, of one split. Same arguments, same items.
-
-    Raises:
-        UserError: the task is unknown, or has fewer than `count` different problems.
-    """
+    Raises `UserError`: the task is unknown, or has fewer than `count` different problems."""
     shares = MIXTURES.get(task) or ({task: 1.0} if task in FAMILIES else None)
     if shares is None:
         raise UserError(f"unknown task {task!r}; there are: {', '.join([*MIXTURES, *FAMILIES])}")

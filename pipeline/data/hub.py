@@ -45,11 +45,7 @@ def hub_answers() -> bool:
 
 
 def hub_rows(hub: Hub) -> Iterator[Located]:
-    """The rows of a hub data set.
-
-    Raises:
-        UserError: it is neither in reach nor in the cache.
-    """
+    """The rows of a hub data set. Raises `UserError`: it is neither in reach nor in the cache."""
     import datasets  # takes seconds to import, and most sources do not need it
     from huggingface_hub import constants
 

@@ -25,10 +25,7 @@ class BadRow(ValueError):
 
 def located(path: Path) -> Iterator[Located]:
     """The rows of a file of `FORMATS`, each with its place: of JSON lines, of one JSON array, or of a table.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    Raises `UserError`: the file cannot be read."""
     try:
         if path.is_dir():
             files = ", ".join(sorted(file.name for file in path.iterdir() if file.name.endswith(FORMATS)))

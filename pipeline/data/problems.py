@@ -120,9 +120,7 @@ def read_problems(
     """At most `count` problems, each with its row; bad rows are left out and counted on the console.
 
     `check`: also rows whose reference answer no rule can verify.
-
-    Raises:
-        UserError: more rows are bad than `rows` allows.
+    Raises `UserError`: more rows are bad than `rows` allows.
     """
     fields, tally = named_fields(rows.fields), Tally(source, rows)
     parsed = tally.usable(found, lambda row, i: (to_problem(row, source, i, fields), row))
@@ -140,10 +138,7 @@ def read_problems(
 
 def data_folder(chosen: Path | None) -> Path | None:
     """Where the benchmarks' files lie: the folder that was chosen, else $R1_DATA, else nowhere.
-
-    Raises:
-        UserError: the chosen folder does not exist.
-    """
+    Raises `UserError`: the chosen folder does not exist."""
     if chosen and not chosen.is_dir():
         raise UserError(f"no folder {chosen}; --data needs the folder of the benchmarks' files")
     return chosen or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)

@@ -20,10 +20,7 @@ ALL_ROWS = RowSettings()
 
 def plain(row: Any, fields: dict[str, str]) -> JsonObject:
     """A row without nesting, its keys in lower case, with the names that `fields` gives to its values.
-
-    Raises:
-        BadRow: it is no object, or has no such key.
-    """
+    Raises `BadRow`: it is no object, or has no such key."""
     if isinstance(row, dict) and {"0", "1"} <= row.keys():  # Open-Reasoner-Zero on the hub: a pair of turns
         row = [row["0"], row["1"]]
     if isinstance(row, list) and len(row) > 1 and all(isinstance(turn, dict) for turn in row):
@@ -63,10 +60,7 @@ def checked(row: JsonObject, fields: dict[str, str]) -> Asked:
 
 def to_problem(row: Any, source: str, index: int, fields: dict[str, str]) -> Problem:
     """A row of any known shape as a problem. Without an id, `source` and `index` make one.
-
-    Raises:
-        BadRow: no question, neither answer nor tests, or text that is not valid Unicode.
-    """
+    Raises `BadRow`: no question, neither answer nor tests, or text that is not valid Unicode."""
     row = plain(row, fields)
     asked = checked(row, fields)
     name = first(row, "id", "unique_id", "task_id", "question_id", "problem_id", "uuid")
@@ -129,11 +123,7 @@ class Tally:
                 self.bad(where, f"a value of a kind that no known shape has ({error})")
 
     def settle(self) -> None:
-        """Say how many rows were left out.
-
-        Raises:
-            UserError: they are all rows, or more than the bound.
-        """
+        """Say how many rows were left out. Raises `UserError`: they are all rows, or more than the bound."""
         few = min(FEW, self.total // 2) if self.most else 0
         most = self.most if self.most >= 1 else max(self.most * self.total, few)
         if self.count and self.count > min(most, self.total - 1):

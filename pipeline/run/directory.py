@@ -93,11 +93,7 @@ class RunDir:
         self.note_input(name, digest.hexdigest())
 
     def note_input(self, name: str, digest: str) -> None:
-        """Note an input and its hash in env.json.
-
-        Raises:
-            UserError: the run began with another.
-        """
+        """Note an input and its hash in env.json. Raises `UserError`: the run began with another."""
         env = self.environment()
         before = env["inputs"].get(name, digest)
         if before != digest and not self.stage.extends:
@@ -156,10 +152,7 @@ class RunDir:
 
     def save_model(self, write: Callable[[Path], None], folder: str = "model") -> Path:
         """Let `write` fill `folder`, a finished model; it appears complete or not at all.
-
-        Raises:
-            Stopped: a tensor has a value that is not finite.
-        """
+        Raises `Stopped`: a tensor has a value that is not finite."""
         with replacing(self.path / folder) as partial:
             partial.mkdir(parents=True)
             write(partial)

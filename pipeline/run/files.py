@@ -57,11 +57,7 @@ def write_atomic(path: Path, text: str | Iterable[str]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that we wrote; empty where there is no file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """A JSON object that we wrote; empty where there is no file. Raises `UserError`: the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:

@@ -54,10 +54,7 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
 
 def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Models by label: those there are, with path and hash, and those not made yet, with how to make them.
-
-    Raises:
-        UserError: there is none at all.
-    """
+    Raises `UserError`: there is none at all."""
     made: dict[str, dict[str, str]] = {}
     missing: dict[str, str] = {}
     for entry in config.models:
@@ -84,11 +81,7 @@ def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[s
 
 def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None, int]], dict[str, str]]:
     """Source, limit and samples a problem of each benchmark that can be read, and the reason for each extra
-    one that cannot.
-
-    Raises:
-        UserError: one of the required ones cannot be read, or two have one label.
-    """
+    one that cannot. Raises `UserError`: one of the required ones cannot be read, or two have one label."""
     found: dict[str, tuple[str, int | None, int]] = {}
     unread: dict[str, str] = {}
     for entry in config.benchmarks + config.extra_benchmarks:

@@ -33,10 +33,7 @@ class Conversation:
     """A model and its tokenizer; one thread at a time uses them."""
 
     def __init__(self, config: ModelSettings) -> None:
-        """
-        Raises:
-            UserError: no such model, or one without a tokenizer.
-        """
+        """Raises `UserError`: no such model, or one without a tokenizer."""
         self.engine, self.tokenizer = open_speaker(config)
         try:
             self.context, self.vocabulary = context_and_vocabulary(config.model, config.vllm.context)
@@ -50,9 +47,7 @@ class Conversation:
         """Token ids of a conversation, and whether they end inside an open think tag.
 
         A model trained with a template for single questions gets the last message alone.
-
-        Raises:
-            ValueError: messages that the model's chat template refuses.
+        Raises `ValueError`: messages that the model's chat template refuses.
         """
         template = TEMPLATES.get(self.template, TEMPLATES["raw"])
         if not template.chat or not self.tokenizer.chat_template:
@@ -67,10 +62,8 @@ class Conversation:
         return encode_text(self.tokenizer, text), bool(opening(text))
 
     def check(self, ids: Sequence[int]) -> None:
-        """
-        Raises:
-            ValueError: no prompt for this model: empty, of another vocabulary, or as long as the context.
-        """
+        """Raises `ValueError`: no prompt for this model: empty, of another vocabulary, or as long as the
+        context."""
         if not ids:
             raise ValueError("the prompt has no tokens.")
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
@@ -84,9 +77,7 @@ class Conversation:
         """Generate piece by piece, each text as thinking or answer.
 
         `opened`: whether the prompt ends inside an open think tag; `None` = all is answer, tags included.
-
-        Raises:
-            ValueError: as `check`.
+        Raises `ValueError`: as `check`.
         """
         self.check(ids)
         decoder, split = Decoder(self.tokenizer, stops), None if opened is None else ThinkingSplit(opened)

@@ -193,10 +193,7 @@ def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: st
 
 def earlier_scores(out: Path, inputs: dict[str, Any], replace_changed: bool) -> dict[str, Any] | None:
     """The scores in `out`, if they have the same inputs; `None` where there are none, or some to replace.
-
-    Raises:
-        UserError: `out` holds anything else.
-    """
+    Raises `UserError`: `out` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:

@@ -18,10 +18,7 @@ from rollout.types import Problem, Prompt, Rollout
 
 def prompt_rows(file: Path) -> list[tuple[str, JsonObject]]:
     """Where each prompt stands, and its row.
-
-    Raises:
-        UserError: the file cannot be read or has no prompts, or, by its number, a row is none.
-    """
+    Raises `UserError`: the file cannot be read or has no prompts, or, by its number, a row is none."""
     rows = []
     for where, row in located(file):
         try:

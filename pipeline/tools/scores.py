@@ -46,10 +46,7 @@ class Sample:
 
 def pass_at(k: int, n: int, c: int) -> float:
     """Chance that k of n samples, taken without replacement, hold one of the c right ones.
-
-    Raises:
-        ValueError: k is not in 1..n or c not in 0..n.
-    """
+    Raises `ValueError`: k is not in 1..n or c not in 0..n."""
     if not 1 <= k <= n or not 0 <= c <= n:
         raise ValueError(f"pass_at(k={k}, n={n}, c={c}) needs 1 <= k <= n and 0 <= c <= n.")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)

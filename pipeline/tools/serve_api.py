@@ -159,10 +159,7 @@ Kind = TypeVar("Kind", bound=Body)
 
 def parse_body(kind: type[Kind], data: bytes) -> Kind:
     """A request's body.
-
-    Raises:
-        Refused: no JSON, or a parameter that is wrong or not served, by its name.
-    """
+    Raises `Refused`: no JSON, or a parameter that is wrong or not served, by its name."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -179,11 +176,8 @@ def parse_body(kind: type[Kind], data: bytes) -> Kind:
 
 
 def respond(talk: Conversation, config: ServeSettings, name: str, body: TextBody | ChatBody) -> Iterator[Any]:
-    """The chunks of the answer, choice after choice; the last has the usage and no choice.
-
-    Raises:
-        Refused: before the first chunk, for a prompt that the model cannot go on from, or too many choices.
-    """
+    """The chunks of the answer, choice after choice; the last has the usage and no choice. Raises `Refused`:
+    before the first chunk, for a prompt that the model cannot go on from, or too many choices."""
     chat, tokens = isinstance(body, ChatBody), 0
     try:
         prompts = body.prompts(talk)

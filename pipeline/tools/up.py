@@ -86,10 +86,8 @@ def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
 
 def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     """The steps in the table's order: goals in any case, other stages where their done.json is missing.
-
-    Raises:
-        UserError: preset or stage is absent, a setting is wrong, or the run was begun with another seed.
-    """
+    Raises `UserError`: preset or stage is absent, a setting is wrong, or the run was begun with another
+    seed."""
     here, run = stages_of(up.preset), up.runs / up.name
     if up.runs.exists() and not up.runs.is_dir():
         raise UserError(f"--runs {up.runs} is no folder; name another")
@@ -142,10 +140,7 @@ def needs_vllm(config: Any) -> bool:
 
 def make_vllm() -> None:
     """Have the Makefile set up the environment with vLLM; at once where that is done.
-
-    Raises:
-        UserError: it cannot be set up.
-    """
+    Raises `UserError`: it cannot be set up."""
     code = subprocess.run(["make", "--no-print-directory", str(VLLM / "stamp")], check=False).returncode
     if code:
         raise UserError(
