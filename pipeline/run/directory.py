@@ -53,7 +53,7 @@ class RunDir:
         (`Qwen/Qwen2.5-1.5B`); recorded by hash. A resumed run takes the hub's revision that it began with."""
         name = str(value)
         if not is_model_name(name):
-            return self.find_input(value, "model", "config.json")
+            return self.file_input(value, "model", "config.json")
         path = hub_model(name, self.environment()["inputs"].get(f"hub:{name}"))
         self.note_input(f"hub:{name}", path.name)
         return path
@@ -63,13 +63,9 @@ class RunDir:
         A data set of the hub stays its name (`hub:OWNER/NAME:SPLIT`)."""
         return value if value.startswith("hub:") else self.file_input(value, "corpus.jsonl")
 
-    def file_input(self, value: str | Path, filename: str) -> Path:
-        """The file `filename` of a stage of this run (`reject`), or the file at a path; recorded by hash."""
-        return self.find_input(value, filename)
-
-    def find_input(self, value: str | Path, part: str, inside: str = "") -> Path:
-        """`part` of stage `value` of this run, or else the path `value`: a model directory that has the file
-        `inside`, or a file."""
+    def file_input(self, value: str | Path, part: str, inside: str = "") -> Path:
+        """`part` of stage `value` of this run, or else the path `value`; recorded by hash. It is a model
+        directory with the file `inside`, or a file."""
         path, hint = Path(value), f"name a stage of this run or {'a model directory' if inside else 'a file'}"
         if str(value) in {stage.name for stage in STAGES}:
             path = self.path.parent / str(value) / part

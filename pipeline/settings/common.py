@@ -159,8 +159,7 @@ class Sampling(Settings):
 
     def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
         """The engine's parameters: `n` rollouts a prompt, at most `max_tokens` where that is less."""
-        names = {field.name for field in dataclasses.fields(SamplingParams)}
-        own = {name: value for name, value in vars(self).items() if name in names}
+        own = shared(self, SamplingParams)
         return SamplingParams(**own | {"n": n, "seed": seed, "max_tokens": max_tokens or self.max_tokens})
 
 
@@ -210,6 +209,12 @@ def named_fields(text: str) -> dict[str, str]:
     if not named.keys() <= set(names) or not all(named.values()):
         raise ValueError(f"fields={text!r}: write NAME=KEY, with a name of: {', '.join(names)}.")
     return named
+
+
+def shared(settings: Settings, other: type) -> dict[str, Any]:
+    """Values by name of the settings that the dataclass `other` has as fields too."""
+    names = [field.name for field in dataclasses.fields(other)]
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -9,7 +9,6 @@ with the reason, a model that is not there yet with the command that makes it.
 """
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.files import write_atomic
 from pipeline.run.metrics import say
+from pipeline.settings.common import shared
 from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
 from pipeline.tools.evaluate import evaluate
@@ -108,16 +108,9 @@ def score_pair(
     config: EvalSettings, out: Path, model: dict[str, str], source: str, limit: int | None, samples: int
 ) -> dict[str, Any]:
     """Scores in `out` of one model on one benchmark; earlier ones where nothing changed."""
-    names = {field.name for field in fields(EvaluateSettings)}
-    shared = {name: value for name, value in vars(config).items() if name in names}
-    pair = EvaluateSettings(
-        **(shared | {"samples": samples}),
-        model=Path(model["path"]),
-        benchmark=source,
-        out=out,
-        limit=limit,
-        problems_seed=config.heldout_seed,
-    )
+    own = {"model": Path(model["path"]), "benchmark": source, "out": out, "limit": limit, "samples": samples}
+    own |= {"problems_seed": config.heldout_seed}
+    pair = EvaluateSettings(**shared(config, EvaluateSettings) | own)
     file = out / "scores.json"
     before = file.stat().st_mtime_ns if file.exists() else None
     result = evaluate(pair, model["sha256"], replace_changed=True)

@@ -32,7 +32,7 @@ from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.run.verifiers import check_errors, check_sandbox
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.tools.open import check_model, naming, open_speaker, trained_template
-from pipeline.tools.scores import Sample, scores
+from pipeline.tools.scores import scores
 from rewards.maths.extract import final_answer
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer
@@ -157,22 +157,6 @@ def row_of(index: int, graded: Graded) -> dict[str, Any]:
     }
 
 
-def sample_of(row: dict[str, Any]) -> Sample:
-    """A row of generations.jsonl as the scores see it."""
-    votes = row["kind"] != "code"
-    return Sample(
-        question=row["index"],
-        verdict=row["verdict"],
-        vote=row["extracted"] or None if votes else None,
-        votes=votes,
-        sampled=row["finish_reason"] is not None,
-        tokens=row["tokens"],
-        truncated=row["finish_reason"] == "length",
-        in_format=row["parts"].get("format", 0.0),
-        language=row["parts"].get("language", 1.0),
-    )
-
-
 # ---- the folder
 
 
@@ -215,7 +199,7 @@ def write(
 ) -> dict[str, Any]:
     """Both files, in a folder that appears complete."""
     result = {
-        **scores([sample_of(row) for row in rows]),
+        **scores(rows),
         "template": "+".join(templates),
         "template_hash": "+".join(templates.values()),
         "model_hash": inputs["model_sha256"],

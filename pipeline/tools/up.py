@@ -130,11 +130,8 @@ def check_device(config: Any) -> None:
 
 def needs_vllm(config: Any) -> bool:
     """Whether a stage with these settings needs vLLM and this environment does not have it."""
-    engine = ""
-    if isinstance(config, GeneratingSettings):
-        engine = config.rollout.engine
-    elif isinstance(config, EvalSettings):
-        engine = config.engine
+    engine = config.engine if isinstance(config, EvalSettings) else ""
+    engine = config.rollout.engine if isinstance(config, GeneratingSettings) else engine
     return engine == "vllm" and importlib.util.find_spec("vllm") is None
 
 

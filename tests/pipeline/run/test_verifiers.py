@@ -82,7 +82,7 @@ def test_a_scorer_runs_no_program_unconfined_unless_it_may(monkeypatch):
 
 
 def test_a_verifier_that_always_fails_stops_an_evaluation_with_exit_code_3(tmp_path, stub, scripted, capsys):
-    rows = [{"question": f"q{i}", "tests": ["assert ("]} for i in range(3)]
+    rows = [{"question": f"q{i}", "tests": ["return"]} for i in range(3)]
     (tmp_path / "broken.jsonl").write_text("\n".join(map(json.dumps, rows)))
     scripted(lambda question, sample: "```python\nx = 1\n```")
     line = ["evaluate", "--model", stub(template="r1"), "--benchmark", tmp_path / "broken.jsonl"]
