@@ -95,6 +95,10 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("x=y+1", "y=x+1", False), ("\\\\frac{3}{4}", "\\frac{3}{4}", True), ("\\boxed{12}", "12", True),
     ],
     "sets of numbers": [
+        ("\\mathbb{R}", "\\text{all real numbers}", True), ("(1,2,5)", "\\langle 1,2,5 \\rangle", True),
+        ("\\sqrt{y^2}", "y", False), ("\\sqrt{y^2}", "|y|", True), ("9", "9 = n", True), ("\\lg 100", "2", True),
+        ("2300", "2.3 x 10^3", True), ("No", "no", True), ("\\text{(B) and (D)}", "B, D", True),
+        ("\\text{(B) and (D)}", "B", False), ("x - 1 = 2(y + 3)", "x = 2y + 7", True), ("1", "8 = 1", False),
         ("\\{s \\mid -3 < s < 8\\}", "(-3, 8)", True), ("\\{s \\mid -3 < s < 8\\}", "[-3, 8)", False),
         ("y \\ge 4", "\\{y \\mid y \\ge 4\\}", True),
         ("y \\le 1 \\text{ or } y = 5", "(-\\infty,1]\\cup\\{5\\}", True),
