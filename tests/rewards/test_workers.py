@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def task(body: str = "pass", timeout_s: float = 5.0) -> dict:
     return {
         "op": "asserts",
-        "code": body,
-        "tests": ["pass"],
+        "code": f"asked = 0\n{body}",
+        "tests": ["assert asked == 0"],
         "limits": {"timeout_s": timeout_s},
         "stop_early": True,
     }
