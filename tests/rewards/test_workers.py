@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def task(body: str = "pass", timeout_s: float = 5.0) -> dict:
     return {
         "op": "asserts",
-        "code": f"{body}\ndone = True",
-        "tests": ["assert done"],
+        "code": f"asked = 0\n{body}",
+        "tests": ["assert asked == 0"],
         "limits": {"timeout_s": timeout_s},
         "stop_early": True,
     }
