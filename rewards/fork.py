@@ -1,7 +1,7 @@
 """A fork of a worker that answers over a channel, and folders that a program leaves.
 
-The solver of mathematics, the zygote and the judge are such forks: what they inherit warm takes half a second
-to import, and a fork of it a few milliseconds.
+The zygote and the judge are such forks: what they inherit warm takes long to import, and a fork of it a few
+milliseconds.
 """
 
 import os

@@ -31,7 +31,7 @@ from typing import Any, Generic, ParamSpec, Self, TypeVar
 from rewards.fork import remove
 from rewards.wire import Channel
 
-START_LIMIT_S = 60.0  # an import of sympy on a busy machine; not part of a task's own limit
+START_LIMIT_S = 60.0  # of a worker on a busy machine; not part of a task's own limit
 DEFAULT_LIMIT_S = 5.0
 CHILD_MEMORY_BYTES = 2 << 30
 
@@ -40,15 +40,11 @@ T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The task got no reply: by its `kind`, `time` or `memory` ran out, or its child `died` or `raised`.
+    """The task got no reply: by its `kind`, `time` or `memory` ran out, or its child `died` or `raised`."""
 
-    Mathematics only: `stage` is the last that was reached (see `rewards.maths.engine`), and `cpu_s` the CPU
-    seconds spent in it, where its time ran out.
-    """
-
-    def __init__(self, message: str, kind: str = "raised", stage: str = "", cpu_s: float = 0.0) -> None:
+    def __init__(self, message: str, kind: str = "raised") -> None:
         super().__init__(message)
-        self.kind, self.stage, self.cpu_s = kind, stage, cpu_s
+        self.kind = kind
 
 
 class WorkerPool:
@@ -97,7 +93,7 @@ class WorkerPool:
     def _call(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         child = self._checkout()
         try:
-            child.prepare(task["op"])
+            child.prepare()
             reply = child.exchange(task, timeout_s)
         except BaseException:
             self._discard(child)
@@ -109,8 +105,7 @@ class WorkerPool:
         if not keep:
             self._discard(child)
         if "error" in reply:
-            details = {key: reply[key] for key in ("kind", "stage", "cpu_s") if key in reply}
-            raise TaskFailed(str(reply["error"]), **details)
+            raise TaskFailed(str(reply["error"]), reply.get("kind", "raised"))
         return reply
 
     def pids(self) -> list[int]:
@@ -185,13 +180,13 @@ class _Child:
                 env=environment,
                 start_new_session=True,  # the parent handles Ctrl-C
             )
-        self._loaded: set[str] = set()
+        self._warm = False
 
-    def prepare(self, op: str) -> None:
-        """Let the child import what `op` needs, once, on a clock of its own."""
-        if op not in self._loaded:
-            self.exchange({"op": "load", "for": op}, START_LIMIT_S)
-            self._loaded.add(op)
+    def prepare(self) -> None:
+        """Let the child confine itself and import what programs need, once, on a clock of its own."""
+        if not self._warm:
+            self.exchange({"op": "load"}, START_LIMIT_S)
+            self._warm = True
 
     def exchange(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s

@@ -1,12 +1,10 @@
 """The child process of `rewards.pool`: `python -m rewards.worker MEMORY_BYTES SCRATCH [unsafe]`.
 
-Answers requests one at a time over the socket at descriptor 0, until the other end closes. Mathematics runs
-in a fork (`maths.solver`) and a program under test in another (`programs.run`), so that neither can harm the
-next task. Whatever else fails here is this process's fault and not the task's: it says so and ends, for the
-pool to replace it.
+Answers requests one at a time over the socket at descriptor 0, until the other end closes. A program under
+test runs in a fork (`programs.run`), so that it cannot harm the next task. Whatever else fails here is this
+process's fault and not the task's: it says so and ends, for the pool to replace it.
 """
 
-import gc
 import os
 import resource
 import socket
@@ -15,25 +13,15 @@ from contextlib import suppress
 from typing import Any
 
 from rewards import wire
-from rewards.maths import engine
-from rewards.maths.solver import Solver
 from rewards.programs import isolate, run
 
 
-def answer(task: dict[str, Any], solver: Solver, scratch: str, unsafe: bool) -> dict[str, Any]:
+def answer(task: dict[str, Any], parent: int, scratch: str, unsafe: bool) -> dict[str, Any]:
     """The reply to one request; `op` names what is asked."""
     match task["op"]:
         case "load":
-            if task["for"] == "math":
-                engine.load()
-                gc.collect()
-                gc.freeze()  # forks then share these pages instead of copying them at their first collection
-            else:
-                solver.stop()  # rules that this process obeys from now on forbid signals to older forks
-                run.warm(scratch, solver.parent)
+            run.warm(scratch, parent)
             return {"active": isolate.describe(), "gap": isolate.gap()}
-        case "math":
-            return solver.compare(task["gold"], task["answer"], task["timeout_s"])
         case "asserts" | "stdio":
             if not unsafe and (gap := isolate.gap()):
                 return {"error": f"programs are not run: {gap}"}
@@ -51,12 +39,11 @@ def main() -> int:
     isolate.hide_memory()
     channel = wire.Channel(socket.socket(fileno=os.dup(0)))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    solver = Solver(channel.end.fileno())
     with suppress(EOFError):  # the parent is gone
         while True:
             task = channel.receive()
             try:
-                reply = answer(task, solver, scratch, unsafe)
+                reply = answer(task, channel.end.fileno(), scratch, unsafe)
             except Exception as error:
                 channel.send(wire.failure(error) | {"kind": "died"})
                 return 1

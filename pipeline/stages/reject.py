@@ -10,7 +10,7 @@ from pipeline.data.corpus import Row, readable, split_blocks, tagged, write_corp
 from pipeline.data.jsonl import read_log
 from pipeline.data.pool import pooled
 from pipeline.data.traces import curated_rows
-from pipeline.errors import UserError
+from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import RejectSettings
@@ -64,6 +64,8 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
             watch.check()
             run_dir.checkpoint(step, lambda folder: write_corpus(folder / "kept.jsonl", rows))
             run_dir.stop_if_interrupted()
+    except FloatingPointError as error:
+        raise Stopped(f"{config.init_from}: {error}") from error
     except (EngineDied, StaleWeights, Unanswerable) as error:
         raise UserError(f"{error} To go on from the last step: {run_dir.command} --resume") from error
     finally:

@@ -164,7 +164,7 @@ def _all_equal(gold: list[str], answer: list[str], depth: int, *, ordered: bool)
 def _choice(gold: str, answer: str, depth: int) -> Verdict | None:
     """The verdict where one of them is a choice letter, with or without the text that it stands for."""
     expected, got = _CHOSEN.fullmatch(gold), _CHOSEN.fullmatch(answer)
-    if got and _MORE_CHOICES.search(got[3]):
+    if any(match and _MORE_CHOICES.search(match[3]) for match in (expected, got)):
         return None
     letters = [(match[1] or match[2]).upper() if match else "" for match in (expected, got)]
     if expected and not expected[3] and gold.isupper():

@@ -28,8 +28,9 @@ def grade_math(gold: str, answer: str) -> Outcome:
         return Outcome(None, f"the gold answer is longer than {LONGEST_GOLD} characters", answer)
     if len(answer) > LONGEST_ANSWER:
         return Outcome(0.0, f"answer longer than {LONGEST_ANSWER} characters", answer)
-    gold = (last_boxed(gold) or gold) if "\\boxed" in gold else gold
-    expected, got = normalise(gold), normalise(answer)
+    expected, got = (
+        normalise((last_boxed(text) or text) if "\\boxed" in text else text) for text in (gold, answer)
+    )
     if not got and expected:
         return Outcome(0.0, "empty answer", answer)
     return Outcome(*compare(expected, got), answer)

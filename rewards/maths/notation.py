@@ -47,9 +47,12 @@ _SYNONYMS = [
         (r"\\(?:mathbb|Bbb|mathbf)\s*\{?\s*R\s*\}?(?![A-Za-z])", r"\\R "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
         (r"\\(?:dots|cdots|dotsc)(?![A-Za-z])", r"\\ldots "),
+        (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\times "),
         (r"\{([^{}]+)\\choose([^{}]+)\}", r"\\binom{\1}{\2}"),
         (r"\\\{\s*\\\}", r"\\emptyset "),
-        (r"^(?:all )?real numbers$", r"\\R"),
+        (r"^ ?(?:all )?real numbers ?$", r"\\R"),
+        (r"\\langle(?![A-Za-z])", "("),
+        (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\(?:approxeq|simeq)(?![A-Za-z])|\\doteq(?![A-Za-z])", r"\\approx "),
         (r"(?<=[\w)])\*\*(?=[\w(-])", "^"),
         (

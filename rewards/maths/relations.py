@@ -63,6 +63,8 @@ def true_members(chain: str) -> list[str]:
     parts = [part.strip() for part in EQUALS.split(chain[: modulus.start()] if modulus else chain)]
     if "" in parts[1:]:
         return []
+    if len(parts) == 2 and NAME.fullmatch(parts[1]) and not NAME.fullmatch(parts[0]):  # 7 = n
+        parts.reverse()
     below = parse(modulus[1] or modulus[2]) if modulus else None
     modulo = exact(below) if below else None
     rounded = False

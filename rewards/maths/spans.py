@@ -30,9 +30,6 @@ _COMMAND = re.compile(
     r"|\\(?:text|textbf|textrm|textit|mathrm|mbox|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\."
 )
 _LONG_WORD = re.compile(r"[A-Za-z]{2,}|[^\W\d_A-Za-z]{2,}")
-_PROSE_WORD = re.compile(
-    r"(?<![A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|max|min|gcd|lcm|mod)\b)[A-Za-z]{3,}"
-)
 _MATHS_WORDS = frozenset(
     "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin "  # noqa: SIM905
     "arccos arctan and or".split()
@@ -176,11 +173,7 @@ def _closing_dollar(text: str, start: int) -> int:
     if close <= start or "\n\n" in text[start:close]:
         return -1
     content = text[start:close]
-    money = content[0].isdigit() and (
-        text[close + 1 : close + 2].isdigit()
-        or content[-1].isspace()
-        or _PROSE_WORD.search(_COMMAND.sub(" ", content))
-    )
+    money = content[0].isdigit() and (text[close + 1 : close + 2].isdigit() or content[-1].isspace())
     return -1 if money else close
 
 

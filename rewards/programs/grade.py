@@ -69,12 +69,12 @@ def run_tests(
 
 def active_sandbox(pool: WorkerPool | None = None) -> str:
     """What confines a program on this machine, in words; see `rewards.programs.isolate.describe`."""
-    return str((pool or shared_pool()).call({"op": "load", "for": "asserts"}, START_LIMIT_S)["active"])
+    return str((pool or shared_pool()).call({"op": "load"}, START_LIMIT_S)["active"])
 
 
 def sandbox_gap(pool: WorkerPool | None = None) -> str:
     """Why programs cannot be confined on this machine, or ""; see `rewards.programs.isolate.gap`."""
-    return str((pool or shared_pool()).call({"op": "load", "for": "asserts"}, START_LIMIT_S)["gap"])
+    return str((pool or shared_pool()).call({"op": "load"}, START_LIMIT_S)["gap"])
 
 
 def _run(

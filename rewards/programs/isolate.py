@@ -11,7 +11,7 @@ In order of strength, each used where the machine has it:
   rlimits     CPU, address space, file size, processes, core dumps. Always.
   audit hook  writing or reading outside, processes, sockets, ctypes fail in Python itself. Always.
 
-The judge gets the last four and no scratch folder, the solver of mathematics Landlock and seccomp. Linux on
+The judge gets the last four and no scratch folder. Linux on
 x86-64 and aarch64; elsewhere the last two remain. `describe` reports what is active, `gap` what is missing.
 """
 

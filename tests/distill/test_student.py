@@ -168,6 +168,13 @@ def test_a_student_that_diverges_goes_back_and_its_control_does_not(
     assert all(same_bits(weights(through, label), weights(cut, label)) for label in ("student", "plain"))
 
 
+def test_an_update_of_a_student_that_is_not_finite_is_skipped(distill: Distill, unstable: None) -> None:
+    folder = distill(plain_control=False)
+    assert [row["optim/skipped"] for row in metrics(folder)] == [0, 0, 0, 0, 1, 2]
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values())
+    assert "history" not in json.loads((folder / "env.json").read_text())
+
+
 def test_a_student_without_one_good_update_is_no_student(
     distill: Distill, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

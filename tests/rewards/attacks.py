@@ -106,7 +106,7 @@ def left_behind(pool: WorkerPool, before: set[str]) -> dict[str, int]:
     """Processes and `folders` that are there although no program runs."""
     workers = [_children(worker) for worker in pool.pids()]
     programs = [child for children in workers for at_work in children for child in _children(at_work)]
-    more = sum(max(0, len(children) - 2) for children in workers)  # a zygote, and a solver of mathematics
+    more = sum(max(0, len(children) - 1) for children in workers)  # a zygote
     return {"processes": len(programs) + more, "folders": len(folders() - before)}
 
 

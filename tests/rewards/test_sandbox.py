@@ -120,7 +120,7 @@ def test_a_worker_that_cannot_start_is_a_failure_of_its_task(monkeypatch):
     with WorkerPool(1) as pool:
         assert "cannot be started" in run_tests("x = 1", ["assert x == 1, 3"], pool=pool).detail
         with pytest.raises(TaskFailed):
-            pool.call({"op": "load", "for": "math"})
+            pool.call({"op": "load"})
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with WorkerPool(1) as pool:
         outcome = run_tests("x = 1", ["assert x == 1, 4"], pool=pool)

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def task(body: str = "pass", timeout_s: float = 5.0) -> dict:
     return {
         "op": "asserts",
-        "code": body,
-        "tests": ["pass"],
+        "code": f"asked = 0\n{body}",
+        "tests": ["assert asked == 0"],
         "limits": {"timeout_s": timeout_s},
         "stop_early": True,
     }
@@ -94,18 +94,13 @@ def test_a_task_that_loses_two_workers_fails():
         assert pool.call(task())["passed"] == 1
 
 
-@pytest.mark.parametrize("victim", ["worker", "zygote", "judge", "solver"])
+@pytest.mark.parametrize("victim", ["worker", "zygote", "judge"])
 def test_a_process_killed_in_the_middle_of_a_batch_costs_no_verdict(victim):
-    """Each program and each answer is graded as if nothing had happened; the child is replaced."""
+    """Each program is graded as if nothing had happened; the child is replaced."""
     pause = "import time\ntime.sleep(0.05)\n"
     with WorkerPool(1) as pool, ThreadPoolExecutor(1) as threads:
         pool.call(task())
-        compare = {"op": "math", "answer": "x + 1", "timeout_s": 5}
-        pool.call(compare | {"gold": "1 + x"})
-        if victim == "solver":
-            jobs = [compare | {"gold": f"\\frac{{x^2 - {i}}}{{x - 1}}"} for i in range(12)]
-        else:
-            jobs = [task(f"{pause}x = {i}\nassert x % 2 == 0") for i in range(12)]
+        jobs = [task(f"{pause}x = {i}\nassert x % 2 == 0") for i in range(12)]
         replies, killed, again = [], 0, 0
         batch = threads.submit(lambda: [replies.append(pool.call(job)) for job in jobs])
         while not batch.done():
@@ -115,34 +110,17 @@ def test_a_process_killed_in_the_middle_of_a_batch_costs_no_verdict(victim):
                 killed, again = killed + 1, len(replies) + 2
         batch.result()
         assert killed
-        if victim == "solver":
-            assert [reply["value"] for reply in replies] == [0, 1, *[0] * 10]
-        else:
-            assert [reply["passed"] for reply in replies] == [1, 0] * 6
-
-
-def test_one_worker_does_both_kinds_in_any_order():
-    """An answer that takes too long is stopped by its own worker, whatever that did before."""
-    slow = {"op": "math", "gold": "1 + x", "answer": "(1 + x)^{3000}(1 + y)^{3000}", "timeout_s": 0.5}
-    with WorkerPool(1) as pool:
-        assert pool.call(slow | {"answer": "x + 1"})["value"] == 1
-        (pid,) = pool.pids()
-        for _ in range(2):
-            assert pool.call(task("x = 1"))["passed"] == 1
-            with pytest.raises(TaskFailed) as failed:
-                pool.call(slow, timeout_s=20)
-            assert failed.value.kind == "time"
-        assert pool.pids() == [pid]
+        assert [reply["passed"] for reply in replies] == [1, 0] * 6
 
 
 def find(pool: WorkerPool, victim: str) -> int | None:
-    """One of the worker's processes: the zygote is its first fork, the solver its second."""
+    """One of the worker's processes: the zygote is its first fork, the judge its second."""
     for worker in pool.pids():
         if victim == "worker":
             return worker
         with suppress(FileNotFoundError):
             forks = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
-            at = {"zygote": 0, "solver": 1, "judge": 2}[victim]
+            at = {"zygote": 0, "judge": 1}[victim]
             return int(forks[at]) if at < len(forks) else None
     return None
 
@@ -173,7 +151,7 @@ def test_nothing_is_left_when_the_parent_ends(end, without, tmp_path):
         "from pathlib import Path\nfrom tests.rewards.outside import take_away\n"
         f"take_away({without}, Path())\n"
         "from rewards.pool import shared_pool\n"
-        "task = {'op': 'asserts', 'code': 'open(\"x\", \"w\")\\nwhile True: pass', 'tests': ['pass'],"
+        "task = {'op': 'asserts', 'code': 'open(\"x\", \"w\")\\nwhile True: pass', 'tests': ['f()'],"
         " 'limits': {'timeout_s': 30}, 'stop_early': True}\n"
         "threading.Thread(target=lambda: shared_pool().call(task, 40), daemon=True).start()\n"
         "time.sleep(0.7)\n"

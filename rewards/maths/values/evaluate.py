@@ -164,6 +164,8 @@ def _exact(tree: Tree, trial: int) -> Fraction:
     if operation not in _EXACT:
         raise _Irrational
     values = [_exact(part, trial) for part in parts]
+    if operation == "power" and values[1].denominator > 1 and names(parts[0]):  # sqrt(x^2) is not x
+        raise _Irrational
     if operation == "factorial" and (values[0].denominator != 1 or not 0 <= values[0] <= 1500):
         raise _Irrational
     return Fraction(_EXACT[operation](values))

@@ -19,7 +19,7 @@ from functools import lru_cache
 Tree = tuple  # ("number", Fraction) | ("variable", name) | ("constant", name) | (operation, Tree, ...)
 
 FUNCTIONS = {
-    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln log".split()},  # noqa: SIM905
+    **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh exp ln log lg".split()},  # noqa: SIM905
     **{f"{a}{name}": f"a{name}" for a in ("arc", "a") for name in ("sin", "cos", "tan", "cot", "sec", "csc")},
 }
 _INVERSE = {name: f"a{name}" for name in ("sin", "cos", "tan", "cot", "sec", "csc")}
@@ -259,6 +259,8 @@ class _Parser:
         exponent = base = None
         if name == "log" and self.take("_"):
             base = self.argument(digits=True)
+        if name == "lg":
+            base = ("number", Fraction(10))
         if self.take("^"):
             exponent = self.argument(digits=True) if self.next != "-" else self.signed()
         if self.next in ("(", "{", "["):

@@ -10,7 +10,6 @@ from rewards.maths.values.evaluate import exact
 from rewards.maths.values.expression import parse
 from rewards.maths.values.units import split_unit
 
-_ASSIGNED = re.compile(r"[A-Za-z](?:_\{?\w\}?|\([a-z]\))?\s*=\s*([^=]+)")
 _MULTIPLE = re.compile(
     r"(-?[\d.,]*[\d.])\s*(dozen|hundred|thousand|million|billion|trillion)\b(.*)", re.IGNORECASE
 )
@@ -43,9 +42,7 @@ class Number:
 
 @lru_cache(maxsize=8192)
 def plain_number(text: str) -> Number | None:
-    """Normalised `text` as a number with a unit, or `None`; `x = 5` counts as 5."""
-    assigned = _ASSIGNED.fullmatch(text)
-    text = (assigned[1] if assigned else text).strip()
+    """Normalised `text` as a number with a unit, or `None`."""
     if text.casefold() in WORDS:
         return Number(Fraction(WORDS[text.casefold()]), None, False, "")
     multiple = _MULTIPLE.fullmatch(text)

@@ -79,14 +79,17 @@ mark = _Mark()
 
 
 def param(*values: Any, **_: Any) -> Any:
+    """A case of `parametrize`."""
     return values if len(values) > 1 else values[0]
 
 
 def fixture(function: Any = None, **_: Any) -> Any:
+    """A function whose value tests take by its name."""
     return function or fixture
 
 
 def fail(reason: str = "") -> None:
+    """End a test as failed."""
     raise AssertionError(reason)
 
 

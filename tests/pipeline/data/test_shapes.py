@@ -392,8 +392,7 @@ def test_too_long_problems_are_left_out_and_counted(tokenizer, tmp_path, capsys)
     assert said == "1 of 3 problems with max_tokens=40 exceed the model's context of 96 tokens: left out\n"
     longest = 96 - len(encode_prompt(tokenizer, found[0].question, "r1-zero-short"))
     with pytest.raises(
-        UserError,
-        match=rf"all 3 problems of the list with max_tokens=96 .* --max-tokens to at most {longest}",
+        UserError, match=rf"all 3 problems of the list with max_tokens=96 .* to at most {longest}"
     ):
         fitting(found, replace(config, max_tokens=96), tokenizer, model)
     assert fitting(found, replace(config, max_tokens=longest), tokenizer, model) == found[:1]
