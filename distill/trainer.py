@@ -222,9 +222,7 @@ def train(
     trainer = StudentTrainer(
         model=model,
         args=arguments(job, config, run_dir.path / job.label, device),
-        train_dataset=Dataset.from_dict(
-            {"rows": job.batches}
-        ),  # an item is a micro-batch: Trainer keeps them
+        train_dataset=Dataset.from_dict({"rows": job.batches}),  # an item, a micro-batch, is not regrouped
         data_collator=look_up,
         processing_class=tokenizer,
         peft_config=lora,

@@ -86,15 +86,6 @@ class CodeSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradingSettings(CodeSettings):
-    """What stages have that cannot do without most verdicts."""
-
-    max_error_share: Share = 0.5
-    """Stop, with exit code 3, when the verifier failed for a larger share of the rollouts of two steps in a
-    row, or of a benchmark; 1 = never."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class AdamWSettings(Settings):
     """AdamW and its schedule. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
 
@@ -199,6 +190,15 @@ class RowSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         named_fields(self.fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradingSettings(TemplateSettings, RowSettings, CodeSettings):
+    """What everything has that asks a model problems and grades its answers."""
+
+    max_error_share: Share = 0.5
+    """Stop, with exit code 3, when the verifier failed for a larger share of the rollouts of two steps in a
+    row, or of a benchmark; 1 = never."""
 
 
 def named_fields(text: str) -> dict[str, str]:
