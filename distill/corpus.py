@@ -30,11 +30,9 @@ _BREAK = re.compile(r"\s*\n\s*")
 
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:
-    """The same questions, answered without reasoning.
-
-    What stands outside the think block is kept as it is (`<answer>7</answer>`); a worked solution without
-    tags shrinks to its box. A row with nothing outside its thinking is left out.
-    """
+    """The same questions, answered without reasoning. What stands outside the think block is kept as it is
+    (`<answer>7</answer>`); a worked solution without tags shrinks to its box. A row with nothing outside its
+    thinking is left out."""
     plain = []
     for row in rows:
         answer = row.answer or last_boxed(row.completion)
@@ -59,11 +57,9 @@ def read_solutions(
 
 
 def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
-    """Published solutions as traces that end in the boxed answer; what has no solution is left out.
-
-    `tags` puts them in R1's format, for its own template; without, models that are asked to box their answer
-    learn the solution as it stands.
-    """
+    """Published solutions as traces that end in the boxed answer; what has no solution is left out. `tags`
+    puts them in R1's format, for its own template; without, models that are asked to box their answer learn
+    the solution as it stands."""
     for problem, solution in solved:
         steps = worked_steps(solution, problem.answer)
         if steps and problem.answer:
@@ -73,9 +69,7 @@ def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterato
 
 def worked_steps(solution: str, answer: str) -> str:
     """A published solution, cleaned: no `<<48/2=24>>`, no `#### 72`, no blank lines, the answer in a box.
-
-    MATH solutions box their answer already, mostly in mid-sentence.
-    """
+    MATH solutions box their answer already, mostly in mid-sentence."""
     steps = _BREAK.sub("\n", _HASHES.sub("", _CALCULATOR.sub("", solution)).strip())
     if steps and last_boxed(steps) is None:
         steps += f"\nThe answer is $\\boxed{{{answer}}}$."

@@ -76,10 +76,8 @@ def expression(terms: list[int]) -> str:
 
 
 def chain_steps(terms: list[int]) -> tuple[str, ...]:
-    """`[3, 4, -5]` -> `("3+4-5", "7-5", "2")`: the expression that is left, one line a step.
-
-    This makes each step local: the first two operands become one, the tail is copied.
-    """
+    """`[3, 4, -5]` -> `("3+4-5", "7-5", "2")`: the expression that is left, one line a step. This makes each
+    step local: the first two operands become one, the tail is copied."""
     return tuple(expression([sum(terms[:i]), *terms[i:]]) for i in range(1, len(terms) + 1))
 
 

@@ -124,10 +124,8 @@ def tests_of(value: Any, starter: str = "", function: str | None = None) -> Test
 
 
 def cases(inputs: list[Any], outputs: list[Any], function: Any, starter: str) -> Tests:
-    """Cases of stdin and stdout, or calls of a function with the arguments of each input.
-
-    APPS and TACO wrap each expected value in a list; LiveCodeBench has JSON, an argument a line.
-    """
+    """Cases of stdin and stdout, or calls of a function with the arguments of each input. APPS and TACO wrap
+    each expected value in a list; LiveCodeBench has JSON, an argument a line."""
     if len(inputs) != len(outputs):
         raise BadRow(f"{len(inputs)} inputs of tests, and {len(outputs)} outputs")
     if not function:

@@ -46,10 +46,8 @@ def read_stages(folder: Path) -> list[StageRecord]:
 
 
 def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> dict[str, Any]:
-    """The contract of summary.json: scores by model and benchmark, seconds, peak memory, seed.
-
-    `state` is eval's scores.json, `seed` that of a run without a finished stage.
-    """
+    """The contract of summary.json: scores by model and benchmark, seconds, peak memory, seed. `state` is
+    eval's scores.json, `seed` that of a run without a finished stage."""
     return {
         "models": {
             label: {name: {key: s[key] for key in KEYS} for name, s in by_benchmark.items()}

@@ -176,12 +176,10 @@ class RunDir:
 
 @contextmanager
 def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunDir | None]:
-    """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well.
-
-    A stage that `extends` may be reopened at any time, with other settings too; its seconds add up.
-    Yields None when there is nothing left to do. Raises `UserError` when the directory is in use.
-    `command` is what the user typed, less `--resume`, for the errors that say how to go on.
-    """
+    """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well. A stage
+    that `extends` may be reopened at any time, with other settings too; its seconds add up. Yields None when
+    there is nothing left to do. Raises `UserError` when the directory is in use. `command` is what the user
+    typed, less `--resume`, for the errors that say how to go on."""
     if not re.fullmatch(r"\w[\w.-]{0,199}", config.name):
         raise UserError(f"--name {config.name!r} must be letters, digits and . _ -, at most 200 (a folder)")
     run = RunDir(stage, config, command)

@@ -16,10 +16,8 @@ from pipeline.errors import UserError
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path for the body to fill, as file or folder; it replaces `path` when the body ends without an error.
-
     All bytes are on disk before the rename, so that a crash of the machine cannot leave an empty file. A
-    folder that is replaced stands beside it as `.old` until the new one has its name.
-    """
+    folder that is replaced stands beside it as `.old` until the new one has its name."""
     partial, old = (path.with_name(path.name + suffix) for suffix in (".partial", ".old"))
     remove(partial)
     try:
@@ -48,10 +46,8 @@ def is_full(error: Exception, folder: Path) -> bool:
 
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
-    """Replace the file `path` in one step: a reader sees the old text or the new one, both complete.
-
-    A lone surrogate, which UTF-8 cannot hold, is written as JSON escapes it.
-    """
+    """Replace the file `path` in one step: a reader sees the old text or the new one, both complete. A lone
+    surrogate, which UTF-8 cannot hold, is written as JSON escapes it."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines([text] if isinstance(text, str) else text)
 

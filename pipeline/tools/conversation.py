@@ -44,11 +44,9 @@ class Conversation:
         self.template = trained_template(config.model) or native
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], bool]:
-        """Token ids of a conversation, and whether they end inside an open think tag.
-
-        A model trained with a template for single questions gets the last message alone.
-        Raises `ValueError`: messages that the model's chat template refuses.
-        """
+        """Token ids of a conversation, and whether they end inside an open think tag. A model trained with a
+        template for single questions gets the last message alone. Raises `ValueError`: messages that the
+        model's chat template refuses."""
         template = TEMPLATES.get(self.template, TEMPLATES["raw"])
         if not template.chat or not self.tokenizer.chat_template:
             name = template.name if not template.chat else "raw"
@@ -74,11 +72,8 @@ class Conversation:
     def stream(
         self, ids: Sequence[int], opened: bool | None, sampling: SamplingParams, stops: Sequence[str] = ()
     ) -> Iterator[Piece]:
-        """Generate piece by piece, each text as thinking or answer.
-
-        `opened`: whether the prompt ends inside an open think tag; `None` = all is answer, tags included.
-        Raises `ValueError`: as `check`.
-        """
+        """Generate piece by piece, each text as thinking or answer. `opened`: whether the prompt ends inside
+        an open think tag; `None` = all is answer, tags included. Raises `ValueError`: as `check`."""
         self.check(ids)
         decoder, split = Decoder(self.tokenizer, stops), None if opened is None else ThinkingSplit(opened)
         for new, logprobs, over in pieces(self.engine, ids, sampling, self.context - len(ids)):

@@ -49,14 +49,11 @@ T = TypeVar("T")
 def evaluate(
     config: EvaluateSettings, model_hash: str | None = None, replace_changed: bool = False
 ) -> dict[str, Any]:
-    """Score a model on a benchmark, or read the scores that `config.out` already holds.
+    """Score a model on a benchmark, or read the scores that `config.out` already holds: scores.json's.
 
     Args:
         model_hash: sha256 of the model directory, where the caller has it.
         replace_changed: scores with other inputs are replaced, once the new ones are complete.
-
-    Returns:
-        What stands in scores.json.
 
     Raises:
         UserError: no such model, no such problems, or `config.out` holds something else.

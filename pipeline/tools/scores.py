@@ -33,14 +33,9 @@ def pass_at(k: int, n: int, c: int) -> float:
 
 
 def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
-    """Accuracy of the most frequent answer of one question; `0.5` and `1/2` are one answer.
-
-    Args:
-        votes: each sample's answer and whether it is right; without an answer it does not vote.
-
-    Returns:
-        1 or 0; on a tie the share of the tied answers that are right, a random pick's mean.
-    """
+    """Accuracy of the most frequent answer of one question, 1 or 0; on a tie the share of the tied answers
+    that are right, a random pick's mean. `votes` is each sample's answer and whether it is right; without an
+    answer it does not vote. `0.5` and `1/2` are one answer."""
     answers = first_equal([answer for answer, _ in votes])
     counts = Counter(answer for answer in answers if answer is not None)
     if not counts:

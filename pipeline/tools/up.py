@@ -182,11 +182,8 @@ class Children:
 
 
 def make(steps: list[Step], jobs: int) -> tuple[Step, int] | None:
-    """Run the steps, at most `jobs` at once, each after those that its stage may read.
-
-    Returns:
-        The first step that failed, or that a signal kept from starting, and the exit code; None = all made.
-    """
+    """Run the steps, at most `jobs` at once, each after those that its stage may read. Returns the first step
+    that failed, or that a signal kept from starting, and the exit code; None = all made."""
     children, pending = Children(jobs > 1), list(steps)
     active: dict[Future[int], Step] = {}
     failed = None

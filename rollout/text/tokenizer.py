@@ -53,12 +53,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE; same texts in the same order, same tokenizer.
-
-    `texts` is read once. `vocab_size` counts special tokens and tags too; a small corpus may fill fewer: size
-    the embedding by `len(tokenizer)`.
-    Raises `ValueError`: `vocab_size` below the 256 bytes and 9 added tokens.
-    """
+    """Learn a byte-level BPE; same texts in the same order, same tokenizer. `texts` is read once.
+    `vocab_size` counts special tokens and tags too; a small corpus may fill fewer: size the embedding by
+    `len(tokenizer)`. Raises `ValueError`: `vocab_size` below the 256 bytes and 9 added tokens."""
     least = 256 + len(SPECIAL_TOKENS) + len(TAGS)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is below the {least} that bytes and added tokens take.")
@@ -211,10 +208,8 @@ def make_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem, template_n
 def completion_text(
     tokenizer: PreTrainedTokenizerFast, completion: Rollout | Sequence[int], template_name: str
 ) -> str:
-    """The completion as text: the template's prefill, then the tokens without special ones.
-
-    A stop token that is ordinary text, such as `</answer>`, is kept: graders need it.
-    """
+    """The completion as text: the template's prefill, then the tokens without special ones. A stop token that
+    is ordinary text, such as `</answer>`, is kept: graders need it."""
     ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
         ids.pop()
