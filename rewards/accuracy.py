@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rewards.maths.extract import Mode, final_answer
-from rewards.maths.grade import grade_math, normalise, quick_grade
+from rewards.maths.grade import grade_math, normalise
 from rewards.pool import WorkerPool
 from rewards.programs.grade import extract_code, run_tests
 from rewards.registry import Outcome, reward
@@ -14,7 +14,7 @@ from rollout.types import Problem
 class Accuracy:
     """1 or 0, or for code with `partial_credit` the share of tests passed (arXiv:2501.12948, Sec. 2.2.2).
 
-    `mode` is that of `rewards.maths.extract`. Programs and slow mathematics run in `pool`, or the shared one.
+    `mode` is that of `rewards.maths.extract`. Programs run in `pool`, or the shared one.
     """
 
     mode: Mode = "strict"
@@ -25,13 +25,11 @@ class Accuracy:
         outcome, extracted = self.quick(problem, completion)
         if outcome is not None:
             return outcome
-        assert extracted is not None  # `quick` settles completions without an answer
-        if problem.kind == "code":
-            return run_tests(extracted, problem.tests, partial_credit=self.partial_credit, pool=self.pool)
-        return grade_math(problem.answer, extracted, pool=self.pool)
+        assert extracted is not None  # `quick` settles all but programs
+        return run_tests(extracted, problem.tests, partial_credit=self.partial_credit, pool=self.pool)
 
     def quick(self, problem: Problem, completion: str) -> tuple[Outcome | None, str | None]:
-        """The outcome where it takes microseconds and no worker, else `None`; and the answer found."""
+        """The outcome where it takes no worker, else `None`; and the answer or program found."""
         if problem.kind == "code":
             code = extract_code(completion)
             return (Outcome(0.0, "no program") if code is None else None), code
@@ -39,7 +37,7 @@ class Accuracy:
         if answer is None:
             return Outcome(0.0, "no final answer"), None
         if problem.kind == "math":
-            return quick_grade(problem.answer, answer), answer
+            return grade_math(problem.answer, answer), answer
         same = normalise(answer).casefold() == normalise(problem.answer).casefold()
         return Outcome(float(same), "equal as written" if same else "different", answer), answer
 

@@ -33,7 +33,6 @@ from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.tools.open import check_model, naming, open_speaker, trained_template
 from pipeline.tools.scores import Sample, scores
 from rewards.maths.extract import final_answer
-from rewards.maths.grade import normalise
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer
 from rollout.checkpoint import context_of
@@ -158,7 +157,7 @@ def sample_of(row: dict[str, Any]) -> Sample:
     return Sample(
         question=row["index"],
         verdict=row["verdict"],
-        vote=normalise(row["extracted"]) if votes and row["extracted"] else None,
+        vote=row["extracted"] or None if votes else None,
         votes=votes,
         sampled=row["finish_reason"] is not None,
         tokens=row["tokens"],

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rewards.maths.grade import first_equal
 from rollout.types import Verdict
 
 Z95 = 1.959964
@@ -32,7 +33,7 @@ class Sample:
     question: int
     verdict: Verdict
     vote: str | None
-    """The answer for the majority vote, in one notation; `None` where there is none, or no vote (code)."""
+    """The answer for the majority vote; `None` where there is none, or no vote (code)."""
     votes: bool
     """Whether a majority can answer the question: mathematics, not code."""
     sampled: bool = True
@@ -55,7 +56,7 @@ def pass_at(k: int, n: int, c: int) -> float:
 
 
 def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
-    """Accuracy of the most frequent answer of one question.
+    """Accuracy of the most frequent answer of one question; `0.5` and `1/2` are one answer.
 
     Args:
         votes: each sample's answer and whether it is right; without an answer it does not vote.
@@ -63,10 +64,11 @@ def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
     Returns:
         1 or 0; on a tie the share of the tied answers that are right, a random pick's mean.
     """
-    counts = Counter(answer for answer, _ in votes if answer is not None)
+    answers = first_equal([answer for answer, _ in votes])
+    counts = Counter(answer for answer in answers if answer is not None)
     if not counts:
         return 0.0
-    right = {answer for answer, correct in votes if correct}
+    right = {answer for answer, (_, correct) in zip(answers, votes, strict=True) if correct}
     most = max(counts.values())
     tied = [answer for answer, count in counts.items() if count == most]
     return sum(answer in right for answer in tied) / len(tied)

@@ -2,10 +2,8 @@
 
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from rewards.maths.grade import grade_math
-from rewards.pool import WorkerPool, shared_pool
 
 PROBE = "13.7531"  # a number that is no reference answer: what cannot be told from it cannot be verified
 # What data sets put where an answer is missing, or where none can be checked by rules.
@@ -18,19 +16,9 @@ _NO_ANSWER = re.compile(
 _STRUCTURE = re.compile(r"\{\s*(?:[\"'].*:.*)?\}|\[\s*(?:[\"'].*)?\]", re.DOTALL)  # a dict, or a list of text
 
 
-def check_golds(answers: Sequence[str], *, pool: WorkerPool | None = None) -> list[str]:
-    """Why each reference answer cannot be verified, or "" where it can; equal ones are looked at once.
-
-    Microseconds each; those that take algebra are parsed in `pool`, or the process's shared one.
-    """
-    distinct = list(dict.fromkeys(answers))
-    reasons = {answer: _no_answer(answer) for answer in distinct}
-    left = [answer for answer in distinct if not reasons[answer]]
-    workers = pool or shared_pool()
-    with ThreadPoolExecutor(workers.size) as threads:
-        found = threads.map(lambda gold: _unverifiable(gold, workers), left)
-        for answer, reason in zip(left, found, strict=True):
-            reasons[answer] = reason
+def check_golds(answers: Sequence[str]) -> list[str]:
+    """Why each reference answer cannot be verified, or "" where it can."""
+    reasons = {answer: _no_answer(answer) or _unverifiable(answer) for answer in dict.fromkeys(answers)}
     return [reasons[answer] for answer in answers]
 
 
@@ -43,6 +31,6 @@ def _no_answer(answer: str) -> str:
     return "it is a structure, not an answer" if _STRUCTURE.fullmatch(text) else ""
 
 
-def _unverifiable(gold: str, pool: WorkerPool) -> str:
-    outcome = grade_math(gold, PROBE, pool=pool)
+def _unverifiable(gold: str) -> str:
+    outcome = grade_math(gold, PROBE)
     return outcome.detail if outcome.value is None else ""

@@ -1,74 +1,53 @@
-r"""Whether two mathematical answers are the same.
+"""Whether two mathematical answers are the same: 1, 0, or `None` where the reference cannot be verified.
 
-Three layers. `notation` and `numbers` settle numbers and equal notation in microseconds,
-exactly; `compare` takes structure apart by stated rules; what is left, single expressions that need
-algebra, goes to math-verify in a killable child (`engine`).
+`notation` gives both one notation, `compare` takes their structure apart by stated rules, and `values`
+decides on what is left: single expressions, which are read completely or not at all, and evaluated. No step
+can run away, so all of it happens in the trainer's own process; an answer that is too expensive to evaluate
+is wrong, a reference answer that is one is the verifier's failure."""
 
-Three outcomes: 1, 0, or `None` where the verifier failed. An answer that is too expensive to check counts as
-wrong, not as a verifier failure: time or memory ran out *after* the gold was parsed, and the child worked on
-the answer for a good part of its limit (CPU time, so that a busy machine does not count against an answer).
-Everything else (the gold does not parse or is too expensive itself, the child died, the machine was too busy)
-is a verifier failure.
-"""
+from collections.abc import Sequence
+from functools import lru_cache
 
-from rewards.maths.compare import Undecided, compare, quick_leaf
-from rewards.maths.notation import compact, normalise, unjoined
-from rewards.pool import DEFAULT_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.maths.compare import compare
+from rewards.maths.extract import last_boxed
+from rewards.maths.notation import normalise
 from rewards.registry import Outcome
 
-__all__ = ["grade_math", "normalise", "quick_grade"]
+__all__ = ["first_equal", "grade_math", "normalise", "same"]
 
-LONGEST_ANSWER = 2000  # characters; longer ones are not answers, and would only cost parsing time
+LONGEST_ANSWER = 2000  # characters; longer ones are not answers
 LONGEST_GOLD = 10_000
-EXPENSIVE = 0.2  # share of the limit in CPU time on the answer: 1 s of 5, where comparisons take milliseconds
-
-_results: Memo[Outcome] = Memo(size=16384, keep=lambda outcome: outcome.value is not None)
 
 
-def grade_math(
-    gold: str, answer: str, *, pool: WorkerPool | None = None, timeout_s: float = DEFAULT_LIMIT_S
-) -> Outcome:
-    """1 where `answer` equals `gold`, both text or LaTeX, 0 where it does not, `None`: the verifier failed.
-
-    math-verify runs in `pool`, or the process's shared one, for at most `timeout_s` seconds of wall clock.
-    """
-    if (outcome := quick_grade(gold, answer)) is not None:
-        return outcome
-    return _results.get((gold, answer), lambda: _slow_grade(gold, answer, pool or shared_pool(), timeout_s))
-
-
-def quick_grade(gold: str, answer: str) -> Outcome | None:
-    """The verdict where it is certain without algebra, else `None`."""
+@lru_cache(maxsize=16384)
+def grade_math(gold: str, answer: str) -> Outcome:
+    """1 where `answer` equals `gold`, both text or LaTeX, 0 where not, `None`: the verifier failed."""
     if not gold.strip():
         return Outcome(None, "the gold answer is empty", answer)
-    if len(answer) > LONGEST_ANSWER:
-        return Outcome(0.0, f"answer longer than {LONGEST_ANSWER} characters", answer)
     if len(gold) > LONGEST_GOLD:
         return Outcome(None, f"the gold answer is longer than {LONGEST_GOLD} characters", answer)
-    want, got = normalise(gold), normalise(answer)
-    if want == got:
-        return Outcome(1.0, "equal as written", answer)
-    if not got:
+    if len(answer) > LONGEST_ANSWER:
+        return Outcome(0.0, f"answer longer than {LONGEST_ANSWER} characters", answer)
+    expected, got = (
+        normalise((last_boxed(text) or text) if "\\boxed" in text else text) for text in (gold, answer)
+    )
+    if not got and expected:
         return Outcome(0.0, "empty answer", answer)
-    if (fault := unjoined(got)) and not unjoined(want):
-        return Outcome(0.0, f"no expression: {fault}", answer)
-    if compact(want) == compact(got):
-        return Outcome(1.0, "equal as written", answer)
-    try:
-        value, detail = compare(want, got, quick_leaf)
-    except Undecided:
-        return None
-    return Outcome(value, detail, answer)
+    return Outcome(*compare(expected, got), answer)
 
 
-def _slow_grade(gold: str, answer: str, pool: WorkerPool, timeout_s: float) -> Outcome:
-    task = {"op": "math", "gold": normalise(gold), "answer": normalise(answer), "timeout_s": timeout_s}
-    try:
-        # The worker holds the comparison's clock; ours is a second, later one, for the worker itself.
-        reply = pool.call(task, timeout_s + 5)
-    except TaskFailed as failure:
-        worked = failure.kind == "time" and failure.cpu_s >= EXPENSIVE * timeout_s
-        if failure.stage == "answer" and (failure.kind == "memory" or worked):
-            return Outcome(0.0, f"the answer is too expensive to compare: {failure}", answer)
-        return Outcome(None, str(failure), answer)
-    return Outcome(reply["value"], reply["detail"], answer)
+def same(first: str, second: str) -> bool:
+    """Whether two answers are the same whichever of them is the reference."""
+    return normalise(first) == normalise(second) or (
+        grade_math(first, second).value == 1 == grade_math(second, first).value
+    )
+
+
+def first_equal(answers: Sequence[str | None]) -> list[str | None]:
+    """Each answer as the first of them that is the same, so that votes are counted by value."""
+    first: dict[str, str] = {}
+    for answer in answers:
+        if answer is not None and answer not in first:
+            found = (kept for kept in dict.fromkeys(first.values()) if same(kept, answer))
+            first[answer] = next(found, answer)
+    return [None if answer is None else first[answer] for answer in answers]

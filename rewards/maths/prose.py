@@ -3,13 +3,12 @@
 import re
 from itertools import pairwise
 
-from rewards.maths.spans import Span, is_expression, maths, numbers, trim
+from rewards.maths.spans import Span, bare_latex, is_expression, maths, number_words, numbers, trim
 
 LONGEST_STATED = 600  # characters after a marker that are looked at
 TAIL = 4000  # characters at the end of a text in which its last expression is looked for
 
 _SENTENCE_END = re.compile(r"[.!?](?=[\s*]|$)|[。！？；]|\n\s*\n|\n(?=\s*(?:[-*]|\d+[.)])\s)|\n")
-_BOLD = re.compile(r"\*\*(?!\s)([^*\n]{1,120})\*\*")
 _FILLER = re.compile(
     r"(?:[\s:：*_>]|\\?\[?\s*$|(?:that|therefore|thus|then|simply|just|indeed|actually|exactly|equal(?:s)? to|"  # noqa: E501
     r"approximately|about|given by|is|are|given as|obtained as|option|choice|hence|the number|the value|the|"
@@ -26,9 +25,9 @@ _NO_VALUE = re.compile(
 _AND = re.compile(r"(?:[\s,;、]|\b(?:and|or)\b|和|或|或者|以及)*")
 _FENCE = re.compile(r"```[ \t]*(?:python|py|cpp|c|java)\b.*?(?:```|\Z)|\[asy\].*?(?:\[/asy\]|\Z)", re.DOTALL)
 _CUT_WORDS = frozenset(
-    "the a an of is are was and or to in with that we so which by for from as be this it if then at on let since "  # noqa: E501, SIM905
-    "because when where has have can will would how first next now i our their its but not get gives find use "  # noqa: E501
-    "using plus minus times".split()
+    "the a an of is are was and or to in with that we so which by for from as be this it if then at on "  # noqa: SIM905
+    "let since because when where has have can will would how first next now i our their its but not get "
+    "gives find use using plus minus times".split()
 )
 _ENDS = tuple(".!?。！？)]}\"'*$")
 _CUT_CHARACTERS = "=+-−*/^_({[,:;\\&<>~，、：≈×÷"
@@ -40,7 +39,8 @@ _CONTEXT = re.compile(
     r"(?:(?<!total )(?<!sum )(?<!cost )(?<!price )(?<!profit )(?<!average )(?<!balance )(?<!amount )(?<!score )"  # noqa: E501
     r"(?<!length )(?<!area )(?<!speed )(?<!value )(?<!answer )(?<!maximum )(?<!minimum )\bof|"
     r"\b(?:in|after|for|during|over|within|on|at|from|with|without|per|every|each|than|before|when|if|between|"
-    r"by|until|among|through|across|given|since|as|modulo|where|mod)|(?<!need )(?<!needs )(?<!have )(?<!has )"
+    r"that\s+(?:costs?|ha[sd]|have|is|are)|by|until|among|through|across|given|since|as|modulo|where|mod)|"
+    r"(?<!need )(?<!needs )(?<!have )(?<!has )"
     r"(?<!had )(?<!able )(?<!going )(?<!needed )(?<!him )(?<!her )(?<!them )(?<!us )\bto(?:\s+[a-z]+)?)"
     r"(?:\s+(?:[a-z]+ing|\$?\d+\$?,?|and|or|the|a|an|his|her|their|its|all|these|those|first|next|last|another|about|only|just|other))*"
     r"\s*$",
@@ -48,15 +48,23 @@ _CONTEXT = re.compile(
 )
 _DENIED = re.compile(r"(?:\bnot|n't|≠|\\ne|不是)\s*$", re.IGNORECASE)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[^{}]|\{[^{}]*\})*\Z")
+_THEN_VALUE = re.compile(r"\s*(?:is|are|equals|=|是|为)\s*(?=[-−$\\\d])")
+_CHANGES = re.compile(
+    r"\b(?:less|more|fewer|greater|smaller|larger) than|"
+    r"\bat (?:least|most)|\b(?:not|twice|half|double)\b[^=]*$",
+    re.IGNORECASE,
+)
 _MODIFIER = re.compile(r"\s?-\s?[A-Za-z]")  # "the 8-point buck"
+_CHOICE = re.compile(r"\b(?:is|it's|option|choice)\s+\(?([A-J])\)?\W*$")
+_LINES = re.compile(r"\\(?:begin|end)\{(?:aligned|align|gathered|split|array)\*?\}(?:\{[rcl]*\})?")
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?")
 
 
 def value_after(text: str, position: int, *, after_heading: bool = False) -> str | None:
     """The value that is stated from `position` on, behind "the answer is" or the like; `None` if none is.
 
-    Maths that comes first, with all that a comma or a word joins to it; else bold text; else an expression
-    or a number with its unit; else a word or two (`Evelyn`, `even`, `(C)`).
+    Maths that comes first, with all that a comma or a word joins to it; else an expression or a number with
+    its unit; else a word or two (`Evelyn`, `even`, `(C)`).
     """
     said = text[position : position + LONGEST_STATED]
     said = said[_FILLER.match(said).end() :]  # type: ignore[union-attr]
@@ -74,9 +82,9 @@ def value_after(text: str, position: int, *, after_heading: bool = False) -> str
         return last_stated(sentence)
     if inside:
         first = [span for span in inside if not _label_only(span.content)] or inside
+        if named := _THEN_VALUE.match(said, first[0].end):  # "the number of roots of $g(x)$ is 12"
+            return value_after(said, named.end())
         return _group(said, inside, first[0])
-    if bold := _BOLD.search(sentence):
-        sentence = bold[1]
     return _plain(sentence, whole=stop is not None or said.rstrip().endswith(_ENDS))
 
 
@@ -92,6 +100,8 @@ def _plain(sentence: str, *, whole: bool) -> str | None:
     if found[0].start == 0 and "=" not in sentence:  # "18 dollars a day": the unit is part of the answer
         return _with_unit(sentence, found)
     if re.match(r"\(?[A-Z]\)", sentence):  # "(C) 15 apples"
+        return sentence
+    if _CHANGES.search(sentence[: found[-1].start]):  # "less than 5" is not 5
         return sentence
     _, equals, right = sentence.rpartition("=")
     if equals and (after := numbers(right)) and after[0].start <= 2:
@@ -111,11 +121,14 @@ def _with_unit(sentence: str, found: list[Span]) -> str:
 
 
 def last_stated(text: str) -> str | None:
-    """The last expression that a finished sentence of the text states: maths, bold text or a number."""
+    """The last expression that a finished sentence of the text states: maths or a number."""
+    text = text.replace("$\\$$", "\\$")  # `$\$$300`, money that its writer set in maths
     if _looks_cut(text):
         return None
     tail = _FENCE.sub(" ", _tail(text))
     spans = maths(tail)
+    if not spans:
+        spans = bare_latex(tail)
     outside = tail  # of the maths: that is blanked out
     for span in spans:
         outside = outside[: span.start] + "\x1f" * (span.end - span.start) + outside[span.end :]
@@ -128,11 +141,12 @@ def last_stated(text: str) -> str | None:
         inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
         named = [token for token in inside if not _label_only(token.content)]
         telling = [t for t in named if not _DENIED.search(tail[max(0, t.start - 12) : t.start])]
+        if not tokens and (words := number_words(sentence)):
+            return words[-1].content
+        if not telling and (letter := _CHOICE.search(sentence)):
+            return letter[1]
         if not telling:
             continue
-        for bold in list(_BOLD.finditer(tail, sentence_start, sentence_end))[::-1]:
-            if any(bold.start() <= token.start < bold.end() for token in telling):
-                return _bold(bold[1])
         last = _main(tail, telling)
         return _group(tail, telling, last, backwards=True) if last in spans else last.content
     return None
@@ -154,19 +168,6 @@ def _main(text: str, tokens: list[Span]) -> Span:
         if not _CONTEXT.search(before) and not _MODIFIER.match(text, token.end):
             return token
     return tokens[-1]
-
-
-def _bold(content: str) -> str | None:
-    """The value of bold text, without the words before it: `**Total: 18 dollars**`."""
-    content = trim(content)
-    if spans := maths(content):
-        return spans[-1].content
-    if is_expression(content):
-        return content
-    found = numbers(content)
-    if found and found[0].start == 0:
-        return _with_unit(content, found)
-    return found[-1].content if found else content
 
 
 def _group(text: str, spans: list[Span], chosen: Span, *, backwards: bool = False) -> str:
@@ -202,6 +203,7 @@ def _parallel(first: Span, second: Span) -> bool:
 
 def _one(content: str) -> str:
     """The last line of a display, without alignment marks and the full stop."""
+    content = _LINES.sub("", content) if content.startswith("\\begin") else content
     if "\\begin" not in content:
         rows = [row for row in _ROWS.split(content.replace("&", " ")) if row.strip()]
         content = rows[-1] if rows else content
@@ -216,7 +218,12 @@ def _label_only(content: str) -> bool:
 def _looks_cut(text: str) -> bool:
     """Whether the text breaks off in the middle of a sentence or a formula."""
     text = text.rstrip()
-    if not text or (text[-1] in _CUT_CHARACTERS and not text.endswith(("**", "\\)", "\\]", "--"))):
+    brackets = [bracket in "([" for bracket in text.rpartition("\n")[2] if bracket in "()[]"]
+    if (
+        not text
+        or (2 * sum(brackets) > len(brackets) and text[-1] not in ".!?")
+        or (text[-1] in _CUT_CHARACTERS and not text.endswith(("**", "\\)", "\\]", "--")))
+    ):
         return True
     tail = text[-TAIL:]
     if tail.rfind("\\[") > tail.rfind("\\]") or tail.rfind("\\(") > tail.rfind("\\)"):

@@ -7,6 +7,10 @@ pattern is bounded, for the text is whatever a model wrote.
 import re
 from dataclasses import dataclass
 
+from rewards.maths.notation import normalise
+from rewards.maths.values.expression import parse
+from rewards.maths.values.numbers import WORDS
+
 LONGEST_SPAN = 2000  # characters between two delimiters
 
 _BOX = re.compile(
@@ -26,18 +30,19 @@ _COMMAND = re.compile(
     r"|\\(?:text|textbf|textrm|textit|mathrm|mbox|mathbf|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|\\."
 )
 _LONG_WORD = re.compile(r"[A-Za-z]{2,}|[^\W\d_A-Za-z]{2,}")
-_PROSE_WORD = re.compile(
-    r"(?<![A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|exp|max|min|gcd|lcm|mod)\b)[A-Za-z]{3,}"
-)
 _MATHS_WORDS = frozenset(
-    "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin arccos "  # noqa: SIM905
-    "arctan and or".split()
+    "sin cos tan cot sec csc log ln exp sqrt pi lim max min gcd lcm mod inf oo infty infinity arcsin "  # noqa: SIM905
+    "arccos arctan and or".split()
+)
+_SHORT_WORDS = frozenset(
+    "is are was be of in to so we by at it the a an as if or and for has had get got can how our his her "  # noqa: SIM905
+    "its not no yes let set per all any one two six ten but cm mm km kg lb ft mi hr am pm st nd rd th".split()
 )
 _OPENER = re.compile(r"\$\$|\\\[|\\\(|\\begin\{(?P<env>(?:align|equation|gather|aligned)\*?)\}|\\\$|\$")
 _PLAIN_NUMBER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
 _NUMBER = re.compile(
     # A minus sign counts where it does not join two terms: "= -3", "is -3", but not "5 - 3" or "2010-2015".
-    rf"(?<![\w.\\])(?:(?<![\d)\]}}])(?<![\d)\]}}] )[-−–]\s?)?(?:\\?[$£€¥]\s?)?{_PLAIN_NUMBER}"
+    rf"(?<![A-Za-z0-9_.\\])(?:(?<![\d)\]}}])(?<![\d)\]}}] )[-−–]\s?)?(?:\\?[$£€¥]\s?)?{_PLAIN_NUMBER}"
     rf"(?:\s?/\s?\d+|\s\d+/\d+|:\d+)?(?:\s?√\s?\(?\d+\)?)?(?:\s?(?:\\?%|π|percent\b))?"
 )
 _LABELS = re.compile(
@@ -45,6 +50,17 @@ _LABELS = re.compile(
     r"section|chapter|point|page|note|item|statement|condition|theorem|lemma|row|column|grade|day|stage|and)"
     r"s?\.?|第|[([]|^|\n)\s*#?\s*$",
     re.IGNORECASE,
+)
+
+
+_ATOM = (
+    r"(?:\\[A-Za-z]+|\{(?:[^{}]|\{[^{}]*\}){0,200}\}|\d+(?:\.\d+)?|[-+*/^_()|=<>]|"
+    r"(?<![A-Za-z])(?![aAI] )[A-Za-z](?![A-Za-z]))"
+)
+_BARE = re.compile(rf"{_ATOM}(?: ?{_ATOM}){{0,80}}")
+_BARE_SIGN = re.compile(r"\\(?:[dt]?frac|sqrt|pi|binom|cdot|times|log|ln|sin|cos|tan)(?![A-Za-z])")
+_NUMBER_WORD = re.compile(
+    rf"\b(?:{'|'.join(sorted(set(WORDS) - {'one'}, key=len, reverse=True))})\b(?! of)", re.IGNORECASE
 )
 
 
@@ -113,8 +129,12 @@ def is_expression(text: str) -> bool:
     if not text or len(text) > 500 or "\n" in text:
         return False
     bare = _COMMAND.sub(" ", text.strip("$"))
-    known = all(word.lower() in _MATHS_WORDS for word in _LONG_WORD.findall(bare))
-    return known and any(character.isalnum() for character in text)
+    words = [word for word in _LONG_WORD.findall(bare) if word.lower() not in _MATHS_WORDS]
+    if any(len(word) > 3 or word.lower() in _SHORT_WORDS for word in words):
+        return False
+    if words and (not re.search(r"[-+*/^=]", bare) or parse(normalise(text)) is None):
+        return False  # letters side by side are a product in `ac + bd`
+    return any(character.isalnum() for character in text)
 
 
 def maths(text: str) -> list[Span]:
@@ -153,17 +173,24 @@ def _closing_dollar(text: str, start: int) -> int:
     if close <= start or "\n\n" in text[start:close]:
         return -1
     content = text[start:close]
-    money = content[0].isdigit() and (
-        text[close + 1 : close + 2].isdigit()
-        or content[-1].isspace()
-        or _PROSE_WORD.search(_COMMAND.sub(" ", content))
-    )
+    money = content[0].isdigit() and (text[close + 1 : close + 2].isdigit() or content[-1].isspace())
     return -1 if money else close
 
 
 def trim(text: str) -> str:
     """Without the white space, emphasis and full stops around it."""
     return text.strip().strip("*").strip().rstrip(".。,，").strip("*").strip()
+
+
+def bare_latex(text: str) -> list[Span]:
+    """LaTeX that stands in prose without delimiters."""
+    found = (match for match in _BARE.finditer(text) if _BARE_SIGN.search(match[0]))
+    return [Span(match.start(), match.end(), match[0].strip(" .,")) for match in found]
+
+
+def number_words(text: str) -> list[Span]:
+    """`eight`, `twenty-one`, but not `one`."""
+    return [Span(match.start(), match.end(), match[0]) for match in _NUMBER_WORD.finditer(text)]
 
 
 def numbers(text: str) -> list[Span]:

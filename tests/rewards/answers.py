@@ -8,6 +8,8 @@ reported again and again in the issue trackers of evaluation harnesses and of ma
 
 from __future__ import annotations
 
+from tests.rewards import kinds
+
 Case = tuple[str, str, str, bool]
 
 
@@ -59,6 +61,8 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("5", "$5$", True),
         ("5", "\\(5\\)", True),
         ("5", "**5**", True),
+        ("5", "{\\bf 5}", True),
+        ("\\frac{\\pi}{3} + \\pi k", "\\frac{\\pi}{3} + \\pi k, k \\in \\mathbb{Z}", True),
         ("5", "5.", True),
         ("5", "５", True),
         ("-5", "−5", True),
@@ -108,8 +112,8 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("1.000001", "1", False),
         ("100\\sqrt{2}", "100\\sqrt{2} \\approx 141.42", True),
         ("141.42", "100\\sqrt{2} \\approx 141.42", True),
-        ("7", "5 \\approx 7", True),  # the last member of a chain counts
-        ("5", "5 \\approx 7", False),  # and no other, unless they agree
+        ("7", "5 \\approx 7", False),  # a false equation is no answer
+        ("5", "5 \\approx 7", False),
     ],
     # `10,\!080` is one number, `1, 2` two; symbolic parsers read the first as a pair.
     "thousands separators": [
@@ -354,7 +358,7 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("2.5", "2\\frac12", True),
         ("1 2", "1 2", True),
         ("42", "42 \u2705", True),
-        ("42", "42?", True),
+        ("42", "42?", False),
         (
             "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}",
             "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}",
@@ -363,3 +367,4 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("|x-1|", "|1-x|", True),
     ],
 }  # fmt: skip
+CLASSES |= kinds.CLASSES

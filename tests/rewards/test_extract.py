@@ -17,8 +17,8 @@ TABLE = [
     (R1.format("\\boxed{9}", "7"), "7", "7"),
     ("so 7</think><answer>7</answer>", "7", "7"),  # the template opened the block
     ("<think>a</think> It is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}", "\\frac{1}{2}"),
-    ("<think>\\boxed{9}</think> hm", None, None),
-    ("\\boxed{9}</think> hm", None, None),
+    ("<think>\\boxed{9}</think> hm, no", None, None),
+    ("\\boxed{9}</think> hm, no", None, None),
     ("<think>\\boxed{9}", None, "9"),  # cut off
     ("<think><answer>9</answer>", None, "9"),
     ("<think>a</think><answer></answer>", None, None),

@@ -5,13 +5,12 @@ several answers for one) and strict ones (`10,\\!080`, mixed numbers, `\\pm`, ch
 ordinals).
 """
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from rewards.maths.grade import grade_math, quick_grade
-from rewards.pool import WorkerPool
+from rewards.maths.grade import grade_math, same
 
 EQUAL = [
     ("3", "three"),
@@ -104,48 +103,51 @@ DIFFERENT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with WorkerPool(1) as pool:
-        yield pool
-
-
 @pytest.mark.parametrize(("gold", "answer"), EQUAL)
-def test_equal(pool, gold, answer):
-    assert grade_math(gold, answer, pool=pool).value == 1
+def test_equal(gold, answer):
+    assert grade_math(gold, answer).value == 1
 
 
 @pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
-def test_different(pool, gold, answer):
-    assert grade_math(gold, answer, pool=pool).value == 0
+def test_different(gold, answer):
+    assert grade_math(gold, answer).value == 0
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "why"),
+    ("gold", "why"),
     [
-        (r"\frac{", "5", "does not parse"),
-        ("", "5", "empty"),
+        (r"\frac{", "does not parse"),
+        ("", "empty"),
+        ("5" * 10_001, "longer than 10000"),
+        (r"\frac{7}{0}", "too expensive"),
+        (r"\sqrt{3} + 9^{9^{9^{9}}}", "too expensive"),
     ],
 )
-def test_verifier_failure_is_no_verdict(pool, gold, answer, why):
-    outcome = grade_math(gold, answer, pool=pool, timeout_s=1)
-    assert outcome.value is None
-    assert any(part in outcome.detail for part in why.split("|"))
-    assert grade_math(r"\sqrt{50}", r"5\sqrt{2}", pool=pool).value == 1  # the next task is not harmed
+def test_a_gold_that_cannot_be_verified_is_no_verdict(gold, why):
+    outcome = grade_math(gold, "5")
+    assert outcome.value is None and why in outcome.detail
 
 
-def test_works_off_the_main_thread(pool):
-    seen = []
-    thread = threading.Thread(
-        target=lambda: seen.append(grade_math(r"\sqrt{98}", r"7\sqrt{2}", pool=pool).value)
-    )
-    thread.start()
-    thread.join()
-    assert seen == [1]
+def test_same_is_for_votes_and_symmetric():
+    for group in (
+        [r"\frac12", "0.5", "1/2", r"\dfrac{2}{4}"],
+        [r"2\sqrt3", r"\sqrt{12}"],
+        ["(C)", "C", "C."],
+    ):
+        assert all(same(a, b) for a in group for b in group)
+    assert not same("1/3", "0.333")  # as a reference it would be taken for a rounded one
+    assert not same("0.333", "1/3")
+
+
+def test_works_in_threads():
+    """mpmath's contexts are not made for several threads at once."""
+    pairs = [(rf"\sqrt{{{n}}} + \pi^{{{n}}}", rf"{n}^{{1/2}} + \pi^{{{n}}}") for n in range(2, 42)]
+    with ThreadPoolExecutor(8) as threads:
+        assert [o.value for o in threads.map(lambda pair: grade_math(*pair), pairs)] == [1.0] * 40
 
 
 def test_numbers_cost_microseconds():
-    start = time.perf_counter()
+    start = time.process_time()
     for i in range(2000):
-        assert quick_grade("10080", str(i)).value == 0
-    assert time.perf_counter() - start < 2000 * 500e-6  # measured about 25 us; room for a busy machine
+        assert grade_math("10080", str(i)).value == 0
+    assert time.process_time() - start < 2000 * 300e-6  # measured 50 us

@@ -34,6 +34,13 @@ def test_majority_counts_answers_and_shares_ties():
     assert majority([(None, False)]) == 0
 
 
+def test_majority_counts_values_however_they_are_written():
+    thirds = [("\\frac23", True), ("2/3", True), ("\\dfrac{4}{6}", True)]
+    assert majority([*thirds, ("3", False), ("3", False)]) == 1
+    assert majority([("0.67", False), ("67", False), ("2/3", True)]) == pytest.approx(1 / 3)
+    assert majority([("x = 5", True), ("$5$", True), ("6", False), ("6.0", False), ("six", False)]) == 0
+
+
 def test_majority_is_a_random_pick_among_the_tied():
     rng = random.Random(0)
     for _ in range(50):
