@@ -52,7 +52,7 @@ def mathematics(tally: Tally, pool: WorkerPool, threads: ThreadPoolExecutor) -> 
     """Own pairs, golds, solutions."""
 
     def equal(golds: list[str], said: list[str]) -> list[float | None]:
-        return [o.value for o in threads.map(lambda g, a: grade_math(g, a, pool=pool), golds, said)]
+        return [grade_math(*pair).value for pair in zip(golds, said, strict=True)]
 
     def found(golds: list[str], texts: list[str]) -> list[float | None]:
         return [o.value for o in outcomes(zip(golds, texts, strict=True), pool, threads)]
