@@ -2,8 +2,9 @@
 
 An update whose loss or gradient is not finite, or whose gradient norm is far above the latest ones, is
 skipped (`Guard`). After too many of them the run goes back to the last good checkpoint, with a lower learning
-rate (`rollback.guarded`); after too many rollbacks it stops by name. DeepSeek-V3 reports neither irrecoverable spikes
-nor rollbacks (arXiv:2412.19437, Sec. 1); PaLM's were done by hand (arXiv:2204.02311, Sec. 5.1).
+rate (`rollback.guarded`); after too many rollbacks it stops by name. DeepSeek-V3 reports neither
+irrecoverable spikes nor rollbacks (arXiv:2412.19437, Sec. 1); PaLM's were done by hand (arXiv:2204.02311,
+Sec. 5.1).
 
 Decisions follow from a guard's state, which checkpoints hold, and from env.json's history. So a run that
 was killed and resumed makes the same updates, rollbacks included, as one that was not.
