@@ -50,13 +50,11 @@ def evaluate(
     config: EvaluateSettings, model_hash: str | None = None, replace_changed: bool = False
 ) -> dict[str, Any]:
     """Score a model on a benchmark, or read the scores that `config.out` already holds: scores.json's.
+    Raises `UserError`: no such model, no such problems, or `config.out` holds something else.
 
     Args:
         model_hash: sha256 of the model directory, where the caller has it.
         replace_changed: scores with other inputs are replaced, once the new ones are complete.
-
-    Raises:
-        UserError: no such model, no such problems, or `config.out` holds something else.
     """
     check_model(config.model)
     count, seed = config.limit, config.problems_seed
@@ -137,21 +135,11 @@ def row_of(index: int, graded: Graded) -> dict[str, Any]:
     """A graded completion as a row of generations.jsonl."""
     problem, rollout = graded.rollout.prompt.problem, graded.rollout
     answer = extract_code(graded.text) if problem.kind == "code" else final_answer(graded.text, "lenient")
-    return {
-        "id": problem.id,
-        "index": index,
-        "sample": rollout.sample,
-        "kind": problem.kind,
-        "question": problem.question,
-        "answer": problem.answer,
-        "text": graded.text,
-        "extracted": answer,
-        "verdict": graded.verdict,
-        "detail": graded.detail,
-        "tokens": len(rollout.token_ids),
-        "finish_reason": rollout.finish_reason,
-        "parts": dict(graded.parts),
-    }
+    asked = {"id": problem.id, "kind": problem.kind, "question": problem.question, "answer": problem.answer}
+    mark = {"verdict": graded.verdict, "detail": graded.detail, "parts": dict(graded.parts)}
+    length = {"tokens": len(rollout.token_ids), "finish_reason": rollout.finish_reason}
+    place = {"index": index, "sample": rollout.sample}
+    return {**asked, **place, "text": graded.text, "extracted": answer, **mark, **length}
 
 
 # ---- the folder
@@ -163,11 +151,8 @@ def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: st
     sampling = ("temperature", "top_p", "top_k", "max_tokens", "seed")
     settings = ("engine", "samples", "template", "dtype", *sampling)
     return {
-        "benchmark": config.benchmark,
-        "problems": len(found),
-        "problems_sha256": digest,
-        "model": str(config.model),
-        "model_sha256": model_hash,
+        **{"benchmark": config.benchmark, "problems": len(found), "problems_sha256": digest},
+        **{"model": str(config.model), "model_sha256": model_hash},
         **{name: getattr(config, name) for name in settings},
     }
 

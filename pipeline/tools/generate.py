@@ -72,14 +72,10 @@ def check_writable(file: Path, source: Path) -> None:
 
 def rollout_row(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> JsonObject:
     """A rollout as a row of the output; `text` is null when the model has no tokenizer."""
-    return {
-        "index": rollout.index,
-        "sample": rollout.sample,
-        "token_ids": list(rollout.token_ids),
-        "logprobs": list(rollout.logprobs),
-        "text": completion_text(tokenizer, rollout, "raw") if tokenizer else None,
-        "finish_reason": rollout.finish_reason,
-    }
+    text = completion_text(tokenizer, rollout, "raw") if tokenizer else None
+    ids, logprobs = list(rollout.token_ids), list(rollout.logprobs)
+    row = {"index": rollout.index, "sample": rollout.sample, "token_ids": ids, "logprobs": logprobs}
+    return row | {"text": text, "finish_reason": rollout.finish_reason}
 
 
 def main(config: GenerateSettings) -> None:
