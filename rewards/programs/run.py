@@ -23,7 +23,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -87,9 +86,11 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
     Returns `passed`, `total` and a `detail` about the first failure; or `error`: what the tests ask cannot be
     judged.
     """
-    for number, test in enumerate(tests, 1):
-        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # the judge reports these
+    try:
+        for number, test in enumerate(tests, 1):
             judge.compiled(test, number)  # once for all programs of a group
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return {"error": f"a test does not compile: {error}"}
     end = time.monotonic() + limits.timeout_s + 3  # for controls
     reply = _beside(code, lambda fd: judge.judge(fd, tests, stop_early), limits)
     if "doubtful" in reply:

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from rewards.programs.judging.remote import COMPARISONS, Pipe
+from rewards.programs.judging.values import CONTAINERS
 
 MOST_CHECKED, GROUPS = 24, 6
 """Answers of one run that are checked; values that are changed for one of them until a change tells."""
@@ -141,10 +142,8 @@ def _spots(message: list[Any]) -> Iterator[tuple[list[Any], int]]:
         node = holder[index]
         if not isinstance(node, list) or node[0] in ("j", "o"):
             yield holder, index
-        elif node[0] in ("l", "t", "s", "f", "Q"):
-            waiting += [(node[1], i) for i in range(len(node[1]))]
-        elif node[0] in ("d", "od", "C"):
-            waiting += [(pair, i) for pair in node[1] for i in (0, 1)]
+        elif node[0] in CONTAINERS:
+            waiting += [(node, i) for i in range(1, len(node))]
 
 
 def _made(answer: list[Any], kind: str = "o") -> set[int]:

@@ -346,10 +346,7 @@ def _absent(name: str) -> Any:
 
 def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
     """Run the tests on the program at the end of `fd`: `passed`, `detail`, `log`, `doubtful`; or `error`."""
-    try:
-        compiled_tests = [compiled(test, number) for number, test in enumerate(tests, 1)]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return {"error": f"a test does not compile: {error}"}
+    compiled_tests = [compiled(test, number) for number, test in enumerate(tests, 1)]
     link = Judge(fd)
     quiet_loops(" ".join(tests))
     passed, detail = 0, ""
