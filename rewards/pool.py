@@ -171,7 +171,7 @@ class _Child:
         # Made by the child where a program needs it, and deleted here too, since a killed child leaves it.
         self._scratch = os.path.join(tempfile.gettempdir(), f"r1-program-{secrets.token_hex(8)}")
         ours, theirs = socket.socketpair()
-        self._channel = Channel(ours)
+        self._channel = Channel(ours.detach())
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rewards.worker", arguments[0], self._scratch, *arguments[1:]],
@@ -210,7 +210,7 @@ class _Child:
     def close(self) -> None:
         """`end`, and close the socket, which no other thread may be waiting on."""
         self.end()
-        self._channel.end.close()
+        self._channel.close()
 
     def _death(self) -> TaskFailed:
         with suppress(subprocess.TimeoutExpired):

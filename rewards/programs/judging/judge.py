@@ -44,9 +44,9 @@ from rewards.programs.judging.remote import (
     change,
     iterate,
     quiet_loops,
-    words,
 )
 from rewards.programs.judging.values import Malformed, encode
+from rewards.wire import words
 
 _FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
 _PATCHED = re.compile(r"""\bpatch(?:\.\w+)?\(\s*(?!['"](?:builtins\.input|sys\.std)|self)""")  # `mock.patch`

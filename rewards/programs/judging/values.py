@@ -59,7 +59,7 @@ def encode(value: Any, reference: Reference) -> Any:
 
 def _split(value: Any, kind: type) -> tuple[str, Iterable[Any]] | None:
     """Its kind on the wire and its parts, by the table of the nearest class that is there."""
-    for base in kind.__mro__:
+    for base in (*kind.__mro__, *value.__class__.__mro__):  # one that lies about its class is a TypeError
         if base in _PARTS:
             if named and not named.isdisjoint(kind.__mro__):
                 return None
