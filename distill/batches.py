@@ -35,14 +35,10 @@ class Example:
 
 
 def plan(lengths: Sequence[int], micro_batches: int, budget: int, seed: int) -> list[list[int]]:
-    """Row numbers of `micro_batches` of about `budget` tokens each, padding not counted.
-
-    The sum over any number of complete windows is off the budget by less than one row, so two corpora planned
-    with the same numbers train on the same number of tokens. Each pass over the rows has a new order.
-
-    Raises:
-        ValueError: no rows, or one that exceeds the budget.
-    """
+    """Row numbers of `micro_batches` of about `budget` tokens each, padding not counted. The sum over any
+    number of complete windows is off the budget by less than one row, so two corpora planned with the same
+    numbers train on the same number of tokens. Each pass over the rows has a new order. Raises `ValueError`:
+    no rows, or one that exceeds the budget."""
     if not lengths or max(lengths) > budget:
         raise ValueError(f"{len(lengths)} rows of up to {max(lengths, default=0)} tokens, budget {budget}.")
     rng = random.Random(f"batches/{seed}")

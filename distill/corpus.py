@@ -15,14 +15,14 @@ from pathlib import Path
 
 from pipeline.data.corpus import Row, tagged
 from pipeline.data.decontaminate import decontaminate
-from pipeline.data.problems import BENCHMARKS, benchmark_rows, problems, read_problems
+from pipeline.data.problems import benchmark_rows, problems, read_problems
 from pipeline.data.rows import ALL_ROWS
 from pipeline.settings.common import RowSettings
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
 
-WORKED = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.train)
-"""Sources with published solutions: gsm8k_train, math_train."""
+WORKED = ("gsm8k_train", "math_train")
+"""Sources with published solutions."""
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HASHES = re.compile(r"^[ \t]*####.*\Z", re.MULTILINE | re.DOTALL)
@@ -30,11 +30,9 @@ _BREAK = re.compile(r"\s*\n\s*")
 
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:
-    """The same questions, answered without reasoning.
-
-    What stands outside the think block is kept as it is (`<answer>7</answer>`); a worked solution without
-    tags shrinks to its box. A row with nothing outside its thinking is left out.
-    """
+    """The same questions, answered without reasoning. What stands outside the think block is kept as it is
+    (`<answer>7</answer>`); a worked solution without tags shrinks to its box. A row with nothing outside its
+    thinking is left out."""
     plain = []
     for row in rows:
         answer = row.answer or last_boxed(row.completion)
@@ -50,10 +48,7 @@ def read_solutions(
     source: str, folder: Path | None, settings: RowSettings = ALL_ROWS
 ) -> list[tuple[Problem, str]]:
     """Problems of `gsm8k_train` or `math_train` with their published solutions, from `folder` or the hub.
-
-    Raises:
-        UserError: neither can be read, or too many rows hold no problem.
-    """
+    Raises `UserError`: neither can be read, or too many rows hold no problem."""
     _, rows = benchmark_rows(source, folder)
     return [
         (problem, str(row.get("solution") or row.get("answer") or ""))
@@ -62,11 +57,9 @@ def read_solutions(
 
 
 def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
-    """Published solutions as traces that end in the boxed answer; what has no solution is left out.
-
-    `tags` puts them in R1's format, for its own template; without, models that are asked to box their answer
-    learn the solution as it stands.
-    """
+    """Published solutions as traces that end in the boxed answer; what has no solution is left out. `tags`
+    puts them in R1's format, for its own template; without, models that are asked to box their answer learn
+    the solution as it stands."""
     for problem, solution in solved:
         steps = worked_steps(solution, problem.answer)
         if steps and problem.answer:
@@ -76,9 +69,7 @@ def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterato
 
 def worked_steps(solution: str, answer: str) -> str:
     """A published solution, cleaned: no `<<48/2=24>>`, no `#### 72`, no blank lines, the answer in a box.
-
-    MATH solutions box their answer already, mostly in mid-sentence.
-    """
+    MATH solutions box their answer already, mostly in mid-sentence."""
     steps = _BREAK.sub("\n", _HASHES.sub("", _CALCULATOR.sub("", solution)).strip())
     if steps and last_boxed(steps) is None:
         steps += f"\nThe answer is $\\boxed{{{answer}}}$."

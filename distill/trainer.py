@@ -138,11 +138,9 @@ class StudentTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean cross-entropy of the update's completion tokens, nats.
-
-        On a GPU TRL's fused kernel does it. On a CPU TRL projects every position, prompts too, and once more
-        in the backward; here it is the completion tokens alone, once.
-        """
+        """Mean cross-entropy of the update's completion tokens, nats. On a GPU TRL's fused kernel does it. On
+        a CPU TRL projects every position, prompts too, and once more in the backward; here it is the
+        completion tokens alone, once."""
         if not self.args.use_cpu or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         net = self.accelerator.unwrap_model(model)
@@ -163,11 +161,7 @@ class StudentTrainer(SFTTrainer):
 
 def resume_point(job: Job, run_dir: RunDir, guard: Guard) -> Path | None:
     """The Trainer checkpoint of this job that the run directory points at, if it points at one; its guard's
-    state goes to `guard`.
-
-    Raises:
-        UserError: it is gone or damaged.
-    """
+    state goes to `guard`. Raises `UserError`: it is gone or damaged."""
     newest = run_dir.latest()
     pointer = read_json(newest[1] / "pointer.json") if newest else {}
     if newest is None or pointer["label"] != job.label:
@@ -214,11 +208,9 @@ def train(
     lora: Any,
     device: torch.device,
 ) -> Any:
-    """Train `model` on the job's batches, from its newest checkpoint if there is one, and return it.
-
-    After a Ctrl-C all is saved and `KeyboardInterrupt` raised. `lora` is a `peft.LoraConfig` or None; the
-    adapters are merged into the weights that are returned.
-    """
+    """Train `model` on the job's batches, from its newest checkpoint if there is one, and return it. After a
+    Ctrl-C all is saved and `KeyboardInterrupt` raised. `lora` is a `peft.LoraConfig` or None; the adapters
+    are merged into the weights that are returned."""
 
     def look_up(items: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         return collate([job.examples[row] for row in items[0]["rows"]], tokenizer.pad_token_id)
@@ -226,9 +218,7 @@ def train(
     trainer = StudentTrainer(
         model=model,
         args=arguments(job, config, run_dir.path / job.label, device),
-        train_dataset=Dataset.from_dict(
-            {"rows": job.batches}
-        ),  # an item is a micro-batch: Trainer keeps them
+        train_dataset=Dataset.from_dict({"rows": job.batches}),  # an item, a micro-batch, is not regrouped
         data_collator=look_up,
         processing_class=tokenizer,
         peft_config=lora,

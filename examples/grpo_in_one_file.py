@@ -83,7 +83,7 @@ def documents(
         pairs = []
         for problem in rng.choices(problems, k=DOCUMENTS):
             text = worked(problem) if rng.random() < WORKED else guessed(rng)
-            pairs.append(encode_example(tokenizer, problem, TEMPLATE, text))
+            pairs.append(encode_example(tokenizer, problem.question, TEMPLATE, text))
         weights = mean_weights([[False] * len(prompt) + [True] * len(text) for prompt, text in pairs])
         rows = [Example([*p, *c], w) for (p, c), w in zip(pairs, weights, strict=True)]
         yield pack(rows, MICRO_TOKENS)

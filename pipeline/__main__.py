@@ -15,15 +15,8 @@ from pipeline.arguments import HELP, load, nearest, parse
 from pipeline.errors import Stopped, UserError, command_line
 from pipeline.table import COMMANDS, STAGES, Command, Stage
 
-REFUSED = {
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.EISDIR,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-}
+REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR}
+REFUSED |= {errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP}
 """What the system says of a path that a user chose badly."""
 
 

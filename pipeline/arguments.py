@@ -9,7 +9,6 @@ import difflib
 import functools
 import itertools
 import re
-import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import pydantic
 import tyro
 
 from pipeline.errors import UserError
+from pipeline.run.files import read_toml
 from pipeline.table import Stage
 from rollout.ranges import Settings
 
@@ -150,12 +150,8 @@ def parse(
     settings: type, args: list[str], prog: str, positional: bool = False, file: Path | None = None
 ) -> Any:
     """Settings from the defaults, then a file, then the command line; `--help` prints them and exits with 0.
-
-    A table in the file, such as `rewards`, replaces the default; flags add to it.
-
-    Raises:
-        UserError: in one line, an unknown setting, a wrong type, a value out of its range, or a missing one.
-    """
+    A table in the file, such as `rewards`, replaces the default; flags add to it. Raises `UserError`: in one
+    line, an unknown setting, a wrong type, a value out of its range, or a missing one."""
     if set(HELP) & set(args):
         config = (tyro.conf.PositionalRequiredArgs,) if positional else ()
         tyro.cli(settings, args=["--help"], prog=prog, config=config)
@@ -165,10 +161,9 @@ def parse(
         if name not in known:
             raise unknown(str(file), flag_of(name), map(flag_of, known))
         parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        if any(isinstance(part, bool) for part in parts) is not (
-            known[name] is bool
-        ):  # to pydantic true is 1
-            kind = "true or false" if known[name] is bool else "no switch"
+        switch = known[name] is bool
+        if any(isinstance(part, bool) for part in parts) is not switch:  # to pydantic true is 1
+            kind = "true or false" if switch else "no switch"
             raise UserError(f"{file}: {flag_of(name)} cannot be {value!r}: it is {kind}")
         values[name] = value
     for name, value in read_flags(settings, args, prog, positional):
@@ -197,16 +192,3 @@ def one_line(error: Any) -> str:
     reason = error["msg"][0].lower() + error["msg"][1:]
     choices = re.findall("'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
     return f"{flag_of(name)} cannot be {error['input']!r}: {reason}{nearest(str(error['input']), choices)}"
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """A TOML file as a table, or a `UserError` that names the file and the line."""
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        there = file.parent.is_dir()
-        folder = file.parent if there else file.parent.parent
-        have = ", ".join(sorted(path.name for path in folder.glob("*.toml" if there else "*/")))
-        raise UserError(f"no config {file}; {folder} has: {have or 'nothing'}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} is not a TOML file: {error}") from error

@@ -47,10 +47,8 @@ class Row:
 
 def read_corpus(source: Path | str, count: int = 0, seed: int = 0, rows: RowSettings = ALL_ROWS) -> list[Row]:
     """The rows of a corpus, a file or `hub:OWNER/NAME[:CONFIG]:SPLIT`; at most `count`, sampled by `seed`.
-
-    Raises:
-        UserError: no such file or data set, one without a usable row, or more bad rows than `rows` allows.
-    """
+    Raises `UserError`: no such file or data set, one without a usable row, or more bad rows than `rows`
+    allows."""
     hub = parse_hub(str(source)) if str(source).startswith("hub:") else None
     stem, lines = (hub.path, hub_rows(hub)) if hub else (Path(source).stem, located(Path(source)))
     named, tally = named_fields(rows.fields), Tally(str(source), rows)
@@ -75,10 +73,7 @@ def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:
 
 def to_row(row: JsonObject, source: str, index: int) -> Row | None:
     """A row of any known shape; None of a public one whose trace is not complete, or not right.
-
-    Raises:
-        BadRow: it has another shape, or null where text belongs.
-    """
+    Raises `BadRow`: it has another shape, or null where text belongs."""
     name = first(row, "id", "uuid", "unique_id", "question_id")
     values: JsonObject = {"id": f"{source}/{index}" if name is None else str(name), "source": source}
     talk = [turn for key in ("messages", "conversations") for turn in turns(json_of(row.get(key)))]

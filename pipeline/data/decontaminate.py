@@ -26,11 +26,9 @@ def ngrams(text: str) -> frozenset[tuple[str, ...]]:
 
 
 def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[Problem]:
-    """The training problems that are no copy, or near copy, of an evaluation problem.
-
-    Dropped is a problem with the same normalised text as an evaluation problem, and one that has half or
-    more of its own word 10-grams in common with a single one (the same problem with other numbers).
-    """
+    """The training problems that are no copy, or near copy, of an evaluation problem. Dropped is a problem
+    with the same normalised text as an evaluation problem, and one that has half or more of its own word
+    10-grams in common with a single one (the same problem with other numbers)."""
     exact: set[str] = set()
     holders: dict[tuple[str, ...], list[int]] = {}
     for index, problem in enumerate(heldout):

@@ -76,10 +76,8 @@ def expression(terms: list[int]) -> str:
 
 
 def chain_steps(terms: list[int]) -> tuple[str, ...]:
-    """`[3, 4, -5]` -> `("3+4-5", "7-5", "2")`: the expression that is left, one line a step.
-
-    This makes each step local: the first two operands become one, the tail is copied.
-    """
+    """`[3, 4, -5]` -> `("3+4-5", "7-5", "2")`: the expression that is left, one line a step. This makes each
+    step local: the first two operands become one, the tail is copied."""
     return tuple(expression([sum(terms[:i]), *terms[i:]]) for i in range(1, len(terms) + 1))
 
 
@@ -180,10 +178,7 @@ MIXTURES: dict[str, dict[str, float]] = {
 
 def items(task: str, count: int, split: Split, seed: int) -> list[Item]:
     """`count` different problems of a family or mixture, of one split. Same arguments, same items.
-
-    Raises:
-        UserError: the task is unknown, or has fewer than `count` different problems.
-    """
+    Raises `UserError`: the task is unknown, or has fewer than `count` different problems."""
     shares = MIXTURES.get(task) or ({task: 1.0} if task in FAMILIES else None)
     if shares is None:
         raise UserError(f"unknown task {task!r}; there are: {', '.join([*MIXTURES, *FAMILIES])}")

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -45,11 +46,7 @@ def hub_answers() -> bool:
 
 
 def hub_rows(hub: Hub) -> Iterator[Located]:
-    """The rows of a hub data set.
-
-    Raises:
-        UserError: it is neither in reach nor in the cache.
-    """
+    """The rows of a hub data set. Raises `UserError`: it is neither in reach nor in the cache."""
     import datasets  # takes seconds to import, and most sources do not need it
     from huggingface_hub import constants
 
@@ -72,22 +69,15 @@ def is_model_name(value: str) -> bool:
 
 
 def hub_model(name: str, revision: str | None = None) -> Path:
-    """The directory of hub model `name`; its last part is the hash of the revision.
-
-    Args:
-        revision: that hash; None = the newest where the hub can be reached, else what the cache has.
-
-    Raises:
-        UserError: it is neither in reach nor in the cache.
-    """
+    """The directory of hub model `name`; its last part is the hash of the revision: of `revision`, or, for
+    None, of the newest where the hub can be reached, else of what the cache has. Raises `UserError`: it is
+    neither in reach nor in the cache."""
     from huggingface_hub import snapshot_download
 
     offline = not hub_answers()
+    which: Any = {"allow_patterns": [*MODEL_FILES], "local_files_only": offline}
     try:
-        files = [*MODEL_FILES]
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=files, local_files_only=offline)
-        )
+        return Path(snapshot_download(name, revision=revision, **which))
     except Exception as error:  # as above
         why = "the hub is out of reach and its cache has no copy" if offline else reason(error)
         raise UserError(

@@ -23,38 +23,9 @@ class BadRow(ValueError):
     """A row that cannot be used; the message is the reason, without its place."""
 
 
-def read_jsonl(path: Path, *, torn: bool = False) -> Iterator[tuple[int, JsonObject]]:
-    """Number, from 1, and object of each line; blank lines are skipped.
-
-    `torn` leaves out a last line that a kill cut short, possibly within a character.
-
-    Raises:
-        UserError: the file cannot be read, or, by file and number, a line is no JSON object.
-    """
-    try:
-        file = path.open("rb")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    with file:
-        for number, line in enumerate(file, 1):
-            row = value_of(line)
-            if isinstance(row, BadRow) and torn and not line.endswith(b"\n"):
-                return
-            if row is not None and not isinstance(row, dict):
-                what = (
-                    row if isinstance(row, BadRow) else f"expected a JSON object, found {type(row).__name__}"
-                )
-                raise UserError(f"{path}:{number}: {what}") from None
-            if row is not None:
-                yield number, row
-
-
 def located(path: Path) -> Iterator[Located]:
     """The rows of a file of `FORMATS`, each with its place: of JSON lines, of one JSON array, or of a table.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    Raises `UserError`: the file cannot be read."""
     try:
         if path.is_dir():
             files = ", ".join(sorted(file.name for file in path.iterdir() if file.name.endswith(FORMATS)))
@@ -81,6 +52,15 @@ def located(path: Path) -> Iterator[Located]:
         raise UserError(f"cannot read {path}: {why}") from error
 
 
+def object_of(row: Any) -> JsonObject:
+    """`row`, an object; a `BadRow` of `located` and anything else is raised as one."""
+    if not isinstance(row, dict):
+        raise (
+            row if isinstance(row, BadRow) else BadRow(f"expected a JSON object, found {type(row).__name__}")
+        )
+    return row
+
+
 def value_of(line: bytes) -> Any:
     """The value of a line (or a file) of JSON, a `BadRow`, or None of a blank one."""
     try:
@@ -94,20 +74,15 @@ def value_of(line: bytes) -> Any:
 def read_log(path: Path) -> list[JsonObject]:
     """The rows of a log that a run appends to: no file is no rows, and a torn last line is left out. Another
     line that is damaged is left out too, and said."""
-    rows, damaged = list[JsonObject](), list[str]()
-    for number, line in enumerate(path.read_bytes().split(b"\n") if path.exists() else (), 1):
-        try:
-            row = json.loads(line.decode("utf-8")) if line.strip() else {}
-        except (ValueError, RecursionError):
-            row = None
+    rows, damaged = list[JsonObject](), list[int]()
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, row in enumerate(map(value_of, lines), 1):
         if isinstance(row, dict):
             rows += [row] if row else []
-        else:
-            damaged.append(str(number))
-    if damaged and damaged[-1] == str(number):  # no line feed follows: torn
-        del damaged[-1]
+        elif row is not None and number < len(lines):  # no line feed follows the last: torn
+            damaged.append(number)
     if damaged:
-        print(f"{path}: left out what is damaged: line {', '.join(damaged)}", flush=True)
+        print(f"{path}: left out what is damaged: line {', '.join(map(str, damaged))}", flush=True)
     return rows
 
 

@@ -24,10 +24,7 @@ def pooled(
     config: GeneratingSettings, tokenizer: PreTrainedTokenizerFast, model: Path, seed: int
 ) -> list[Problem]:
     """Training problems of all sources, one after the other, for the model directory `model`.
-
-    Raises:
-        UserError: a source cannot be read, or none of its problems fits the model's context.
-    """
+    Raises `UserError`: a source cannot be read, or none of its problems fits the model's context."""
     data, most = config.data, config.pool
     load = partial(problems, count=most, split="train", seed=seed, data_dir=data, rows=config)
     found = [problem for source in config.problems for problem in load(source)]
@@ -50,10 +47,7 @@ def fitting(
     found: Sequence[Problem], config: GeneratingSettings, tokenizer: PreTrainedTokenizerFast, model: Path
 ) -> list[Problem]:
     """The problems whose prompt and `max_tokens` the context holds; others are counted on the console.
-
-    Raises:
-        UserError: none is left, or the model's chat template cannot be used.
-    """
+    Raises `UserError`: none is left, or the model's chat template cannot be used."""
     try:
         sizes = [len(encode_prompt(tokenizer, problem.question, config.template)) for problem in found]
     except ValueError as error:
@@ -77,10 +71,7 @@ def encoded(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, template: str, settings: RowSettings
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Prompt and completion ids of each row that the template fits; others are left out and counted.
-
-    Raises:
-        UserError: they are more than `settings` allows.
-    """
+    Raises `UserError`: they are more than `settings` allows."""
 
     def ids(row: Row, _: int) -> tuple[list[int], list[int]]:
         try:

@@ -13,7 +13,7 @@ source that cannot be read is a `UserError` with how to get it.
 import os
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,32 +32,22 @@ GENERATED = 320
 """Problems of a generator when no count is given: a standard error below 2.8 points."""
 
 
-@dataclass(frozen=True, slots=True)
-class Benchmark:
-    """A public problem set."""
-
-    file: str
-    """Its name as a local file."""
-    hub: Hub
-    train: bool = False
-    """A training set: no benchmark at all, but read in the same way."""
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "math500": Benchmark("math500.jsonl", Hub("HuggingFaceH4/MATH-500", "test")),
-    "aime24": Benchmark("aime24.jsonl", Hub("HuggingFaceH4/aime_2024", "train")),
-    "aime25": Benchmark("aime25.jsonl", Hub("math-ai/aime25", "test")),
-    "amc23": Benchmark("amc23.jsonl", Hub("math-ai/amc23", "test")),
-    "gsm8k": Benchmark("gsm8k_test.jsonl", Hub("openai/gsm8k", "test", "main")),
-    "gsm8k_train": Benchmark("gsm8k_train.jsonl", Hub("openai/gsm8k", "train", "main"), True),
-    "math_train": Benchmark("math_train.jsonl", Hub("DigitalLearningGmbH/MATH-lighteval", "train"), True),
-    "humaneval": Benchmark("humaneval.jsonl", Hub("openai/openai_humaneval", "test")),
-    "mbpp": Benchmark("mbpp.jsonl", Hub("google-research-datasets/mbpp", "test", "full")),
-    "olympiadbench": Benchmark(
-        "olympiadbench.jsonl", Hub("Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP")
-    ),
-    "minerva_math": Benchmark("minerva_math.jsonl", Hub("math-ai/minervamath", "test")),
+BENCHMARKS = {
+    "math500": Hub("HuggingFaceH4/MATH-500", "test"),
+    "aime24": Hub("HuggingFaceH4/aime_2024", "train"),
+    "aime25": Hub("math-ai/aime25", "test"),
+    "amc23": Hub("math-ai/amc23", "test"),
+    "gsm8k": Hub("openai/gsm8k", "test", "main"),
+    "gsm8k_train": Hub("openai/gsm8k", "train", "main"),
+    "math_train": Hub("DigitalLearningGmbH/MATH-lighteval", "train"),
+    "humaneval": Hub("openai/openai_humaneval", "test"),
+    "mbpp": Hub("google-research-datasets/mbpp", "test", "full"),
+    "olympiadbench": Hub("Hothan/OlympiadBench", "train", "OE_TO_maths_en_COMP"),
+    "minerva_math": Hub("math-ai/minervamath", "test"),
 }
+"""Public problem sets by name, `*_train` for training: where the hub has them, else as NAME.jsonl."""
+FILES = {"gsm8k": "gsm8k_test.jsonl"}
+"""Other names of local files."""
 
 
 def problems(
@@ -117,13 +107,9 @@ def problems(
 def read_problems(
     found: Iterator[Located], source: str, rows: RowSettings, count: int | None = None, *, check: bool = True
 ) -> list[tuple[Problem, Any]]:
-    """At most `count` problems, each with its row; bad rows are left out and counted on the console.
-
-    `check`: also rows whose reference answer no rule can verify.
-
-    Raises:
-        UserError: more rows are bad than `rows` allows.
-    """
+    """At most `count` problems, each with its row; bad rows are left out and counted on the console. `check`:
+    also rows whose reference answer no rule can verify. Raises `UserError`: more rows are bad than `rows`
+    allows."""
     fields, tally = named_fields(rows.fields), Tally(source, rows)
     parsed = tally.usable(found, lambda row, i: (to_problem(row, source, i, fields), row))
     kept: list[tuple[Problem, Any]] = []
@@ -140,10 +126,7 @@ def read_problems(
 
 def data_folder(chosen: Path | None) -> Path | None:
     """Where the benchmarks' files lie: the folder that was chosen, else $R1_DATA, else nowhere.
-
-    Raises:
-        UserError: the chosen folder does not exist.
-    """
+    Raises `UserError`: the chosen folder does not exist."""
     if chosen and not chosen.is_dir():
         raise UserError(f"no folder {chosen}; --data needs the folder of the benchmarks' files")
     return chosen or (Path(os.environ["R1_DATA"]) if os.environ.get("R1_DATA") else None)
@@ -151,9 +134,9 @@ def data_folder(chosen: Path | None) -> Path | None:
 
 def benchmark_rows(name: str, folder: Path | None, split: Split = "heldout") -> tuple[str, Iterator[Located]]:
     """Name and located rows of a benchmark: of its local file, or else of its hub data set."""
-    bench = BENCHMARKS[name]
+    local = FILES.get(name, f"{name}.jsonl")
     row_split = ("train" if split == "train" else "test") if name == "mbpp" else None
-    for file in (folder / bench.file, folder / f"{name}.jsonl") if folder else ():
+    for file in (folder / local, folder / f"{name}.jsonl") if folder else ():
         if file.is_file():
             rows = located(file)
             if row_split:
@@ -163,13 +146,13 @@ def benchmark_rows(name: str, folder: Path | None, split: Split = "heldout") -> 
                     if not isinstance(of[1], dict) or of[1].get("split", row_split) == row_split
                 )
             return file.stem, rows
-    hub = replace(bench.hub, split=row_split or bench.hub.split)
+    hub = replace(BENCHMARKS[name], split=row_split or BENCHMARKS[name].split)
     try:
         return name, hub_rows(hub)
     except UserError as error:
-        missing = f"{folder} has no {bench.file}" if folder else f"no data folder is set for {bench.file}"
+        missing = f"{folder} has no {local}" if folder else f"no data folder is set for {local}"
         raise UserError(
-            f"{name}: {missing}, and {error}; put {bench.file} in a folder and pass --data FOLDER (or set "
+            f"{name}: {missing}, and {error}; put {local} in a folder and pass --data FOLDER (or set "
             f"R1_DATA), or go online so that the hub data set {hub.path} can be downloaded"
         ) from error
 

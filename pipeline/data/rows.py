@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast, get_args
 
-from pipeline.data.jsonl import BadRow, JsonObject, Located
+from pipeline.data.jsonl import BadRow, JsonObject, Located, object_of
 from pipeline.data.shapes import CASES, SHAPES, Asked, Tests, first, json_of, read_answer, read_cases
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
@@ -20,17 +20,13 @@ ALL_ROWS = RowSettings()
 
 def plain(row: Any, fields: dict[str, str]) -> JsonObject:
     """A row without nesting, its keys in lower case, with the names that `fields` gives to its values.
-
-    Raises:
-        BadRow: it is no object, or has no such key.
-    """
+    Raises `BadRow`: it is no object, or has no such key."""
     if isinstance(row, dict) and {"0", "1"} <= row.keys():  # Open-Reasoner-Zero on the hub: a pair of turns
         row = [row["0"], row["1"]]
     if isinstance(row, list) and len(row) > 1 and all(isinstance(turn, dict) for turn in row):
         truth = row[1].get("ground_truth")
         row = {"messages": row[:1], "ground_truth": truth.get("value") if isinstance(truth, dict) else truth}
-    if not isinstance(row, dict):
-        raise BadRow(f"expected a JSON object, found {type(row).__name__}")
+    row = object_of(row)
     out = {str(key).lower(): value for key, value in row.items()}
     for key in ("question", "reward_model", "verification_info"):  # PRM800K, verl, SYNTHETIC-1
         inner = out.get(key) if key == "question" else json_of(out.get(key))
@@ -64,10 +60,7 @@ def checked(row: JsonObject, fields: dict[str, str]) -> Asked:
 
 def to_problem(row: Any, source: str, index: int, fields: dict[str, str]) -> Problem:
     """A row of any known shape as a problem. Without an id, `source` and `index` make one.
-
-    Raises:
-        BadRow: no question, neither answer nor tests, or text that is not valid Unicode.
-    """
+    Raises `BadRow`: no question, neither answer nor tests, or text that is not valid Unicode."""
     row = plain(row, fields)
     asked = checked(row, fields)
     name = first(row, "id", "unique_id", "task_id", "question_id", "problem_id", "uuid")
@@ -123,8 +116,6 @@ class Tally:
         for where, row in rows:
             self.total += 1
             try:
-                if isinstance(row, BadRow):
-                    raise row
                 yield where, convert(row, self.total - 1)
             except BadRow as error:
                 self.bad(where, str(error))
@@ -132,11 +123,7 @@ class Tally:
                 self.bad(where, f"a value of a kind that no known shape has ({error})")
 
     def settle(self) -> None:
-        """Say how many rows were left out.
-
-        Raises:
-            UserError: they are all rows, or more than the bound.
-        """
+        """Say how many rows were left out. Raises `UserError`: they are all rows, or more than the bound."""
         few = min(FEW, self.total // 2) if self.most else 0
         most = self.most if self.most >= 1 else max(self.most * self.total, few)
         if self.count and self.count > min(most, self.total - 1):

@@ -1,4 +1,4 @@
-"""What public data sets call things: a table of the shapes that rows have, each with an example.
+"""What public data sets call things: a table of the shapes that rows have.
 
 A row is read by the first shape of `SHAPES` whose key it fills. Keys are compared in lower case; `--fields`
 names the keys of any other shape. All share how a question is found (text, or the turns of a conversation)
@@ -124,10 +124,8 @@ def tests_of(value: Any, starter: str = "", function: str | None = None) -> Test
 
 
 def cases(inputs: list[Any], outputs: list[Any], function: Any, starter: str) -> Tests:
-    """Cases of stdin and stdout, or calls of a function with the arguments of each input.
-
-    APPS and TACO wrap each expected value in a list; LiveCodeBench has JSON, an argument a line.
-    """
+    """Cases of stdin and stdout, or calls of a function with the arguments of each input. APPS and TACO wrap
+    each expected value in a list; LiveCodeBench has JSON, an argument a line."""
     if len(inputs) != len(outputs):
         raise BadRow(f"{len(inputs)} inputs of tests, and {len(outputs)} outputs")
     if not function:
@@ -219,24 +217,15 @@ def unpacked(packed: Any) -> Any:
 
 
 SHAPES = {
-    "test_list": (read_listed, "MBPP", {"text": "Add one.", "test_list": ["assert f(1) == 2"]}),
-    "public_test_cases": (read_cases, "LiveCodeBench", {
-        "question_content": "Add one.", "private_test_cases": "", "metadata": '{"func_name": "f"}',
-        "public_test_cases": '[{"input": "1", "output": "2", "testtype": "functional"}]'}),
-    "public_tests": (read_cases, "CodeContests", {
-        "description": "Add one.", "public_tests": {"input": ["1\n"], "output": ["2\n"]}}),
-    "test": (read_check, "HumanEval, LeetCodeDataset, KodCode, DeepSeek's LeetCode", {
-        "prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(1) == 2"}),
-    "input_output": (read_cases, "APPS, TACO", {
-        "question": "Add one.", "input_output": '{"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}'}),
-    "tests": (read_cases, "our own, DeepCoder", {"question": "Write f.", "tests": ["assert f(1) == 2"]}),
-    "test_cases": (read_cases, "SYNTHETIC-1, open-r1's", {
-        "prompt": "Add one.", "test_cases": [{"input": "1", "output": "2"}]}),
-    "official_tests": (read_cases, "open-r1/codeforces", {
-        "description": "Add one.", "official_tests": [{"input": "1", "output": "2"}]}),
-    "ground_truth": (read_answer, "verl, DAPO, Skywork-OR1, Tülu, Dolci, Open-Reasoner-Zero", {
-        "prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}),
-    "": (read_answer, "GSM8K, MATH, AIME, OlympiadBench, NuminaMath; any with an answer or a boxed one", {
-        "problem": "1+1?", "answer": "2"}),
-}  # fmt: skip
-"""By the key that makes it: how it is read, the data sets that have it, an example."""
+    "test_list": (read_listed, "MBPP"),
+    "public_test_cases": (read_cases, "LiveCodeBench"),
+    "public_tests": (read_cases, "CodeContests"),
+    "test": (read_check, "HumanEval, LeetCodeDataset, KodCode, DeepSeek's LeetCode"),
+    "input_output": (read_cases, "APPS, TACO"),
+    "tests": (read_cases, "our own, DeepCoder"),
+    "test_cases": (read_cases, "SYNTHETIC-1, open-r1's"),
+    "official_tests": (read_cases, "open-r1/codeforces"),
+    "ground_truth": (read_answer, "verl, DAPO, Skywork-OR1, Tülu, Dolci, Open-Reasoner-Zero"),
+    "": (read_answer, "GSM8K, MATH, AIME, OlympiadBench, NuminaMath; any with an answer or a boxed one"),
+}
+"""By the key that makes it: how it is read, the data sets that have it."""

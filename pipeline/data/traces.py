@@ -48,9 +48,7 @@ def curated_rows(task: str, count: int, seed: int, source: str) -> list[Row]:
 
 def drill(rng: random.Random) -> str:
     """Lines of bare arithmetic, `3+4-5=7-5=2`: the facts that every step needs, and practice in copying.
-
-    Reasoning needs copying first and a small model learns it last; every line here is an exercise in it.
-    """
+    Reasoning needs copying first and a small model learns it last; every line here is an exercise in it."""
     lines = []
     for _ in range(5):
         terms = chain(rng, rng.choice((2, 3, 4)))

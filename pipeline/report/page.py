@@ -150,10 +150,8 @@ _THINK = re.compile(r"\A(\s*(?:<think>)?.*?</think>)(.*)\Z", re.DOTALL)
 
 
 def read_transcripts(files: dict[str, Path], count: int) -> list[dict[str, Any]]:
-    """At most `count` problems as several models answered them: first samples, not chosen by outcome.
-
-    `files` are generations.jsonl by the model's label, all of one benchmark; the problems are evenly spaced.
-    """
+    """At most `count` problems as several models answered them: first samples, not chosen by outcome. `files`
+    are generations.jsonl by the model's label, all of one benchmark; the problems are evenly spaced."""
     logs = {label: read_log(file) for label, file in files.items() if file.is_file()}
     rows = {label: {r["index"]: r for r in log if r["sample"] == 0} for label, log in logs.items()}
     common = sorted(set.intersection(*map(set, rows.values()))) if rows else []

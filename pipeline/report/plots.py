@@ -95,10 +95,8 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def line_plot(
     title: str, unit: str, series: Sequence[Series], low: float | None = None, high: float | None = None
 ) -> Markup:
-    """Series over the step, the last value of each beside its end; empty without a finite point.
-
-    `title` is for screen readers; the value axis shows at least `low` and `high`.
-    """
+    """Series over the step, the last value of each beside its end; empty without a finite point. `title` is
+    for screen readers; the value axis shows at least `low` and `high`."""
     curves = [(s, thin([p for p in s.points if math.isfinite(p[1])])) for s in series]
     curves = [(s, points) for s, points in curves if points]
     if not curves:
@@ -144,12 +142,8 @@ WIDTH, HEIGHT, GAP = 1.42, 0.86, 0.3
 
 def chain_plot(boxes: Sequence[Box], edges: Sequence[tuple[str, str]], upright: bool) -> Markup:
     """The chain of stages with the held-out accuracy of the models that they make; empty without a stage.
-
-    Args:
-        boxes: stages without a place in `PLACES` are left out.
-        edges: stage and the stage that uses its output.
-        upright: top to bottom, for a narrow screen.
-    """
+    `boxes` without a place in `PLACES` are left out; `edges` are a stage and one that uses its output;
+    `upright`: top to bottom, for a narrow screen."""
     shown = {box.stage: box for box in boxes if box.stage in PLACES}
     if not shown:
         return Markup("")

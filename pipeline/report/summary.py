@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.arguments import read_toml
 from pipeline.data.jsonl import read_log
-from pipeline.run.files import read_json
+from pipeline.run.files import read_json, read_toml
 from pipeline.run.metrics import GLOSSARY, GLOSSARY_FILE
 from pipeline.table import STAGES
 
@@ -46,10 +45,8 @@ def read_stages(folder: Path) -> list[StageRecord]:
 
 
 def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> dict[str, Any]:
-    """The contract of summary.json: scores by model and benchmark, seconds, peak memory, seed.
-
-    `state` is eval's scores.json, `seed` that of a run without a finished stage.
-    """
+    """The contract of summary.json: scores by model and benchmark, seconds, peak memory, seed. `state` is
+    eval's scores.json, `seed` that of a run without a finished stage."""
     return {
         "models": {
             label: {name: {key: s[key] for key in KEYS} for name, s in by_benchmark.items()}

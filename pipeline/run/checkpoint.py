@@ -69,10 +69,7 @@ def go_back(folder: Path, applied: int, floor: int) -> int:
 
 def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     """Step and folder of the newest checkpoint, checked against its manifest; `None` where there is none.
-
-    Raises:
-        UserError: it is damaged; the message has the command that takes an earlier one.
-    """
+    Raises `UserError`: it is damaged; the message has the command that takes an earlier one."""
     pointer = folder / "latest"
     if not pointer.exists():
         return None

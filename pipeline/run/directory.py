@@ -53,7 +53,7 @@ class RunDir:
         (`Qwen/Qwen2.5-1.5B`); recorded by hash. A resumed run takes the hub's revision that it began with."""
         name = str(value)
         if not is_model_name(name):
-            return self.find_input(value, "model", "config.json")
+            return self.file_input(value, "model", "config.json")
         path = hub_model(name, self.environment()["inputs"].get(f"hub:{name}"))
         self.note_input(f"hub:{name}", path.name)
         return path
@@ -63,13 +63,9 @@ class RunDir:
         A data set of the hub stays its name (`hub:OWNER/NAME:SPLIT`)."""
         return value if value.startswith("hub:") else self.file_input(value, "corpus.jsonl")
 
-    def file_input(self, value: str | Path, filename: str) -> Path:
-        """The file `filename` of a stage of this run (`reject`), or the file at a path; recorded by hash."""
-        return self.find_input(value, filename)
-
-    def find_input(self, value: str | Path, part: str, inside: str = "") -> Path:
-        """`part` of stage `value` of this run, or else the path `value`: a model directory that has the file
-        `inside`, or a file."""
+    def file_input(self, value: str | Path, part: str, inside: str = "") -> Path:
+        """`part` of stage `value` of this run, or else the path `value`; recorded by hash. It is a model
+        directory with the file `inside`, or a file."""
         path, hint = Path(value), f"name a stage of this run or {'a model directory' if inside else 'a file'}"
         if str(value) in {stage.name for stage in STAGES}:
             path = self.path.parent / str(value) / part
@@ -93,11 +89,7 @@ class RunDir:
         self.note_input(name, digest.hexdigest())
 
     def note_input(self, name: str, digest: str) -> None:
-        """Note an input and its hash in env.json.
-
-        Raises:
-            UserError: the run began with another.
-        """
+        """Note an input and its hash in env.json. Raises `UserError`: the run began with another."""
         env = self.environment()
         before = env["inputs"].get(name, digest)
         if before != digest and not self.stage.extends:
@@ -156,10 +148,7 @@ class RunDir:
 
     def save_model(self, write: Callable[[Path], None], folder: str = "model") -> Path:
         """Let `write` fill `folder`, a finished model; it appears complete or not at all.
-
-        Raises:
-            Stopped: a tensor has a value that is not finite.
-        """
+        Raises `Stopped`: a tensor has a value that is not finite."""
         with replacing(self.path / folder) as partial:
             partial.mkdir(parents=True)
             write(partial)
@@ -187,12 +176,10 @@ class RunDir:
 
 @contextmanager
 def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunDir | None]:
-    """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well.
-
-    A stage that `extends` may be reopened at any time, with other settings too; its seconds add up.
-    Yields None when there is nothing left to do. Raises `UserError` when the directory is in use.
-    `command` is what the user typed, less `--resume`, for the errors that say how to go on.
-    """
+    """Make, or with `resume` reopen, the stage's directory; write done.json when the body ends well. A stage
+    that `extends` may be reopened at any time, with other settings too; its seconds add up. Yields None when
+    there is nothing left to do. Raises `UserError` when the directory is in use. `command` is what the user
+    typed, less `--resume`, for the errors that say how to go on."""
     if not re.fullmatch(r"\w[\w.-]{0,199}", config.name):
         raise UserError(f"--name {config.name!r} must be letters, digits and . _ -, at most 200 (a folder)")
     run = RunDir(stage, config, command)

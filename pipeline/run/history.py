@@ -11,9 +11,8 @@ from typing import Any
 
 import tomli_w
 
-from pipeline.arguments import read_toml
 from pipeline.errors import UserError
-from pipeline.run.files import read_json, write_atomic
+from pipeline.run.files import read_json, read_toml, write_atomic
 from pipeline.settings.common import StageSettings, to_dict
 
 MAY_CHANGE = {
@@ -41,10 +40,7 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def changes(path: Path, config: StageSettings) -> dict[str, list[Any]]:
     """Settings by name that differ from those of the run in `path`: before and now.
-
-    Raises:
-        UserError: one that a resume may not change, or fewer steps than are done.
-    """
+    Raises `UserError`: one that a resume may not change, or fewer steps than are done."""
     before, now = flat(read_toml(path / "config.toml")), flat(resolved(config))
     found = {}
     for key in sorted(before.keys() | now.keys()):

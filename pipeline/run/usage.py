@@ -26,11 +26,9 @@ class Usage:
             torch.cuda.reset_peak_memory_stats(device)
 
     def of(self, lengths: Iterable[int], seconds: float, scorings: int = 0) -> dict[str, float]:
-        """Metrics of the updates on sequences of `lengths` tokens, which took `seconds`.
-
-        `scorings` counts forwards without a backward over the same sequences, of policy or reference. All
-        tokens count as turned into logits, prompts too.
-        """
+        """Metrics of the updates on sequences of `lengths` tokens, which took `seconds`. `scorings` counts
+        forwards without a backward over the same sequences, of policy or reference. All tokens count as
+        turned into logits, prompts too."""
         lengths = list(lengths)
         metrics = {"time/trained_tokens_per_s": sum(lengths) / seconds}
         if self.peak:

@@ -86,15 +86,6 @@ class CodeSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradingSettings(CodeSettings):
-    """What stages have that cannot do without most verdicts."""
-
-    max_error_share: Share = 0.5
-    """Stop, with exit code 3, when the verifier failed for a larger share of the rollouts of two steps in a
-    row, or of a benchmark; 1 = never."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class AdamWSettings(Settings):
     """AdamW and its schedule. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
 
@@ -159,8 +150,7 @@ class Sampling(Settings):
 
     def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
         """The engine's parameters: `n` rollouts a prompt, at most `max_tokens` where that is less."""
-        names = {field.name for field in dataclasses.fields(SamplingParams)}
-        own = {name: value for name, value in vars(self).items() if name in names}
+        own = shared(self, SamplingParams)
         return SamplingParams(**own | {"n": n, "seed": seed, "max_tokens": max_tokens or self.max_tokens})
 
 
@@ -202,6 +192,15 @@ class RowSettings(Settings):
         named_fields(self.fields)
 
 
+@dataclass(frozen=True, kw_only=True)
+class GradingSettings(TemplateSettings, RowSettings, CodeSettings):
+    """What everything has that asks a model problems and grades its answers."""
+
+    max_error_share: Share = 0.5
+    """Stop, with exit code 3, when the verifier failed for a larger share of the rollouts of two steps in a
+    row, or of a benchmark; 1 = never."""
+
+
 def named_fields(text: str) -> dict[str, str]:
     """`question=body,answer=key` by name; `ValueError` where a name is none of `RowSettings.fields`."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
@@ -210,6 +209,12 @@ def named_fields(text: str) -> dict[str, str]:
     if not named.keys() <= set(names) or not all(named.values()):
         raise ValueError(f"fields={text!r}: write NAME=KEY, with a name of: {', '.join(names)}.")
     return named
+
+
+def shared(settings: Settings, other: type) -> dict[str, Any]:
+    """Values by name of the settings that the dataclass `other` has as fields too."""
+    names = [field.name for field in dataclasses.fields(other)]
+    return {name: getattr(settings, name) for name in names if hasattr(settings, name)}
 
 
 def to_dict(settings: Any) -> dict[str, Any]:

@@ -9,9 +9,7 @@ from pipeline.settings.common import (
     AnswerSampling,
     ComputeSettings,
     GradingSettings,
-    RowSettings,
     StageSettings,
-    TemplateSettings,
     TruncatedSampling,
 )
 from pipeline.settings.tools import ModelSettings
@@ -23,7 +21,7 @@ LABELLED = r"\w[\w.-]*=.+"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(TemplateSettings, TruncatedSampling, RowSettings, GradingSettings):
+class BenchmarkSettings(TruncatedSampling, GradingSettings):
     """What stage and command have in common."""
 
     samples: Count = 1

@@ -5,15 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings.common import (
-    ComputeSettings,
-    GradingSettings,
-    OptimSettings,
-    RowSettings,
-    Sampling,
-    TemplateSettings,
-    TrainSettings,
-)
+from pipeline.settings.common import ComputeSettings, GradingSettings, OptimSettings, Sampling, TrainSettings
 from rewards.registry import own_function
 from rewards.reward import check_weights
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
@@ -36,7 +28,7 @@ def check_loss(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(TemplateSettings, Sampling, RowSettings, GradingSettings, ComputeSettings):
+class GeneratingSettings(Sampling, GradingSettings, ComputeSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
@@ -62,8 +54,8 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
 
     init_from: str = "pretrain"
-    """Model that the policy (and the reference) starts from: a stage of this run, a directory, or
-    OWNER/NAME on the hub."""
+    """Model that the policy (and the reference) starts from: a stage of this run, a directory, or OWNER/NAME
+    on the hub."""
     steps: Count = 40
     """Rounds of rollouts."""
     prompts_per_step: Count = 32
@@ -145,8 +137,7 @@ class RejectSettings(GeneratingSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"
-    """Model that is sampled: a stage of this run, a directory, or
-    OWNER/NAME on the hub."""
+    """Model that is sampled: a stage of this run, a directory, or OWNER/NAME on the hub."""
     pool: Count = 3_000
     """Problems taken from each source, train split."""
     samples: Count = 4

@@ -73,8 +73,7 @@ class SftSettings(TemplateSettings, RowSettings, SupervisedSettings):
     """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"
-    """Model to start from: a stage of this run, a directory, or
-    OWNER/NAME on the hub."""
+    """Model to start from: a stage of this run, a directory, or OWNER/NAME on the hub."""
     corpus: str = ""
     """Worked answers: a stage of this run that leaves a corpus (`reject`), a JSONL file, or public traces,
     `hub:OWNER/NAME[:CONFIG]:SPLIT`; empty = none."""

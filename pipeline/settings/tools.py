@@ -32,11 +32,9 @@ class ModelSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class UpSettings(Settings):
-    """Make stages and, first, the stages that they need and that are not made yet.
-
-    Every other --key value goes to the named stages alone. After Ctrl-C the running stages finish their step
-    and save; after a failure they finish. No other starts, and the command that goes on from there is shown.
-    """
+    """Make stages and, first, the stages that they need and that are not made yet. Every other --key value
+    goes to the named stages alone. After Ctrl-C the running stages finish their step and save; after a
+    failure they finish. No other starts, and the command that goes on from there is shown."""
 
     stages: tuple[str, ...]
     """Stages by name; `r1` or `all` = the complete preset."""
@@ -118,9 +116,7 @@ class ChatSettings(AnswerSampling, ModelSettings):
 @dataclass(frozen=True, kw_only=True)
 class ServeSettings(AnswerSampling, ModelSettings):
     """Serve a model. --engine auto takes vLLM, with its own server and defaults, where it is installed.
-
-    max_tokens, temperature, top_p and top_k hold for requests without a value of their own.
-    """
+    max_tokens, temperature, top_p and top_k hold for requests without a value of their own."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 = all of this machine's."""

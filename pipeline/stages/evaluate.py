@@ -9,7 +9,6 @@ with the reason, a model that is not there yet with the command that makes it.
 """
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.files import write_atomic
 from pipeline.run.metrics import say
+from pipeline.settings.common import shared
 from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
 from pipeline.tools.evaluate import evaluate
@@ -54,10 +54,7 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
 
 def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """Models by label: those there are, with path and hash, and those not made yet, with how to make them.
-
-    Raises:
-        UserError: there is none at all.
-    """
+    Raises `UserError`: there is none at all."""
     made: dict[str, dict[str, str]] = {}
     missing: dict[str, str] = {}
     for entry in config.models:
@@ -84,11 +81,7 @@ def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[s
 
 def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None, int]], dict[str, str]]:
     """Source, limit and samples a problem of each benchmark that can be read, and the reason for each extra
-    one that cannot.
-
-    Raises:
-        UserError: one of the required ones cannot be read, or two have one label.
-    """
+    one that cannot. Raises `UserError`: one of the required ones cannot be read, or two have one label."""
     found: dict[str, tuple[str, int | None, int]] = {}
     unread: dict[str, str] = {}
     for entry in config.benchmarks + config.extra_benchmarks:
@@ -115,16 +108,9 @@ def score_pair(
     config: EvalSettings, out: Path, model: dict[str, str], source: str, limit: int | None, samples: int
 ) -> dict[str, Any]:
     """Scores in `out` of one model on one benchmark; earlier ones where nothing changed."""
-    names = {field.name for field in fields(EvaluateSettings)}
-    shared = {name: value for name, value in vars(config).items() if name in names}
-    pair = EvaluateSettings(
-        **(shared | {"samples": samples}),
-        model=Path(model["path"]),
-        benchmark=source,
-        out=out,
-        limit=limit,
-        problems_seed=config.heldout_seed,
-    )
+    own = {"model": Path(model["path"]), "benchmark": source, "out": out, "limit": limit, "samples": samples}
+    own |= {"problems_seed": config.heldout_seed}
+    pair = EvaluateSettings(**shared(config, EvaluateSettings) | own)
     file = out / "scores.json"
     before = file.stat().st_mtime_ns if file.exists() else None
     result = evaluate(pair, model["sha256"], replace_changed=True)

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
-from model import TINY
+from model import TINY, ModelConfig
 from model.transformer import Transformer
 from pipeline.data.generators import items
 from pipeline.data.traces import corpus, random_document
 from pipeline.run.directory import RunDir
-from pipeline.run.guard import Guard, guarded, slowed
+from pipeline.run.guard import Guard
+from pipeline.run.rollback import guarded, slowed
+from pipeline.settings.common import shared
 from pipeline.settings.supervised import PretrainSettings
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
@@ -56,13 +58,7 @@ def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, 
     tokenizer = train_tokenizer(texts, config.vocab_size)
     shape = dataclasses.replace(
         TINY,
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        n_routed_experts=config.n_routed_experts,
-        moe_intermediate_size=config.moe_intermediate_size,
-        initializer_range=config.initializer_range,
+        **shared(config, ModelConfig) | {"vocab_size": len(tokenizer)},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -56,10 +56,7 @@ def find_gguf(config: SmolLM2Settings) -> Path:
 
 def read_model(path: Path) -> Any:
     """The dequantized weights in a `LlamaForCausalLM` that can be saved, float32.
-
-    Raises:
-        UserError: the gguf package is missing, or the file is no GGUF of a Llama.
-    """
+    Raises `UserError`: the gguf package is missing, or the file is no GGUF of a Llama."""
     load = AutoModelForCausalLM.from_pretrained
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a bar of tqdm's that no setting turns off
@@ -82,14 +79,10 @@ def read_model(path: Path) -> Any:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """The file's tokenizer with SmolLM2's own pre-tokenizer, checked on `SAMPLES`.
-
-    GGUF names the pre-tokenizer (`smollm`); transformers builds GPT-2's in any case. SmolLM2's first splits
-    off every digit: "\\n\\n1" is a double line break and a digit, not three tokens never seen in a row.
-
-    Raises:
-        UserError: the file has no such tokenizer, or it loses text.
-    """
+    """The file's tokenizer with SmolLM2's own pre-tokenizer, checked on `SAMPLES`. GGUF names the
+    pre-tokenizer (`smollm`); transformers builds GPT-2's in any case. SmolLM2's first splits off every digit:
+    "\\n\\n1" is a double line break and a digit, not three tokens never seen in a row. Raises `UserError`:
+    the file has no such tokenizer, or it loses text."""
     from gguf import GGUFReader
 
     field = GGUFReader(path).get_field("tokenizer.ggml.pre")

@@ -33,10 +33,7 @@ class Conversation:
     """A model and its tokenizer; one thread at a time uses them."""
 
     def __init__(self, config: ModelSettings) -> None:
-        """
-        Raises:
-            UserError: no such model, or one without a tokenizer.
-        """
+        """Raises `UserError`: no such model, or one without a tokenizer."""
         self.engine, self.tokenizer = open_speaker(config)
         try:
             self.context, self.vocabulary = context_and_vocabulary(config.model, config.vllm.context)
@@ -47,13 +44,9 @@ class Conversation:
         self.template = trained_template(config.model) or native
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], bool]:
-        """Token ids of a conversation, and whether they end inside an open think tag.
-
-        A model trained with a template for single questions gets the last message alone.
-
-        Raises:
-            ValueError: messages that the model's chat template refuses.
-        """
+        """Token ids of a conversation, and whether they end inside an open think tag. A model trained with a
+        template for single questions gets the last message alone. Raises `ValueError`: messages that the
+        model's chat template refuses."""
         template = TEMPLATES.get(self.template, TEMPLATES["raw"])
         if not template.chat or not self.tokenizer.chat_template:
             name = template.name if not template.chat else "raw"
@@ -67,10 +60,8 @@ class Conversation:
         return encode_text(self.tokenizer, text), bool(opening(text))
 
     def check(self, ids: Sequence[int]) -> None:
-        """
-        Raises:
-            ValueError: no prompt for this model: empty, of another vocabulary, or as long as the context.
-        """
+        """Raises `ValueError`: no prompt for this model: empty, of another vocabulary, or as long as the
+        context."""
         if not ids:
             raise ValueError("the prompt has no tokens.")
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:
@@ -81,13 +72,8 @@ class Conversation:
     def stream(
         self, ids: Sequence[int], opened: bool | None, sampling: SamplingParams, stops: Sequence[str] = ()
     ) -> Iterator[Piece]:
-        """Generate piece by piece, each text as thinking or answer.
-
-        `opened`: whether the prompt ends inside an open think tag; `None` = all is answer, tags included.
-
-        Raises:
-            ValueError: as `check`.
-        """
+        """Generate piece by piece, each text as thinking or answer. `opened`: whether the prompt ends inside
+        an open think tag; `None` = all is answer, tags included. Raises `ValueError`: as `check`."""
         self.check(ids)
         decoder, split = Decoder(self.tokenizer, stops), None if opened is None else ThinkingSplit(opened)
         for new, logprobs, over in pieces(self.engine, ids, sampling, self.context - len(ids)):

@@ -32,7 +32,7 @@ from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.run.verifiers import check_errors, check_sandbox
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.tools.open import check_model, naming, open_speaker, trained_template
-from pipeline.tools.scores import Sample, scores
+from pipeline.tools.scores import scores
 from rewards.maths.extract import final_answer
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer
@@ -49,14 +49,11 @@ T = TypeVar("T")
 def evaluate(
     config: EvaluateSettings, model_hash: str | None = None, replace_changed: bool = False
 ) -> dict[str, Any]:
-    """Score a model on a benchmark, or read the scores that `config.out` already holds.
+    """Score a model on a benchmark, or read the scores that `config.out` already holds: scores.json's.
 
     Args:
         model_hash: sha256 of the model directory, where the caller has it.
         replace_changed: scores with other inputs are replaced, once the new ones are complete.
-
-    Returns:
-        What stands in scores.json.
 
     Raises:
         UserError: no such model, no such problems, or `config.out` holds something else.
@@ -157,22 +154,6 @@ def row_of(index: int, graded: Graded) -> dict[str, Any]:
     }
 
 
-def sample_of(row: dict[str, Any]) -> Sample:
-    """A row of generations.jsonl as the scores see it."""
-    votes = row["kind"] != "code"
-    return Sample(
-        question=row["index"],
-        verdict=row["verdict"],
-        vote=row["extracted"] or None if votes else None,
-        votes=votes,
-        sampled=row["finish_reason"] is not None,
-        tokens=row["tokens"],
-        truncated=row["finish_reason"] == "length",
-        in_format=row["parts"].get("format", 0.0),
-        language=row["parts"].get("language", 1.0),
-    )
-
-
 # ---- the folder
 
 
@@ -193,10 +174,7 @@ def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: st
 
 def earlier_scores(out: Path, inputs: dict[str, Any], replace_changed: bool) -> dict[str, Any] | None:
     """The scores in `out`, if they have the same inputs; `None` where there are none, or some to replace.
-
-    Raises:
-        UserError: `out` holds anything else.
-    """
+    Raises `UserError`: `out` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
@@ -218,7 +196,7 @@ def write(
 ) -> dict[str, Any]:
     """Both files, in a folder that appears complete."""
     result = {
-        **scores([sample_of(row) for row in rows]),
+        **scores(rows),
         "template": "+".join(templates),
         "template_hash": "+".join(templates.values()),
         "model_hash": inputs["model_sha256"],

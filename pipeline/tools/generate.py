@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.data.jsonl import JsonObject, read_jsonl, write_jsonl
+from pipeline.data.jsonl import BadRow, JsonObject, located, object_of, write_jsonl
 from pipeline.errors import UserError
 from pipeline.settings.tools import GenerateSettings
 from pipeline.tools.open import naming, open_model
@@ -16,42 +16,42 @@ from rollout.text.tokenizer import completion_text, encode_raw
 from rollout.types import Problem, Prompt, Rollout
 
 
-def prompt_rows(file: Path) -> Iterator[tuple[int, JsonObject]]:
-    """Line number and object of each prompt.
-
-    Raises:
-        UserError: the file cannot be read, or by its number a line that is no prompt.
-    """
-    for number, row in read_jsonl(file):
-        ids = row.get("token_ids")
-        is_ids = isinstance(ids, list) and all(type(i) is int for i in ids)  # JSON's true is an int, no token
-        if not is_ids and not isinstance(row.get("prompt"), str):
-            raise UserError(f'{file}:{number}: expected {{"prompt": text}} or {{"token_ids": [integers]}}')
-        yield number, row
+def prompt_rows(file: Path) -> list[tuple[str, JsonObject]]:
+    """Where each prompt stands, and its row.
+    Raises `UserError`: the file cannot be read or has no prompts, or, by its number, a row is none."""
+    rows = []
+    for where, row in located(file):
+        try:
+            ids = object_of(row).get("token_ids")
+            is_ids = isinstance(ids, list) and all(type(i) is int for i in ids)  # true is an int, no token
+            if not is_ids and not isinstance(row.get("prompt"), str):
+                raise BadRow('expected {"prompt": text} or {"token_ids": [integers]}')
+        except BadRow as error:
+            raise UserError(f"{where}: {error}") from error
+        rows.append((where, row))
+    if not rows:
+        raise UserError(f"{file} has no prompts")
+    return rows
 
 
 def prompts_of(
-    file: Path, rows: list[tuple[int, JsonObject]], tokenizer: PreTrainedTokenizerFast | None
-) -> list[Prompt]:
-    """The prompts of a file's rows; token ids win where a line has both."""
-    prompts = []
-    for number, row in rows:
-        problem = Problem(id=str(number), kind="general", question=row.get("prompt") or "")
-        if "token_ids" in row:
-            prompt = Prompt(problem=problem, template="raw", token_ids=tuple(row["token_ids"]))
-        elif tokenizer is None:
-            raise UserError(f"{file}:{number}: the model has no tokenizer; give token_ids, not text")
-        else:
-            try:
-                prompt = Prompt(problem, "raw", tuple(encode_raw(tokenizer, problem.question)))
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: {error}") from error
-        if not prompt.token_ids:
-            raise UserError(f"{file}:{number}: the prompt is empty; it needs at least one token")
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{file} has no prompts")
-    return prompts
+    rows: list[tuple[str, JsonObject]], tokenizer: PreTrainedTokenizerFast | None
+) -> Iterator[Prompt]:
+    """The prompts of a file's rows; token ids win where a row has both."""
+    for where, row in rows:
+        problem, ids = (
+            Problem(id=where, kind="general", question=row.get("prompt") or ""),
+            row.get("token_ids"),
+        )
+        if ids is None and tokenizer is None:
+            raise UserError(f"{where}: the model has no tokenizer; give token_ids, not text")
+        try:
+            ids = encode_raw(tokenizer, problem.question) if ids is None and tokenizer else ids
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+        if not ids:
+            raise UserError(f"{where}: the prompt is empty; it needs at least one token")
+        yield Prompt(problem, "raw", tuple(ids))
 
 
 def check_writable(file: Path, source: Path) -> None:
@@ -84,10 +84,10 @@ def rollout_row(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> 
 
 def main(config: GenerateSettings) -> None:
     """The command; its last line on stdout is the summary as JSON. `seconds` is generation alone."""
-    rows = list(prompt_rows(config.prompts))  # bad lines are reported before a model is loaded for minutes
+    rows = prompt_rows(config.prompts)  # bad ones are reported before a model is loaded for minutes
     check_writable(config.out, config.prompts)
     engine, tokenizer = open_model(config)
-    prompts = prompts_of(config.prompts, rows, tokenizer)
+    prompts = list(prompts_of(rows, tokenizer))
     start = time.perf_counter()
     with naming(config.prompts):  # bad prompts are refused at once
         generated = engine.generate(prompts, config.params(n=config.samples, seed=config.seed))

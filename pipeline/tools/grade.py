@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast, get_args
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.data.jsonl import BadRow, json_line, value_of
+from pipeline.data.jsonl import BadRow, json_line, object_of, value_of
 from pipeline.data.rows import checked, plain
 from pipeline.data.shapes import ANSWERS
 from pipeline.errors import UserError
@@ -31,11 +31,7 @@ LONGEST_LINE = 64 << 20  # bytes; a longer one is answered without being read in
 
 
 def grade_file(
-    source: Path,
-    out: Path,
-    kind: Kind | None = None,
-    mode: Mode = "lenient",
-    allow_unsafe_code: bool = False,
+    source: Path, out: Path, kind: Kind | None = None, mode: Mode = "lenient", allow_unsafe_code: bool = False
 ) -> dict[str, int]:
     """Grade the lines of `source`, see `GradeSettings`, into `out`, complete only once this returns.
 
@@ -91,10 +87,7 @@ def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _graded(
-    lines: Iterable[tuple[int, bytes | None]],
-    accuracy: Accuracy,
-    kind: str | None,
-    pool: WorkerPool,
+    lines: Iterable[tuple[int, bytes | None]], accuracy: Accuracy, kind: str | None, pool: WorkerPool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each line's size and answer, in order, at most `WINDOW` of them in work at once."""
     waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()
@@ -125,15 +118,11 @@ def _grade_line(
     number: int, line: bytes | None, accuracy: Accuracy, kind: str | None, pool: WorkerPool
 ) -> tuple[dict[str, Any], Outcome | Future[Outcome]]:
     """The keys and the outcome, at once or, of programs and algebra, from a worker. Nothing escapes."""
-    row: dict[str, Any] = {"line": number}
     try:
-        if line is None:
-            raise BadRow(f"line {number} is longer than {LONGEST_LINE} bytes")
-        found = value_of(line)
-        if not isinstance(found, dict):
-            what = found if isinstance(found, BadRow) else f"not an object but {type(found).__name__}"
-            raise BadRow(f"line {number} is {what}")
-        row = found
+        row = object_of(BadRow(f"longer than {LONGEST_LINE} bytes") if line is None else value_of(line))
+    except BadRow as error:
+        return {"line": number}, _failed(BadRow(f"line {number}: {error}"))
+    try:
         problem, completion = _problem(row, kind)
         quick, _ = accuracy.quick(problem, completion)
         return row, quick or pool.submit(accuracy, problem, completion)

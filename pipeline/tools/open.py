@@ -35,12 +35,8 @@ def check_model(path: Path) -> None:
 
 
 def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
-    """The engine and, if it has one, the tokenizer of a model.
-
-    Raises:
-        UserError: no GPU where one was asked for, no such model, an engine that is not for it or not
-            installed here, or one that is wrong.
-    """
+    """The engine and, if it has one, the tokenizer of a model. Raises `UserError`: no GPU where one was asked
+    for, no such model, an engine that is not for it or not installed here, or one that is wrong."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = str(device_named(config.device))
@@ -59,10 +55,7 @@ def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokeni
 
 def trained_template(model: Path) -> str | None:
     """The prompt template that a model was trained with, where its pipeline.json has it.
-
-    Raises:
-        UserError: a pipeline.json that does not name a template.
-    """
+    Raises `UserError`: a pipeline.json that does not name a template."""
     about = model / "pipeline.json"
     known = read_json(about)
     template: str | None = known.get("template") or known.get("r1_template")

@@ -16,54 +16,26 @@ low rate is no fault.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rewards.maths.grade import first_equal
-from rollout.types import Verdict
 
 Z95 = 1.959964
 """The normal distribution's 97.5 % point."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One graded completion, as far as the scores depend on it."""
-
-    question: int
-    verdict: Verdict
-    vote: str | None
-    """The answer for the majority vote; `None` where there is none, or no vote (code)."""
-    votes: bool
-    """Whether a majority can answer the question: mathematics, not code."""
-    sampled: bool = True
-    """False where the prompt did not fit the model's context."""
-    tokens: int = 0
-    truncated: bool = False
-    in_format: float = 0.0
-    language: float = 1.0
-
-
 def pass_at(k: int, n: int, c: int) -> float:
     """Chance that k of n samples, taken without replacement, hold one of the c right ones.
-
-    Raises:
-        ValueError: k is not in 1..n or c not in 0..n.
-    """
+    Raises `ValueError`: k is not in 1..n or c not in 0..n."""
     if not 1 <= k <= n or not 0 <= c <= n:
         raise ValueError(f"pass_at(k={k}, n={n}, c={c}) needs 1 <= k <= n and 0 <= c <= n.")
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
-    """Accuracy of the most frequent answer of one question; `0.5` and `1/2` are one answer.
-
-    Args:
-        votes: each sample's answer and whether it is right; without an answer it does not vote.
-
-    Returns:
-        1 or 0; on a tie the share of the tied answers that are right, a random pick's mean.
-    """
+    """Accuracy of the most frequent answer of one question, 1 or 0; on a tie the share of the tied answers
+    that are right, a random pick's mean. `votes` is each sample's answer and whether it is right; without an
+    answer it does not vote. `0.5` and `1/2` are one answer."""
     answers = first_equal([answer for answer, _ in votes])
     counts = Counter(answer for answer in answers if answer is not None)
     if not counts:
@@ -111,31 +83,31 @@ def rounds(k: int) -> list[int]:
     return sorted({2**i for i in range(k.bit_length()) if 2**i <= k} | {k})
 
 
-def scores(samples: Sequence[Sample]) -> dict[str, Any]:
-    """All scores of one benchmark, as in scores.json.
+def scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All scores of one benchmark, as in scores.json, from the rows of generations.jsonl.
 
     Returns:
         `pass@1`, `interval`, `interval_method`, `n` questions, `k` samples each; `pass@j` by powers of two;
         `pass@k` and `cons@k` at j = k (`cons@k` over the mathematics, `None` without any); `format_rate`,
         `language_consistency`, `mean_tokens`, `truncation_rate` over the sampled completions;
-        `verifier_failures` and `prompts_too_long` as counts of samples and questions.
+        `verifier_failures` and `prompts_too_long` (not sampled) as counts of samples and questions.
 
     Raises:
         ValueError: no samples, or not equally many for each question.
     """
-    by_question: dict[int, list[Sample]] = {}
-    for sample in samples:
-        by_question.setdefault(sample.question, []).append(sample)
+    by_question: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_question.setdefault(row["index"], []).append(row)
     sizes = {len(group) for group in by_question.values()}
     if len(sizes) != 1:
         raise ValueError(f"every question needs equally many samples, at least one; found {sorted(sizes)}.")
     k = sizes.pop()
-    right = [sum(s.verdict == "correct" for s in group) for group in by_question.values()]
+    marked = [[(r["extracted"] or None, r["verdict"] == "correct") for r in g] for g in by_question.values()]
+    right = [sum(correct for _, correct in group) for group in marked]
     means = [c / k for c in right]
     bounds, method = interval(means, k)
-    ballots = [g for g in by_question.values() if g[0].votes]
-    cons = mean_of([majority([(s.vote, s.verdict == "correct") for s in group]) for group in ballots])
-    sampled = [s for s in samples if s.sampled]
+    ballots = [v for v, g in zip(marked, by_question.values(), strict=True) if g[0]["kind"] != "code"]
+    sampled = [row for row in rows if row["finish_reason"] is not None]
     return {
         "pass@1": sum(means) / len(means),
         "interval": list(bounds),
@@ -144,11 +116,11 @@ def scores(samples: Sequence[Sample]) -> dict[str, Any]:
         "k": k,
         **{f"pass@{j}": sum(pass_at(j, k, c) for c in right) / len(right) for j in rounds(k) if j > 1},
         "pass@k": sum(pass_at(k, k, c) for c in right) / len(right),
-        "cons@k": cons,
-        "format_rate": mean_of([s.in_format for s in sampled]),
-        "language_consistency": mean_of([s.language for s in sampled]),
-        "mean_tokens": mean_of([s.tokens for s in sampled]),
-        "truncation_rate": mean_of([s.truncated for s in sampled]),
-        "verifier_failures": sum(s.verdict == "error" for s in samples),
-        "prompts_too_long": sum(not g[0].sampled for g in by_question.values()),
+        "cons@k": mean_of(list(map(majority, ballots))),
+        "format_rate": mean_of([row["parts"].get("format", 0.0) for row in sampled]),
+        "language_consistency": mean_of([row["parts"].get("language", 1.0) for row in sampled]),
+        "mean_tokens": mean_of([row["tokens"] for row in sampled]),
+        "truncation_rate": mean_of([row["finish_reason"] == "length" for row in sampled]),
+        "verifier_failures": sum(row["verdict"] == "error" for row in rows),
+        "prompts_too_long": sum(group[0]["finish_reason"] is None for group in by_question.values()),
     }

@@ -148,11 +148,7 @@ class Endpoint:
         return bytes(data)
 
     async def generate(self, request: Request, chunks: Iterator[Any]) -> AsyncIterator[Any]:
-        """The chunks, each computed in the engine's thread.
-
-        Raises:
-            ClientDisconnect: the client is gone.
-        """
+        """The chunks, each computed in the engine's thread. Raises `ClientDisconnect`: the client is gone."""
         loop = asyncio.get_running_loop()
         while (chunk := await loop.run_in_executor(self.worker, self.step, chunks)) is not None:
             yield chunk
@@ -200,10 +196,7 @@ def of_the_server(record: logging.LogRecord) -> bool:
 
 def listen(config: ServeSettings) -> socket.socket:
     """A socket that takes connections; they wait until the server runs.
-
-    Raises:
-        UserError: the address is not available.
-    """
+    Raises `UserError`: the address is not available."""
     try:
         family, *_, where = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family)

@@ -14,15 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import AliasChoices, BaseModel, Field, ValidationError, WrapValidator, model_validator
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.settings.tools import ServeSettings
@@ -77,7 +69,7 @@ NoAlternatives = Annotated[Literal[0], must_be("0: each sampled token's own, alt
 class Part(BaseModel):
     """A body or a part of one: nothing converted, nothing unknown, nothing infinite."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = {"strict": True, "extra": "forbid", "allow_inf_nan": False}
 
     @model_validator(mode="before")
     @classmethod
@@ -159,10 +151,7 @@ Kind = TypeVar("Kind", bound=Body)
 
 def parse_body(kind: type[Kind], data: bytes) -> Kind:
     """A request's body.
-
-    Raises:
-        Refused: no JSON, or a parameter that is wrong or not served, by its name.
-    """
+    Raises `Refused`: no JSON, or a parameter that is wrong or not served, by its name."""
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
@@ -179,11 +168,8 @@ def parse_body(kind: type[Kind], data: bytes) -> Kind:
 
 
 def respond(talk: Conversation, config: ServeSettings, name: str, body: TextBody | ChatBody) -> Iterator[Any]:
-    """The chunks of the answer, choice after choice; the last has the usage and no choice.
-
-    Raises:
-        Refused: before the first chunk, for a prompt that the model cannot go on from, or too many choices.
-    """
+    """The chunks of the answer, choice after choice; the last has the usage and no choice. Raises `Refused`:
+    before the first chunk, for a prompt that the model cannot go on from, or too many choices."""
     chat, tokens = isinstance(body, ChatBody), 0
     try:
         prompts = body.prompts(talk)
@@ -215,33 +201,21 @@ def choice_of(
     tokenizer: PreTrainedTokenizerFast, body: TextBody | ChatBody, piece: Piece, first: bool
 ) -> dict[str, Any]:
     """A piece of a choice, the first with every key of its text."""
-    tokens = [str(tokenizer.decode([i])) for i in piece.token_ids]
+    tokens, logprobs = [str(tokenizer.decode([i])) for i in piece.token_ids], piece.logprobs
     if isinstance(body, TextBody):
         out: dict[str, Any] = {"text": "".join(text for _, text in piece.texts)}
-        logprobs = {
-            "tokens": tokens,
-            "token_logprobs": piece.logprobs,
-            "top_logprobs": None,
-            "text_offset": None,
-        }
+        found: Any = {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": None}
     else:
         texts = {"role": "assistant", "content": "", "reasoning_content": ""} if first else {}
         for part, text in piece.texts:
             key = "content" if part == "answer" else "reasoning_content"
             texts[key] = texts.get(key, "") + text
         out = {"delta": texts}
-        entries = [
-            {
-                "token": t,
-                "logprob": p,
-                "top_logprobs": [],
-                "bytes": None if UNFINISHED in t else [*t.encode()],
-            }
-            for t, p in zip(tokens, piece.logprobs, strict=True)
-        ]
-        logprobs = {"content": entries}
+        data = [None if UNFINISHED in token else [*token.encode()] for token in tokens]
+        every = zip(tokens, logprobs, data, strict=True)
+        found = {"content": [{"token": t, "logprob": p, "bytes": b, "top_logprobs": []} for t, p, b in every]}
     wanted = body.logprobs is not None and body.logprobs is not False  # 0 asks for them
-    return out | {"finish_reason": piece.finish_reason or None} | ({"logprobs": logprobs} if wanted else {})
+    return out | {"finish_reason": piece.finish_reason or None} | ({"logprobs": found} if wanted else {})
 
 
 def merge(parts: Sequence[Any]) -> Any:

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.arguments import HELP, known_flags, load, nearest, parse, read_toml
+from pipeline.arguments import HELP, known_flags, load, nearest, parse
 from pipeline.errors import UserError, command_line
+from pipeline.run.files import read_toml
 from pipeline.run.metrics import say
 from pipeline.settings.evaluate import EvalSettings
 from pipeline.settings.rollouts import GeneratingSettings
@@ -86,10 +87,8 @@ def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
 
 def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     """The steps in the table's order: goals in any case, other stages where their done.json is missing.
-
-    Raises:
-        UserError: preset or stage is absent, a setting is wrong, or the run was begun with another seed.
-    """
+    Raises `UserError`: preset or stage is absent, a setting is wrong, or the run was begun with another
+    seed."""
     here, run = stages_of(up.preset), up.runs / up.name
     if up.runs.exists() and not up.runs.is_dir():
         raise UserError(f"--runs {up.runs} is no folder; name another")
@@ -132,20 +131,14 @@ def check_device(config: Any) -> None:
 
 def needs_vllm(config: Any) -> bool:
     """Whether a stage with these settings needs vLLM and this environment does not have it."""
-    engine = ""
-    if isinstance(config, GeneratingSettings):
-        engine = config.rollout.engine
-    elif isinstance(config, EvalSettings):
-        engine = config.engine
+    engine = config.engine if isinstance(config, EvalSettings) else ""
+    engine = config.rollout.engine if isinstance(config, GeneratingSettings) else engine
     return engine == "vllm" and importlib.util.find_spec("vllm") is None
 
 
 def make_vllm() -> None:
     """Have the Makefile set up the environment with vLLM; at once where that is done.
-
-    Raises:
-        UserError: it cannot be set up.
-    """
+    Raises `UserError`: it cannot be set up."""
     code = subprocess.run(["make", "--no-print-directory", str(VLLM / "stamp")], check=False).returncode
     if code:
         raise UserError(
@@ -190,11 +183,8 @@ class Children:
 
 
 def make(steps: list[Step], jobs: int) -> tuple[Step, int] | None:
-    """Run the steps, at most `jobs` at once, each after those that its stage may read.
-
-    Returns:
-        The first step that failed, or that a signal kept from starting, and the exit code; None = all made.
-    """
+    """Run the steps, at most `jobs` at once, each after those that its stage may read. Returns the first step
+    that failed, or that a signal kept from starting, and the exit code; None = all made."""
     children, pending = Children(jobs > 1), list(steps)
     active: dict[Future[int], Step] = {}
     failed = None

@@ -23,11 +23,9 @@ UNFINISHED = "\ufffd"  # the tokenizer's output for bytes that are not yet a cha
 def pieces(
     engine: RolloutEngine, token_ids: Sequence[int], sampling: SamplingParams, room: int
 ) -> Iterator[tuple[list[int], list[float], str]]:
-    """New tokens of one sample, their log-probabilities, and "" or, at the end, the finish reason.
-
-    `room` is the number of tokens that the context has left after the prompt `token_ids`. The first piece
-    has the prompt index `sampling.first_index`, and each further piece the next one.
-    """
+    """New tokens of one sample, their log-probabilities, and "" or, at the end, the finish reason. `room` is
+    the number of tokens that the context has left after the prompt `token_ids`. The first piece has the
+    prompt index `sampling.first_index`, and each further piece the next one."""
     problem, so_far = Problem(id="stream", kind="general", question=""), list(token_ids)
     left, number = min(sampling.max_tokens, room), sampling.first_index
     while True:

@@ -53,14 +53,9 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE; same texts in the same order, same tokenizer.
-
-    `texts` is read once. `vocab_size` counts special tokens and tags too; a small corpus may fill fewer: size
-    the embedding by `len(tokenizer)`.
-
-    Raises:
-        ValueError: `vocab_size` below the 256 bytes and 9 added tokens.
-    """
+    """Learn a byte-level BPE; same texts in the same order, same tokenizer. `texts` is read once.
+    `vocab_size` counts special tokens and tags too; a small corpus may fill fewer: size the embedding by
+    `len(tokenizer)`. Raises `ValueError`: `vocab_size` below the 256 bytes and 9 added tokens."""
     least = 256 + len(SPECIAL_TOKENS) + len(TAGS)
     if vocab_size < least:
         raise ValueError(f"vocab_size={vocab_size} is below the {least} that bytes and added tokens take.")
@@ -94,12 +89,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(path: Path | str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint directory.
-
-    Raises:
-        FileNotFoundError: no such directory, or no tokenizer in it.
-        ValueError: a tokenizer that cannot be read.
-    """
+    """The tokenizer of a checkpoint directory. Raises `FileNotFoundError`: no such directory, or no tokenizer
+    in it; `ValueError`: a tokenizer that cannot be read."""
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint directory {path}")
@@ -119,11 +110,8 @@ def has_tokenizer(path: Path | str) -> bool:
 
 
 def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str) -> str:
-    """The prompt as text, a prefilled `<think>\\n` included.
-
-    Raises:
-        ValueError: unknown template, or a chat template is needed and the tokenizer has none that works.
-    """
+    """The prompt as text, a prefilled `<think>\\n` included. Raises `ValueError`: unknown template, or a chat
+    template is needed and the tokenizer has none that works."""
     template = template_named(template_name)
     text = template.text.format(question=question)
     if not template.chat:
@@ -141,10 +129,7 @@ def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str
 
 def chat_text(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> str:
     """A conversation in the tokenizer's chat template, generation prompt included.
-
-    Raises:
-        ValueError: the template cannot be read, or refuses these messages.
-    """
+    Raises `ValueError`: the template cannot be read, or refuses these messages."""
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template is a program: it may raise anything
@@ -171,10 +156,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
 
 def as_data(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
     """Text whose control tokens `encode_text` takes as characters.
-
-    Raises:
-        ValueError: a lone surrogate, which no tokenizer takes.
-    """
+    Raises `ValueError`: a lone surrogate, which no tokenizer takes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -226,10 +208,8 @@ def make_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem, template_n
 def completion_text(
     tokenizer: PreTrainedTokenizerFast, completion: Rollout | Sequence[int], template_name: str
 ) -> str:
-    """The completion as text: the template's prefill, then the tokens without special ones.
-
-    A stop token that is ordinary text, such as `</answer>`, is kept: graders need it.
-    """
+    """The completion as text: the template's prefill, then the tokens without special ones. A stop token that
+    is ordinary text, such as `</answer>`, is kept: graders need it."""
     ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
         ids.pop()
@@ -237,16 +217,11 @@ def completion_text(
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerFast, question: Problem | str, template_name: str, completion: str
+    tokenizer: PreTrainedTokenizerFast, question: str, template_name: str, completion: str
 ) -> tuple[list[int], list[int]]:
     """A worked example as the engine would have seen it: prompt ids, completion ids with eos.
-
-    Raises:
-        ValueError: the completion does not start with the template's prefill, see `completion_text`, or the
-            tokenizer has no eos.
-    """
-    if isinstance(question, Problem):
-        question = question.question
+    Raises `ValueError`: the completion does not start with the template's prefill, see `completion_text`, or
+    the tokenizer has no eos."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token, so an example would have no end; set eos_token.")
     opened, text = prefill(tokenizer, template_name), completion.removesuffix(str(tokenizer.eos_token))

@@ -193,7 +193,7 @@ def test_a_file_that_some_commands_read(here, run, command, damage):
     "command", ["generate", "evaluate", "sft", "zero", "reject", "eval", "distill", "chat"]
 )
 def test_a_model_that_is_none(here, run, command, where):
-    refused(run(WITH_MODEL[command].replace("MODEL", where)), where[:40], "--model")
+    refused(run(WITH_MODEL[command].replace("MODEL", where)), where[:40], "--model", "--init-from")
 
 
 @pytest.mark.parametrize("what", wrong.PROBLEMS)

@@ -91,7 +91,7 @@ def test_stop_strings_min_tokens_and_speculation(tmp_path, tokenizer, capfd):
         ([{"token_ids": [3]}, "", {"text": "hi"}], [], ":3: expected"),
         ([{"token_ids": [3, "4"]}], [], ":1: expected"),
         ([{"token_ids": 3}], [], ":1: expected"),
-        (["[3, 4]"], [], ":1: expected"),
+        (["[3, 4]", "[5]"], [], ":1: expected a JSON object, found list"),
         ([{"token_ids": []}], [], ":1: the prompt is empty"),
         ([{"token_ids": [10**6]}], [], "prompt 0 has token id 1000000"),
         ([{"token_ids": [3] * 64}], [], "prompt 0 has 64 tokens"),

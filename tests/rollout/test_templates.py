@@ -119,7 +119,7 @@ def test_completion_text_keeps_a_stop_token_that_is_text(tokenizer):
 def test_encode_example_is_what_the_engine_would_have_seen(tokenizer, name):
     body = " 1+2=3\n</think>\n<answer>3</answer>"
     opening = completion_text(tokenizer, [], name)
-    prompt_ids, completion_ids = encode_example(tokenizer, problem(), name, opening + body)
+    prompt_ids, completion_ids = encode_example(tokenizer, QUESTION, name, opening + body)
     assert tuple(prompt_ids) == make_prompt(tokenizer, problem(), name).token_ids
     assert completion_ids[-1] == tokenizer.eos_token_id
     assert completion_text(tokenizer, completion_ids, name) == opening + body
@@ -128,7 +128,7 @@ def test_encode_example_is_what_the_engine_would_have_seen(tokenizer, name):
 
 def test_encode_example_refuses_a_completion_without_the_prefill(tokenizer):
     with pytest.raises(ValueError, match="prefills"):
-        encode_example(tokenizer, problem(), "r1", "1+2=3</think>3")
+        encode_example(tokenizer, QUESTION, "r1", "1+2=3</think>3")
 
 
 def test_template_hash_changes_with_what_the_template_does(tokenizer, foreign):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.data.decontaminate import decontaminate
-from pipeline.data.problems import BENCHMARKS, order, problems
+from pipeline.data.problems import BENCHMARKS, FILES, order, problems
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
 from rollout.types import Problem, StdioTest
@@ -184,7 +184,14 @@ def test_when_neither_can_be_read_the_error_names_both_ways(tmp_path, monkeypatc
         with pytest.raises(UserError) as error:
             problems(name, data_dir=folder)
         text = str(error.value)
-        for part in (name, BENCHMARKS[name].file, "--data", "R1_DATA", BENCHMARKS[name].hub.path, "no route"):
+        for part in (
+            name,
+            FILES.get(name, f"{name}.jsonl"),
+            "--data",
+            "R1_DATA",
+            BENCHMARKS[name].path,
+            "no route",
+        ):
             assert part in text
         assert "\n" not in text
 

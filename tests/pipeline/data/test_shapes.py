@@ -177,8 +177,28 @@ def test_a_question_may_be_json_itself():
         assert to_problem({"question": text, "answer": "1"}, "s", 0, {}).question == text
 
 
-def test_every_shape_of_the_table_reads_its_own_example():
-    for key, (read, names, example) in SHAPES.items():
+EXAMPLES = {
+    "test_list": {"text": "Add one.", "test_list": ["assert f(1) == 2"]},
+    "public_test_cases": {
+        "question_content": "Add one.", "private_test_cases": "", "metadata": '{"func_name": "f"}',
+        "public_test_cases": '[{"input": "1", "output": "2", "testtype": "functional"}]'},
+    "public_tests": {"description": "Add one.", "public_tests": {"input": ["1\n"], "output": ["2\n"]}},
+    "test": {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(f):\n    assert f(1) == 2"},
+    "input_output": {
+        "question": "Add one.", "input_output": '{"fn_name": "f", "inputs": [[1]], "outputs": [[2]]}'},
+    "tests": {"question": "Write f.", "tests": ["assert f(1) == 2"]},
+    "test_cases": {"prompt": "Add one.", "test_cases": [{"input": "1", "output": "2"}]},
+    "official_tests": {"description": "Add one.", "official_tests": [{"input": "1", "output": "2"}]},
+    "ground_truth": {
+        "prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}},
+    "": {"problem": "1+1?", "answer": "2"},
+}  # fmt: skip
+
+
+def test_every_shape_of_the_table_reads_its_example():
+    assert EXAMPLES.keys() == SHAPES.keys()
+    for key, (read, names) in SHAPES.items():
+        example = EXAMPLES[key]
         row = plain(example, {})
         assert next(k for k in SHAPES if not k or first(row, k)) == key, names
         problem = to_problem(example, "example", 0, {})

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from pipeline.tools.scores import Sample, interval, majority, pass_at, rounds, scores, wilson
+from pipeline.tools.scores import interval, majority, pass_at, rounds, scores, wilson
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -92,9 +92,18 @@ def test_rounds_are_the_powers_of_two_and_k():
     assert [rounds(k) for k in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
 
-def sample(question: int, right: bool, vote: str | None, **rest) -> Sample:
-    fields = {"votes": True, "tokens": 10, **rest}
-    return Sample(question=question, verdict="correct" if right else "incorrect", vote=vote, **fields)
+def sample(question: int, right: bool, vote: str | None, *, votes=True, sampled=True, **rest):
+    """A row of generations.jsonl, as far as the scores depend on it."""
+    tokens, truncated = rest.pop("tokens", 10), rest.pop("truncated", False)
+    return {
+        "index": question,
+        "kind": "math" if votes else "code",
+        "extracted": vote or "",
+        "verdict": "correct" if right else "incorrect",
+        "tokens": tokens,
+        "finish_reason": ("length" if truncated else "stop") if sampled else None,
+        "parts": {key.removeprefix("in_"): value for key, value in rest.items()},
+    }
 
 
 def test_a_table_worked_by_hand():
@@ -105,7 +114,7 @@ def test_a_table_worked_by_hand():
         sample(1, False, "1"),
         sample(1, False, "1"),
         sample(1, True, "2"),
-        Sample(2, "error", None, votes=False, tokens=10),
+        sample(2, False, None, votes=False, tokens=10) | {"verdict": "error"},
         sample(2, False, None, votes=False),
         sample(2, False, None, votes=False),
         *[sample(3, False, None, sampled=False, tokens=0) for _ in range(3)],
