@@ -32,8 +32,9 @@ from pipeline.data.problems import data_folder
 from pipeline.data.traces import corpus
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.run.guard import Guard, guarded, slowed
+from pipeline.run.guard import Guard
 from pipeline.run.metrics import say
+from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.settings.distill import DistillSettings
 from pipeline.train.place import Place

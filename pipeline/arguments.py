@@ -9,7 +9,6 @@ import difflib
 import functools
 import itertools
 import re
-import tomllib
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import pydantic
 import tyro
 
 from pipeline.errors import UserError
+from pipeline.run.files import read_toml
 from pipeline.table import Stage
 from rollout.ranges import Settings
 
@@ -192,16 +192,3 @@ def one_line(error: Any) -> str:
     reason = error["msg"][0].lower() + error["msg"][1:]
     choices = re.findall("'(.*?)'", error["msg"]) if error["type"] == "literal_error" else []
     return f"{flag_of(name)} cannot be {error['input']!r}: {reason}{nearest(str(error['input']), choices)}"
-
-
-def read_toml(file: Path) -> dict[str, Any]:
-    """A TOML file as a table, or a `UserError` that names the file and the line."""
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        there = file.parent.is_dir()
-        folder = file.parent if there else file.parent.parent
-        have = ", ".join(sorted(path.name for path in folder.glob("*.toml" if there else "*/")))
-        raise UserError(f"no config {file}; {folder} has: {have or 'nothing'}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} is not a TOML file: {error}") from error

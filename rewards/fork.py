@@ -4,6 +4,7 @@ The zygote and the judge are such forks: what they inherit warm takes long to im
 milliseconds.
 """
 
+import fcntl
 import os
 import resource
 import signal
@@ -18,38 +19,39 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Fork:
-    """A child that runs `serve` on its end of a channel and ends; of the open files it keeps `files`."""
+    """A child that runs `serve` on its end of a channel, and the numbers of `files` there, and ends.
 
-    def __init__(self, serve: Callable[[Channel], None], files: Sequence[int] = (), parent: int = -1) -> None:
+    It has no other open files; its standard streams are the null device.
+    """
+
+    def __init__(self, serve: Callable[..., None], files: Sequence[int] = (), parent: int = -1) -> None:
         ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                keep_open(theirs.fileno(), *files)
-                serve(Channel(theirs))
+                nothing = os.open(os.devnull, os.O_RDWR)
+                keep([nothing, nothing, nothing, theirs.fileno(), *files])
+                serve(Channel(3), *range(4, 4 + len(files)))
             finally:
                 os._exit(0)
         theirs.close()
-        self.channel = Channel(ours, parent)
+        self.channel = Channel(ours.detach(), parent)
 
-    def end(self) -> float:
-        """Kill it; the CPU seconds that it used."""
+    def end(self) -> None:
+        """Kill it."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        usage = os.wait4(self.pid, 0)[2]
-        self.channel.end.close()
-        return usage.ru_utime + usage.ru_stime
+        os.waitpid(self.pid, 0)
+        self.channel.close()
 
 
-def keep_open(*files: int) -> None:
-    """Close every descriptor but these; 0, 1 and 2 are the null device unless among them."""
-    low = 0
-    for fd in sorted(files):
-        os.closerange(low, fd)
-        low = fd + 1
-    os.closerange(low, max(low, resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
-    for _ in {0, 1, 2} - set(files):  # the lowest that is free, each time
-        os.open(os.devnull, os.O_RDWR)
+def keep(files: Sequence[int]) -> None:
+    """Make these the descriptors 0, 1, 2, … and close all others."""
+    # Above the final numbers first, so that no dup2 overwrites a descriptor still to be moved.
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 32) for fd in files]
+    for target, source in enumerate(high):
+        os.dup2(source, target)
+    os.closerange(len(files), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def remove(folder: str) -> None:

@@ -21,12 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from rewards.fork import remove
 from rewards.wire import Channel
@@ -93,7 +93,6 @@ class WorkerPool:
     def _call(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         child = self._checkout()
         try:
-            child.prepare()
             reply = child.exchange(task, timeout_s)
         except BaseException:
             self._discard(child)
@@ -171,7 +170,7 @@ class _Child:
         # Made by the child where a program needs it, and deleted here too, since a killed child leaves it.
         self._scratch = os.path.join(tempfile.gettempdir(), f"r1-program-{secrets.token_hex(8)}")
         ours, theirs = socket.socketpair()
-        self._channel = Channel(ours)
+        self._channel = Channel(ours.detach())
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "rewards.worker", arguments[0], self._scratch, *arguments[1:]],
@@ -182,13 +181,11 @@ class _Child:
             )
         self._warm = False
 
-    def prepare(self) -> None:
-        """Let the child confine itself and import what programs need, once, on a clock of its own."""
-        if not self._warm:
-            self.exchange({"op": "load"}, START_LIMIT_S)
-            self._warm = True
-
     def exchange(self, task: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The reply; the first time the child gets ready before, on a clock of its own."""
+        if not self._warm:
+            self._warm = True
+            self.exchange({"op": "load"}, START_LIMIT_S)
         deadline = time.monotonic() + timeout_s
         try:
             self._channel.send(task, deadline)
@@ -210,7 +207,7 @@ class _Child:
     def close(self) -> None:
         """`end`, and close the socket, which no other thread may be waiting on."""
         self.end()
-        self._channel.end.close()
+        self._channel.close()
 
     def _death(self) -> TaskFailed:
         with suppress(subprocess.TimeoutExpired):
@@ -220,49 +217,12 @@ class _Child:
         return TaskFailed(f"the worker process died ({how})", "died")
 
 
-class Memo(Generic[T]):
-    """The last `size` results used, by key, shared by threads; `keep` decides which are kept."""
-
-    def __init__(self, size: int, keep: Callable[[T], bool]) -> None:
-        self._size, self._keep = size, keep
-        self._results: OrderedDict[Hashable, T] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """The remembered result for `key`, or a fresh one. Two threads may compute the same key at once."""
-        with self._lock:
-            if key in self._results:
-                self._results.move_to_end(key)
-                return self._results[key]
-        result = compute()
-        if self._keep(result):
-            with self._lock:
-                self._results[key] = result
-                while len(self._results) > self._size:
-                    self._results.popitem(last=False)
-        return result
-
-    def clear(self) -> None:
-        with self._lock:
-            self._results.clear()
-
-
-_shared: WorkerPool | None = None
-_shared_lock = threading.Lock()
+@cache
+def _pool_of(process: int) -> WorkerPool:
+    """A fork makes its own: its parent's children answer its parent."""
+    return WorkerPool()
 
 
 def shared_pool() -> WorkerPool:
     """The process's own pool, made at the first call and closed at exit."""
-    global _shared
-    with _shared_lock:
-        if _shared is None or _shared._closed:
-            _shared = WorkerPool()
-        return _shared
-
-
-def _forget_in_fork() -> None:
-    global _shared, _shared_lock
-    _shared, _shared_lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_in_fork)
+    return _pool_of(os.getpid())

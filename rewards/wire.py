@@ -7,60 +7,36 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-HEAD_BYTES = 4
-
-
-def frame(message: Any) -> bytes:
-    """A message as bytes."""
-    data = json.dumps(message, separators=(",", ":"), check_circular=False).encode()
-    return struct.pack(">I", len(data)) + data
-
-
-def length_of(head: bytes) -> int:
-    """Bytes of the JSON that follows a head."""
-    return int(struct.unpack(">I", head)[0])
-
-
-def exactly(read: Callable[[int], bytes], length: int) -> bytes:
-    """`length` bytes from `read`, which may return fewer than asked for; EOFError where it returns none."""
-    parts = []
-    while length:
-        part = read(min(length, 1 << 20))
-        if not part:
-            raise EOFError("the other end is gone")
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
-def receive(read: Callable[[int], bytes]) -> Any:
-    """The next message; raises as `exactly` does."""
-    return json.loads(exactly(read, length_of(exactly(read, HEAD_BYTES))))
+_HEAD_BYTES = 4
+_read, _write = os.read, os.write  # as they are before a program or a test replaces them
 
 
 class Channel:
     """One end of a socket pair: messages, each within a deadline (monotonic seconds), and open files.
 
     `parent` is a descriptor whose hang-up means that nobody waits for an answer: the time is up then.
-    TimeoutError: the time is up; EOFError: the other end is gone.
+    TimeoutError: the time is up; EOFError: the other end is gone; OverflowError: a message of more than
+    `longest` bytes; ValueError or RecursionError: one that is no JSON.
     """
 
-    def __init__(self, end: socket.socket, parent: int = -1) -> None:
-        self.end, self._fd, self._parent = end, end.fileno(), parent
-        end.setblocking(False)
+    def __init__(self, fd: int, parent: int = -1, longest: float = math.inf) -> None:
+        self.fd, self._parent, self._longest = fd, parent, longest
+        os.set_blocking(fd, False)
 
     def send(self, message: Any, deadline: float = math.inf, files: Sequence[int] = ()) -> None:
         """Send a message, however much of it the other end takes at once."""
-        view = memoryview(frame(message))
+        data = json.dumps(message, separators=(",", ":"), check_circular=False).encode()
+        view = memoryview(struct.pack(">I", len(data)) + data)
         try:
             if files:
-                view = view[socket.send_fds(self.end, [view], list(files)) :]
+                with socket.socket(fileno=os.dup(self.fd)) as end:
+                    view = view[socket.send_fds(end, [view], list(files)) :]
             while view:
                 try:
-                    view = view[os.write(self._fd, view) :]  # a confined process may not call send
+                    view = view[_write(self.fd, view) :]  # a confined process may not call send
                 except BlockingIOError:
                     self._wait(select.POLLOUT, deadline)
         except ConnectionError:
@@ -68,32 +44,51 @@ class Channel:
 
     def receive(self, deadline: float = math.inf) -> Any:
         """The next message."""
-        return receive(lambda most: self._read(most, deadline))
+        return self._body(self._exactly(_HEAD_BYTES, deadline), deadline)
 
     def receive_files(self) -> tuple[Any, list[int]]:
         """The next message, and the files that came with it."""
         self._wait(select.POLLIN, math.inf)
-        head, files, _, _ = socket.recv_fds(self.end, HEAD_BYTES, 8)
+        with socket.socket(fileno=os.dup(self.fd)) as end:
+            head, files, _, _ = socket.recv_fds(end, _HEAD_BYTES, 8)
         if not head:
             raise EOFError("the other end is gone")
-        return json.loads(exactly(lambda most: self._read(most, math.inf), length_of(head))), files
+        return self._body(head, math.inf), files
 
     def quiet(self, seconds: float) -> bool:
         """Whether no message comes within `seconds`."""
-        return not select.select([self._fd], [], [], seconds)[0]
+        return not select.select([self.fd], [], [], seconds)[0]
 
-    def _read(self, most: int, deadline: float) -> bytes:
-        while True:
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    def _body(self, head: bytes, deadline: float) -> Any:
+        length = int(struct.unpack(">I", head)[0])
+        if length > self._longest:
+            raise OverflowError(f"a message of {length} bytes")
+        return json.loads(self._exactly(length, deadline))
+
+    def _exactly(self, length: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < length:
             try:
-                return os.read(self._fd, most)
+                part = _read(self.fd, min(length - len(data), 1 << 20))
             except BlockingIOError:
                 self._wait(select.POLLIN, deadline)
+                continue
             except ConnectionError:
-                return b""
+                part = b""
+            if not part:
+                raise EOFError("the other end is gone")
+            data += part
+        return bytes(data)
 
     def _wait(self, event: int, deadline: float) -> None:
         poll = select.poll()
-        poll.register(self._fd, event)
+        poll.register(self.fd, event)
         if self._parent >= 0:
             poll.register(self._parent, 0)  # no events asked for: only a hang-up is reported
         left = None if deadline == math.inf else max(0.0, 1000 * (deadline - time.monotonic()))
@@ -102,10 +97,14 @@ class Channel:
             raise TimeoutError
 
 
-def failure(error: Exception) -> dict[str, Any]:
-    """The reply about a task that raised."""
-    if isinstance(error, MemoryError):
-        return {"error": "memory ran out", "kind": "memory"}
-    if isinstance(error, RecursionError):
-        return {"error": "recursion too deep", "kind": "memory"}
-    return {"error": f"{type(error).__name__}: {error}"[:500], "kind": "raised"}
+def text_of(error: BaseException) -> str:
+    """What an exception says, up to 500 characters; its own `__str__` may raise."""
+    try:
+        return str(error)[:500]
+    except BaseException:
+        return "an exception that cannot be printed"
+
+
+def words(error: BaseException) -> str:
+    """An exception in one line of at most 300 characters."""
+    return " ".join(f"{type(error).__name__}: {text_of(error)}".split())[:300]

@@ -7,13 +7,12 @@ process's fault and not the task's: it says so and ends, for the pool to replace
 
 import os
 import resource
-import socket
 import sys
 from contextlib import suppress
 from typing import Any
 
-from rewards import wire
 from rewards.programs import isolate, run
+from rewards.wire import Channel, words
 
 
 def answer(task: dict[str, Any], parent: int, scratch: str, unsafe: bool) -> dict[str, Any]:
@@ -37,15 +36,15 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     isolate.hide_memory()
-    channel = wire.Channel(socket.socket(fileno=os.dup(0)))
+    channel = Channel(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
     with suppress(EOFError):  # the parent is gone
         while True:
             task = channel.receive()
             try:
-                reply = answer(task, channel.end.fileno(), scratch, unsafe)
+                reply = answer(task, channel.fd, scratch, unsafe)
             except Exception as error:
-                channel.send(wire.failure(error) | {"kind": "died"})
+                channel.send({"error": words(error), "kind": "died"})
                 return 1
             channel.send(reply)
     return 0

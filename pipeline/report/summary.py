@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.arguments import read_toml
 from pipeline.data.jsonl import read_log
-from pipeline.run.files import read_json
+from pipeline.run.files import read_json, read_toml
 from pipeline.run.metrics import GLOSSARY, GLOSSARY_FILE
 from pipeline.table import STAGES
 

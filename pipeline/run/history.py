@@ -11,9 +11,8 @@ from typing import Any
 
 import tomli_w
 
-from pipeline.arguments import read_toml
 from pipeline.errors import UserError
-from pipeline.run.files import read_json, write_atomic
+from pipeline.run.files import read_json, read_toml, write_atomic
 from pipeline.settings.common import StageSettings, to_dict
 
 MAY_CHANGE = {

@@ -25,7 +25,8 @@ from pipeline.data.pool import fitting, pooled
 from pipeline.data.problems import order, problems
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
-from pipeline.run.guard import Diverged, Guard, guarded, slowed
+from pipeline.run.guard import Diverged, Guard
+from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import GrpoSettings

@@ -12,7 +12,8 @@ from model.transformer import Transformer
 from pipeline.data.generators import items
 from pipeline.data.traces import corpus, random_document
 from pipeline.run.directory import RunDir
-from pipeline.run.guard import Guard, guarded, slowed
+from pipeline.run.guard import Guard
+from pipeline.run.rollback import guarded, slowed
 from pipeline.settings.common import shared
 from pipeline.settings.supervised import PretrainSettings
 from pipeline.train.learner import Learner

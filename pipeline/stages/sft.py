@@ -18,7 +18,8 @@ from pipeline.data.pool import encoded
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.run.guard import Guard, guarded, slowed
+from pipeline.run.guard import Guard
+from pipeline.run.rollback import guarded, slowed
 from pipeline.settings.supervised import SftSettings
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory

@@ -20,8 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.arguments import HELP, known_flags, load, nearest, parse, read_toml
+from pipeline.arguments import HELP, known_flags, load, nearest, parse
 from pipeline.errors import UserError, command_line
+from pipeline.run.files import read_toml
 from pipeline.run.metrics import say
 from pipeline.settings.evaluate import EvalSettings
 from pipeline.settings.rollouts import GeneratingSettings

@@ -24,7 +24,7 @@ from rewards.maths.values.regions import RELATION, SIGNS, region
 from rewards.maths.values.units import split_unit, strip_words, unit_conflict
 
 _LIST = re.compile(r"\s*,?\s+(?:and|or)\s+|\s*(?:和|或者?)\s*|\s*;\s*|,\s*(?:and|or)\s+")
-_MEMBERSHIP = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)\s*\\in(?![A-Za-z])\s*(?!\\R)(?!\\mathbb)")
+_MEMBERSHIP = re.compile(r"^\s*(?:[A-Za-z]|\\[a-zA-Z]+)\s*\\in(?![A-Za-z])\s*")
 _PARAMETER = re.compile(
     r",?\s*(?:\(|where\b|for\b|with\b)?\s*(?:all|any|every|some)?\s*(?:integers?)?\s*[a-z]\s*"
     r"(?:\\in\s*\\mathbb\s*\{?\s*[ZN]\s*\}?|(?:is|are|be) (?:an? )?(?:any )?integers?)\s*\)?$"

@@ -3,10 +3,11 @@
 import hashlib
 import re
 import textwrap
+import threading
 from collections.abc import Sequence
 
 from rewards.maths.extract import answer_block, outside_think
-from rewards.pool import START_LIMIT_S, Memo, TaskFailed, WorkerPool, shared_pool
+from rewards.pool import START_LIMIT_S, TaskFailed, WorkerPool, shared_pool
 from rewards.programs.tables import tabulated
 from rewards.registry import Outcome
 from rollout.types import StdioTest
@@ -17,7 +18,9 @@ _CODE_LIKE = re.compile(r"\b(?:def|class|import|print|lambda|return|for|while)\b
 
 # Groups repeat programs (a policy near its optimum writes the same one 16 times). Failures of the
 # verifier are not remembered: they may be the machine's.
-_results: Memo[Outcome] = Memo(size=4096, keep=lambda outcome: outcome.value is not None)
+_results: dict[bytes, Outcome] = {}  # the last used is last
+_results_lock = threading.Lock()
+MOST_RESULTS = 4096
 
 
 def extract_code(completion: str) -> str | None:
@@ -60,11 +63,16 @@ def run_tests(
     """
     if tabulated(code, [test for test in tests[:shown] if isinstance(test, str)]):
         return Outcome(0.0, "a table of the cases that the question shows", code)
-    job = repr((timeout_s, partial_credit, list(tests), code)).encode()
-    return _results.get(
-        hashlib.sha256(job).digest(),
-        lambda: _run(code, tests, timeout_s, partial_credit, pool or shared_pool()),
-    )
+    job = hashlib.sha256(repr((timeout_s, partial_credit, list(tests), code)).encode()).digest()
+    with _results_lock:
+        outcome = _results.pop(job, None)
+    outcome = outcome or _run(code, tests, timeout_s, partial_credit, pool or shared_pool())
+    if outcome.value is not None:
+        with _results_lock:
+            _results[job] = outcome
+            if len(_results) > MOST_RESULTS:
+                del _results[next(iter(_results))]
+    return outcome
 
 
 def active_sandbox(pool: WorkerPool | None = None) -> str:

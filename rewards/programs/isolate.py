@@ -22,13 +22,12 @@ import resource
 import signal
 import struct
 import sys
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from rewards.fork import remove
 from rewards.programs import landlock, seccomp
-from rewards.programs.seccomp import libc, machine
+from rewards.programs.seccomp import checked, libc, machine, prctl
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
@@ -39,7 +38,7 @@ SCRATCH = "/scratch/program"
 STACK_BYTES = 64 << 20  # deep recursion is a legitimate way to write a solution
 _SYSCALL_PIVOT_ROOT, _SYSCALL_MOUNT_SETATTR = (155, 41), 442
 
-_libc_with_gil = ctypes.PyDLL(None, use_errno=True) if libc else None
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 _no_namespaces = "not tried"  # why there are none, or ""; `enter` finds out
 
 
@@ -66,7 +65,7 @@ def enter() -> None:
     Where that is not possible the process stays as it was, and `describe` tells why.
     """
     global _no_namespaces
-    if libc is None or machine is None:
+    if machine is None:
         _no_namespaces = f"not supported on {platform.system()} {platform.machine()}"
         return
     python_folders()  # before the folders above them are out of sight
@@ -88,24 +87,16 @@ def enter() -> None:
     _no_namespaces = ""
 
 
-def _check(result: int) -> int:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-    return result
-
-
 def _mount(source: str, target: str, kind: str | None, flags: int, options: bytes | None = None) -> None:
-    assert libc is not None
     fs = kind.encode() if kind else None
-    _check(libc.mount(os.fsencode(source), os.fsencode(target), fs, ctypes.c_ulong(flags), options))
+    checked(libc.mount(os.fsencode(source), os.fsencode(target), fs, ctypes.c_ulong(flags), options))
 
 
 def _enter() -> None:
-    assert libc is not None and machine is not None
+    assert machine is not None
     uid, gid = os.geteuid(), os.getegid()
-    _check(libc.unshare(NEWUSER | NEWNS | NEWNET | NEWIPC | NEWUTS))
-    libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # the files below are root's otherwise
+    checked(libc.unshare(NEWUSER | NEWNS | NEWNET | NEWIPC | NEWUTS))
+    prctl(PR_SET_DUMPABLE, 1)  # the files below are root's otherwise
     for name, text in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
@@ -120,9 +111,9 @@ def _enter() -> None:
     os.makedirs(root + SCRATCH)
     os.mkdir(root + "/.old")
     os.chdir(root)
-    _check(libc.syscall(_SYSCALL_PIVOT_ROOT[machine[0]], b".", b".old"))
+    checked(libc.syscall(_SYSCALL_PIVOT_ROOT[machine[0]], b".", b".old"))
     os.chdir("/")
-    _check(libc.umount2(b"/.old", MNT_DETACH))
+    checked(libc.umount2(b"/.old", MNT_DETACH))
     os.rmdir("/.old")
     _mount("root", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
@@ -156,7 +147,6 @@ def _bind(path: str, root: str, *, read_only: bool = True) -> None:
     _mount(path, target, None, MS_BIND | MS_REC)
     if not read_only:
         return
-    assert libc is not None
     recursive, at_cwd = 0x8000, -100
     # MOUNT_ATTR_* have the values of MS_*.
     attributes = struct.pack("QQQQ", MS_RDONLY | MS_NOSUID | MS_NODEV, 0, 0, 0)
@@ -172,7 +162,7 @@ def fork_program() -> int:
     """`os.fork`, the child in a process-id namespace of its own where namespaces are active."""
     if _no_namespaces:
         return os.fork()
-    assert _libc_with_gil is not None and machine is not None
+    assert machine is not None
     ctypes.pythonapi.PyOS_BeforeFork()
     flags = ctypes.c_long(NEWPID | signal.SIGCHLD)
     pid = int(_libc_with_gil.syscall(seccomp.CLONE[machine[0]], flags, 0, 0, 0, 0))
@@ -181,9 +171,8 @@ def fork_program() -> int:
         return 0
     number = ctypes.get_errno()
     ctypes.pythonapi.PyOS_AfterFork_Parent()
-    if pid < 0:
-        raise OSError(number, os.strerror(number))
-    return pid
+    ctypes.set_errno(number)
+    return checked(pid)
 
 
 def fresh_scratch(folder: str) -> str:
@@ -200,21 +189,17 @@ def drop_scratch(folder: str) -> None:
     if folder != SCRATCH:
         remove(folder)
         return
-    assert libc is not None
-    with suppress(OSError):
-        _check(libc.umount2(os.fsencode(SCRATCH), MNT_DETACH))
+    libc.umount2(os.fsencode(SCRATCH), MNT_DETACH)
 
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when the one that made it ends."""
-    if libc is not None:
-        libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def hide_memory() -> None:
     """No other process of this user may read this one's memory."""
-    if libc is not None:
-        libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    prctl(PR_SET_DUMPABLE, 0)
 
 
 def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> None:
@@ -233,23 +218,16 @@ def limit(cpu_s: int, memory_bytes: int, file_bytes: int, processes: int) -> Non
         resource.setrlimit(what, (bound, hard if what == resource.RLIMIT_STACK else bound))
 
 
-def file_rules(scratch: str | None) -> int:
-    """Landlock's rules for a process that reads as Python needs and writes in `scratch`; see `ruleset`."""
-    # A file in memory is found by the folder above the mount, which stays the same for all programs.
-    return landlock.ruleset(python_folders(), os.path.dirname(SCRATCH) if scratch == SCRATCH else scratch)
+def obey_file_rules(scratch: str | None) -> None:
+    """Keep this process, and its forks, to reading what Python needs and writing in `scratch` (Landlock)."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    landlock.enforce(python_folders(), scratch)
 
 
-def obey(rules: int) -> None:
-    """Keep this process, and its forks, to the rules of `file_rules`."""
-    if libc is not None:
-        libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-        landlock.enforce(rules)
-
-
-def confine(rules: int = -1) -> None:
-    """Keep this process to `rules` and to harmless system calls, without root's capabilities."""
-    obey(rules)
-    if libc is not None:
+def confine() -> None:
+    """Keep this process to harmless system calls, without root's capabilities."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    if machine is not None:
         header = struct.pack("Ii", 0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
         libc.capset(header, bytes(24))
         if seccomp.available():

@@ -4,13 +4,12 @@ Linux 5.13 and later, for every user. Numbers: linux/landlock.h. Metadata (does 
 stay visible; what changes them is `seccomp`'s.
 """
 
-import ctypes
 import os
 import struct
 from collections.abc import Sequence
 from functools import cache
 
-from rewards.programs.seccomp import libc
+from rewards.programs.seccomp import checked, libc, machine
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # on every architecture
 _WRITE_FILE, _READ_FILE, _READ_DIR, _TRUNCATE = 1 << 1, 1 << 2, 1 << 3, 1 << 14
@@ -22,22 +21,21 @@ _NETWORK, _SCOPES = (4, 0b11), (6, 0b11)  # since version: bind and connect; abs
 @cache
 def version() -> int:
     """Version of the interface, 0 where the kernel has none or has it switched off."""
-    return max(0, libc.syscall(_CREATE_RULESET, None, 0, 1)) if libc else 0
+    return max(0, libc.syscall(_CREATE_RULESET, None, 0, 1)) if machine else 0
 
 
-def ruleset(readable: Sequence[str], scratch: str | None) -> int:
-    """Descriptor of rules: read below `readable`, do anything below `scratch`, and no more; -1: no Landlock.
+def enforce(readable: Sequence[str], scratch: str | None) -> None:
+    """From now on this process reads below `readable`, does anything below `scratch`, and no more.
 
-    Where the version allows it: no TCP, no abstract sockets or signals of processes outside. OSError: the
-    kernel refused.
+    Where the version allows it: no TCP, no abstract sockets or signals of processes outside. Rules of before
+    stay. Needs PR_SET_NO_NEW_PRIVS. Without Landlock, nothing. OSError: the kernel refused.
     """
     if not (abi := version()):
-        return -1
-    assert libc is not None
+        return
     every = (1 << _RIGHTS[min(abi, len(_RIGHTS) - 1)]) - 1
     network, scopes = (bits if abi >= since else 0 for since, bits in (_NETWORK, _SCOPES))
     attributes = struct.pack("QQQ", every, network, scopes)
-    made = _checked(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
+    made = checked(libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0))
     rules = [(path, _READ_FILE | _READ_DIR) for path in (*readable, "/dev/zero", "/dev/urandom")]
     rules.append((os.devnull, _READ_FILE | _WRITE_FILE | _TRUNCATE))
     if scratch:
@@ -48,20 +46,7 @@ def ruleset(readable: Sequence[str], scratch: str | None) -> int:
         except OSError:
             continue
         of_file = ~0 if os.path.isdir(path) else _READ_FILE | _WRITE_FILE | _TRUNCATE
-        rule = struct.pack("=Qi", rights & every & of_file, at)
-        _checked(libc.syscall(_ADD_RULE, made, 1, rule, 0))
+        checked(libc.syscall(_ADD_RULE, made, 1, struct.pack("=Qi", rights & every & of_file, at), 0))
         os.close(at)
-    return made
-
-
-def enforce(rules: int) -> None:
-    """This process obeys the rules from now on, beside those of before. Needs PR_SET_NO_NEW_PRIVS."""
-    if rules >= 0:
-        assert libc is not None
-        _checked(libc.syscall(_RESTRICT_SELF, rules, 0))
-
-
-def _checked(result: int) -> int:
-    if result < 0:
-        raise OSError(ctypes.get_errno(), f"Landlock: {os.strerror(ctypes.get_errno())}")
-    return result
+    checked(libc.syscall(_RESTRICT_SELF, made, 0))
+    os.close(made)

@@ -23,8 +23,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -48,19 +47,6 @@ _parent = -1  # both set by `warm`
 _zygote: Zygote | None = None
 
 
-@dataclass(slots=True)
-class _Run:
-    pid: int = 0
-    status: int = 0  # waitpid's
-    killed: str = ""  # why it was killed, or ""
-    output: dict[int, bytearray] = field(default_factory=dict)  # by descriptor
-
-    def failure(self) -> str:
-        if os.WIFSIGNALED(self.status):
-            return f"killed by {signal.Signals(os.WTERMSIG(self.status)).name}"
-        return f"exited with status {os.WEXITSTATUS(self.status)} before the tests had run to the end"
-
-
 def warm(scratch: str, parent: int) -> None:
     """Import what programs commonly import, confine this process, fork the zygote.
 
@@ -77,8 +63,7 @@ def warm(scratch: str, parent: int) -> None:
         gc.collect()
         gc.freeze()  # as in `worker`
         _zygote = Zygote(scratch)
-        isolate.obey(isolate.file_rules(None))
-        hook.rule(None)
+        isolate.obey_file_rules(None)
 
 
 def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -> dict[str, Any]:
@@ -87,20 +72,19 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
     Returns `passed`, `total` and a `detail` about the first failure; or `error`: what the tests ask cannot be
     judged.
     """
-    for number, test in enumerate(tests, 1):
-        with suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # the judge reports these
+    try:
+        for number, test in enumerate(tests, 1):
             judge.compiled(test, number)  # once for all programs of a group
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        return {"error": f"a test does not compile: {error}"}
     end = time.monotonic() + limits.timeout_s + 3  # for controls
     reply = _beside(code, lambda fd: judge.judge(fd, tests, stop_early), limits)
     if "doubtful" in reply:
 
         def replay(messages: list[Any]) -> Any:
-            late = time.monotonic() > end
-            return (
-                None
-                if late
-                else _beside(code, lambda fd: controls.replay(fd, messages), limits).get("answer")
-            )
+            if time.monotonic() > end:
+                return None
+            return _beside(code, lambda fd: controls.replay(fd, messages), limits).get("answer")
 
         doubt = controls.doubted(reply["log"], reply["doubtful"], replay)
         if doubt:
@@ -115,44 +99,32 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
 
 
 def _beside(code: str, work: Callable[[int], dict[str, Any]], limits: Limits) -> dict[str, Any]:
-    """Start a program, and `work` with the socket to it in a judge's process; what that returns."""
+    """Start a program, and `work` with the socket to it in a judge's process; what that returns.
+
+    EOFError: the judge died, not by the program's doing.
+    """
     assert _zygote is not None
     ours, theirs = socket.socketpair()
-    nothing = os.open(os.devnull, os.O_RDWR)
-    program = _Run()
-    try:
-        program.pid = _zygote.start(code, "asserts", limits, [nothing, nothing, nothing, theirs.fileno()])
-        theirs.close()
+    with ours, theirs, open(os.devnull, "r+b", buffering=0) as nothing:
+        _zygote.start(code, "asserts", limits, [*[nothing.fileno()] * 3, theirs.fileno()])
         try:
-            reply, why = _judged(ours, work, limits)
+            theirs.close()
+            fork = Fork(partial(_judge, work, limits), [ours.fileno()], _parent)
+            try:
+                ours.close()
+                reply: dict[str, Any] = fork.channel.receive(time.monotonic() + limits.timeout_s)
+            except TimeoutError:
+                reply = {"passed": 0, "detail": _late(limits)}
+            finally:
+                fork.end()
         finally:
-            program.status = _zygote.end()
-    finally:
-        os.close(nothing)
-        ours.close()
-        theirs.close()
-    if not reply:
-        return {"passed": 0, "detail": why}
+            status = _zygote.end()
     if remote.ENDED in reply.get("detail", ""):
-        reply["detail"] += f" ({program.failure()})"
+        reply["detail"] += f" ({_ending(status)})"
     return reply
 
 
-def _judged(
-    link: socket.socket, work: Callable[[int], dict[str, Any]], limits: Limits
-) -> tuple[dict[str, Any], str]:
-    """What the judge found, or nothing and why. EOFError: it died, not by the program's doing."""
-    fork = Fork(partial(_judge, link.fileno(), work, limits), [link.fileno()], _parent)
-    link.close()
-    try:
-        return fork.channel.receive(time.monotonic() + limits.timeout_s), ""
-    except TimeoutError:
-        return {}, f"time ran out after {limits.timeout_s:g} s"
-    finally:
-        fork.end()
-
-
-def _judge(link: int, work: Callable[[int], dict[str, Any]], limits: Limits, answers: Channel) -> None:
+def _judge(work: Callable[[int], dict[str, Any]], limits: Limits, answers: Channel, link: int) -> None:
     isolate.die_with_parent()
     os.setsid()
     isolate.limit(int(limits.timeout_s) + 1, JUDGE_MEMORY_BYTES, limits.file_bytes, limits.processes)
@@ -163,45 +135,63 @@ def _judge(link: int, work: Callable[[int], dict[str, Any]], limits: Limits, ans
     answers.send(work(link))
 
 
+def _late(limits: Limits) -> str:
+    return f"time ran out after {limits.timeout_s:g} s"
+
+
+def _ending(status: int) -> str:
+    """What a status of waitpid's says."""
+    if os.WIFSIGNALED(status):
+        return f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return f"exited with status {os.WEXITSTATUS(status)} before the tests had run to the end"
+
+
 def run_stdio(code: str, cases: list[list[str]], limits: Limits, stop_early: bool) -> dict[str, Any]:
     """Run the program once per `[input, output]` case. After a time-out the rest count as failed."""
     passed, detail = 0, ""
     for number, (given, wanted) in enumerate(cases, 1):
-        run, output, errors = _run_once(code, given.encode("utf-8", "surrogatepass"), limits)
-        if run.killed or run.status != 0:
-            why = run.killed or errors or run.failure()
-        elif same_output(output, wanted):
+        output, why, stopped = _run_once(code, given, limits)
+        if not why and same_output(output, wanted):
             passed += 1
             continue
-        else:
-            why = "wrong output"
-        detail = detail or f"case {number}: {why}"
-        if stop_early or run.killed:
+        detail = detail or f"case {number}: {why or 'wrong output'}"
+        if stop_early or stopped:
             break
     return {"passed": passed, "total": len(cases), "detail": detail}
 
 
-def _run_once(code: str, given: bytes, limits: Limits) -> tuple[_Run, str, str]:
+def _run_once(code: str, given: str, limits: Limits) -> tuple[str, str, bool]:
+    """What the program printed, why it failed, or "", and whether it exceeded its limits."""
     assert _zygote is not None
-    stdin = os.memfd_create("input")
-    output_in, output_out = os.pipe()
-    errors_in, errors_out = os.pipe()
-    try:
-        with open(os.dup(stdin), "wb") as file:
-            file.write(given)
-        os.lseek(stdin, 0, os.SEEK_SET)
-        run = _Run(_zygote.start(code, "stdio", limits, [stdin, output_out, errors_out]))
-        for fd in (output_out, errors_out):
-            os.close(fd)
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(os.memfd_create(name), "w+b")) for name in ("in", "out", "err")]
+        files[0].write(given.encode("utf-8", "surrogatepass"))
+        files[0].seek(0)
+        pid = _zygote.start(code, "stdio", limits, [file.fileno() for file in files])
         try:
-            _collect(run, [output_in, errors_in], limits)
+            stopped = _wait(pid, limits)
         finally:
-            run.status = _zygote.end()
+            status = _zygote.end()
+        if not stopped and sum(os.fstat(file.fileno()).st_size for file in files[1:]) > limits.output_bytes:
+            stopped = f"printed more than {limits.output_bytes} bytes"
+        output, errors = (
+            os.pread(file.fileno(), limits.output_bytes, 0).decode("utf-8", "replace") for file in files[1:]
+        )
+    why = errors.strip().splitlines()[-1:] or [_ending(status)] if status else [""]
+    return output, stopped or why[0][:300], bool(stopped)
+
+
+def _wait(pid: int, limits: Limits) -> str:
+    """Wait for the end of a program; why it has to be stopped, or ""."""
+    process, poll = os.pidfd_open(pid), select.poll()
+    try:
+        poll.register(process, select.POLLIN)
+        if _parent >= 0:
+            poll.register(_parent, 0)  # no events asked for: only a hang-up is reported
+        ready = [fd for fd, _ in poll.poll(1000 * limits.timeout_s)]
     finally:
-        for fd in (stdin, output_in, errors_in):
-            os.close(fd)
-    errors = run.output[errors_in].decode("utf-8", "replace").strip().splitlines()
-    return run, run.output[output_in].decode("utf-8", "replace"), errors[-1][:300] if errors else ""
+        os.close(process)
+    return "" if process in ready else "the parent process is gone" if ready else _late(limits)
 
 
 def same_output(got: str, want: str) -> bool:
@@ -212,47 +202,3 @@ def same_output(got: str, want: str) -> bool:
         for text in (got, want)
     ]
     return lines[0] == lines[1]
-
-
-def _collect(run: _Run, pipes: list[int], limits: Limits) -> None:
-    """Read the pipes until the process ends, or exceeds its limits."""
-    deadline = time.monotonic() + limits.timeout_s
-    run.output = {fd: bytearray() for fd in pipes}
-    process, poll = os.pidfd_open(run.pid), select.poll()
-    for fd in pipes:
-        os.set_blocking(fd, False)
-    for fd in (*pipes, process):
-        poll.register(fd, select.POLLIN)
-    if _parent >= 0:
-        poll.register(_parent, 0)  # no events asked for: only a hang-up is reported
-    ended = False
-    try:
-        while not run.killed and not ended:
-            left = deadline - time.monotonic()
-            ready = poll.poll(1000 * left) if left > 0 else []
-            if not ready:
-                run.killed = f"time ran out after {limits.timeout_s:g} s"
-            for fd, _ in ready:
-                if fd == _parent:
-                    run.killed = "the parent process is gone"
-                elif fd == process:
-                    ended = True
-                elif not _read_some(run, fd, limits):
-                    poll.unregister(fd)
-        for fd in pipes:  # what was left in the pipes when it ended
-            while ended and not run.killed and _read_some(run, fd, limits):
-                pass
-    finally:
-        os.close(process)
-
-
-def _read_some(run: _Run, fd: int, limits: Limits) -> bool:
-    """Read what is there; `False` at the end of the stream."""
-    try:
-        part = os.read(fd, 1 << 16)
-    except BlockingIOError:
-        return False
-    run.output[fd] += part
-    if sum(map(len, run.output.values())) > limits.output_bytes:
-        run.killed = f"printed more than {limits.output_bytes} bytes"
-    return bool(part)

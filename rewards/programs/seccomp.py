@@ -10,6 +10,7 @@ import re
 import struct
 import sys
 from functools import cache
+from typing import Any
 
 PR_SET_SECCOMP = 22
 
@@ -56,8 +57,21 @@ _ALLOW, _REFUSE, _IGNORE, _ABSENT, _KILLED = 0x7FFF0000, 0x00050001, 0x00050000,
 _LOAD, _GO, _EQUAL, _GREATER, _BITS, _GIVE = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
-libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-machine = _ARCHITECTURES.get(platform.machine()) if libc else None  # index into the tables, name in a filter
+libc: Any = ctypes.CDLL(None, use_errno=True)
+machine = _ARCHITECTURES.get(platform.machine()) if sys.platform == "linux" else None
+"""Index into the tables, name in a filter; `None` on a system without these measures."""
+
+
+def checked(result: int) -> int:
+    """The result of a system call; OSError where it failed."""
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+
+
+def prctl(option: int, value: int, what: Any = 0) -> int:
+    """prctl(2), -1 where there is none."""
+    return int(libc.prctl(option, value, what, 0, 0)) if sys.platform == "linux" else -1
 
 
 class _Filter(ctypes.Structure):
@@ -69,15 +83,12 @@ class _Filter(ctypes.Structure):
 @cache
 def available() -> bool:
     """Whether the kernel takes filters: one at address 0 is EFAULT then, and EINVAL without them."""
-    if libc is None or machine is None:
-        return False
-    return libc.prctl(PR_SET_SECCOMP, 2, 0, 0, 0) < 0 and ctypes.get_errno() == 14
+    return machine is not None and prctl(PR_SET_SECCOMP, 2) < 0 and ctypes.get_errno() == 14
 
 
 def filter_calls() -> None:
     """Only harmless system calls from now on, permanently. OSError: refused. Needs PR_SET_NO_NEW_PRIVS."""
-    if machine is None:
-        return
+    assert machine is not None
     # A signal to itself kills it here: the kernel ignores one to the first process of a namespace.
     own = (_when(number[machine[0]], 0, (os.getpid(),), _KILLED, _REFUSE) for number in (_KILL, _TGKILL))
     install(_before() + b"".join(own) + _after())
@@ -85,12 +96,10 @@ def filter_calls() -> None:
 
 def install(code: bytes) -> None:
     """Filter this process's calls; what `code` does not answer is allowed."""
-    assert libc is not None
     code += _packed((_GIVE, 0, 0, _ALLOW))
     kept = ctypes.create_string_buffer(code)
     made = _Filter(len(code) // 8, ctypes.addressof(kept))
-    if libc.prctl(PR_SET_SECCOMP, 2, ctypes.byref(made), 0, 0) < 0:
-        raise OSError(ctypes.get_errno(), f"seccomp: {os.strerror(ctypes.get_errno())}")
+    checked(prctl(PR_SET_SECCOMP, 2, ctypes.byref(made)))
 
 
 @cache

@@ -7,9 +7,7 @@ Python, and itself.
 """
 
 import errno
-import fcntl
 import os
-import resource
 import signal
 import sys
 import tempfile
@@ -19,11 +17,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from rewards.fork import Fork, outgrown
+from rewards.fork import Fork, keep, outgrown
 from rewards.programs import hook, isolate
 from rewards.programs.judging import serve
-from rewards.programs.judging.remote import words
-from rewards.wire import Channel
+from rewards.wire import Channel, words
 
 LINK_FD = 3
 SCRATCH_BYTES = 64 << 20  # of the folder that a program may fill
@@ -74,7 +71,7 @@ class Zygote:
 
 def _serve_forks(scratch: str, channel: Channel) -> None:
     """In the zygote: start and end programs, one at a time, until the worker is gone; leave nothing then."""
-    program, folder, ready, rules = 0, "", -1, -1
+    program, folder, ready = 0, "", -1
     try:
         while True:
             while folder == scratch and channel.quiet(WATCH_S):  # a folder on disk has no size of its own
@@ -90,13 +87,8 @@ def _serve_forks(scratch: str, channel: Channel) -> None:
                     channel.send({"status": status} if confined else {"errno": errno.ECHILD})
                 else:
                     folder = isolate.fresh_scratch(scratch)
-                    hook.rule(folder)
-                    rules = rules if rules >= 0 else isolate.file_rules(folder)
-                    program, ready = _fork(message, files, folder, rules)
+                    program, ready = _fork(message, files, folder)
                     channel.send({"pid": program})
-                    if folder == scratch and rules >= 0:  # the next is another folder
-                        os.close(rules)
-                        rules = -1
             except OSError as error:
                 channel.send({"errno": error.errno or 1})
             for given in files:
@@ -116,7 +108,7 @@ def _end(pid: int) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def _fork(message: dict[str, Any], fds: list[int], folder: str, rules: int) -> tuple[int, int]:
+def _fork(message: dict[str, Any], fds: list[int], folder: str) -> tuple[int, int]:
     """The program's process id, and a pipe from which a byte can be read once it is confined."""
     ready_in, ready_out = os.pipe()
     if pid := isolate.fork_program():
@@ -126,8 +118,8 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str, rules: int) -> t
         limits = Limits(**message["limits"])
         isolate.die_with_parent()
         os.setsid()
-        keep([*fds, ready_out, *([rules] if rules >= 0 else [])])
-        ready_out, rules = len(fds), len(fds) + 1 if rules >= 0 else -1
+        keep([*fds, ready_out])
+        ready_out = len(fds)
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(PATH=os.defpath, HOME=folder, TMPDIR=folder, LANG="C.UTF-8")
@@ -135,25 +127,17 @@ def _fork(message: dict[str, Any], fds: list[int], folder: str, rules: int) -> t
         sys.argv, sys.path = ["program.py"], [p for p in sys.path if "packages" in p or "lib" in p]
         seed()
         isolate.limit(int(limits.timeout_s) + 1, limits.memory_bytes, limits.file_bytes, limits.processes)
-        isolate.confine(rules)
+        isolate.obey_file_rules(folder)
+        isolate.confine()
         hook.forbid(folder)
         os.write(ready_out, b"k")
-        os.closerange(ready_out, ready_out + 2)
+        os.close(ready_out)
         if message["kind"] == "stdio":
             _script(message["code"])
         else:
             serve.serve(LINK_FD, message["code"])
     finally:
         os._exit(70)
-
-
-def keep(wanted: list[int]) -> None:
-    """Make `wanted` the descriptors 0, 1, 2, … and close all others."""
-    # Above the final numbers first, so that no dup2 overwrites a descriptor still to be moved.
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 32) for fd in wanted]
-    for target, source in enumerate(high):
-        os.dup2(source, target)
-    os.closerange(len(wanted), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def standard_streams() -> None:

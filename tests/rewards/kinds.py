@@ -108,7 +108,7 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("21^\\circ C", "21", True), ("21^\\circ C", "21^\\circ F", False),
         ("30 \\text{ miles/hour}", "30 \\frac{\\text{miles}}{\\text{hour}}", True),
         ("9 \\text{ a.m.}", "9 \\text{ am}", True), ("9 \\text{ a.m.}", "9 \\text{ p.m.}", False),
-        ("\\frac{1}{3}", "0.333333...", True), ("\\frac{\\pi}{4}", "arctan(1)", True),
+        ("\\frac{1}{3}", "0.333333\\ldots", True), ("\\frac{\\pi}{4}", "arctan(1)", True),
         ("x \\in \\mathbb{R} \\setminus \\{0\\}", "x \\ne 0", True), ("(1,3)", "x > 1 and x < 3", True),
         ("8", "8 \\text{ quartered}", False), ("x \\approx 3", "x = 3", True),
     ],

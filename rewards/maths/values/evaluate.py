@@ -14,6 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 from rewards.maths.values.expression import Tree, has, names
@@ -43,11 +44,16 @@ class _Irrational(Exception):
 class _Contexts(threading.local):
     """mpmath's contexts, two a thread: mpmath changes their precision while it works."""
 
-    def __init__(self) -> None:
-        from mpmath import MPContext  # late: settings import the rewards' names, and need no mathematics
+    precise = cached_property(lambda self: _context(_DIGITS))
+    quick = cached_property(lambda self: _context(_QUICK_DIGITS))
 
-        self.precise, self.quick = MPContext(), MPContext()
-        self.precise.dps, self.quick.dps = _DIGITS, _QUICK_DIGITS
+
+def _context(digits: int) -> Any:
+    from mpmath import MPContext  # late: settings import the rewards' names, and need no mathematics
+
+    context = MPContext()
+    context.dps = digits
+    return context
 
 
 _contexts = _Contexts()

@@ -15,7 +15,6 @@ from rewards.maths.values.expression import parse
 SIGNS = re.compile(r"\\(?:cup|cap|le|ge|ne|setminus|R|emptyset|mid)(?![A-Za-z])|[<>]")
 RELATION = re.compile(r"\\(?:le|ge|ne)(?![A-Za-z])|[<>=]")
 _BUILDER = re.compile(r"\\\{\s*(\w+)(?:\s*\\in\s*\\R\s*)?\s*(?:\\mid|\||:)(.*)\\\}\s*")
-_IN = re.compile(r"\s*(\w+|\\[a-z]+)\s*\\in(?![A-Za-z])(.*)")
 _INTERVAL = re.compile(r"([\[(])([^,]*),([^,]*)([\])])")
 _POINTS = re.compile(r"\\\{(.*)\\\}")
 _WITHOUT = re.compile(r"\\setminus|(?<=\\R)\s*[-/](?=\s*\\\{)")
@@ -44,9 +43,8 @@ class Region:
     def __init__(self, text: str) -> None:
         self.ends: list[Any] = []
         self.variable, bound = "", _BUILDER.fullmatch(text)
-        named = _IN.fullmatch(text)
-        self._has = self._any(bound[2] if bound else named[2] if named else text)
-        self.variable = "" if bound else named[1] if named else self.variable
+        self._has = self._any(bound[2] if bound else text)
+        self.variable = "" if bound else self.variable
 
     def same(self, other: "Region") -> bool:
         """Whether both have the same members, and the same variable where both name one."""

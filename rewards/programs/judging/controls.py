@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from rewards.programs.judging.remote import COMPARISONS, Pipe
+from rewards.programs.judging.remote import COMPARISONS, Pipe, ProgramGone
+from rewards.programs.judging.values import CONTAINERS
 
 MOST_CHECKED, GROUPS = 24, 6
 """Answers of one run that are checked; values that are changed for one of them until a change tells."""
@@ -65,17 +66,20 @@ def _doubt(log: Log, at: int, replay: Replay, repeats: int) -> str | None:
 
 
 def replay(fd: int, messages: list[Any]) -> dict[str, Any]:
-    """Send messages to a fresh program at the end of `fd`; `answer`: its answer to the last."""
+    """Send messages to a fresh program at the end of `fd`; `answer`: that to the last, if there is one."""
     pipe = Pipe(fd)
-    answer = pipe.receive()
-    for message in messages:
-        if _NEW in message[3]:
-            if answer[0] != "value" or answer[1][0] != "o":
-                return {"answer": None}
-            message = [*message[:3], [["j", answer[1][1]]], []]
-        pipe.send(message)
-        while (answer := pipe.receive())[0] == "print":
-            pass
+    try:
+        answer = pipe.receive()
+        for message in messages:
+            if _NEW in message[3]:
+                if answer[0] != "value" or answer[1][0] != "o":
+                    return {}
+                message = [*message[:3], [["j", answer[1][1]]], []]
+            pipe.send(message)
+            while (answer := pipe.receive())[0] == "print":
+                pass
+    except (ProgramGone, LookupError, TypeError):
+        return {}
     return {"answer": answer}
 
 
@@ -141,10 +145,8 @@ def _spots(message: list[Any]) -> Iterator[tuple[list[Any], int]]:
         node = holder[index]
         if not isinstance(node, list) or node[0] in ("j", "o"):
             yield holder, index
-        elif node[0] in ("l", "t", "s", "f", "Q"):
-            waiting += [(node[1], i) for i in range(len(node[1]))]
-        elif node[0] in ("d", "od", "C"):
-            waiting += [(pair, i) for pair in node[1] for i in (0, 1)]
+        elif node[0] in CONTAINERS:
+            waiting += [(node, i) for i in range(1, len(node))]
 
 
 def _made(answer: list[Any], kind: str = "o") -> set[int]:

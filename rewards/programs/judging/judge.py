@@ -44,9 +44,9 @@ from rewards.programs.judging.remote import (
     change,
     iterate,
     quiet_loops,
-    words,
 )
 from rewards.programs.judging.values import Malformed, encode
+from rewards.wire import words
 
 _FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
 _PATCHED = re.compile(r"""\bpatch(?:\.\w+)?\(\s*(?!['"](?:builtins\.input|sys\.std)|self)""")  # `mock.patch`
@@ -346,10 +346,7 @@ def _absent(name: str) -> Any:
 
 def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
     """Run the tests on the program at the end of `fd`: `passed`, `detail`, `log`, `doubtful`; or `error`."""
-    try:
-        compiled_tests = [compiled(test, number) for number, test in enumerate(tests, 1)]
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return {"error": f"a test does not compile: {error}"}
+    compiled_tests = [compiled(test, number) for number, test in enumerate(tests, 1)]
     link = Judge(fd)
     quiet_loops(" ".join(tests))
     passed, detail = 0, ""

@@ -11,9 +11,7 @@ Messages  ["op", number, method, args, kwargs]   do this with object `number`
 """
 
 import copy
-import json
 import operator
-import os
 import sys
 import types
 from collections import deque
@@ -22,8 +20,8 @@ from importlib import import_module
 from itertools import islice
 from typing import Any
 
-from rewards import wire
 from rewards.programs.judging.values import Malformed, decode, encode
+from rewards.wire import Channel, text_of
 
 ENDED = "the program ended"
 LONGEST_MESSAGE = 64 << 20
@@ -54,31 +52,27 @@ class ProgramGone(Exception):
     """The program's process ended, or sent something that is no message."""
 
 
-class Pipe:
-    """Messages over a socket: a length, then JSON."""
+class Pipe(Channel):
+    """A channel whose other end is the program."""
 
     def __init__(self, fd: int) -> None:
-        self._fd, self._read, self._write = fd, os.read, os.write
+        super().__init__(fd, longest=LONGEST_MESSAGE)
 
-    def send(self, message: Any) -> None:
-        data = wire.frame(message)
-        while data:
-            data = data[self._write(self._fd, data) :]
-
-    def receive(self) -> Any:
-        length = wire.length_of(self._exactly(wire.HEAD_BYTES))
-        if length > LONGEST_MESSAGE:
-            raise ProgramGone("the program sent too much")
+    def send(self, *message: Any) -> None:
         try:
-            return json.loads(self._exactly(length))
+            super().send(*message)
+        except EOFError:
+            raise ProgramGone(ENDED) from None
+
+    def receive(self, *deadline: float) -> Any:
+        try:
+            return super().receive(*deadline)
+        except (EOFError, OSError):
+            raise ProgramGone(ENDED) from None
+        except OverflowError:
+            raise ProgramGone("the program sent too much") from None
         except (ValueError, RecursionError):
             raise ProgramGone("the program sent something that is no message") from None
-
-    def _exactly(self, length: int) -> bytes:
-        try:
-            return wire.exactly(lambda most: self._read(self._fd, most), length)
-        except (OSError, EOFError):
-            raise ProgramGone(ENDED) from None
 
 
 def at(stand_in: Any) -> tuple["Peer", int]:
@@ -290,7 +284,13 @@ class Peer:
     def _error(self, error: BaseException) -> list[Any]:
         """An exception by value: its class, text, arguments, and public attributes."""
         data = {name: value for name, value in vars(error).items() if not name.startswith("_")}
-        return ["X", self._class(type(error)), _text(error), self.encoded([*error.args]), self.encoded(data)]
+        return [
+            "X",
+            self._class(type(error)),
+            text_of(error),
+            self.encoded([*error.args]),
+            self.encoded(data),
+        ]
 
     def _dereference(self, kind: str, rest: list[Any]) -> Any:
         number = rest[0]
@@ -381,15 +381,3 @@ def quiet_loops(source: str) -> None:
     asyncio.set_event_loop_policy(
         type("Policy", (asyncio.DefaultEventLoopPolicy,), {"_loop_factory": loop})()
     )
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)[:500]
-    except BaseException:
-        return "an exception that cannot be printed"
-
-
-def words(error: BaseException) -> str:
-    """An exception in one line; its own `__str__` may raise."""
-    return " ".join(f"{type(error).__name__}: {_text(error)}".split())[:300]

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rewards.programs.judging import values
-from rewards.programs.judging.remote import Peer, quiet_loops, words
+from rewards.programs.judging.remote import Peer, quiet_loops
+from rewards.wire import words
 
 MOST_PRINTED = 1 << 20
 """Characters between two messages; more are dropped."""

@@ -11,10 +11,11 @@ import decimal
 import fractions
 import functools
 import importlib
+import itertools
 import pathlib
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # Modules whose functions and classes may be named instead of sent.
@@ -31,9 +32,11 @@ named: set[type] = set()
 """In the program's process: its classes that the tests name, whose objects go by reference, whatever they
 derive from."""
 
+CONTAINERS = frozenset(("l", "t", "s", "f", "Q", "d", "od", "C"))
+"""Kinds whose parts are values of their own, keys of a mapping before what they stand for."""
+
 Reference = Callable[[Any], list[Any]]
 Dereference = Callable[[str, Any], Any]
-Encoder = Callable[[Any, Reference], Any]
 
 
 class Malformed(Exception):
@@ -41,94 +44,42 @@ class Malformed(Exception):
 
 
 def encode(value: Any, reference: Reference) -> Any:
-    """`value` as JSON data; what is not plain goes through `reference`.
+    """`value` as JSON data, `[kind, *parts]`; what is not plain goes through `reference`.
 
     RecursionError: nested too deep, or a container that contains itself.
     """
     kind = type(value)
     if value is None or kind is bool or kind is float or kind is str:
         return value
-    if kind is int:
-        return value if -(1 << 62) < value < 1 << 62 else ["i", hex(value)]
-    for base, encoder in _ENCODERS.items():
-        if isinstance(value, base):
-            if kind is base:
-                return encoder(value, reference)
+    if kind is int and -(1 << 62) < value < 1 << 62:
+        return value
+    found = _split(value, kind)
+    return [found[0], *(encode(part, reference) for part in found[1])] if found else reference(value)
+
+
+def _split(value: Any, kind: type) -> tuple[str, Iterable[Any]] | None:
+    """Its kind on the wire and its parts, by the table of the nearest class that is there."""
+    for base in (*kind.__mro__, *value.__class__.__mro__):  # one that lies about its class is a TypeError
+        if base in _PARTS:
             if named and not named.isdisjoint(kind.__mro__):
-                return reference(value)
-            if base is tuple and (fields := _fields(kind)):
-                return ["N", kind.__name__, fields, encoder(value, reference)[1]]
-            return encoder(value, reference)
-    if value is NotImplemented:
-        return ["ni"]
+                return None
+            fields = getattr(kind, "_fields", None) if base is tuple else None
+            if fields and isinstance(fields, tuple) and all(type(name) is str for name in fields):
+                return "N", (kind.__name__, " ".join(fields), *tuple.__iter__(value))
+            short, parts = _PARTS[base]
+            return short, parts(value)
     if isinstance(value, types.ModuleType):
-        return ["m", str(value.__name__)]
-    if (name := _safe_name(value)) is not None:
-        return ["n", *name]
+        return "m", (str(value.__name__),)
+    if isinstance(value, (type, types.BuiltinFunctionType, types.FunctionType)):
+        name = str(getattr(value, "__module__", "")), str(getattr(value, "__name__", ""))
+        is_it = _is_safe(*name) and getattr(sys.modules.get(name[0]), name[1], None) is value
+        return ("n", name) if is_it else None
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(value, numpy.generic) and value.dtype.kind in "biufcU":
-        return encode(value.item(), reference)
+        return "v", (value.item(),)
     if numpy is not None and isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":
-        return ["a", value.dtype.str, list(value.shape), numpy.ascontiguousarray(value).tobytes().hex()]
-    return reference(value)
-
-
-def _safe_name(value: Any) -> tuple[str, str] | None:
-    if not isinstance(value, (type, types.BuiltinFunctionType, types.FunctionType)):
-        return None
-    module, name = getattr(value, "__module__", None), getattr(value, "__name__", None)
-    if not isinstance(module, str) or not isinstance(name, str):
-        return None
-    if not (name in SAFE_BUILTINS if module == "builtins" else module in SAFE_MODULES):
-        return None
-    return (module, name) if getattr(sys.modules.get(module), name, None) is value else None
-
-
-def _fields(kind: type) -> list[str]:
-    fields = getattr(kind, "_fields", None)
-    return list(fields) if isinstance(fields, tuple) and all(type(name) is str for name in fields) else []
-
-
-@functools.lru_cache(64)
-def _namedtuple(name: str, fields: tuple[str, ...]) -> Any:
-    return collections.namedtuple(name, fields)
-
-
-def _items(kind: str, base: Any) -> Encoder:
-    return lambda value, send: [kind, [encode(item, send) for item in base.__iter__(value)]]
-
-
-def _pairs(kind: str) -> Encoder:
-    return lambda value, send: [kind, [[encode(k, send), encode(v, send)] for k, v in dict.items(value)]]
-
-
-_ENCODERS: dict[type, Encoder] = {
-    bool: lambda value, _: bool(value),
-    int: lambda value, _: ["i", hex(int.__index__(value))],
-    float: lambda value, _: float.__add__(value, 0.0),
-    complex: lambda value, _: ["c", value.real, value.imag],
-    str: lambda value, _: str.__str__(value),
-    list: _items("l", list),
-    tuple: _items("t", tuple),
-    collections.OrderedDict: _pairs("od"),
-    collections.Counter: _pairs("C"),
-    dict: _pairs("d"),
-    set: _items("s", set),
-    frozenset: _items("f", frozenset),
-    collections.deque: _items("Q", collections.deque),
-    bytes: lambda value, _: ["b", bytes.hex(value)],
-    bytearray: lambda value, _: ["B", bytearray.hex(value)],
-    range: lambda value, _: ["r", hex(value.start), hex(value.stop), hex(value.step)],
-    slice: lambda value, send: ["S", *(encode(part, send) for part in (value.start, value.stop, value.step))],
-    fractions.Fraction: lambda value, _: ["q", hex(value.numerator), hex(value.denominator)],
-    decimal.Decimal: lambda value, _: ["D", decimal.Decimal.__str__(value)],
-    datetime.datetime: lambda value, _: ["dt", datetime.datetime.isoformat(value)],
-    datetime.date: lambda value, _: ["da", datetime.date.isoformat(value)],
-    datetime.time: lambda value, _: ["ti", datetime.time.isoformat(value)],
-    pathlib.PurePath: lambda value, _: ["p", pathlib.PurePath.__str__(value)],
-    datetime.timedelta: lambda value, _: ["td", value.days, value.seconds, value.microseconds],
-    type(Ellipsis): lambda value, _: ["e"],
-}  # fmt: skip
+        return "a", (value.dtype.str, list(value.shape), numpy.ascontiguousarray(value).tobytes().hex())
+    return None
 
 
 def decode(data: Any, dereference: Dereference) -> Any:
@@ -136,53 +87,83 @@ def decode(data: Any, dereference: Dereference) -> Any:
     if data is None or isinstance(data, (bool, int, float, str)):
         return data
     try:
-        kind, *rest = data
-        if kind in _CONTAINERS:
-            return _CONTAINERS[kind]([decode(item, dereference) for item in rest[0]])
-        if kind in _MAPPINGS:
-            return _MAPPINGS[kind](
-                {decode(key, dereference): decode(item, dereference) for key, item in rest[0]}
-            )
-        if kind in _SCALARS:
-            return _SCALARS[kind](*rest)
-        if kind == "N":
-            return _namedtuple(rest[0], tuple(rest[1]))(*(decode(item, dereference) for item in rest[2]))
-        if kind == "S":
-            return slice(*(decode(part, dereference) for part in rest))
-        if kind == "n" and (rest[0] in SAFE_MODULES or (rest[0] == "builtins" and rest[1] in SAFE_BUILTINS)):
-            return getattr(importlib.import_module(rest[0]), rest[1])
-        named = kind == "m" and rest[0]
-        if named and (
-            named in ("numpy", "sympy", "pandas") or named.split(".")[0] in sys.stdlib_module_names
-        ):
-            return importlib.import_module(named)
-        if kind == "a":
-            numpy = importlib.import_module("numpy")
-            return numpy.frombuffer(bytes.fromhex(rest[2]), dtype=rest[0]).reshape(rest[1]).copy()
+        kind, *parts = data
+        if kind in _MAKERS:
+            return _MAKERS[kind](*[decode(part, dereference) for part in parts])
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError) as error:
         raise Malformed(f"{type(error).__name__} in a value") from None
-    return dereference(kind, rest)
+    return dereference(kind, parts)
 
 
-_CONTAINERS: dict[str, Callable[[list[Any]], Any]] = {
-    "l": list, "t": tuple, "s": set, "f": frozenset, "Q": collections.deque,
-}  # fmt: skip
-_MAPPINGS: dict[str, Callable[[dict[Any, Any]], Any]] = {
-    "d": dict, "od": collections.OrderedDict, "C": collections.Counter,
-}  # fmt: skip
-_SCALARS: dict[str, Callable[..., Any]] = {
-    "i": lambda text: int(text, 16),
-    "c": complex,
-    "b": bytes.fromhex,
-    "B": bytearray.fromhex,
-    "r": lambda start, stop, step: range(int(start, 16), int(stop, 16), int(step, 16)),
-    "q": lambda top, bottom: fractions.Fraction(int(top, 16), int(bottom, 16)),
-    "D": decimal.Decimal,
-    "dt": datetime.datetime.fromisoformat,
-    "da": datetime.date.fromisoformat,
-    "ti": datetime.time.fromisoformat,
-    "td": lambda days, seconds, micro: datetime.timedelta(days, seconds, micro),
-    "p": pathlib.PurePath,
-    "e": lambda: ...,
-    "ni": lambda: NotImplemented,
+def _is_safe(module: str, name: str) -> bool:
+    return name in SAFE_BUILTINS if module == "builtins" else module in SAFE_MODULES
+
+
+def _safe(module: str, name: str) -> Any:
+    if not _is_safe(module, name):
+        raise LookupError(name)
+    return getattr(importlib.import_module(module), name)
+
+
+def _module(name: str) -> Any:
+    if name not in ("numpy", "sympy", "pandas") and name.split(".")[0] not in sys.stdlib_module_names:
+        raise LookupError(name)
+    return importlib.import_module(name)
+
+
+def _array(kind: str, shape: list[int], data: str) -> Any:
+    numpy = importlib.import_module("numpy")
+    return numpy.frombuffer(bytes.fromhex(data), dtype=kind).reshape(shape).copy()
+
+
+@functools.lru_cache(64)
+def _namedtuple(name: str, fields: str) -> Any:
+    return collections.namedtuple(name, fields)
+
+
+def _flat(mapping: dict[Any, Any]) -> Iterable[Any]:
+    return itertools.chain.from_iterable(dict.items(mapping))
+
+
+def _gathered(kind: Any) -> Callable[..., Any]:
+    return lambda *items: kind(items)
+
+
+def _mapped(kind: Any) -> Callable[..., Any]:
+    return lambda *flat: kind(dict(zip(flat[::2], flat[1::2], strict=True)))
+
+
+_BY_VALUE: dict[str, tuple[type, Callable[[Any], Iterable[Any]], Callable[..., Any]]] = {
+    "i": (int, lambda v: [hex(int.__index__(v))], lambda text: int(text, 16)),
+    "v": (float, lambda v: [float.__pos__(v)], lambda value: value),
+    "u": (str, lambda v: [str.__str__(v)], str),
+    "c": (complex, lambda v: [v.real, v.imag], complex),
+    "l": (list, list.__iter__, _gathered(list)),
+    "t": (tuple, tuple.__iter__, _gathered(tuple)),
+    "s": (set, set.__iter__, _gathered(set)),
+    "f": (frozenset, frozenset.__iter__, _gathered(frozenset)),
+    "Q": (collections.deque, collections.deque.__iter__, _gathered(collections.deque)),
+    "d": (dict, _flat, _mapped(dict)),
+    "od": (collections.OrderedDict, _flat, _mapped(collections.OrderedDict)),
+    "C": (collections.Counter, _flat, _mapped(collections.Counter)),
+    "b": (bytes, lambda v: [bytes.hex(v)], bytes.fromhex),
+    "B": (bytearray, lambda v: [bytearray.hex(v)], bytearray.fromhex),
+    "r": (range, lambda v: [v.start, v.stop, v.step], range),
+    "S": (slice, lambda v: [v.start, v.stop, v.step], slice),
+    "q": (fractions.Fraction, lambda v: [v.numerator, v.denominator], fractions.Fraction),
+    "D": (decimal.Decimal, lambda v: [decimal.Decimal.__str__(v)], decimal.Decimal),
+    "dt": (datetime.datetime, lambda v: [datetime.datetime.isoformat(v)], datetime.datetime.fromisoformat),
+    "da": (datetime.date, lambda v: [datetime.date.isoformat(v)], datetime.date.fromisoformat),
+    "ti": (datetime.time, lambda v: [datetime.time.isoformat(v)], datetime.time.fromisoformat),
+    "td": (datetime.timedelta, lambda v: [v.days, v.seconds, v.microseconds], datetime.timedelta),
+    "p": (pathlib.PurePath, lambda v: [pathlib.PurePath.__str__(v)], pathlib.PurePath),
+    "e": (type(...), lambda v: [], lambda: ...),
+    "ni": (type(NotImplemented), lambda v: [], lambda: NotImplemented),
+}
+_PARTS = {base: (kind, parts) for kind, (base, parts, _) in _BY_VALUE.items()}
+_MAKERS: dict[str, Callable[..., Any]] = {kind: maker for kind, (_, _, maker) in _BY_VALUE.items()} | {
+    "N": lambda name, fields, *items: _namedtuple(name, fields)(*items),
+    "n": _safe,
+    "m": _module,
+    "a": _array,
 }

@@ -82,13 +82,13 @@ def test_a_scorer_runs_no_program_unconfined_unless_it_may(monkeypatch):
 
 
 def test_a_verifier_that_always_fails_stops_an_evaluation_with_exit_code_3(tmp_path, stub, scripted, capsys):
-    rows = [{"question": f"q{i}", "tests": ["return"]} for i in range(3)]
+    rows = [{"question": f"q{i}", "tests": ["assert 1 == 1"]} for i in range(3)]
     (tmp_path / "broken.jsonl").write_text("\n".join(map(json.dumps, rows)))
     scripted(lambda question, sample: "```python\nx = 1\n```")
     line = ["evaluate", "--model", stub(template="r1"), "--benchmark", tmp_path / "broken.jsonl"]
     line += ["--out", tmp_path / "out", "--max-tokens", "40"]
     assert main([*map(str, line)]) == 3
     said = capsys.readouterr().err
-    assert "stopped: evaluate: the verifier failed for 100% of 3 rollouts" in said and "compile" in said
+    assert "stopped: evaluate: the verifier failed for 100% of 3 rollouts" in said and "never asked" in said
     assert not (tmp_path / "out").exists()
     assert main([*map(str, line), "--max-error-share", "1"]) == 0

@@ -53,7 +53,7 @@ def test_a_verifier_that_always_fails_is_named_and_stops_the_run(zero, graded_as
     graded_as(verdict="error", detail="the sandbox is gone")
     code, out, err = zero()
     assert code == 3 and err.count("\n") == 1 and "of 2 steps in a row (max_error_share)" in err
-    assert "step 3: the verifier failed on 16 of 16 rollouts; the first: the sandbox is gone" in out
+    assert "step 3: the verifier failed on 100% of 16 rollouts; most often: the sandbox is gone" in out
     assert "step 5" not in out and "checkpoint-2 is kept; then: " in err and " --resume" in err
     assert (tmp_path / "micro/zero/latest").read_text() == "checkpoint-2\n"
 

@@ -45,7 +45,7 @@ def test_a_row_beyond_the_positions_of_the_model_is_left_out(sft):
 
 def test_training_on_no_row_is_refused_and_leaves_nothing(sft, tmp_path):
     code, said = sft("--max-length=8")
-    assert code == 2 and said.err == "error: all 2 rows exceed max_length=8; raise it, or take shorter rows\n"
+    assert code == 2 and "exceed max_length=8; raise it, or take shorter rows" in said.err
     assert not list((tmp_path / "runs").iterdir())
 
 
