@@ -67,28 +67,17 @@ def build_page(
     used = sorted({key for r in records for row in r.metrics for key in row} & known.keys())
     own = [(key, "", None, None) for key in used if key not in GLOSSARY]  # of a user's rewards
     rl = [r for r in records if any("reward/mean" in row for row in r.metrics)]  # reject trains no policy
+    kinds = (*RL_PLOTS, *own)
+    plots = [(key, line_plot(key, unit, curves(rl, key), low, high)) for key, unit, low, high in kinds]
+    chain = {f"chain_{name}": chain_plot(boxes, edges, name == "tall") for name in ("wide", "tall")}
+    given = {"name": name, "state": state, "records": records, "summary": summary, "transcripts": transcripts}
+    looks = {"light": LIGHT, "titles": TITLES, "colors": COLORS}
     return env.get_template("page.html.j2").render(
-        name=name,
-        main=main,
-        light=LIGHT,
-        titles=TITLES,
-        scores=scores,
-        chain_wide=chain_plot(boxes, edges, upright=False),
-        chain_tall=chain_plot(boxes, edges, upright=True),
+        **{**given, **looks, **chain, "main": main, "scores": scores, "rl_stages": rl},
         tables=[table(state, name) for name in benchmarks(state)],
-        state=state,
-        rl=[
-            {"key": key, "what": known[key], "svg": svg}
-            for key, unit, low, high in (*RL_PLOTS, *own)
-            if (svg := line_plot(key, unit, curves(rl, key), low, high))
-        ],
+        rl=[{"key": key, "what": known[key], "svg": svg} for key, svg in plots if svg],
         losses=list(loss_plots(records)),
-        rl_stages=rl,
-        colors=COLORS,
-        transcripts=transcripts,
-        records=records,
         origin=origin(records),
-        summary=summary,
         glossary={**SCORE_GLOSSARY, **{key: known[key] for key in used}},
     )
 
