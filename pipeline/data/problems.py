@@ -106,8 +106,7 @@ def read_problems(
     found: Iterator[Located], source: str, rows: RowSettings, count: int | None = None, *, check: bool = True
 ) -> list[tuple[Problem, Any]]:
     """At most `count` problems, each with its row; bad rows are left out and counted on the console. `check`:
-    also rows whose reference answer no rule can verify. Raises `UserError`: more rows are bad than `rows`
-    allows."""
+    also rows whose answer no rule can verify. Raises `UserError`: more rows are bad than `rows` allows."""
     fields, tally = named_fields(rows.fields), Tally(source, rows)
     parsed = tally.usable(found, lambda row, i: (to_problem(row, source, i, fields), row))
     kept: list[tuple[Problem, Any]] = []

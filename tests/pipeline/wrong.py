@@ -176,6 +176,9 @@ CONFIGS = [
 ]
 """Changes of a native model's config that make it another's."""
 
+CHAT_TEMPLATES = ("{{ 1/0 }}", "{% for %}", "{{ messages[0].x.y }}", "{{ raise_exception('no') }}")
+"""Programs that fail."""
+
 TOKENIZERS: dict[str, Maker] = {
     "garbage tokenizer": replaced("tokenizer.json", "{]"),
     "tokenizer of nothing": replaced("tokenizer.json", "{}"),
