@@ -135,14 +135,10 @@ class WorkerPool:
 
     def _checkout(self) -> "_Child":
         with self._lock:
-            while True:
-                if self._closed or self._owner != os.getpid():
-                    raise RuntimeError(
-                        "This WorkerPool is closed, or inherited through a fork: make a new one."
-                    )
-                child = self._idle.pop() if self._idle else None
-                if child is None:
-                    break
+            if self._closed or self._owner != os.getpid():
+                raise RuntimeError("This WorkerPool is closed, or inherited through a fork: make a new one.")
+            while self._idle:
+                child = self._idle.pop()
                 if child.process.poll() is None:
                     return child
                 self._children.discard(child)

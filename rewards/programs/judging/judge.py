@@ -50,6 +50,7 @@ from rewards.wire import words
 
 _FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
 _PATCHED = re.compile(r"""\bpatch(?:\.\w+)?\(\s*(?!['"](?:builtins\.input|sys\.std)|self)""")  # `mock.patch`
+_RUNNER = re.compile(r"(unittest|pytest)\.main\(")
 _MODULES = "solution main program module candidate submission answer your_module __main__".split()  # noqa: SIM905
 
 
@@ -229,7 +230,8 @@ def compiled(text: str, number: int) -> _Test:
         warnings.simplefilter("ignore")
         tree = ast.parse(text)
         table = symtable.symtable(text, "test", "exec")
-    tree.body = [node for node in tree.body if not _is_runner(node)]
+    # `unittest.main()` and the like: the judge runs what is defined.
+    tree.body = [node for node in tree.body if not _RUNNER.match(ast.unparse(node))]
     symbols, scopes = [], [table]
     while scopes:
         scope = scopes.pop()
@@ -250,16 +252,6 @@ def compiled(text: str, number: int) -> _Test:
     tree.body = _stepped(tree.body)
     code = compile(ast.fix_missing_locations(tree), f"test {number}", "exec")
     return _Test(code, names - bound, found, checked if "check" in bound else None)
-
-
-def _is_runner(node: ast.stmt) -> bool:
-    """`unittest.main()` and the like: the judge runs what is defined."""
-    match node:
-        case ast.Expr(
-            value=ast.Call(func=ast.Attribute(attr="main", value=ast.Name(id="unittest" | "pytest")))
-        ):
-            return True
-    return False
 
 
 def _stepped(body: list[Any]) -> list[Any]:
@@ -319,12 +311,9 @@ class _Names(dict[str, Any]):
             for name in () if test.checked is None else self._live - test.checked:
                 if isinstance(self.get(name), (Remote, Mirrored)):
                     judge.helpers[at(self[name])[1]] = name
-        tests_module = types.ModuleType("tests")
-        tests_module.__dict__["__getattr__"] = lambda name: self[name] if name in self else _absent(name)
-        sys.modules["tests"] = tests_module
-        program = types.ModuleType("solution")
+        sys.modules["tests"] = _module("tests", lambda name: self[name] if name in self else _absent(name))
+        program = _module("solution", lambda name: self.fetch(name) if name in offered else _absent(name))
         program.__dict__["__all__"] = [name for name in offered if name[:1] != "_"]
-        program.__dict__["__getattr__"] = lambda name: self.fetch(name) if name in offered else _absent(name)
         sys.modules.update(dict.fromkeys(_MODULES, program))
 
     def fetch(self, name: str) -> Any:
@@ -342,6 +331,12 @@ class _Names(dict[str, Any]):
 
 def _absent(name: str) -> Any:
     raise AttributeError(f"there is no {name}")
+
+
+def _module(name: str, get: Any) -> types.ModuleType:
+    made = types.ModuleType(name)
+    made.__dict__["__getattr__"] = get
+    return made
 
 
 def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
