@@ -263,32 +263,23 @@ def _stepped(body: list[Any]) -> list[Any]:
                     setattr(part, field, _stepped(getattr(part, field)))
         match node:
             case ast.Expr(value=ast.Constant()) | ast.ImportFrom(module="__future__"):
-                pass
-            case _:
-                out.append(ast.copy_location(ast.Expr(_step(node)), node))
-        match node:
-            case ast.Assert(test=ast.BoolOp(values=[_, *rest]) as both):
-                each = [
-                    ast.Subscript(ast.Tuple([_step(node), part], ast.Load()), ast.Constant(1), ast.Load())
-                    for part in rest
-                ]
-                both.values[1:] = [ast.copy_location(part, node) for part in each]
-        out.append(node)
-    return [*out, ast.copy_location(ast.Expr(_step(None)), body[-1])] if out else body
+                out.append(node)
+                continue
+            case ast.Assert(test=ast.BoolOp(values=[_, *rest]) as both):  # `(step, part)[1]`
+                pairs = [ast.Tuple([_step(node), part], ast.Load()) for part in rest]
+                both.values[1:] = [ast.Subscript(pair, ast.Constant(1), ast.Load()) for pair in pairs]
+        out += [ast.Expr(_step(node)), node]
+    return [*out, ast.Expr(_step(None))] if out else body
 
 
 def _step(node: ast.stmt | None) -> ast.expr:
     value = getattr(node, "test", None) or getattr(node, "value", None)
-    match value:
-        case None:
-            hold = False
-        case ast.Compare(ops=ops):
-            hold = not all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops)
-        case ast.Call(args=args, keywords=named):
-            inside = [*args, *(keyword.value for keyword in named)]
-            hold = any(isinstance(inner, ast.Call) for arg in inside for inner in ast.walk(arg))
-        case _:
-            hold = True
+    hold = value is not None
+    if isinstance(value, ast.Compare):
+        hold = not all(isinstance(op, (ast.Is, ast.IsNot)) for op in value.ops)
+    elif isinstance(value, ast.Call):
+        inside = [*value.args, *value.keywords]
+        hold = any(isinstance(inner, ast.Call) for arg in inside for inner in ast.walk(arg))
     return ast.Call(ast.Name("__step__", ast.Load()), [ast.Constant(hold)], [])
 
 
@@ -346,7 +337,7 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
     quiet_loops(" ".join(tests))
     passed, detail = 0, ""
     try:
-        kind, rest = link.pipe.receive()
+        kind, rest = Peer.receive(link)
         if kind != "ready":
             return {"passed": 0, "detail": f"the program raised {rest}"}
         names = _Names(link, {str(name): str(what) for name, what in rest}, compiled_tests)

@@ -28,8 +28,8 @@ class _Program(Peer):
 
     def send(self, message: list[Any]) -> None:
         if text := self.printed.taken():
-            self.pipe.send(["print", text])
-        self.pipe.send(message)
+            super().send(["print", text])
+        super().send(message)
 
     def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name == "global":
