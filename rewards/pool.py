@@ -33,14 +33,13 @@ from rewards.wire import Channel
 
 START_LIMIT_S = 60.0  # of a worker on a busy machine; not part of a task's own limit
 DEFAULT_LIMIT_S = 5.0
-CHILD_MEMORY_BYTES = 2 << 30
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class TaskFailed(Exception):
-    """The task got no reply: by its `kind`, `time` or `memory` ran out, or its child `died` or `raised`."""
+    """The task got no verdict: by its `kind`, `time` ran out, its child `died`, or it `raised`."""
 
     def __init__(self, message: str, kind: str = "raised") -> None:
         super().__init__(message)
@@ -52,18 +51,12 @@ class WorkerPool:
 
     Args:
         size: Default min(2, cpus).
-        memory_bytes: A child's address space; programs under test have their own, smaller limit.
         allow_unsafe_code: Run programs too where the kernel cannot confine them (`isolate.gap`).
     """
 
-    def __init__(
-        self,
-        size: int | None = None,
-        memory_bytes: int = CHILD_MEMORY_BYTES,
-        allow_unsafe_code: bool = False,
-    ) -> None:
+    def __init__(self, size: int | None = None, allow_unsafe_code: bool = False) -> None:
         self.size = size or min(2, os.cpu_count() or 1)
-        self._arguments = [str(memory_bytes), *(["unsafe"] if allow_unsafe_code else [])]
+        self._arguments = ["unsafe"] if allow_unsafe_code else []
         self._slots = threading.Semaphore(self.size)
         self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="rewards")
         self._lock = threading.Lock()
@@ -135,14 +128,10 @@ class WorkerPool:
 
     def _checkout(self) -> "_Child":
         with self._lock:
-            while True:
-                if self._closed or self._owner != os.getpid():
-                    raise RuntimeError(
-                        "This WorkerPool is closed, or inherited through a fork: make a new one."
-                    )
-                child = self._idle.pop() if self._idle else None
-                if child is None:
-                    break
+            if self._closed or self._owner != os.getpid():
+                raise RuntimeError("This WorkerPool is closed, or inherited through a fork: make a new one.")
+            while self._idle:
+                child = self._idle.pop()
                 if child.process.poll() is None:
                     return child
                 self._children.discard(child)
@@ -173,7 +162,7 @@ class _Child:
         self._channel = Channel(ours.detach())
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "rewards.worker", arguments[0], self._scratch, *arguments[1:]],
+                [sys.executable, "-P", "-m", "rewards.worker", self._scratch, *arguments],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=environment,

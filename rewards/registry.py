@@ -24,6 +24,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from rewards.wire import words
 from rollout.types import Problem, Rollout, Verdict
 
 Function = Callable[..., Any]
@@ -65,7 +66,7 @@ class Reward:
             if outcome.value is not None and not math.isfinite(outcome.value):
                 return Outcome(None, f"{self.name} returned {outcome.value}, which is no finite number")
         except Exception as error:
-            return Outcome(None, _one_line(f"{self.name} raised {type(error).__name__}: {error}"))
+            return Outcome(None, f"{self.name} raised {words(error)}")
         return outcome
 
 
@@ -128,8 +129,8 @@ def _imported(name: str, where: str, what: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and error.name == where:
             why = f"no file {where.replace('.', '/')}.py in {here}, and no installed module of this name"
         else:
-            why = f"module {where} cannot be imported: {type(error).__name__}: {error}"
-        raise ValueError(_one_line(f"{what} {name!r}: {why}")) from error
+            why = f"module {where} cannot be imported: {words(error)}"
+        raise ValueError(f"{what} {name!r}: {why}") from error
     finally:
         sys.path.remove(here)
 
@@ -147,7 +148,3 @@ def _takes_rollout(name: str, function: Function) -> bool:
             f"reward {name!r} takes {has}; expected (problem, completion) or (problem, completion, rollout)."
         ) from None
     return takes_rollout
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]

@@ -1,4 +1,4 @@
-"""The child process of `rewards.pool`: `python -m rewards.worker MEMORY_BYTES SCRATCH [unsafe]`.
+"""The child process of `rewards.pool`: `python -m rewards.worker SCRATCH [unsafe]`.
 
 Answers requests one at a time over the socket at descriptor 0, until the other end closes. A program under
 test runs in a fork (`programs.run`), so that it cannot harm the next task. Whatever else fails here is this
@@ -13,6 +13,9 @@ from typing import Any
 
 from rewards.programs import isolate, run
 from rewards.wire import Channel, words
+
+MEMORY_BYTES = 2 << 30
+"""Address space; programs under test have their own, smaller limit."""
 
 
 def answer(task: dict[str, Any], parent: int, scratch: str, unsafe: bool) -> dict[str, Any]:
@@ -32,8 +35,8 @@ def answer(task: dict[str, Any], parent: int, scratch: str, unsafe: bool) -> dic
 
 def main() -> int:
     """Serve until the parent closes the socket."""
-    memory, scratch, unsafe = int(sys.argv[1]), sys.argv[2], "unsafe" in sys.argv[3:]
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    scratch, unsafe = sys.argv[1], "unsafe" in sys.argv[2:]
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     isolate.hide_memory()
     channel = Channel(os.dup(0))

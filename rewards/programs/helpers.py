@@ -7,7 +7,8 @@ the tests compute, and the function asked for alone would fail without it.
 import ast
 import re
 import textwrap
-import warnings
+
+from rewards.programs.tables import parsed
 
 _FENCE = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -23,13 +24,8 @@ def preamble(prompt: str, entry_point: str) -> str:
     """
     asked = set(re.findall(r"\w+", entry_point))
     for text in (prompt, *_FENCE.findall(prompt)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "\w" in a docstring
-            try:
-                tree = ast.parse(textwrap.dedent(text))
-            except (SyntaxError, ValueError, RecursionError, MemoryError):
-                continue
-        if kept := [node for node in tree.body if _given(node, asked)]:
+        tree = parsed(textwrap.dedent(text))
+        if tree and (kept := [node for node in tree.body if _given(node, asked)]):
             return "\n".join(map(ast.unparse, kept))
     return ""
 

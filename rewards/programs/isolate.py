@@ -11,8 +11,7 @@ In order of strength, each used where the machine has it:
   rlimits     CPU, address space, file size, processes, core dumps. Always.
   audit hook  writing or reading outside, processes, sockets, ctypes fail in Python itself. Always.
 
-The judge gets the last four and no scratch folder. Linux on
-x86-64 and aarch64; elsewhere the last two remain. `describe` reports what is active, `gap` what is missing.
+The judge gets the last four, no scratch folder. Linux on x86-64 and aarch64; elsewhere the last two remain.
 """
 
 import ctypes
@@ -33,7 +32,6 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 1 << 17, 1 << 26, 1 << 27, 1 << 28, 1 << 29, 1 << 30
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-NEW_ROOT = "/proc"  # a folder that every system has, and that nothing below needs once it is covered
 SCRATCH = "/scratch/program"
 STACK_BYTES = 64 << 20  # deep recursion is a legitimate way to write a solution
 _SYSCALL_PIVOT_ROOT, _SYSCALL_MOUNT_SETATTR = (155, 41), 442
@@ -79,12 +77,10 @@ def enter() -> None:
             os._exit(min(error.errno or 1, 255))
         finally:
             os._exit(1)
-    _, status = os.waitpid(probe, 0)
-    if status:
-        _no_namespaces = os.strerror(os.waitstatus_to_exitcode(status))
-        return
-    _enter()
-    _no_namespaces = ""
+    status = os.waitstatus_to_exitcode(os.waitpid(probe, 0)[1])
+    _no_namespaces = os.strerror(status) if status else ""
+    if not status:
+        _enter()
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: bytes | None = None) -> None:
@@ -102,7 +98,7 @@ def _enter() -> None:
             file.write(text)
     hide_memory()
     _mount("none", "/", None, MS_REC | MS_PRIVATE)
-    root = NEW_ROOT
+    root = "/proc"  # a folder that every system has, and that nothing below needs once it is covered
     _mount("root", root, "tmpfs", MS_NOSUID | MS_NODEV, b"size=1048576,mode=0755")
     for path in python_folders():
         _bind(path, root)
@@ -128,22 +124,15 @@ def python_folders() -> tuple[str, ...]:
     needed += [path for path in sys.path if path.endswith("-packages")]  # a user's own lie elsewhere
     needed = [path for path in needed if os.path.exists(path)]
     # A symbolic link needs its target too: /lib is usr/lib on most systems.
-    paths = {*needed, *map(os.path.realpath, needed)}
-    kept: list[str] = []
-    for path in sorted(paths):
-        if not any(path.startswith(other.rstrip("/") + "/") for other in kept):
-            kept.append(path)
-    return tuple(path for path in kept if path != "/")
+    paths = {*needed, *map(os.path.realpath, needed)} - {"/"}
+    return tuple(sorted(path for path in paths if paths.isdisjoint(map(str, Path(path).parents))))
 
 
 def _bind(path: str, root: str, *, read_only: bool = True) -> None:
-    target = root + path
-    if os.path.isdir(path):
-        os.makedirs(target, exist_ok=True)
-    else:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        with open(target, "w"):
-            pass
+    target, folder = root + path, os.path.isdir(path)
+    os.makedirs(target if folder else os.path.dirname(target), exist_ok=True)
+    if not folder:
+        Path(target).touch()
     _mount(path, target, None, MS_BIND | MS_REC)
     if not read_only:
         return

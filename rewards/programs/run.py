@@ -5,9 +5,8 @@ program, forked from `zygote`, whose memory never held a test; and for assert-st
 (`judge`), a fork of the worker that runs them against the program over a socket. Only the judge holds the
 pipe of the verdict, and stdin/stdout cases are compared here. Forks of warm interpreters cost milliseconds.
 
-The program gets what `isolate` and `hook` leave it, an empty working folder that is deleted
-afterwards, an empty environment, and no open files but those named. At its end it is killed, and with it
-every process it made.
+The program gets what `isolate` and `hook` leave it, an empty working folder that is deleted afterwards, an
+empty environment, and no open files but those named. At its end every process it made is killed with it.
 
 Known limits: where namespaces are not available, a program can ask whether a file exists, and fill the disk
 with some hundred megabytes before it is stopped. A test that calls a second function of the program trusts
@@ -30,7 +29,7 @@ from typing import Any
 
 from rewards.fork import Fork
 from rewards.programs import hook, isolate
-from rewards.programs.judging import controls, judge, remote
+from rewards.programs.judging import controls, judge
 from rewards.programs.zygote import Limits, Zygote, seed, standard_streams
 from rewards.wire import Channel
 
@@ -119,7 +118,7 @@ def _beside(code: str, work: Callable[[int], dict[str, Any]], limits: Limits) ->
                 fork.end()
         finally:
             status = _zygote.end()
-    if remote.ENDED in reply.get("detail", ""):
+    if "the program ended" in reply.get("detail", ""):
         reply["detail"] += f" ({_ending(status)})"
     return reply
 

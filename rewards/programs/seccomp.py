@@ -134,9 +134,8 @@ def _after() -> bytes:
 
 def _searched(answers: list[tuple[int, int]]) -> bytes:
     """A binary search: for each filter the kernel tries every number, and long chains cost it 0.2 ms."""
-    if len(answers) <= 3:
-        each = [((_EQUAL, 0, 1, number), (_GIVE, 0, 0, answer)) for number, answer in answers]
-        return _packed(*(instruction for pair in each for instruction in pair), (_GIVE, 0, 0, _ALLOW))
+    if len(answers) == 1:
+        return _packed((_EQUAL, 0, 1, answers[0][0]), (_GIVE, 0, 0, answers[0][1]), (_GIVE, 0, 0, _ALLOW))
     half = len(answers) // 2
     below, above = _searched(answers[:half]), _searched(answers[half:])
     return _packed((_GREATER, 0, 1, answers[half][0]), (_GO, 0, 0, len(below) // 8)) + below + above
@@ -144,9 +143,9 @@ def _searched(answers: list[tuple[int, int]]) -> bytes:
 
 def _when(number: int, argument: int, values: tuple[int, ...], matching: int, otherwise: int) -> bytes:
     """The answer to a call by one of its arguments."""
+    left = len(values)
     body = [(_LOAD, 0, 0, 16 + 8 * argument)]
-    for left, value in zip(reversed(range(len(values))), values, strict=True):
-        body.append((_EQUAL, left, 0 if left else 1, value))
+    body += [(_EQUAL, left - i, 0 if i < left else 1, value) for i, value in enumerate(values, 1)]
     body += [(_GIVE, 0, 0, matching), (_GIVE, 0, 0, otherwise)]
     return _packed((_EQUAL, 0, len(body), number), *body)
 

@@ -10,6 +10,7 @@ import ast
 import operator
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 _OPERATORS = {
@@ -31,28 +32,27 @@ def tabulated(code: str, tests: Sequence[str]) -> bool:
     """Whether `code` holds two or more of the cases in `tests` (`assert f(1) == 3`), and little else."""
     try:
         cases = [case for test in tests for case in _cases(test)]
-        tree = _parsed(code)
+        tree = parsed(code)
         if len(cases) < 2 or tree is None:
             return False
         streams = [list(_leaves(tree, text)) for text in (False, True)]
     except RecursionError:
         return False
     columns = [[leaf for case in cases for leaf in case[side]] for side in (0, 1)]
-    ways = ([given + answer for given, answer in cases], [answer + given for given, answer in cases])
+    most = max(2, SHARE * len(cases))
+    ways = [(columns, 2.0), ([a + b for a, b in cases], most), ([b + a for a, b in cases], most)]
     for stream in streams:
-        held, size = _held(stream, columns)
-        if held == 2 and size >= OF_CONSTANTS * len(stream):
-            return True
-        for parts in ways:
+        for parts, enough in ways:
             held, size = _held(stream, parts)
-            if held >= max(2, SHARE * len(cases)) and size >= OF_CONSTANTS * len(stream):
+            if held >= enough and size >= OF_CONSTANTS * len(stream):
                 return True
     return False
 
 
-def _parsed(text: str) -> ast.AST | None:
+def parsed(text: str) -> ast.Module | None:
+    """The tree of a text, `None` where it is no Python."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore")  # "\w" in a docstring
         try:
             return ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -61,7 +61,7 @@ def _parsed(text: str) -> ast.AST | None:
 
 def _cases(test: str) -> Iterator[tuple[Leaves, Leaves]]:
     """Inputs and outputs of the comparisons of a call with constants in a test."""
-    for node in ast.walk(_parsed(test) or ast.Module([], [])):
+    for node in ast.walk(parsed(test) or ast.Module([], [])):
         match node:
             case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
                 sides = (left, right)
@@ -69,40 +69,23 @@ def _cases(test: str) -> Iterator[tuple[Leaves, Leaves]]:
                 sides = (left, right)
             case _:
                 continue
-        for call, answer in (sides, sides[::-1]):
-            calls = [
-                n
-                for n in ast.walk(call)
-                if isinstance(n, ast.Call) and not any(isinstance(a, ast.Call) for a in n.args)
-            ]
-            if calls and (leaves := list(_leaves(answer, False))):
-                given = [leaf for arg in calls[0].args for leaf in _leaves(arg, False)]
-                if given:
-                    yield given, leaves
+        for side, answer in (sides, sides[::-1]):
+            calls = [inner for inner in ast.walk(side) if isinstance(inner, ast.Call)]
+            innermost = [call for call in calls if not any(isinstance(arg, ast.Call) for arg in call.args)]
+            given = [leaf for call in innermost[:1] for arg in call.args for leaf in _leaves(arg, False)]
+            if given and (leaves := list(_leaves(answer, False))):
+                yield given, leaves
 
 
 def _leaves(node: ast.AST, text: bool) -> Iterator[Any]:
     """The constants below a node in order; with `text`, those in text that is Python instead of the text."""
-    value = _constant(node)
-    if value is not None:
-        inner = _parsed(value[0]) if text and isinstance(value[0], str) and len(value[0]) > 1 else None
-        found = list(_leaves(inner, False)) if inner is not None else []
-        yield from found or value
+    if (value := _constant(node)) is not None:
+        inner = parsed(value[0]) if text and isinstance(value[0], str) and len(value[0]) > 1 else None
+        yield from (list(_leaves(inner, False)) if inner else []) or value
         return
-    for child in _in_order(node):
+    pairs = zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ()
+    for child in [part for pair in pairs for part in pair if part] or ast.iter_child_nodes(node):
         yield from _leaves(child, text)
-
-
-def _in_order(node: ast.AST) -> Iterator[ast.AST]:
-    if isinstance(node, ast.Dict):
-        for key, value in zip(node.keys, node.values, strict=True):
-            yield from (part for part in (key, value) if part is not None)
-    elif isinstance(node, ast.IfExp):  # the source has the value first
-        yield from (node.test, node.body, node.orelse)
-    elif isinstance(node, ast.Assign):
-        yield from (*node.targets, node.value)
-    else:
-        yield from ast.iter_child_nodes(node)
 
 
 def _constant(node: ast.AST) -> list[Any] | None:
@@ -117,13 +100,10 @@ def _constant(node: ast.AST) -> list[Any] | None:
             return [-inside[0]] if inside and _number(inside[0]) else None
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             a, b = _constant(left), _constant(right)
-            if a and b and _number(a[0], b[0]):
-                try:
+            of_text = a and b and isinstance(op, ast.Add) and type(a[0]) is type(b[0]) is str
+            if a and b and (of_text or _number(a[0], b[0])):
+                with suppress(ArithmeticError, TypeError):
                     return [_OPERATORS[type(op)](a[0], b[0])]
-                except (ArithmeticError, TypeError):
-                    return None
-            if a and b and isinstance(op, ast.Add) and type(a[0]) is type(b[0]) is str:
-                return [a[0] + b[0]]
     return None
 
 
@@ -135,14 +115,9 @@ def _held(stream: Leaves, parts: list[Leaves]) -> tuple[int, int]:
     """How many of `parts` are in the stream, each in constants of its own, and how many constants that is."""
     rest, held, size = list(stream), 0, 0
     for part in sorted(parts, key=len, reverse=True):
-        at = _find(rest, part)
-        if at >= 0:
-            held, size = held + 1, size + len(part)
-            rest[at : at + len(part)] = [None]
+        n = len(part)
+        starts = (i for i in range(len(rest) - n + 1) if rest[i] == part[0] and rest[i : i + n] == part)
+        if (at := next(starts, -1)) >= 0:
+            held, size = held + 1, size + n
+            rest[at : at + n] = [None]
     return held, size
-
-
-def _find(stream: Leaves, part: Leaves) -> int:
-    size = len(part)
-    ends = len(stream) - size + 1
-    return next((i for i in range(ends) if stream[i] == part[0] and stream[i : i + size] == part), -1)

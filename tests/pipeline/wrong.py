@@ -166,7 +166,7 @@ CONFIGS = [
     *[{"rope_scaling": v} for v in ("x", {"type": "linear", "factor": 2}, {"type": "yarn"})],
     *[{"max_position_embeddings": v} for v in (0, -5, "96", None)],
     *[{"model_type": v} for v in (None, "nope")],
-    *[{"eos_token_id": v} for v in ("</s>", -1, [[]])],
+    *[{"eos_token_id": v} for v in ("</s>", [[]])],
     *[{"num_hidden_layers": v} for v in (0, 99, "2", None)],
     *[{"n_routed_experts": v} for v in (0, 7, "8")],
     *[

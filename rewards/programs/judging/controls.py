@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from rewards.programs.judging.remote import COMPARISONS, Pipe, ProgramGone
+from rewards.programs.judging.remote import COMPARISONS, Peer, ProgramGone
 from rewards.programs.judging.values import CONTAINERS
 
 MOST_CHECKED, GROUPS = 24, 6
@@ -67,16 +67,16 @@ def _doubt(log: Log, at: int, replay: Replay, repeats: int) -> str | None:
 
 def replay(fd: int, messages: list[Any]) -> dict[str, Any]:
     """Send messages to a fresh program at the end of `fd`; `answer`: that to the last, if there is one."""
-    pipe = Pipe(fd)
+    peer = Peer(fd)
     try:
-        answer = pipe.receive()
+        answer = peer.receive()
         for message in messages:
             if _NEW in message[3]:
                 if answer[0] != "value" or answer[1][0] != "o":
                     return {}
                 message = [*message[:3], [["j", answer[1][1]]], []]
-            pipe.send(message)
-            while (answer := pipe.receive())[0] == "print":
+            peer.send(message)
+            while (answer := peer.receive())[0] == "print":
                 pass
     except (ProgramGone, LookupError, TypeError):
         return {}

@@ -50,6 +50,7 @@ from rewards.wire import words
 
 _FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
 _PATCHED = re.compile(r"""\bpatch(?:\.\w+)?\(\s*(?!['"](?:builtins\.input|sys\.std)|self)""")  # `mock.patch`
+_RUNNER = re.compile(r"(unittest|pytest)\.main\(")
 _MODULES = "solution main program module candidate submission answer your_module __main__".split()  # noqa: SIM905
 
 
@@ -229,7 +230,8 @@ def compiled(text: str, number: int) -> _Test:
         warnings.simplefilter("ignore")
         tree = ast.parse(text)
         table = symtable.symtable(text, "test", "exec")
-    tree.body = [node for node in tree.body if not _is_runner(node)]
+    # `unittest.main()` and the like: the judge runs what is defined.
+    tree.body = [node for node in tree.body if not _RUNNER.match(ast.unparse(node))]
     symbols, scopes = [], [table]
     while scopes:
         scope = scopes.pop()
@@ -252,16 +254,6 @@ def compiled(text: str, number: int) -> _Test:
     return _Test(code, names - bound, found, checked if "check" in bound else None)
 
 
-def _is_runner(node: ast.stmt) -> bool:
-    """`unittest.main()` and the like: the judge runs what is defined."""
-    match node:
-        case ast.Expr(
-            value=ast.Call(func=ast.Attribute(attr="main", value=ast.Name(id="unittest" | "pytest")))
-        ):
-            return True
-    return False
-
-
 def _stepped(body: list[Any]) -> list[Any]:
     out: list[Any] = []
     for node in body:
@@ -271,32 +263,23 @@ def _stepped(body: list[Any]) -> list[Any]:
                     setattr(part, field, _stepped(getattr(part, field)))
         match node:
             case ast.Expr(value=ast.Constant()) | ast.ImportFrom(module="__future__"):
-                pass
-            case _:
-                out.append(ast.copy_location(ast.Expr(_step(node)), node))
-        match node:
-            case ast.Assert(test=ast.BoolOp(values=[_, *rest]) as both):
-                each = [
-                    ast.Subscript(ast.Tuple([_step(node), part], ast.Load()), ast.Constant(1), ast.Load())
-                    for part in rest
-                ]
-                both.values[1:] = [ast.copy_location(part, node) for part in each]
-        out.append(node)
-    return [*out, ast.copy_location(ast.Expr(_step(None)), body[-1])] if out else body
+                out.append(node)
+                continue
+            case ast.Assert(test=ast.BoolOp(values=[_, *rest]) as both):  # `(step, part)[1]`
+                pairs = [ast.Tuple([_step(node), part], ast.Load()) for part in rest]
+                both.values[1:] = [ast.Subscript(pair, ast.Constant(1), ast.Load()) for pair in pairs]
+        out += [ast.Expr(_step(node)), node]
+    return [*out, ast.Expr(_step(None))] if out else body
 
 
 def _step(node: ast.stmt | None) -> ast.expr:
     value = getattr(node, "test", None) or getattr(node, "value", None)
-    match value:
-        case None:
-            hold = False
-        case ast.Compare(ops=ops):
-            hold = not all(isinstance(op, (ast.Is, ast.IsNot)) for op in ops)
-        case ast.Call(args=args, keywords=named):
-            inside = [*args, *(keyword.value for keyword in named)]
-            hold = any(isinstance(inner, ast.Call) for arg in inside for inner in ast.walk(arg))
-        case _:
-            hold = True
+    hold = value is not None
+    if isinstance(value, ast.Compare):
+        hold = not all(isinstance(op, (ast.Is, ast.IsNot)) for op in value.ops)
+    elif isinstance(value, ast.Call):
+        inside = [*value.args, *value.keywords]
+        hold = any(isinstance(inner, ast.Call) for arg in inside for inner in ast.walk(arg))
     return ast.Call(ast.Name("__step__", ast.Load()), [ast.Constant(hold)], [])
 
 
@@ -319,12 +302,9 @@ class _Names(dict[str, Any]):
             for name in () if test.checked is None else self._live - test.checked:
                 if isinstance(self.get(name), (Remote, Mirrored)):
                     judge.helpers[at(self[name])[1]] = name
-        tests_module = types.ModuleType("tests")
-        tests_module.__dict__["__getattr__"] = lambda name: self[name] if name in self else _absent(name)
-        sys.modules["tests"] = tests_module
-        program = types.ModuleType("solution")
+        sys.modules["tests"] = _module("tests", lambda name: self[name] if name in self else _absent(name))
+        program = _module("solution", lambda name: self.fetch(name) if name in offered else _absent(name))
         program.__dict__["__all__"] = [name for name in offered if name[:1] != "_"]
-        program.__dict__["__getattr__"] = lambda name: self.fetch(name) if name in offered else _absent(name)
         sys.modules.update(dict.fromkeys(_MODULES, program))
 
     def fetch(self, name: str) -> Any:
@@ -344,6 +324,12 @@ def _absent(name: str) -> Any:
     raise AttributeError(f"there is no {name}")
 
 
+def _module(name: str, get: Any) -> types.ModuleType:
+    made = types.ModuleType(name)
+    made.__dict__["__getattr__"] = get
+    return made
+
+
 def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
     """Run the tests on the program at the end of `fd`: `passed`, `detail`, `log`, `doubtful`; or `error`."""
     compiled_tests = [compiled(test, number) for number, test in enumerate(tests, 1)]
@@ -351,7 +337,7 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
     quiet_loops(" ".join(tests))
     passed, detail = 0, ""
     try:
-        kind, rest = link.pipe.receive()
+        kind, rest = Peer.receive(link)
         if kind != "ready":
             return {"passed": 0, "detail": f"the program raised {rest}"}
         names = _Names(link, {str(name): str(what) for name, what in rest}, compiled_tests)

@@ -132,9 +132,8 @@ def _filled(test: Any, instance: Any, given: dict[str, Any], stack: contextlib.E
         if name in given:
             out[name] = given[name]
         elif name == "capsys":
-            text = io.StringIO()
-            stack.enter_context(contextlib.redirect_stdout(text))
-            out[name] = types.SimpleNamespace(readouterr=functools.partial(_taken, text))
+            text = stack.enter_context(contextlib.redirect_stdout(Captured()))
+            out[name] = types.SimpleNamespace(readouterr=text.readouterr)
         else:
             made = getattr(instance, name, None) or test.__globals__.get(name)
             if made is None:
@@ -146,8 +145,14 @@ def _filled(test: Any, instance: Any, given: dict[str, Any], stack: contextlib.E
     return out
 
 
-def _taken(text: io.StringIO) -> types.SimpleNamespace:
-    out = text.getvalue()
-    text.seek(0)
-    text.truncate()
-    return types.SimpleNamespace(out=out, err="")
+class Captured(io.StringIO):
+    """Text printed, until it is taken."""
+
+    def taken(self) -> str:
+        text = self.getvalue()
+        self.seek(0)
+        self.truncate()
+        return text
+
+    def readouterr(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(out=self.taken(), err="")

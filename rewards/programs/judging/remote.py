@@ -23,7 +23,6 @@ from typing import Any
 from rewards.programs.judging.values import Malformed, decode, encode
 from rewards.wire import Channel, text_of
 
-ENDED = "the program ended"
 LONGEST_MESSAGE = 64 << 20
 
 COMPARISONS = frozenset("__eq__ __ne__ __lt__ __le__ __gt__ __ge__ __contains__".split())  # noqa: SIM905
@@ -50,29 +49,6 @@ _MUTABLE = (list, dict, set, bytearray, deque)
 
 class ProgramGone(Exception):
     """The program's process ended, or sent something that is no message."""
-
-
-class Pipe(Channel):
-    """A channel whose other end is the program."""
-
-    def __init__(self, fd: int) -> None:
-        super().__init__(fd, longest=LONGEST_MESSAGE)
-
-    def send(self, *message: Any) -> None:
-        try:
-            super().send(*message)
-        except EOFError:
-            raise ProgramGone(ENDED) from None
-
-    def receive(self, *deadline: float) -> Any:
-        try:
-            return super().receive(*deadline)
-        except (EOFError, OSError):
-            raise ProgramGone(ENDED) from None
-        except OverflowError:
-            raise ProgramGone("the program sent too much") from None
-        except (ValueError, RecursionError):
-            raise ProgramGone("the program sent something that is no message") from None
 
 
 def at(stand_in: Any) -> tuple["Peer", int]:
@@ -152,7 +128,7 @@ class Peer:
     """Why there can be no verdict."""
 
     def __init__(self, fd: int) -> None:
-        self.pipe = Pipe(fd)
+        self.pipe = Channel(fd, longest=LONGEST_MESSAGE)
         self.objects: list[Any] = []  # given away; kept alive, so that an id stays its own
         self._numbers: dict[int, int] = {}
         self._described: set[int] = set()
@@ -160,10 +136,20 @@ class Peer:
         self._remotes: dict[int, Remote] = {}
 
     def send(self, message: list[Any]) -> None:
-        self.pipe.send(message)
+        try:
+            self.pipe.send(message)
+        except (EOFError, OSError):
+            raise ProgramGone("the program ended") from None
 
     def receive(self) -> list[Any]:
-        message = self.pipe.receive()
+        try:
+            message = self.pipe.receive()
+        except (EOFError, OSError):
+            raise ProgramGone("the program ended") from None
+        except OverflowError:
+            raise ProgramGone("the program sent too much") from None
+        except (ValueError, RecursionError):
+            message = None
         if not isinstance(message, list) or not message:
             raise ProgramGone("the program sent something that is no message")
         return message
@@ -217,14 +203,12 @@ class Peer:
             args = [self.decoded(item) for item in given]
             kwargs = {str(key): self.decoded(item) for key, item in named}
             value = self.perform(self.objects[number], name, args, kwargs)
-            passed = [
-                *zip(range(len(args)), args, given, strict=True),
-                *((k, kwargs[k], data) for k, data in named),
-            ]
-            mutable = [item for item in passed if isinstance(item[1], _MUTABLE) or _is_array(item[1])]
-            after = [(key, self.encoded(arg), before) for key, arg, before in mutable]
-            own = [["arg", key] for key, arg, _ in mutable if arg is value]
-            changes = [[key, now] for key, now, before in after if now != before]
+            passed: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            before: dict[Any, Any] = {**dict(enumerate(given)), **dict(named)}
+            mutable = {key: arg for key, arg in passed.items() if isinstance(arg, _MUTABLE) or _is_array(arg)}
+            after = {key: self.encoded(arg) for key, arg in mutable.items()}
+            own = [["arg", key] for key, arg in mutable.items() if arg is value]
+            changes = [[key, now] for key, now in after.items() if now != before[key]]
             return ["value", own[0] if own else self.encoded(value), changes]
         except ProgramGone:
             raise
@@ -265,12 +249,8 @@ class Peer:
         module = str(kind.__module__)
         if isinstance(kind, Mirrored):
             return ["j", at(kind)[1]]
-        library = module.partition(".")[0] in sys.stdlib_module_names
-        if (
-            library
-            and issubclass(kind, BaseException)
-            and vars(sys.modules[module]).get(kind.__name__) is kind
-        ):
+        library = sys.modules.get(module) if module.partition(".")[0] in sys.stdlib_module_names else None
+        if issubclass(kind, BaseException) and getattr(library, kind.__name__, None) is kind:
             return ["x", module, kind.__name__]
         number = self.number(kind)
         if number in self._described:
@@ -284,13 +264,8 @@ class Peer:
     def _error(self, error: BaseException) -> list[Any]:
         """An exception by value: its class, text, arguments, and public attributes."""
         data = {name: value for name, value in vars(error).items() if not name.startswith("_")}
-        return [
-            "X",
-            self._class(type(error)),
-            text_of(error),
-            self.encoded([*error.args]),
-            self.encoded(data),
-        ]
+        kind = self._class(type(error))  # before what may name it again
+        return ["X", kind, text_of(error), self.encoded([*error.args]), self.encoded(data)]
 
     def _dereference(self, kind: str, rest: list[Any]) -> Any:
         number = rest[0]

@@ -7,10 +7,10 @@ nothing that a program that answers could not.
 import io
 import sys
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from rewards.programs.judging import values
+from rewards.programs.judging.pytests import Captured
 from rewards.programs.judging.remote import Peer, quiet_loops
 from rewards.wire import words
 
@@ -23,14 +23,13 @@ class _Program(Peer):
 
     def __init__(self, fd: int, namespace: dict[str, Any]) -> None:
         super().__init__(fd)
-        self.printed = io.StringIO()
+        self.printed = _Printed()
         self.number(namespace)
 
     def send(self, message: list[Any]) -> None:
-        if self.printed.tell():
-            text, self.printed = self.printed.getvalue(), io.StringIO()
-            self.pipe.send(["print", text])
-        self.pipe.send(message)
+        if text := self.printed.taken():
+            super().send(["print", text])
+        super().send(message)
 
     def perform(self, target: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         if name == "global":
@@ -47,16 +46,14 @@ class _Program(Peer):
         return super().perform(target, name, args, kwargs)
 
 
-class _Stdout(io.TextIOBase):
-    """What the program prints reaches the tests' own stdout before the next message."""
-
-    def __init__(self, program: _Program) -> None:
-        self._program = program
+class _Printed(Captured):
+    """The program's stdout, which reaches the tests' own before the next message."""
 
     def write(self, text: str) -> int:
-        if self._program.printed.tell() < MOST_PRINTED:
-            self._program.printed.write(text)
-        return len(text)
+        return super().write(text) if self.tell() < MOST_PRINTED else len(text)
+
+    def close(self) -> None:
+        """A program may close it."""
 
 
 class _Stdin(io.TextIOBase):
@@ -70,9 +67,6 @@ class _Stdin(io.TextIOBase):
 
     def read(self, size: int | None = -1, /) -> str:
         return "".join(self)
-
-    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
-        return iter(self.readline, "")
 
 
 def _kind(value: Any) -> str:
@@ -96,13 +90,13 @@ def serve(fd: int, code: str) -> None:
     quiet_loops(code)
     namespace = module("solution")
     program = _Program(fd, namespace)
-    sys.stdout, sys.stdin = _Stdout(program), _Stdin(program)
+    sys.stdout, sys.stdin = program.printed, _Stdin(program)
     try:
         exec(compile(code, "program", "exec"), namespace)
     except BaseException as error:
         program.pipe.send(["raised", words(error)])
         return
-    program.printed = io.StringIO()
+    program.printed.taken()
     offered = [
         [name, _kind(value)]
         for name, value in list(namespace.items())[:10_000]
