@@ -16,7 +16,6 @@ from pathlib import Path
 from pipeline.data.corpus import Row, tagged
 from pipeline.data.decontaminate import decontaminate
 from pipeline.data.problems import benchmark_rows, problems, read_problems
-from pipeline.data.rows import ALL_ROWS
 from pipeline.settings.common import RowSettings
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
@@ -31,8 +30,7 @@ _BREAK = re.compile(r"\s*\n\s*")
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:
     """The same questions, answered without reasoning. What stands outside the think block is kept as it is
-    (`<answer>7</answer>`); a worked solution without tags shrinks to its box. A row with nothing outside its
-    thinking is left out."""
+    (`<answer>7</answer>`); a worked solution without tags shrinks to its box. Others are left out."""
     plain = []
     for row in rows:
         answer = row.answer or last_boxed(row.completion)
@@ -44,9 +42,7 @@ def plain_rows(rows: Iterable[Row]) -> list[Row]:
     return plain
 
 
-def read_solutions(
-    source: str, folder: Path | None, settings: RowSettings = ALL_ROWS
-) -> list[tuple[Problem, str]]:
+def read_solutions(source: str, folder: Path | None, settings: RowSettings) -> list[tuple[Problem, str]]:
     """Problems of `gsm8k_train` or `math_train` with their published solutions, from `folder` or the hub.
     Raises `UserError`: neither can be read, or too many rows hold no problem."""
     _, rows = benchmark_rows(source, folder)
@@ -58,8 +54,7 @@ def read_solutions(
 
 def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
     """Published solutions as traces that end in the boxed answer; what has no solution is left out. `tags`
-    puts them in R1's format, for its own template; without, models that are asked to box their answer learn
-    the solution as it stands."""
+    puts them in R1's format; without, for templates that ask for a box, the solution is as it stands."""
     for problem, solution in solved:
         steps = worked_steps(solution, problem.answer)
         if steps and problem.answer:

@@ -139,8 +139,7 @@ class StudentTrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy of the update's completion tokens, nats. On a GPU TRL's fused kernel does it. On
-        a CPU TRL projects every position, prompts too, and once more in the backward; here it is the
-        completion tokens alone, once."""
+        a CPU TRL projects every position, and again in the backward; here only completion tokens, once."""
         if not self.args.use_cpu or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         net = self.accelerator.unwrap_model(model)

@@ -47,8 +47,7 @@ class Row:
 
 def read_corpus(source: Path | str, count: int = 0, seed: int = 0, rows: RowSettings = ALL_ROWS) -> list[Row]:
     """The rows of a corpus, a file or `hub:OWNER/NAME[:CONFIG]:SPLIT`; at most `count`, sampled by `seed`.
-    Raises `UserError`: no such file or data set, one without a usable row, or more bad rows than `rows`
-    allows."""
+    Raises `UserError`: no such file or data set, no usable row in it, or more bad ones than `rows` allows."""
     hub = parse_hub(str(source)) if str(source).startswith("hub:") else None
     stem, lines = (hub.path, hub_rows(hub)) if hub else (Path(source).stem, located(Path(source)))
     named, tally = named_fields(rows.fields), Tally(str(source), rows)
@@ -106,10 +105,8 @@ def to_row(row: JsonObject, source: str, index: int) -> Row | None:
 def generations(row: JsonObject, spoken: str | None) -> list[Any]:
     """The completions of a public row, less those that its own checks did not find right."""
     pairs = ((row.get(thought), row.get(answer)) for thought, answer in THOUGHTS.items())
-    parted = next(
-        (f"<think>{a}</think>{b}" for a, b in pairs if isinstance(a, str) and isinstance(b, str)), None
-    )
-    texts = row.get("generations") or [row.get("generation") or parted or spoken]
+    parted = [f"<think>{a}</think>{b}" for a, b in pairs if isinstance(a, str) and isinstance(b, str)]
+    texts = row.get("generations") or [row.get("generation") or [*parted, spoken][0]]
     checks = [row[key] for key in ("correctness_math_verify", "correctness_llama") if row.get(key)]
     if not checks or not isinstance(texts, list):
         return texts if isinstance(texts, list) else [texts]

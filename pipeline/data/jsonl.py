@@ -55,9 +55,8 @@ def located(path: Path) -> Iterator[Located]:
 def object_of(row: Any) -> JsonObject:
     """`row`, an object; a `BadRow` of `located` and anything else is raised as one."""
     if not isinstance(row, dict):
-        raise (
-            row if isinstance(row, BadRow) else BadRow(f"expected a JSON object, found {type(row).__name__}")
-        )
+        found = f"expected a JSON object, found {type(row).__name__}"
+        raise row if isinstance(row, BadRow) else BadRow(found)
     return row
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.data.corpus import Row
 from pipeline.data.jsonl import BadRow
@@ -20,9 +20,7 @@ from rollout.text.tokenizer import encode_example, encode_prompt
 from rollout.types import Problem
 
 
-def pooled(
-    config: GeneratingSettings, tokenizer: PreTrainedTokenizerFast, model: Path, seed: int
-) -> list[Problem]:
+def pooled(config: GeneratingSettings, tokenizer: Tokenizer, model: Path, seed: int) -> list[Problem]:
     """Training problems of all sources, one after the other, for the model directory `model`.
     Raises `UserError`: a source cannot be read, or none of its problems fits the model's context."""
     data, most = config.data, config.pool
@@ -44,7 +42,7 @@ def hold_back(problem: Problem, share: float) -> Problem:
 
 
 def fitting(
-    found: Sequence[Problem], config: GeneratingSettings, tokenizer: PreTrainedTokenizerFast, model: Path
+    found: Sequence[Problem], config: GeneratingSettings, tokenizer: Tokenizer, model: Path
 ) -> list[Problem]:
     """The problems whose prompt and `max_tokens` the context holds; others are counted on the console.
     Raises `UserError`: none is left, or the model's chat template cannot be used."""
@@ -68,7 +66,7 @@ def fitting(
 
 
 def encoded(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, template: str, settings: RowSettings
+    rows: Sequence[Row], tokenizer: Tokenizer, template: str, settings: RowSettings
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Prompt and completion ids of each row that the template fits; others are left out and counted.
     Raises `UserError`: they are more than `settings` allows."""

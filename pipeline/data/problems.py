@@ -59,7 +59,8 @@ def problems(
     data_dir: Path | None = None,
     rows: RowSettings = ALL_ROWS,
 ) -> list[Problem]:
-    """The problems of a source, in its own order.
+    """The problems of a source, in its own order. Raises `UserError`: the source is unknown, cannot be read
+    or is empty, or too many of its rows are bad.
 
     Args:
         count: at most this many, from the start; `None` = all, or `GENERATED` of a generator.
@@ -67,9 +68,6 @@ def problems(
         seed: of a generator; the others do not depend on it.
         data_dir: folder of the benchmarks' files; `None` = $R1_DATA.
         rows: how rows are read; `fields` holds for files and data sets without a name in `BENCHMARKS`.
-
-    Raises:
-        UserError: the source is unknown, cannot be read or is empty, or too many of its rows are bad.
     """
     source = ALIASES.get(source, source)
     kind, _, rest = source.partition(":")
@@ -108,8 +106,7 @@ def read_problems(
     found: Iterator[Located], source: str, rows: RowSettings, count: int | None = None, *, check: bool = True
 ) -> list[tuple[Problem, Any]]:
     """At most `count` problems, each with its row; bad rows are left out and counted on the console. `check`:
-    also rows whose reference answer no rule can verify. Raises `UserError`: more rows are bad than `rows`
-    allows."""
+    also rows whose answer no rule can verify. Raises `UserError`: more rows are bad than `rows` allows."""
     fields, tally = named_fields(rows.fields), Tally(source, rows)
     parsed = tally.usable(found, lambda row, i: (to_problem(row, source, i, fields), row))
     kept: list[tuple[Problem, Any]] = []

@@ -179,10 +179,8 @@ def read_listed(row: JsonObject) -> Asked:
     if not all(isinstance(test, str) for test in listed) or not isinstance(row["test_list"], list):
         raise BadRow("test_list is not a list of statements")
     more = (row["test"],) if isinstance(row.get("test"), str) else ()
-    question = "\n".join(
-        [question_of(row), "", f"{BLOCK}. It should pass these tests:", "", *map(str, listed)]
-    )
-    return Asked(question, tests=(*before, *listed, *more), shown=len(before) + len(listed))
+    said = [question_of(row), "", f"{BLOCK}. It should pass these tests:", "", *map(str, listed)]
+    return Asked("\n".join(said), tests=(*before, *listed, *more), shown=len(before) + len(listed))
 
 
 def read_cases(row: JsonObject) -> Asked:

@@ -5,8 +5,8 @@
     checkpoint-N/    state; manifest written last  latest           name of the newest checkpoint
     model/           the finished model            done.json        written last: the stage is complete
 
-A directory with a checkpoint or a model is never overwritten; a run that ended before its first checkpoint
-is started again. `--resume` goes on from `latest`, to the same bits.
+A directory in use is never overwritten; a run that ended before its first step is started again. `--resume`
+goes on from `latest`, to the same bits.
 """
 
 import errno
@@ -223,15 +223,17 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
 
 
 def has_work(path: Path) -> bool:
-    """Whether a run left a checkpoint or a model: something to go on from."""
-    return (path / "latest").exists() or any(path.glob("**/model"))
+    """Whether a run left a checkpoint, a model, or a record of a step."""
+    logs = (path / name for name in ("metrics.jsonl", "samples.jsonl"))
+    made = (path / "latest").exists() or any(path.glob("**/model"))
+    return made or any(log.is_file() and log.stat().st_size for log in logs)
 
 
 def start_again(run: RunDir) -> None:
-    """Clear the directory of a run that ended before its first checkpoint; its lock is held."""
+    """Clear the directory of a run that ended before its first step; its lock is held."""
     for file in [p for p in run.path.iterdir() if p.name != "lock"]:
         remove(file)
-    say(f"{run.stage.name}: the run in {run.path} ended before its first checkpoint: starting again")
+    say(f"{run.stage.name}: the run in {run.path} ended before its first step: starting again")
 
 
 def forget_if_empty(run: RunDir, used: bool) -> None:

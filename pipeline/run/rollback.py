@@ -16,10 +16,7 @@ S = TypeVar("S", bound=AdamWSettings)
 def guarded(run_dir: RunDir, settings: GuardSettings, attempt: Callable[[], T]) -> T:
     """What `attempt` returns. It opens all that it needs and goes on from the newest checkpoint, so that a
     rollback is a resume, from an earlier one and with a lower rate (`slowed`).
-
-    Raises:
-        Stopped: it diverged once more than `max_rollbacks` times, or before any update was applied.
-    """
+    Raises `Stopped`: it diverged once more than `max_rollbacks` times, or before any update was applied."""
     while True:
         try:
             return attempt()

@@ -144,9 +144,8 @@ class Sampling(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if 0 < self.temperature < COLDEST:
-            raise ValueError(
-                f"temperature={self.temperature} must be 0 (greedy) or at least {COLDEST}: logits overflow."
-            )
+            right = f"0 (greedy) or at least {COLDEST}: logits overflow"
+            raise ValueError(f"temperature={self.temperature} must be {right}.")
 
     def params(self, *, n: int = 1, seed: int = 0, max_tokens: int | None = None) -> SamplingParams:
         """The engine's parameters: `n` rollouts a prompt, at most `max_tokens` where that is less."""

@@ -67,8 +67,7 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
     heldout: tuple[str, ...] = ("gsm8k", "math500")
     """Benchmarks whose copies and near copies are dropped from worked solutions."""
     init_from: str = ""
-    """Dense checkpoint to start from: a stage of this run (smollm2), a directory, or OWNER/NAME on the hub;
-    empty = a fresh `shape`."""
+    """Dense model to start from: a stage (smollm2), a folder, OWNER/NAME (hub); empty = a fresh `shape`."""
     tokenizer_from: str = "pretrain"
     """Stage of this run, or directory, whose tokenizer a fresh student takes."""
     shape: ShapeSettings = field(default_factory=ShapeSettings)
@@ -118,9 +117,8 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
         room = self.tokens_per_step // self.micro_batches
         if self.max_length > room:
             held = f"a micro-batch holds (tokens_per_step / micro_batches = {room})"
-            raise ValueError(
-                f"max_length={self.max_length} is more than {held}; lower the one or raise the other."
-            )
+            way = "lower the one or raise the other"
+            raise ValueError(f"max_length={self.max_length} is more than {held}; {way}.")
 
 
 @dataclass(frozen=True, kw_only=True)

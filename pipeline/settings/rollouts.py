@@ -22,9 +22,8 @@ def check_loss(name: str) -> None:
     elif name not in LOSS_NAMES:
         near = difflib.get_close_matches(name, LOSS_NAMES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(
-            f'unknown loss {name!r}; {hint}There are: {", ".join(LOSS_NAMES)}, or "module:function".'
-        )
+        names = f'{", ".join(LOSS_NAMES)}, or "module:function"'
+        raise ValueError(f"unknown loss {name!r}; {hint}There are: {names}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +53,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
 
     init_from: str = "pretrain"
-    """Model that the policy (and the reference) starts from: a stage of this run, a directory, or OWNER/NAME
-    on the hub."""
+    """Model that policy and reference start from: a stage of this run, a directory, or OWNER/NAME (hub)."""
     steps: Count = 40
     """Rounds of rollouts."""
     prompts_per_step: Count = 32

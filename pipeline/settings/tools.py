@@ -130,8 +130,8 @@ class ServeSettings(AnswerSampling, ModelSettings):
     max_requests: Annotated[int, Range(1, 512)] = 256
     """Requests that are generated or wait at once; a further one gets the status 429. vLLM's has no limit."""
     timeout_s: Count = 60
-    """Seconds for a client to send a request, or to read a part of the answer; then it is dropped. vLLM's
-    server has times of its own."""
+    """Seconds for a client to send a request, or to read a part of the answer; then it is dropped (not by
+    vLLM's server)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ import itertools
 import random
 from collections.abc import Iterator
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from model import TINY, ModelConfig
 from model.transformer import Transformer
@@ -25,9 +25,7 @@ from pipeline.train.supervised import train_loop
 from rollout.text.tokenizer import train_tokenizer
 
 
-def batches(
-    config: PretrainSettings, tokenizer: PreTrainedTokenizerFast, micro_tokens: int
-) -> Iterator[Batch]:
+def batches(config: PretrainSettings, tokenizer: Tokenizer, micro_tokens: int) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
     known = items(config.task, config.pool, "train", config.seed)
     for step in range(config.steps):
@@ -51,7 +49,7 @@ def run(config: PretrainSettings, run_dir: RunDir) -> None:
     run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))
 
 
-def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, PreTrainedTokenizerFast]:
+def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, Tokenizer]:
     """The base and its tokenizer, from the newest checkpoint on; raises `Diverged`."""
     place = Place.open(config)
     texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)

@@ -45,8 +45,7 @@ class Conversation:
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], bool]:
         """Token ids of a conversation, and whether they end inside an open think tag. A model trained with a
-        template for single questions gets the last message alone. Raises `ValueError`: messages that the
-        model's chat template refuses."""
+        template for single questions gets the last message. Raises `ValueError`: it is refused."""
         template = TEMPLATES.get(self.template, TEMPLATES["raw"])
         if not template.chat or not self.tokenizer.chat_template:
             name = template.name if not template.chat else "raw"
@@ -60,8 +59,7 @@ class Conversation:
         return encode_text(self.tokenizer, text), bool(opening(text))
 
     def check(self, ids: Sequence[int]) -> None:
-        """Raises `ValueError`: no prompt for this model: empty, of another vocabulary, or as long as the
-        context."""
+        """Raises `ValueError`: a prompt that is empty, of another vocabulary, or as long as the context."""
         if not ids:
             raise ValueError("the prompt has no tokens.")
         if wrong := [i for i in ids if not 0 <= i < self.vocabulary]:

@@ -19,13 +19,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from pipeline.data.jsonl import write_jsonl
+from pipeline.data.jsonl import JsonObject, write_jsonl
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.run.files import replacing, sha256, write_atomic
@@ -48,15 +48,13 @@ T = TypeVar("T")
 
 def evaluate(
     config: EvaluateSettings, model_hash: str | None = None, replace_changed: bool = False
-) -> dict[str, Any]:
+) -> JsonObject:
     """Score a model on a benchmark, or read the scores that `config.out` already holds: scores.json's.
+    Raises `UserError`: no such model, no such problems, or `config.out` holds something else.
 
     Args:
         model_hash: sha256 of the model directory, where the caller has it.
         replace_changed: scores with other inputs are replaced, once the new ones are complete.
-
-    Raises:
-        UserError: no such model, no such problems, or `config.out` holds something else.
     """
     check_model(config.model)
     count, seed = config.limit, config.problems_seed
@@ -68,7 +66,7 @@ def evaluate(
     return write(config.out, rows, inputs, templates)
 
 
-def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[JsonObject], dict[str, str]]:
     """Sample and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
     if batch := config.max_batch:
         vllm, local = replace(config.vllm, max_batch=batch), replace(config.local, max_batch=batch)
@@ -101,9 +99,7 @@ def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[dict[
     return sorted(rows, key=lambda row: (row["index"], row["sample"])), templates
 
 
-def make_prompts(
-    config: EvaluateSettings, found: list[Problem], tokenizer: PreTrainedTokenizerFast
-) -> list[Prompt]:
+def make_prompts(config: EvaluateSettings, found: list[Problem], tokenizer: Tokenizer) -> list[Prompt]:
     """The problems in `config.template`, tokenized."""
     name = config.template
     if name == "auto":
@@ -124,61 +120,46 @@ def watched(items: Iterable[T], label: str, total: int) -> Iterator[T]:
         yield from bar.track(items, total, description=label)
 
 
-def grade(
-    rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerFast, scorer: Scorer
-) -> Iterator[Graded]:
+def grade(rollouts: Sequence[Rollout], tokenizer: Tokenizer, scorer: Scorer) -> Iterator[Graded]:
     """The rollouts with their verdicts, in order."""
     for start in range(0, len(rollouts), GRADED_AT_ONCE):
         some = rollouts[start : start + GRADED_AT_ONCE]
         yield from scorer.grade_all((r, completion_text(tokenizer, r, r.prompt.template)) for r in some)
 
 
-def row_of(index: int, graded: Graded) -> dict[str, Any]:
+def row_of(index: int, graded: Graded) -> JsonObject:
     """A graded completion as a row of generations.jsonl."""
     problem, rollout = graded.rollout.prompt.problem, graded.rollout
     answer = extract_code(graded.text) if problem.kind == "code" else final_answer(graded.text, "lenient")
-    return {
-        "id": problem.id,
-        "index": index,
-        "sample": rollout.sample,
-        "kind": problem.kind,
-        "question": problem.question,
-        "answer": problem.answer,
-        "text": graded.text,
-        "extracted": answer,
-        "verdict": graded.verdict,
-        "detail": graded.detail,
-        "tokens": len(rollout.token_ids),
-        "finish_reason": rollout.finish_reason,
-        "parts": dict(graded.parts),
-    }
+    asked = {"id": problem.id, "kind": problem.kind, "question": problem.question, "answer": problem.answer}
+    mark = {"verdict": graded.verdict, "detail": graded.detail, "parts": dict(graded.parts)}
+    length = {"tokens": len(rollout.token_ids), "finish_reason": rollout.finish_reason}
+    place = {"index": index, "sample": rollout.sample}
+    return {**asked, **place, "text": graded.text, "extracted": answer, **mark, **length}
 
 
 # ---- the folder
 
 
-def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: str) -> dict[str, Any]:
+def inputs_of(config: EvaluateSettings, found: Sequence[Problem], model_hash: str) -> JsonObject:
     """Whatever changes the scores; scores with equal inputs are the same scores."""
     digest = hashlib.sha256(json.dumps([asdict(p) for p in found]).encode()).hexdigest()
     sampling = ("temperature", "top_p", "top_k", "max_tokens", "seed")
     settings = ("engine", "samples", "template", "dtype", *sampling)
     return {
-        "benchmark": config.benchmark,
-        "problems": len(found),
-        "problems_sha256": digest,
-        "model": str(config.model),
-        "model_sha256": model_hash,
+        **{"benchmark": config.benchmark, "problems": len(found), "problems_sha256": digest},
+        **{"model": str(config.model), "model_sha256": model_hash},
         **{name: getattr(config, name) for name in settings},
     }
 
 
-def earlier_scores(out: Path, inputs: dict[str, Any], replace_changed: bool) -> dict[str, Any] | None:
+def earlier_scores(out: Path, inputs: JsonObject, replace_changed: bool) -> JsonObject | None:
     """The scores in `out`, if they have the same inputs; `None` where there are none, or some to replace.
     Raises `UserError`: `out` holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     try:
-        earlier: dict[str, Any] = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+        earlier: JsonObject = json.loads((out / "scores.json").read_text(encoding="utf-8"))
         before = earlier["inputs"]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out} exists and holds no scores of ours; take another --out") from None
@@ -191,9 +172,7 @@ def earlier_scores(out: Path, inputs: dict[str, Any], replace_changed: bool) -> 
     return earlier
 
 
-def write(
-    out: Path, rows: list[dict[str, Any]], inputs: dict[str, Any], templates: dict[str, str]
-) -> dict[str, Any]:
+def write(out: Path, rows: list[JsonObject], inputs: JsonObject, templates: dict[str, str]) -> JsonObject:
     """Both files, in a folder that appears complete."""
     result = {
         **scores(rows),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.data.jsonl import BadRow, JsonObject, located, object_of, write_jsonl
 from pipeline.errors import UserError
@@ -34,9 +34,7 @@ def prompt_rows(file: Path) -> list[tuple[str, JsonObject]]:
     return rows
 
 
-def prompts_of(
-    rows: list[tuple[str, JsonObject]], tokenizer: PreTrainedTokenizerFast | None
-) -> Iterator[Prompt]:
+def prompts_of(rows: list[tuple[str, JsonObject]], tokenizer: Tokenizer | None) -> Iterator[Prompt]:
     """The prompts of a file's rows; token ids win where a row has both."""
     for where, row in rows:
         problem, ids = (
@@ -55,8 +53,7 @@ def prompts_of(
 
 
 def check_writable(file: Path, source: Path) -> None:
-    """Raise `UserError` where `file` cannot be written, or is the input: known before a model is loaded for
-    minutes."""
+    """Raise `UserError` where `file` cannot be written, or is the input: known before a model is loaded."""
     if file.exists() and file.samefile(source):
         raise UserError(f"{file} is the input itself; choose another --out")
     try:
@@ -70,16 +67,12 @@ def check_writable(file: Path, source: Path) -> None:
         raise UserError(f"cannot write {file}: {error.strerror}; choose another --out") from error
 
 
-def rollout_row(rollout: Rollout, tokenizer: PreTrainedTokenizerFast | None) -> JsonObject:
+def rollout_row(rollout: Rollout, tokenizer: Tokenizer | None) -> JsonObject:
     """A rollout as a row of the output; `text` is null when the model has no tokenizer."""
-    return {
-        "index": rollout.index,
-        "sample": rollout.sample,
-        "token_ids": list(rollout.token_ids),
-        "logprobs": list(rollout.logprobs),
-        "text": completion_text(tokenizer, rollout, "raw") if tokenizer else None,
-        "finish_reason": rollout.finish_reason,
-    }
+    text = completion_text(tokenizer, rollout, "raw") if tokenizer else None
+    ids, logprobs = list(rollout.token_ids), list(rollout.logprobs)
+    row = {"index": rollout.index, "sample": rollout.sample, "token_ids": ids, "logprobs": logprobs}
+    return row | {"text": text, "finish_reason": rollout.finish_reason}
 
 
 def main(config: GenerateSettings) -> None:

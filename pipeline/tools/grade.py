@@ -10,12 +10,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO, cast, get_args
+from typing import BinaryIO, cast, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.data.jsonl import BadRow, json_line, object_of, value_of
+from pipeline.data.jsonl import BadRow, JsonObject, json_line, object_of, value_of
 from pipeline.data.rows import checked, plain
 from pipeline.data.shapes import ANSWERS
 from pipeline.errors import UserError
@@ -88,9 +88,9 @@ def _lines(source: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 def _graded(
     lines: Iterable[tuple[int, bytes | None]], accuracy: Accuracy, kind: str | None, pool: WorkerPool
-) -> Iterator[tuple[int, dict[str, Any]]]:
+) -> Iterator[tuple[int, JsonObject]]:
     """Each line's size and answer, in order, at most `WINDOW` of them in work at once."""
-    waiting: deque[tuple[int, dict[str, Any], Outcome | Future[Outcome]]] = deque()
+    waiting: deque[tuple[int, JsonObject, Outcome | Future[Outcome]]] = deque()
     for number, (size, line) in enumerate(lines, 1):
         waiting.append((size, *_grade_line(number, line, accuracy, kind, pool)))
         if len(waiting) >= WINDOW:
@@ -98,9 +98,7 @@ def _graded(
     yield from (_answered(*line) for line in waiting)
 
 
-def _answered(
-    size: int, row: dict[str, Any], outcome: Outcome | Future[Outcome]
-) -> tuple[int, dict[str, Any]]:
+def _answered(size: int, row: JsonObject, outcome: Outcome | Future[Outcome]) -> tuple[int, JsonObject]:
     try:
         outcome = outcome.result() if isinstance(outcome, Future) else outcome
     except Exception as error:
@@ -116,7 +114,7 @@ def _failed(error: Exception) -> Outcome:
 
 def _grade_line(
     number: int, line: bytes | None, accuracy: Accuracy, kind: str | None, pool: WorkerPool
-) -> tuple[dict[str, Any], Outcome | Future[Outcome]]:
+) -> tuple[JsonObject, Outcome | Future[Outcome]]:
     """The keys and the outcome, at once or, of programs and algebra, from a worker. Nothing escapes."""
     try:
         row = object_of(BadRow(f"longer than {LONGEST_LINE} bytes") if line is None else value_of(line))
@@ -130,7 +128,7 @@ def _grade_line(
         return row, _failed(error)
 
 
-def _problem(row: dict[str, Any], kind: str | None) -> tuple[Problem, str]:
+def _problem(row: JsonObject, kind: str | None) -> tuple[Problem, str]:
     """What to check, read as rows of problems are, and the completion to check it on."""
     completion = row.get("completion")
     if not isinstance(completion, str):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.errors import UserError
 from pipeline.run.files import read_json
@@ -34,7 +34,7 @@ def check_model(path: Path) -> None:
         raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
 
 
-def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
+def open_model(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer | None]:
     """The engine and, if it has one, the tokenizer of a model. Raises `UserError`: no GPU where one was asked
     for, no such model, an engine that is not for it or not installed here, or one that is wrong."""
     if config.threads:
@@ -44,7 +44,7 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenize
         return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
 
 
-def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, PreTrainedTokenizerFast]:
+def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer]:
     """As `open_model`, of a model that must have a tokenizer."""
     engine, tokenizer = open_model(config)
     if tokenizer is None:

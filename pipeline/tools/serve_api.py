@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError, WrapValidator, model_validator
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.settings.tools import ServeSettings
 from pipeline.tools.conversation import Conversation, Piece
@@ -139,9 +139,8 @@ class ChatBody(Body):
 
     def prompts(self, talk: Conversation) -> list[tuple[list[int], bool | None]]:
         """Token ids, and whether they end inside an open think tag."""
-        texts = [
-            m.content if isinstance(m.content, str) else [p.text for p in m.content] for m in self.messages
-        ]
+        contents = [message.content for message in self.messages]
+        texts = [text if isinstance(text, str) else [part.text for part in text] for text in contents]
         roles = [m.role.replace("developer", "system") for m in self.messages]
         return [talk.prompt([{"role": r, "content": "".join(t)} for r, t in zip(roles, texts, strict=True)])]
 
@@ -157,9 +156,8 @@ def parse_body(kind: type[Kind], data: bytes) -> Kind:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         says = str(first.get("ctx", {}).get("error", first["msg"][:1].lower() + first["msg"][1:]))
-        says = {"extra_forbidden": "not supported here", "json_invalid": f"not JSON: {says}"}.get(
-            first["type"], says
-        )
+        ours = {"extra_forbidden": "not supported here", "json_invalid": f"not JSON: {says}"}
+        says = ours.get(first["type"], says)
         param = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in first["loc"])[1:] or None
         if param:
             found = "" if first["type"] == "missing" else f"={reprlib.repr(first['input'])}"
@@ -197,9 +195,7 @@ def respond(talk: Conversation, config: ServeSettings, name: str, body: TextBody
     yield common | {"choices": [], "usage": usage}
 
 
-def choice_of(
-    tokenizer: PreTrainedTokenizerFast, body: TextBody | ChatBody, piece: Piece, first: bool
-) -> dict[str, Any]:
+def choice_of(tokenizer: Tokenizer, body: TextBody | ChatBody, piece: Piece, first: bool) -> dict[str, Any]:
     """A piece of a choice, the first with every key of its text."""
     tokens, logprobs = [str(tokenizer.decode([i])) for i in piece.token_ids], piece.logprobs
     if isinstance(body, TextBody):

@@ -87,8 +87,7 @@ def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
 
 def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     """The steps in the table's order: goals in any case, other stages where their done.json is missing.
-    Raises `UserError`: preset or stage is absent, a setting is wrong, or the run was begun with another
-    seed."""
+    Raises `UserError`: preset or stage is absent, a setting is wrong, or the run has another seed."""
     here, run = stages_of(up.preset), up.runs / up.name
     if up.runs.exists() and not up.runs.is_dir():
         raise UserError(f"--runs {up.runs} is no folder; name another")

@@ -58,10 +58,10 @@ class Decoder:
         """The text that these tokens add; with `over` also what was held back."""
         text = self.text(ids)
         if any(stop in text for stop in self.stops):
-            needed = next(
+            count = next(
                 n for n in range(1, len(ids) + 1) if any(s in self.text(ids[:n]) for s in self.stops)
             )
-            self.stopped, self.surplus, ids = True, len(ids) - needed, ids[:needed]
+            self.stopped, self.surplus, ids = True, len(ids) - count, ids[:count]
             text = self.text(ids)
             text = text[: min(at for stop in self.stops if (at := text.find(stop)) >= 0)]
         elif not over:

@@ -220,8 +220,7 @@ def encode_example(
     tokenizer: PreTrainedTokenizerFast, question: str, template_name: str, completion: str
 ) -> tuple[list[int], list[int]]:
     """A worked example as the engine would have seen it: prompt ids, completion ids with eos.
-    Raises `ValueError`: the completion does not start with the template's prefill, see `completion_text`, or
-    the tokenizer has no eos."""
+    Raises `ValueError`: the completion lacks the template's prefill, or the tokenizer has no eos."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos token, so an example would have no end; set eos_token.")
     opened, text = prefill(tokenizer, template_name), completion.removesuffix(str(tokenizer.eos_token))

@@ -9,6 +9,7 @@ import pytest
 
 from distill.corpus import apart_from, plain_rows, read_solutions, worked_rows, worked_steps
 from pipeline.data.corpus import Row
+from pipeline.data.rows import ALL_ROWS
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
 from rewards.maths.extract import final_answer
@@ -47,8 +48,8 @@ def test_math_keeps_its_own_box() -> None:
 
 @pytest.mark.parametrize("source", ["gsm8k_train", "math_train"])
 def test_a_trace_grades_as_its_own_answer(folder: Path, source: str) -> None:
-    (plain,) = worked_rows(read_solutions(source, folder), tags=False)
-    (tagged,) = worked_rows(read_solutions(source, folder), tags=True)
+    (plain,) = worked_rows(read_solutions(source, folder, ALL_ROWS), tags=False)
+    (tagged,) = worked_rows(read_solutions(source, folder, ALL_ROWS), tags=True)
     assert final_answer(plain.completion, "strict") == plain.answer
     assert final_answer(tagged.completion, "strict") == tagged.answer
     assert in_format(tagged.completion)
@@ -56,19 +57,19 @@ def test_a_trace_grades_as_its_own_answer(folder: Path, source: str) -> None:
 
 
 def test_a_problem_without_a_solution_teaches_nothing(folder: Path) -> None:
-    ((problem, _),) = read_solutions("gsm8k_train", folder)
+    ((problem, _),) = read_solutions("gsm8k_train", folder, ALL_ROWS)
     assert list(worked_rows([(problem, "")], tags=False)) == []
 
 
 def test_copies_of_benchmark_problems_are_left_out(folder: Path) -> None:
-    assert apart_from(read_solutions("math_train", folder), ["math500"], folder) == []
-    assert len(apart_from(read_solutions("gsm8k_train", folder), ["math500"], folder)) == 1
+    assert apart_from(read_solutions("math_train", folder, ALL_ROWS), ["math500"], folder) == []
+    assert len(apart_from(read_solutions("gsm8k_train", folder, ALL_ROWS), ["math500"], folder)) == 1
 
 
 def test_a_bad_line_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (folder / "gsm8k_train.jsonl").open("a") as file:
         file.write(json.dumps({"problem": "no answer"}) + "\n")
-    assert len(read_solutions("gsm8k_train", folder)) == 1
+    assert len(read_solutions("gsm8k_train", folder, ALL_ROWS)) == 1
     assert "left out 1 of 2 rows" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"gsm8k_train\.jsonl:2: no answer"):
         read_solutions("gsm8k_train", folder, RowSettings(max_bad_rows=0))

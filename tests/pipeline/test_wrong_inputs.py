@@ -6,6 +6,7 @@ Every command runs in this process on small files. `wrong.py` has the damage.
 from __future__ import annotations
 
 import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -111,8 +112,8 @@ def run(capsys, monkeypatch) -> Callable[[str], tuple[int, str]]:
     monkeypatch.setattr("pipeline.tools.up.Children.run", start)
     monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
 
-    def go(line: str) -> tuple[int, str]:
-        code = main(line.split(" "))
+    def go(line: str | list[str]) -> tuple[int, str]:
+        code = main(line.split(" ") if isinstance(line, str) else line)
         errors = capsys.readouterr().err.splitlines()
         found = [text for text in errors if text.startswith(("error: ", "stopped: "))]
         assert (code in (USER_ERROR, GUARD)) == (len(found) == 1), errors
@@ -152,7 +153,7 @@ def test_what_is_right_is_accepted(here, run, command, kind):
 
 
 @pytest.mark.parametrize("damage", wrong.MODELS)
-@pytest.mark.parametrize("command", ["generate", "evaluate", "sft", "zero", "distill"])
+@pytest.mark.parametrize("command", ["generate", "zero", "distill"])  # which load models in different ways
 def test_a_damaged_model_is_named(here, run, command, damage):
     damaged(here, "dense" if command == "distill" else "native", wrong.MODELS[damage])
     refused(run(WITH_MODEL[command].replace("MODEL", "bad")), "bad")
@@ -165,10 +166,37 @@ def test_a_damaged_dense_model_is_named(here, run, damage):
 
 
 @pytest.mark.parametrize("damage", ["garbage config", "no weights", "cut weights", "tensor missing"])
-@pytest.mark.parametrize("command", ["chat", "serve", "reject", "eval"])
+@pytest.mark.parametrize("command", ["evaluate", "chat", "serve", "sft", "reject", "eval"])
 def test_every_other_command_reads_models_alike(here, run, command, damage):
     damaged(here, "native", wrong.MODELS[damage])
     refused(run(WITH_MODEL[command].replace("MODEL", "bad")), "bad")
+
+
+@pytest.mark.parametrize("content", wrong.CONTENTS, ids=repr)
+@pytest.mark.parametrize("name", wrong.FILES)
+@pytest.mark.parametrize("command", ["generate text", "evaluate", "zero"])
+def test_another_content_of_a_file_is_named(here, run, command, name, content):
+    damaged(here, "native", wrong.replaced(name, content))
+    if (name, content) == ("generation_config.json", b"[]"):
+        assert run(WITH_MODEL[command].replace("MODEL", "bad")) == (CORRECT, "")
+    else:
+        refused(run(WITH_MODEL[command].replace("MODEL", "bad")), "bad")
+
+
+@pytest.mark.parametrize("change", wrong.CONFIGS, ids=str)
+def test_a_config_of_another_model_is_named(here, run, change):
+    damaged(here, "native", wrong.edited("config.json", **change))
+    (here / "bad/generation_config.json").unlink()  # whose EOS wins
+    refused(run(WITH_MODEL["evaluate"].replace("MODEL", "bad")), "bad")
+
+
+@pytest.mark.parametrize("template", wrong.CHAT_TEMPLATES)
+@pytest.mark.parametrize("command", ["evaluate", "zero", "sft"])
+def test_a_chat_template_that_cannot_be_used(here, run, command, template):
+    damaged(here, "native", wrong.replaced("chat_template.jinja", template))
+    line = WITH_MODEL[command].replace("MODEL", "bad").replace(" --template r1-zero-short", "")
+    code, text = run(f"{line} --template r1")
+    assert code == USER_ERROR and "the tokenizer's chat template fails" in text, text
 
 
 @pytest.mark.parametrize("damage", wrong.TOKENIZERS)
@@ -196,22 +224,29 @@ def test_a_model_that_is_none(here, run, command, where):
     refused(run(WITH_MODEL[command].replace("MODEL", where)), where[:40], "--model", "--init-from")
 
 
+ROWS_OF = {
+    "zero": "zero --config small.toml --init-from native --problems bad.jsonl",
+    "evaluate": "evaluate --model native --benchmark bad.jsonl --out scores --max-tokens 4",
+    "sft": "sft --config empty.toml --init-from native --template r1-zero-short --corpus bad.jsonl",
+    "generate": "generate --model native --prompts bad.jsonl --out out.jsonl --max-tokens 2",
+    "reject": "reject --config sample.toml --init-from native --problems bad.jsonl",
+}
+
+
 @pytest.mark.parametrize("what", wrong.PROBLEMS)
-@pytest.mark.parametrize(
-    "line",
-    [
-        "zero --config small.toml --init-from native --problems bad.jsonl",
-        "reject --config sample.toml --init-from native --problems bad.jsonl",
-        "evaluate --model native --benchmark bad.jsonl --out scores --max-tokens 4",
-    ],
-    ids=["zero", "reject", "evaluate"],
-)
-def test_a_file_without_problems_is_named(here, run, line, what):
+@pytest.mark.parametrize("command", ["zero", "evaluate", "sft", "generate"])
+def test_a_file_without_a_usable_row_is_named(here, run, command, what):
     (here / "bad.jsonl").write_bytes(wrong.PROBLEMS[what])
-    if what == "too long a question" and "evaluate" in line:
-        assert run(line) == (0, "")  # it counts as not solved
-    else:
-        refused(run(line), "bad.jsonl", "of bad ")
+    if (command, what) == ("evaluate", "too long a question"):  # it counts as not solved
+        assert run(ROWS_OF[command]) == (CORRECT, "")
+    elif command != "generate" or what not in wrong.ARE_PROMPTS:
+        refused(run(ROWS_OF[command]), "bad.jsonl", "of bad ")
+
+
+@pytest.mark.parametrize("what", ["empty", "garbage", "no answer", "packed tests", "too long a question"])
+def test_rejection_sampling_reads_problems_alike(here, run, what):
+    (here / "bad.jsonl").write_bytes(wrong.PROBLEMS[what])
+    refused(run(ROWS_OF["reject"]), "bad.jsonl", "of bad ")
 
 
 @pytest.mark.parametrize("what", wrong.CORPORA)
@@ -240,6 +275,8 @@ def test_prompts_that_cannot_be_answered_are_named(here, run, kind, what):
 def test_grade_answers_every_line(here, run, what):
     (here / "bad.jsonl").write_bytes((wrong.PROBLEMS | wrong.PROMPTS)[what])
     assert run("grade bad.jsonl graded.jsonl")[0] == CORRECT
+    rows = map(json.loads, (here / "graded.jsonl").read_text().splitlines())
+    assert {row["verdict"] for row in rows} <= {"error"}
 
 
 @pytest.fixture(scope="module")
@@ -281,14 +318,30 @@ def test_a_damaged_run_directory_is_named(here, run, begun, damage):
     assert code == USER_ERROR and name in text, (code, text)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
 @pytest.mark.parametrize("line", [b"{", b"\xff\xfe\n", b"[]\n", b'{"step": "x"}\n', b"null\n", b"\n\n"])
-def test_a_damaged_line_of_a_log_costs_that_line(here, run, begun, name, line):
+def test_a_damaged_line_of_a_log_costs_that_line(here, run, begun, line):
     shutil.copytree(begun, here / "runs")
-    file = here / "runs/tiny/zero" / name
-    file.write_bytes(line + file.read_bytes())
-    code, text = run(RESUMED)
-    assert code == CORRECT or name in text, (code, text)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        file = here / "runs/tiny/zero" / name
+        file.write_bytes(line + file.read_bytes())
+    assert run(RESUMED) == (CORRECT, "")
+
+
+@pytest.mark.parametrize("text", typed.TOMLS, ids=repr)
+def test_a_config_file_that_is_none(here, run, text):
+    (here / "bad.toml").write_bytes(text)
+    refused(run("zero --config bad.toml --init-from native"), "")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "zero", "sft", "grpo", "reject", "distill", "eval", "report"])
+def test_no_folder_and_no_name(here, run, stage):
+    line = [stage, "--config", f"configs/micro/{stage}.toml"]
+    for runs in ("sums.jsonl", "sums.jsonl/below", "/proc/none"):
+        refused(run([*line, "--runs", runs]), "")
+    for name in ("../up", "x" * 300, "\udcff", "", "a b"):
+        refused(run([*line, "--name", name]), "--name")
+    for file in ("sums.jsonl", ".", "__none"):
+        refused(run([stage, "--config", file]), "")
 
 
 @pytest.mark.parametrize(("line", "says"), typed.LINES)

@@ -107,4 +107,22 @@ LINES = [
     ("upp zero", "upp"),
     ("--typo", "--typo"),
     ("", "unknown stage"),
+    *[
+        (f"{line} {source}", "")
+        for line in (
+            "zero --config small.toml --init-from native --problems",
+            "evaluate --model native --out scores --benchmark",
+        )
+        for source in ("hub:", "hub:a", "hub:a:b:c:d", "generator:", "generator:x", "__x", "", "/", ".")
+    ],
+    ("zero --config configs/micro/zero.toml --name __x", "__x/pretrain/model"),
+    ("zero --config configs/micro/zero.toml --name=__x", "__x/pretrain/model"),
+    ("grade __x __y", "__x"),
 ]
+
+TOMLS = (
+    b"\xff", b"a = ", b"steps = 'x'", b"steps = 9999999999999999999999", b"steps=1\nsteps=2", b"[steps]\na=1",
+    b"optim = 3", b"name = ['a']", b"\x00", b'runs = "a\\u0000b"', b"fields = 'x=y'", b"max_bad_rows = nan",
+    b"max_bad_rows = -1", b"hold_back = 2", b"problems = []", b"threads = 99999999999999999999",
+)  # fmt: skip
+"""Config files that no stage of RL takes."""

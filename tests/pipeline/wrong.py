@@ -149,6 +149,36 @@ MODELS: dict[str, Maker] = {
 }
 """Damage that no command may accept."""
 
+FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "model.safetensors",
+)
+CONTENTS = (b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"[1, 2]")
+"""What no file of a model may hold; `[]` is as good as no generation config."""
+
+CONFIGS = [
+    *[{"vocab_size": v} for v in (0, -1, "x", None, 1e9, 3, [1])],
+    *[{"hidden_size": v} for v in ("x", 0, 33, None)],
+    *[{"num_attention_heads": v} for v in (0, "4", 7)],
+    *[{"rope_scaling": v} for v in ("x", {"type": "linear", "factor": 2}, {"type": "yarn"})],
+    *[{"max_position_embeddings": v} for v in (0, -5, "96", None)],
+    *[{"model_type": v} for v in (None, "nope")],
+    *[{"eos_token_id": v} for v in ("</s>", [[]])],
+    *[{"num_hidden_layers": v} for v in (0, 99, "2", None)],
+    *[{"n_routed_experts": v} for v in (0, 7, "8")],
+    *[
+        {key: "x"}
+        for key in ("rms_norm_eps", "rope_theta", "q_lora_rank", "tie_word_embeddings", "unknown_key")
+    ],
+]
+"""Changes of a native model's config that make it another's."""
+
+CHAT_TEMPLATES = ("{{ 1/0 }}", "{% for %}", "{{ messages[0].x.y }}", "{{ raise_exception('no') }}")
+"""Programs that fail."""
+
 TOKENIZERS: dict[str, Maker] = {
     "garbage tokenizer": replaced("tokenizer.json", "{]"),
     "tokenizer of nothing": replaced("tokenizer.json", "{}"),
@@ -176,9 +206,18 @@ HARMLESS: dict[str, Maker] = {
 DEEP = "[" * 100_000
 QUESTION = '"question": "1+1=?"'
 
+TRACE = {"id": "a", "question": "q", "completion": "<think>\na\n</think>\n<answer>1</answer>"}
+
+
+def as_bytes(row: Any) -> bytes:
+    """A file's content: bytes, text, or an object for one line of JSON."""
+    text = row if isinstance(row, bytes | str) else json.dumps(row) + "\n"
+    return text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass")
+
+
 PROBLEMS: dict[str, bytes] = {
-    name: text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    for name, text in {
+    name: as_bytes(row)
+    for name, row in {
         "empty": "",
         "blank lines": "\n\n  \n",
         "garbage": b"\x80\x81\xfe\xff" * 20,
@@ -209,12 +248,46 @@ PROBLEMS: dict[str, bytes] = {
         "tests without output": f'{{{QUESTION}, "tests": [{{"input": "1"}}]}}\n',
         "unknown kind": f'{{{QUESTION}, "answer": "2", "kind": "poetry"}}\n',
         "too long a question": f'{{"question": "{"1+" * 5_000}1=?", "answer": "5001"}}\n',
+        "only a mark": "\ufeff",
+        "only brackets": DEEP,
+        "text": '"a"',
+        "null": "null",
+        "an empty array": "[]",
+        "arrays": "[[[]]]",
+        "no keys": {},
+        "answer has too many digits": f'{{{QUESTION}, "answer": {"9" * 5_000}}}',
+        "answer is too long": {"question": "1?", "answer": "9" * 5_000},
+        "question is a surrogate": '{"question": "a\\ud800", "answer": "1"}',
+        "answer is a surrogate": '{"question": "a", "answer": "\\ud800"}',
+        "question is a list": {"question": [], "answer": "1"},
+        "turns are numbers": {"messages": [1, 2], "answer": "1"},
+        "two questions": {"messages": [{"role": "user", "content": "a"}] * 2, "answer": "1"},
+        "tests are no Python": {"question": "q", "tests": ["assert ("]},
+        "more inputs than outputs": {"question": "q", "tests": {"inputs": [1], "outputs": []}},
+        "cases are no JSON": {"question": "q", "input_output": "{bad"},
+        "test_list is text": {"text": "q", "test_list": "assert"},
+        "test_list has null": {"text": "q", "test_list": [None], "test_imports": [3]},
+        "packed tests": {"question_content": "q", "public_test_cases": "x", "private_test_cases": "AAAA"},
+        "public tests are a number": {"description": "q", "public_tests": 5},
+        "starter code is a number": {"question": "q", "starter_code": 5, "test": "x"},
+        "test_info is a number": {"question": "q", "test": "x", "test_info": 5},
+        "prompt is a number": {"prompt": 5, "entry_point": "f", "test": "x"},
+        "reward model is text": {"prompt": "q", "reward_model": "x"},
+        "ground truth is null": {"prompt": "q", "reward_model": {"ground_truth": None}},
+        "language is a number": {"question": "q", "answer": "1", "language": 5},
+        "kind is a list": {"question": "q", "answer": "1", "kind": ["x"]},
+        "generations are a number": {"problem": "q", "generations": 5},
+        "checks are a number": {"problem": "q", "generations": ["a"], "correctness_math_verify": 5},
+        "trace without its answer": TRACE | {"answer": None},
+        "trace is null": TRACE | {"completion": None},
+        "trace is a list": TRACE | {"completion": []},
     }.items()
 }
-"""Files without one usable problem."""
+"""Files without one row that is a usable problem, worked answer or, but for `ARE_PROMPTS`, prompt."""
+ARE_PROMPTS = ("reward model is text", "ground truth is null")
 
 CORPORA: dict[str, bytes] = {
-    name: text.encode() if isinstance(text, str) else text
+    name: as_bytes(text)
     for name, text in {
         "empty": "",
         "garbage": b"\x80\x81\xfe\xff" * 20,
@@ -233,7 +306,7 @@ CORPORA: dict[str, bytes] = {
 """Files without one usable worked answer."""
 
 PROMPTS: dict[str, bytes] = {
-    name: text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    name: as_bytes(text)
     for name, text in {
         "empty": "",
         "garbage": b"\x80\x81\xfe\xff" * 20,

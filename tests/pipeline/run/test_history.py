@@ -51,17 +51,18 @@ def test_every_setting_that_may_change_is_one(opened):
     assert names >= MAY_CHANGE
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_is_started_again(opened, capsys):
+def test_a_run_that_ended_before_its_first_step_is_started_again(opened, capsys):
     with pytest.raises(RuntimeError), opened(seed=1) as run:
-        run.log(1, 3, {"loss/lm": 1})
-        run.samples(1, [{"text": "lost"}])
         (run.path / "corpus.jsonl").write_text("")
         raise RuntimeError
-    with opened(seed=2) as run:
+    with pytest.raises(RuntimeError), opened(seed=2) as run:
+        assert not (run.path / "corpus.jsonl").exists()
         run.log(1, 3, {"loss/lm": 2})
-    assert "ended before its first checkpoint: starting again" in capsys.readouterr().out
+        raise RuntimeError
+    assert "ended before its first step: starting again" in capsys.readouterr().out
+    assert "seed = 2" in (run.path / "config.toml").read_text()
+    assert "in use; go on with" in refusal(opened(seed=3))  # a step's record is work
     assert [row["loss/lm"] for row in read_log(run.path / "metrics.jsonl")] == [2]
-    assert "seed = 2" in (run.path / "config.toml").read_text() and not (run.path / "samples.jsonl").exists()
 
 
 def test_an_input_that_changed_since_the_run_began_is_refused_by_name(opened, tmp_path):
