@@ -26,7 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from rewards.fork import remove
 from rewards.wire import Channel
@@ -34,7 +34,6 @@ from rewards.wire import Channel
 START_LIMIT_S = 60.0  # of a worker on a busy machine; not part of a task's own limit
 DEFAULT_LIMIT_S = 5.0
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -66,9 +65,9 @@ class WorkerPool:
         self._owner = os.getpid()
         atexit.register(self.close)
 
-    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+    def submit(self, function: Callable[..., T], *args: Any) -> "Future[T]":
         """Run `function`, which calls this pool, in a thread; `close` cancels those that have not begun."""
-        return self._threads.submit(function, *args, **kwargs)
+        return self._threads.submit(function, *args)
 
     def call(self, task: dict[str, Any], timeout_s: float = DEFAULT_LIMIT_S) -> dict[str, Any]:
         """Run `task` (`{"op": …}`, see `rewards.worker`) in a child within `timeout_s` seconds of wall clock.

@@ -74,12 +74,6 @@ def prctl(option: int, value: int, what: Any = 0) -> int:
     return int(libc.prctl(option, value, what, 0, 0)) if sys.platform == "linux" else -1
 
 
-class _Filter(ctypes.Structure):
-    """`struct sock_fprog` of linux/filter.h."""
-
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
-
-
 @cache
 def available() -> bool:
     """Whether the kernel takes filters: one at address 0 is EFAULT then, and EINVAL without them."""
@@ -98,8 +92,8 @@ def install(code: bytes) -> None:
     """Filter this process's calls; what `code` does not answer is allowed."""
     code += _packed((_GIVE, 0, 0, _ALLOW))
     kept = ctypes.create_string_buffer(code)
-    made = _Filter(len(code) // 8, ctypes.addressof(kept))
-    checked(prctl(PR_SET_SECCOMP, 2, ctypes.byref(made)))
+    made = struct.pack("HP", len(code) // 8, ctypes.addressof(kept))  # `struct sock_fprog`, linux/filter.h
+    checked(prctl(PR_SET_SECCOMP, 2, made))
 
 
 @cache

@@ -165,8 +165,7 @@ def _script(code: str) -> None:
     except BaseException as error:
         os.write(2, ("\nthe program raised " + describe(error)).encode("utf-8", "replace"))
         leave(1)
-    with suppress(BaseException):
-        sys.stdout.flush()
-    with suppress(BaseException):
-        out.flush()
+    for stream in (getattr(sys, "stdout", out), out):
+        with suppress(BaseException):
+            stream.flush()
     leave(status & 0xFF if isinstance(status, int) else 1)

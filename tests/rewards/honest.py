@@ -93,3 +93,4 @@ CASES['deepcopy list class'] = ("class Mat(list):\n  def T(s): return Mat(map(li
 CASES['logging print'] = ("def f(n):\n  for i in range(n): print(i)\n  return n",["assert f(200)==200"])
 CASES['kw only class'] = ("class Cfg:\n  def __init__(s,**k): s.__dict__.update(k)\n  def __getitem__(s,k): return getattr(s,k)\n  def __contains__(s,k): return k in s.__dict__\n  def __setitem__(s,k,v): setattr(s,k,v)",["c=Cfg(a=1)\nassert c['a']==1 and 'a' in c and 'b' not in c\nc['b']=[2]\nassert c.b==[2]\nc.b=c.b+[3]\nassert c.b==[2,3]"])
 CASES['attr list mutated'] = ("class A:\n  def __init__(s): s.xs=[]\n  def n(s): return len(s.xs)",["a=A()\na.xs=a.xs+[1]\nassert a.n()==1"])
+CASES['library classes by name'] = ("from collections import Counter\nfrom fractions import Fraction\ndef f(s): return Counter(s)\ndef half(): return Fraction(1,2)",["assert f('aab')==Counter({'a':2,'b':1}) and isinstance(f('a'),Counter)","assert half()==Fraction(1,2) and half()*2==1"])

@@ -137,6 +137,15 @@ def test_a_program_that_ends_raises_nothing(pool):
     assert run_tests("def f(x): raise ValueError", [test], pool=pool).value == 1
 
 
+def test_a_program_that_ends_when_it_is_asked_again_costs_no_worker(pool):
+    code = (
+        "import os\nclass P:\n  def __init__(s, x):\n    if x != 1: os._exit(0)\n"
+        "  __eq__ = lambda s, o: True\ndef f(x): return P(x)"
+    )
+    outcome = run_tests(code, ["assert f(1) == P(1)"], pool=pool)
+    assert outcome.value is None and "cannot be checked" in outcome.detail
+
+
 def test_some_tests_that_ask_nothing_among_others_are_fine(pool):
     tests = ["import math", "LIMIT = 3", "# the next one asks", "assert f(1) == 2 < LIMIT"]
     assert run_tests("def f(x): return x + 1", tests, pool=pool).value == 1

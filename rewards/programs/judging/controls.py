@@ -46,15 +46,11 @@ def _doubt(log: Log, at: int, replay: Replay, repeats: int) -> str | None:
     """Any change of some value must end equality; some change must end membership or an order."""
     method, answer, tried = log[at][0][2], log[at][1], False
     for group in islice(_groups(log, at), GROUPS):
-        told = [
-            (messages, other) for messages in group if (other := replay(messages)) and other[0] == "value"
-        ]
+        answers = [(messages, replay(messages)) for messages in group]
+        told = [(messages, other) for messages, other in answers if other and other[0] == "value"]
         tried |= bool(told)
-        if (
-            method in ("__lt__", "__gt__")
-            and len(told) == len(group) == 1
-            and told[0][1][1] is answer[1] is True
-        ):
+        strict, alone = method in ("__lt__", "__gt__"), len(told) == len(group) == 1
+        if strict and alone and told[0][1][1] is answer[1] is True:
             break  # both less and greater
         if told and (any if method in _LOOSE else all)(other[1] != answer[1] for _, other in told):
             flips = [run for run in told if run[1][1] != answer[1]]

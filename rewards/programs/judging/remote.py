@@ -12,6 +12,7 @@ Messages  ["op", number, method, args, kwargs]   do this with object `number`
 
 import copy
 import operator
+import os
 import sys
 import types
 from collections import deque
@@ -129,6 +130,7 @@ class Peer:
 
     def __init__(self, fd: int) -> None:
         self.pipe = Channel(fd, longest=LONGEST_MESSAGE)
+        os.set_blocking(fd, True)  # no deadlines here, and polling takes as long as a message
         self.objects: list[Any] = []  # given away; kept alive, so that an id stays its own
         self._numbers: dict[int, int] = {}
         self._described: set[int] = set()

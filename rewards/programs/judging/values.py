@@ -61,7 +61,7 @@ def _split(value: Any, kind: type) -> tuple[str, Iterable[Any]] | None:
     """Its kind on the wire and its parts, by the table of the nearest class that is there."""
     for base in (*kind.__mro__, *value.__class__.__mro__):  # one that lies about its class is a TypeError
         if base in _PARTS:
-            if named and not named.isdisjoint(kind.__mro__):
+            if kind is not base and not named.isdisjoint(kind.__mro__):
                 return None
             fields = getattr(kind, "_fields", None) if base is tuple else None
             if fields and isinstance(fields, tuple) and all(type(name) is str for name in fields):
