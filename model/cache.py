@@ -115,10 +115,7 @@ class LatentCache:
 
     def reserve(self, rows: Rows, new: int) -> bool:
         """Make room for `new` more tokens in each of `rows`; False, and nothing changed, if pages are short.
-
-        Raises:
-            ValueError: a row would be longer than `max_tokens`.
-        """
+        Raises `ValueError`: a row would be longer than `max_tokens`."""
         lengths = self.lengths[rows] + new
         if len(rows) and lengths.max() > self.max_tokens:
             raise ValueError(
@@ -175,10 +172,7 @@ class LatentCache:
 
     def append(self, rows: Rows, new: int) -> DecodeStep:
         """Lengthen `rows` by `new` tokens each; return the step that writes them. Sort rows by length.
-
-        Raises:
-            ValueError: no room for them.
-        """
+        Raises `ValueError`: no room for them."""
         begin = self.lengths[rows]
         if not self.reserve(rows, new):
             raise ValueError(f"The cache is full: no page is free for {new} tokens in {len(rows)} rows.")

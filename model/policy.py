@@ -62,10 +62,7 @@ class Policy(nn.Module):
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "Policy":
         """The policy in checkpoint directory `path`, in `dtype` on `device`.
-
-        Raises:
-            OSError, ValueError: no checkpoint there that this kind of policy reads.
-        """
+        Raises `OSError` or `ValueError`: no checkpoint there that this kind of policy reads."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Logits, see `logits`."""

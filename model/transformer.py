@@ -84,10 +84,7 @@ class Transformer(Policy):
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "Transformer":
         """The network of a public deepseek_v3 checkpoint directory, in `dtype` on `device`.
-
-        Raises:
-            CheckpointError: files that are missing or broken, or that the config does not describe.
-        """
+        Raises `CheckpointError`: files that are missing or broken, or that the config does not describe."""
         config = checkpoint.read_config(Path(path))
         tensors = checkpoint.StoredTensors(Path(path))
         config = checkpoint.without_missing_mtp(config, tensors)
@@ -118,10 +115,7 @@ class Transformer(Policy):
         return checkpoint.trunk_weights(self.state_dict(keep_vars=True), self.config)
 
     def hidden(
-        self,
-        token_ids: Tensor,
-        packed: Packed | None = None,
-        routed_experts: Tensor | None = None,
+        self, token_ids: Tensor, packed: Packed | None = None, routed_experts: Tensor | None = None
     ) -> Tensor:
         """As `Policy.hidden`. `routed_experts` (b s moe_layers k) are recorded expert choices to repeat, as
         `LatentCache.routed_experts` returns them; -1, and None for all, = let the gate choose."""

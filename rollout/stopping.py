@@ -22,11 +22,8 @@ BYTES_OF_A_CHARACTER = 4
 
 
 def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int) -> None:
-    """Refuse prompts that no completion can follow, before anything is generated.
-
-    Raises:
-        Unanswerable: naming the first prompt that is empty, too long, or has an id outside the vocabulary.
-    """
+    """Refuse prompts that no completion can follow, before anything is generated. Raises `Unanswerable`:
+    naming the first prompt that is empty, too long, or has an id outside the vocabulary."""
     for index, prompt in enumerate(prompts):
         ids = prompt.token_ids
         if not ids:
@@ -65,10 +62,7 @@ class Stopper:
         eos: int | Sequence[int] | None,
         tokenizer: PreTrainedTokenizerFast | None,
     ) -> None:
-        """
-        Raises:
-            Unanswerable: stop strings, and no tokenizer to read them with.
-        """
+        """Raises `Unanswerable`: stop strings, and no tokenizer to read them with."""
         self.ids = stop_ids(eos, sampling)
         self.min_tokens = sampling.min_tokens
         self.strings = () if sampling.ignore_eos else sampling.stop

@@ -275,11 +275,8 @@ def buckets(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, outlet: O
 
 
 def received(group: Group, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the rank 0 of `group` sends from a `Broadcast`, to its end.
-
-    Raises:
-        StaleWeights: at the end, since the others wait for every member: a bucket is not what was sent.
-    """
+    """The tensors that the rank 0 of `group` sends from a `Broadcast`, to its end. Raises `StaleWeights`: at
+    the end, since the others wait for every member: a bucket is not what was sent."""
     wrong = ""
     length = torch.zeros(1, dtype=torch.int64, device=device)
     while True:
@@ -331,10 +328,7 @@ class Receiver:
 
 def open_handle(handle: Any) -> Tensor:
     """The bytes of a `SharedFile` or `SharedGpu` of another process.
-
-    Raises:
-        ValueError: this process does not see the GPU.
-    """
+    Raises `ValueError`: this process does not see the GPU."""
     if handle[0] == "file":
         return torch.from_file(handle[1], shared=True, size=handle[2], dtype=torch.uint8)
     for index in range(torch.cuda.device_count()):

@@ -38,10 +38,7 @@ class InPlaceEngine(RolloutEngine):
 
     def load_weights(self, source: Policy, version: int) -> None:
         """Generate from `source` from now on, in place; nothing is copied.
-
-        Raises:
-            ValueError: `source` lies on another device than the engine's policy.
-        """
+        Raises `ValueError`: `source` lies on another device than the engine's policy."""
         here, there = device_of(self.policy), device_of(source)
         if here != there:
             raise ValueError(
@@ -165,10 +162,7 @@ def shapes(source: Policy) -> dict[str, tuple[int, ...]]:
 
 def check_shapes(found: dict[str, tuple[int, ...]], known: dict[str, tuple[int, ...]], path: Path) -> None:
     """Refuse weights `found` where an engine opened a model of shapes `known`.
-
-    Raises:
-        ValueError: with the first name whose shape differs, or that is in one of them alone.
-    """
+    Raises `ValueError`: with the first name whose shape differs, or that is in one of them alone."""
     for name in sorted(found.keys() | known.keys()):
         if found.get(name) != known.get(name):
             raise ValueError(

@@ -165,11 +165,7 @@ class Learner:
 
     def _step(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Clip, step, `Policy.after_update`. An update that the guard does not accept changes nothing; of its
-        metrics the finite ones are returned.
-
-        Raises:
-            Diverged: the guard has skipped too many.
-        """
+        metrics the finite ones are returned. Raises `Diverged`: the guard has skipped too many."""
         self.weights.collect()
         length = nn.utils.clip_grad_norm_(self.weights.stepped, self.optim.clip or math.inf)
         values = [torch.as_tensor(value, device=self.device).double() for value in (*sums.values(), length)]

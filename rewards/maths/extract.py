@@ -39,7 +39,7 @@ _END_OF_TURN = re.compile(
 )
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:\*\*|#{1,4}[ \t]*)?(?:(?:Question|Problem|Q|Human|User|Instruction)(?:[ \t]*\d+)?[ \t]*[:：]|"  # noqa: E501
-    r"<\|(?:im_start|start_header_id)\|>)",
+    r"<\|(?:im_start|start_header_id)\|>)"
 )
 _BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*([^\n]{1,200})")
