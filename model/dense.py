@@ -41,8 +41,7 @@ class DensePolicy(Policy):
     """`network`, a transformers causal language model, with packed rows in and states out.
 
     Trains without dropout, whatever the architecture's own: a policy whose log-probabilities are noise cannot
-    be compared with itself.
-    """
+    be compared with itself."""
 
     engine = "dense"
 

@@ -45,8 +45,7 @@ def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int
 def stop_ids(eos: int | Sequence[int] | None, sampling: SamplingParams) -> list[int]:
     """The ids that end a completion: the request's, and the model's eos unless the request ignores it.
 
-    With `ignore_eos` nothing stops before `max_tokens`, whatever else the request has.
-    """
+    With `ignore_eos` nothing stops before `max_tokens`, whatever else the request has."""
     if sampling.ignore_eos:
         return []
     own = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)

@@ -124,8 +124,7 @@ def live_fingerprints(network: nn.Module) -> dict[str, int]:
 
     Modules whose matrix is packed for a GEMM library have its fingerprint as `r1_packed`. Latent attention
     decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill: the entry `LATENT`
-    is 0 where the parts add up to it, else it makes the sum match no policy.
-    """
+    is 0 where the parts add up to it, else it makes the sum match no policy."""
     known, measured, seen = dict[str, int](), dict[str, Tensor](), set[int]()
     for path, module in network.named_modules():
         packed: int | None = getattr(module, "r1_packed", None)
@@ -146,8 +145,7 @@ def live_fingerprints(network: nn.Module) -> dict[str, int]:
 def over_ranks(found: Sequence[Mapping[str, int]]) -> int:
     """The fingerprint of an engine's weights from each rank's `live_fingerprints`.
 
-    Shards differ and add up. A tensor that is equal on all ranks is replicated and counts once.
-    """
+    Shards differ and add up. A tensor that is equal on all ranks is replicated and counts once."""
     total = 0
     for name in found[0]:
         values = [rank.get(name, 0) for rank in found]

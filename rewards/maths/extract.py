@@ -69,8 +69,7 @@ def outside_think(completion: str, mode: Mode = "strict") -> str:
     """The completion less its think blocks.
 
     A `</think>` without an opening tag ends thinking that the template opened. An unclosed `<think>` runs to
-    the end in strict mode; in lenient mode only its tag is dropped.
-    """
+    the end in strict mode; in lenient mode only its tag is dropped."""
     kept: list[str] = []
     position = 0
     if (close := completion.find(CLOSE)) >= 0 and not -1 < completion.find(OPEN) < close:

@@ -47,8 +47,7 @@ from rollout.weights import DTYPES, check_shapes, device_of, over_ranks, shapes
 class VllmEngine:
     """`RolloutEngine` over `vllm.LLM`, for native deepseek_v3 checkpoints and dense ones.
 
-    `version` and `weights`, the fingerprint of what vLLM computes with, name the live policy.
-    """
+    `version` and `weights`, the fingerprint of what vLLM computes with, name the live policy."""
 
     def __init__(
         self,
