@@ -57,8 +57,7 @@ class DecodeStep(NamedTuple):
 class LatentCache:
     """`latent` (l T w), `routes` (moe layers, T k) or None; and, on the host, which row has which pages.
 
-    Page 0 is the padding page: columns beyond a row's end point to it.
-    """
+    Page 0 is the padding page: columns beyond a row's end point to it."""
 
     def __init__(self, latent: Tensor, routes: Tensor | None, rows: int, max_tokens: int) -> None:
         """`rows` of up to `max_tokens` tokens each; all rows are empty."""
@@ -115,10 +114,7 @@ class LatentCache:
 
     def reserve(self, rows: Rows, new: int) -> bool:
         """Make room for `new` more tokens in each of `rows`; False, and nothing changed, if pages are short.
-
-        Raises:
-            ValueError: a row would be longer than `max_tokens`.
-        """
+        Raises `ValueError`: a row would be longer than `max_tokens`."""
         lengths = self.lengths[rows] + new
         if len(rows) and lengths.max() > self.max_tokens:
             raise ValueError(
@@ -140,8 +136,7 @@ class LatentCache:
         """Make the empty rows `copies` continue `row`; False, and nothing changed, if pages are short.
 
         Full pages are shared, the last one is copied: a row writes to its own pages alone. The last `own`
-        tokens (at most one page) are always copied, because the caller overwrites them.
-        """
+        tokens (at most one page) are always copied, because the caller overwrites them."""
         length = int(self.lengths[row])
         full = max(length - own, 0) // PAGE
         rest = length - full * PAGE
@@ -175,10 +170,7 @@ class LatentCache:
 
     def append(self, rows: Rows, new: int) -> DecodeStep:
         """Lengthen `rows` by `new` tokens each; return the step that writes them. Sort rows by length.
-
-        Raises:
-            ValueError: no room for them.
-        """
+        Raises `ValueError`: no room for them."""
         begin = self.lengths[rows]
         if not self.reserve(rows, new):
             raise ValueError(f"The cache is full: no page is free for {new} tokens in {len(rows)} rows.")

@@ -41,8 +41,7 @@ class DensePolicy(Policy):
     """`network`, a transformers causal language model, with packed rows in and states out.
 
     Trains without dropout, whatever the architecture's own: a policy whose log-probabilities are noise cannot
-    be compared with itself.
-    """
+    be compared with itself."""
 
     engine = "dense"
 
@@ -64,10 +63,7 @@ class DensePolicy(Policy):
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "DensePolicy":
         """The model in directory `path`, as transformers reads it, in evaluation mode.
-
-        Raises:
-            OSError, ValueError: no model there that transformers can read.
-        """
+        Raises `OSError` or `ValueError`: no model there that transformers can read."""
         return cls(read_network(path, dtype=dtype, device_map={"": device}))
 
     @property
@@ -87,10 +83,7 @@ class DensePolicy(Policy):
     @property
     def recompute(self) -> bool:
         """Activation checkpointing, in training mode alone: transformers' own.
-
-        Raises:
-            ValueError: switched on for an architecture for which transformers has none.
-        """
+        Raises `ValueError`: switched on for an architecture for which transformers has none."""
         return self.network.is_gradient_checkpointing
 
     @recompute.setter
@@ -102,20 +95,13 @@ class DensePolicy(Policy):
 
     def train(self, mode: bool = True) -> Self:
         """As of any module.
-
-        Raises:
-            ValueError: an architecture that would not be computed exactly, by name and reason.
-        """
+        Raises `ValueError`: an architecture that would not be computed exactly, by name and reason."""
         if mode and not self._compared:
             self._compare()
         return super().train(mode)
 
     def hidden(self, token_ids: Tensor, packed: Packed | None = None) -> Tensor:
-        """See `Policy.hidden`.
-
-        Raises:
-            ValueError: as `train`.
-        """
+        """See `Policy.hidden`. Raises `ValueError`: as `train`."""
         if not self._compared:
             self._compare()
         b, s = token_ids.shape
@@ -137,11 +123,7 @@ class DensePolicy(Policy):
     def _compare(self) -> None:
         """Compare states and logits with those of the network's plain attention, a sequence at a time.
 
-        In training mode, so that what is random there is found as well.
-
-        Raises:
-            ValueError: see `train`.
-        """
+        In training mode, so that what is random there is found as well. Raises `ValueError`: see `train`."""
         net, training = self._whole, self.network.training
         before, name = net.config._attn_implementation, type(net).__name__
         if net.device.type == "meta":
@@ -199,11 +181,8 @@ class DensePolicy(Policy):
 
 def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
     """The model in directory `path`, as transformers reads it with `options`, all of its weights from there.
-
-    Raises:
-        OSError, ValueError: no model there that transformers can read, or tensors that do not fit: it would
-            leave random weights in their stead.
-    """
+    Raises `OSError` or `ValueError`: no model there that transformers can read, or tensors that do not fit:
+    it would leave random weights in their stead."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a report of what is refused below
     try:
@@ -228,10 +207,7 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def _near(what: str, ours: Tensor, theirs: Tensor) -> None:
-    """
-    Raises:
-        ValueError: they differ by more than rounding.
-    """
+    """Raises `ValueError`: they differ by more than rounding."""
     most = torch.finfo(theirs.dtype).eps ** 0.5
     gap = float((ours - theirs).abs().max() / theirs.abs().max())
     if gap > most:
@@ -251,10 +227,7 @@ def _attention(
     **parts: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention of transformers: `query` (b h q d) to `key` (b g k d) over `value` (b g k e): (b q h e).
-
-    Raises:
-        ValueError: packed, with a part that `attend` does not have.
-    """
+    Raises `ValueError`: packed, with a part that `attend` does not have."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     parts["dropout"] = 0.0
     beyond = [name for name in ("s_aux", "position_bias") if parts.get(name) is not None]
@@ -277,10 +250,7 @@ def _attention(
 
 def _window(module: Any, passed: int | None) -> int | None:
     """Tokens that a token of this layer sees. Where the config has types of layers, they decide.
-
-    Raises:
-        ValueError: the attention is not causal, or its window is not that of the config.
-    """
+    Raises `ValueError`: the attention is not causal, or its window is not that of the config."""
     config = module.config
     if not getattr(module, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         raise ValueError("its attention is not causal")

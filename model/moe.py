@@ -35,8 +35,7 @@ class Gate(nn.Module):
     """Choose k of e experts per token.
 
     Affinities are fp32: in bf16 near-ties flip, and an expert that differs between rollout and training
-    makes the token off-policy. The bias stays fp32 too, or a step of 0.001 would round away.
-    """
+    makes the token off-policy. The bias stays fp32 too, or a step of 0.001 would round away."""
 
     e_score_correction_bias: Tensor
     load: Tensor
@@ -62,8 +61,7 @@ class Gate(nn.Module):
         """Route tokens `u` (t d): expert ids (t k), gate values (t k), affinities (t e).
 
         `replay` (t k) repeats a recorded choice, with gate values from today's affinities; tokens whose
-        record is -1 are routed afresh.
-        """
+        record is -1 are routed afresh."""
         s = torch.sigmoid(F.linear(u.float(), self.weight.float()))  # t d, e d -> t e
         ids = self.select(s) if replay is None else torch.where(replay < 0, self.select(s), replay)
         g = s.gather(1, ids)  # t e, t k -> t k
@@ -94,8 +92,7 @@ class Gate(nn.Module):
     def update_bias(self, gamma: float) -> None:
         """Move each bias by gamma against its expert's surplus of tokens; set the counts to 0.
 
-        The surplus is that of all ranks together, or replicas would drift apart.
-        """
+        The surplus is that of all ranks together, or replicas would drift apart."""
         if gamma:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(self.load)
@@ -122,8 +119,7 @@ def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Te
         f_i = e / (k T) * tokens sent to i     P_i = 1 / T * sum_t s_i / sum_j s_j     loss = sum_i f_i P_i
 
     Of `ids` (t k) only k is used: Eq. 18 counts the top-k of the affinities `s` (t e) themselves, without the
-    bias. `sequence` (t) numbers the `sequences` that the tokens are in.
-    """
+    bias. `sequence` (t) numbers the `sequences` that the tokens are in."""
     e, k = s.shape[1], ids.shape[1]
     chosen = torch.zeros_like(s).scatter_(1, s.detach().topk(k, dim=1).indices, 1.0)  # t e
     share = s / s.sum(1, keepdim=True)
@@ -138,8 +134,7 @@ class GroupedLinear(torch.autograd.Function):
     """Rows `x` (m i), sorted by expert, each times its expert's weight (e o i)^T: (m o).
 
     One GEMM an expert, written into its rows of one output; autograd over a loop would instead build each
-    expert's gradient as an (e o i) tensor of zeros and add them up.
-    """
+    expert's gradient as an (e o i) tensor of zeros and add them up."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
@@ -170,8 +165,7 @@ class Dispatch(torch.autograd.Function):
     """Tokens `u` (t d) in the order `token` (m), where t stands for a row of zeros.
 
     The gradient of a token is the sum over its rows `slots` (t k), the inverse of `token`. Reading them is
-    several times faster than adding rows up one by one, and the order of additions is fixed.
-    """
+    several times faster than adding rows up one by one, and the order of additions is fixed."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, token: Tensor, slots: Tensor) -> Tensor:
@@ -252,8 +246,7 @@ class Experts(nn.Module):
     """The routed experts, stacked: `gate_up_proj` (e 2i d) and `down_proj` (e d i).
 
     In memory outputs lie side by side, not inputs: a GEMM of few rows then reads its weight as it lies,
-    which makes decoding on a CPU 10 % faster, and a training step 2 to 3 % slower (docs/LOG.md).
-    """
+    which makes decoding on a CPU 10 % faster, and a training step 2 to 3 % slower (docs/LOG.md)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -288,8 +281,7 @@ class Experts(nn.Module):
         """The multiple to which the rows of an expert are padded.
 
         On a CPU torch compiles a bf16 kernel for every new size, which takes several times as long as to run
-        it: multiples of 64 leave few sizes. fp32 kernels exist for all.
-        """
+        it: multiples of 64 leave few sizes. fp32 kernels exist for all."""
         few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
         return 64 if few_sizes and len(u) >= BF16_PAD_FROM else 1
 
@@ -317,8 +309,7 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Feed-forward of `x` (.. d): the same shape, and the experts of every token (t k).
 
-        `replay` (.. k) repeats recorded choices. Without a `layout` nothing is counted.
-        """
+        `replay` (.. k) repeats recorded choices. Without a `layout` nothing is counted."""
         u = x.flatten(0, -2)  # t d
         ids, g, s = self.gate(u, None if replay is None else replay.flatten(0, -2).long())
         if layout is not None and layout.counted and not self.recomputing:

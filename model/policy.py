@@ -62,10 +62,7 @@ class Policy(nn.Module):
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "Policy":
         """The policy in checkpoint directory `path`, in `dtype` on `device`.
-
-        Raises:
-            OSError, ValueError: no checkpoint there that this kind of policy reads.
-        """
+        Raises `OSError` or `ValueError`: no checkpoint there that this kind of policy reads."""
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Logits, see `logits`."""
@@ -85,8 +82,7 @@ class Policy(nn.Module):
         """Final-normed states (b s d) of `token_ids` (b s); `head` turns them into logits.
 
         `packed` has the sequences of a single row (b = 1): a token sees the earlier tokens of its own. None =
-        each row is one sequence.
-        """
+        each row is one sequence."""
 
     def hidden_and_mtp(self, token_ids: Tensor, packed: Packed | None = None) -> tuple[Tensor, list[Tensor]]:
         """`hidden`, and the states of each multi-token-prediction module (b s d): none without modules."""
@@ -113,8 +109,7 @@ class Policy(nn.Module):
     def public_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that generation needs, by the name in a public checkpoint, as views to read or write.
 
-        MTP modules and a head that is tied to the embedding are left out.
-        """
+        MTP modules and a head that is tied to the embedding are left out."""
 
     @abstractmethod
     def save(self, path: str | Path) -> None:

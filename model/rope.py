@@ -25,8 +25,7 @@ class Rope:
     """The rotations of all positions, computed once, in fp32 whatever the network's dtype.
 
     Not a module on purpose: `module.to(torch.bfloat16)` would round the angles, and at position 2,000
-    a bf16 angle is off by several radians.
-    """
+    a bf16 angle is off by several radians."""
 
     def __init__(self, config: ModelConfig) -> None:
         frequencies, scale = _frequencies(config)

@@ -44,8 +44,7 @@ class Transformer(Policy):
     """The network, in fp32 and freshly initialized; `model.load` reads a checkpoint instead.
 
     Weights are N(0, initializer_range) by a generator of their own from `seed` (None = a seed from torch's
-    global one), norms 1, biases of the gates 0.
-    """
+    global one), norms 1, biases of the gates 0."""
 
     engine, routed = "native", True
     config: ModelConfig
@@ -84,10 +83,7 @@ class Transformer(Policy):
         cls, path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "Transformer":
         """The network of a public deepseek_v3 checkpoint directory, in `dtype` on `device`.
-
-        Raises:
-            CheckpointError: files that are missing or broken, or that the config does not describe.
-        """
+        Raises `CheckpointError`: files that are missing or broken, or that the config does not describe."""
         config = checkpoint.read_config(Path(path))
         tensors = checkpoint.StoredTensors(Path(path))
         config = checkpoint.without_missing_mtp(config, tensors)
@@ -104,8 +100,7 @@ class Transformer(Policy):
     def save(self, path: str | Path, fp8: bool = False) -> None:
         """Write a directory that `load`, transformers and vLLM read.
 
-        `fp8` writes linear layers and experts in FP8 blocks, as the release does: half of bf16's size.
-        """
+        `fp8` writes linear layers and experts in FP8 blocks, as the release does: half of bf16's size."""
         checkpoint.save(self.state_dict(keep_vars=True), self.config, path, fp8)
 
     @property
@@ -118,10 +113,7 @@ class Transformer(Policy):
         return checkpoint.trunk_weights(self.state_dict(keep_vars=True), self.config)
 
     def hidden(
-        self,
-        token_ids: Tensor,
-        packed: Packed | None = None,
-        routed_experts: Tensor | None = None,
+        self, token_ids: Tensor, packed: Packed | None = None, routed_experts: Tensor | None = None
     ) -> Tensor:
         """As `Policy.hidden`. `routed_experts` (b s moe_layers k) are recorded expert choices to repeat, as
         `LatentCache.routed_experts` returns them; -1, and None for all, = let the gate choose."""
@@ -142,8 +134,7 @@ class Transformer(Policy):
 
         At position i the head predicts token i + 1 from the trunk's state and token i + 1 + k from module
         k's, which has also seen tokens i + 1 to i + k. The last k states of a sequence know no such token
-        (they read into the next sequence, or around the row's end): the caller leaves them out.
-        """
+        (they read into the next sequence, or around the row's end): the caller leaves them out."""
         state = hidden = self.hidden(token_ids, packed)
         if not len(self.mtp):
             return hidden, []
@@ -178,8 +169,7 @@ class Transformer(Policy):
         """Read prompts into empty rows of `cache`; final-normed state (b d) of each prompt's last token.
 
         Prompts are laid end to end, so short ones do not pay for long ones. Longer ones than `chunk` are read
-        piece by piece: memory does not grow with them. `rows` None = the first b of the cache.
-        """
+        piece by piece: memory does not grow with them. `rows` None = the first b of the cache."""
         rows = np.arange(len(prompts)) if rows is None else rows
         first = [prompt[:chunk] for prompt in prompts]
         lengths = np.array([len(prompt) for prompt in first])
@@ -215,8 +205,7 @@ class Transformer(Policy):
     def decode(self, token_ids: Tensor, cache: LatentCache, step: DecodeStep | None = None) -> Tensor:
         """Append tokens to rows of `cache`; their final-normed states (b s d), for `token_ids` (b s).
 
-        `step` is from `cache.append` for those rows. None = all rows of the cache.
-        """
+        `step` is from `cache.append` for those rows. None = all rows of the cache."""
         if step is None:
             step = cache.append(np.arange(len(cache.lengths)), token_ids.shape[1])
         rotations = self.rope(step.positions)

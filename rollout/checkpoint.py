@@ -46,10 +46,7 @@ def context_of(path: Path | str) -> int | None:
 
 def context_and_vocabulary(path: Path | str, context: int) -> tuple[int, int]:
     """The longest sequence, at most `context` unless that is 0, and the number of token ids.
-
-    Raises:
-        ValueError: config.json lacks one of them.
-    """
+    Raises `ValueError`: config.json lacks one of them."""
     most, vocabulary = context_of(path) or context, read_config(path).get("vocab_size")
     if not most or vocabulary is None:
         raise ValueError(f"{path}/config.json lacks max_position_embeddings or vocab_size; add them there.")
@@ -58,11 +55,8 @@ def context_and_vocabulary(path: Path | str, context: int) -> tuple[int, int]:
 
 def eos_of(path: Path | str, tokenizer_eos: int | None = None) -> int | list[int] | None:
     """What ends a completion, for every engine and purpose: the eos of generation_config.json, which may list
-    several, else of config.json; and the tokenizer's.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_config`, of either file; or an eos that is no token id.
-    """
+    several, else of config.json; and the tokenizer's. Raises `FileNotFoundError` or `ValueError`: as
+    `read_config`, of either file; or an eos that is no token id."""
     generation = (Path(path) / "generation_config.json").is_file()
     own = read_config(path, "generation_config.json") if generation else {}
     eos: Any = own.get("eos_token_id", read_config(path).get("eos_token_id"))

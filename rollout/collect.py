@@ -208,10 +208,7 @@ def sample_groups(
     engine: RolloutEngine, prompts: Sequence[Prompt], sampling: SamplingParams
 ) -> list[Rollout]:
     """Rollouts in the order of the prompts, group by group.
-
-    Raises:
-        RuntimeError: the engine lost a rollout, or returned one twice.
-    """
+    Raises `RuntimeError`: the engine lost a rollout, or returned one twice."""
     rollouts = sorted(engine.generate(prompts, sampling), key=lambda r: (r.index, r.sample))
     rollouts = [replace(r, max_tokens=sampling.max_tokens) for r in rollouts]
     names = [(r.index, r.sample) for r in rollouts]

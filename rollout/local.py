@@ -23,10 +23,8 @@ LOCAL: dict[str, Callable[..., InPlaceEngine]] = {
 
 def engine_name(path: Path | str, engine: str = "auto") -> str:
     """`engine`, or for `auto` the engine in this process that suits checkpoint `path`.
-
-    Raises:
-        FileNotFoundError, ValueError: no checkpoint there, or one that the native engine does not implement.
-    """
+    Raises `FileNotFoundError` or `ValueError`: no checkpoint there, or one that the native engine does not
+    implement."""
     kind = model_type(path)
     if engine == "native" and kind not in NATIVE_TYPES:
         raise ValueError(

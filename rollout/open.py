@@ -60,10 +60,8 @@ def open_engine(
 
 def with_workers(settings: RolloutSettings, engine: str) -> RolloutSettings:
     """The settings with the copies of `vllm.data_parallel` as workers of a pool, each on GPUs of its own.
-
-    Raises:
-        ModuleNotFoundError, ValueError: as `cpu_build`; or workers without a GPU for vLLM's GPU build.
-    """
+    Raises `ModuleNotFoundError` or `ValueError`: as `cpu_build`; or workers without a GPU for vLLM's GPU
+    build."""
     if engine != "vllm":
         return settings
     vllm, gpus = settings.vllm, 0 if cpu_build() else settings.vllm.tensor_parallel

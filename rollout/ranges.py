@@ -63,10 +63,7 @@ class Settings:
     """A group of settings. A subclass with a `__post_init__` of its own calls this one first."""
 
     def __post_init__(self) -> None:
-        """
-        Raises:
-            ValueError: a number outside its range, by the name of its setting.
-        """
+        """Raises `ValueError`: a number outside its range, by the name of its setting."""
         for name, allowed in ranges(type(self)).items():  # type: ignore[arg-type]
             value: Any = getattr(self, name)
             if value is not None and not allowed.holds(value):

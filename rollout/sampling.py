@@ -25,8 +25,7 @@ def uniform_stream(seed: int, index: int, sample: int, n: int) -> NDArray[np.flo
     """The first `n` uniforms in [0, 1) of a rollout; a longer stream starts with a shorter one.
 
     Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) takes seed, prompt and sample
-    as its key, so streams neither overlap nor depend on the order in which they are made.
-    """
+    as its key, so streams neither overlap nor depend on the order in which they are made."""
     key = np.array([seed & MASK64, (index << 32 | sample) & MASK64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(n, dtype=np.float32)
 
@@ -35,8 +34,7 @@ def truncate(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
     """`scaled` (b v) with -inf outside the k likeliest tokens, then outside the nucleus of mass `top_p`.
 
     The nucleus is the smallest set of likeliest tokens whose mass reaches `top_p` (arXiv:1904.09751,
-    Sec. 3.1), here of the distribution after top-k. Ties go to the lower id.
-    """
+    Sec. 3.1), here of the distribution after top-k. Ties go to the lower id."""
     ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
     if top_k:
         ordered[:, top_k:] = -torch.inf
@@ -79,8 +77,7 @@ def sample(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Te
 def refuse_nonfinite(logits: Tensor, where: Callable[[int], tuple[int, int, int]]) -> None:
     """Raise `FloatingPointError` for the first row of `logits` (b v) that has a NaN or an infinity.
 
-    `where` maps a row to its decode step, prompt and sample.
-    """
+    `where` maps a row to its decode step, prompt and sample."""
     sound = logits.sum(-1).isfinite()  # one pass; finite logits are far too small for their sum to overflow
     if not sound.all():
         row = int((~sound).nonzero()[0])

@@ -22,11 +22,8 @@ BYTES_OF_A_CHARACTER = 4
 
 
 def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int) -> None:
-    """Refuse prompts that no completion can follow, before anything is generated.
-
-    Raises:
-        Unanswerable: naming the first prompt that is empty, too long, or has an id outside the vocabulary.
-    """
+    """Refuse prompts that no completion can follow, before anything is generated. Raises `Unanswerable`:
+    naming the first prompt that is empty, too long, or has an id outside the vocabulary."""
     for index, prompt in enumerate(prompts):
         ids = prompt.token_ids
         if not ids:
@@ -48,8 +45,7 @@ def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int
 def stop_ids(eos: int | Sequence[int] | None, sampling: SamplingParams) -> list[int]:
     """The ids that end a completion: the request's, and the model's eos unless the request ignores it.
 
-    With `ignore_eos` nothing stops before `max_tokens`, whatever else the request has.
-    """
+    With `ignore_eos` nothing stops before `max_tokens`, whatever else the request has."""
     if sampling.ignore_eos:
         return []
     own = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
@@ -65,10 +61,7 @@ class Stopper:
         eos: int | Sequence[int] | None,
         tokenizer: PreTrainedTokenizerFast | None,
     ) -> None:
-        """
-        Raises:
-            Unanswerable: stop strings, and no tokenizer to read them with.
-        """
+        """Raises `Unanswerable`: stop strings, and no tokenizer to read them with."""
         self.ids = stop_ids(eos, sampling)
         self.min_tokens = sampling.min_tokens
         self.strings = () if sampling.ignore_eos else sampling.stop

@@ -144,8 +144,7 @@ class SharedFile(Outlet):
 class SharedGpu(Outlet):
     """A buffer on a GPU, which other processes of the machine map by CUDA IPC.
 
-    torch counts one release an export, so the buffer is exported once, and a receiver maps it once.
-    """
+    torch counts one release an export, so the buffer is exported once, and a receiver maps it once."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
@@ -170,8 +169,7 @@ class SharedGpu(Outlet):
 class Broadcast(Outlet):
     """A buffer whose bytes go to all other members of a process group, of which the sender is rank 0.
 
-    A bucket is three broadcasts: the length of its description, the description, its bytes. 0 ends them.
-    """
+    A bucket is three broadcasts: the length of its description, the description, its bytes. 0 ends them."""
 
     def __init__(self, nbytes: int, device: torch.device, group: Group) -> None:
         self.device, self.group = device, group
@@ -275,11 +273,8 @@ def buckets(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, outlet: O
 
 
 def received(group: Group, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the rank 0 of `group` sends from a `Broadcast`, to its end.
-
-    Raises:
-        StaleWeights: at the end, since the others wait for every member: a bucket is not what was sent.
-    """
+    """The tensors that the rank 0 of `group` sends from a `Broadcast`, to its end. Raises `StaleWeights`: at
+    the end, since the others wait for every member: a bucket is not what was sent."""
     wrong = ""
     length = torch.zeros(1, dtype=torch.int64, device=device)
     while True:
@@ -310,8 +305,7 @@ class Receiver:
     def read(self, message: bytes) -> tuple[list[tuple[str, Tensor]], int]:
         """A bucket's tensors, copied to the device, and their fingerprint: the answer to the sender.
 
-        No tensors where the fingerprint is not the sender's.
-        """
+        No tensors where the fingerprint is not the sender's."""
         bucket: Bucket = pickle.loads(message)
         own = torch.empty(bucket.nbytes, dtype=torch.uint8, device=self.device)
         own.copy_(self._mapped(bucket.handle)[: bucket.nbytes])
@@ -331,10 +325,7 @@ class Receiver:
 
 def open_handle(handle: Any) -> Tensor:
     """The bytes of a `SharedFile` or `SharedGpu` of another process.
-
-    Raises:
-        ValueError: this process does not see the GPU.
-    """
+    Raises `ValueError`: this process does not see the GPU."""
     if handle[0] == "file":
         return torch.from_file(handle[1], shared=True, size=handle[2], dtype=torch.uint8)
     for index in range(torch.cuda.device_count()):

@@ -38,10 +38,7 @@ class InPlaceEngine(RolloutEngine):
 
     def load_weights(self, source: Policy, version: int) -> None:
         """Generate from `source` from now on, in place; nothing is copied.
-
-        Raises:
-            ValueError: `source` lies on another device than the engine's policy.
-        """
+        Raises `ValueError`: `source` lies on another device than the engine's policy."""
         here, there = device_of(self.policy), device_of(source)
         if here != there:
             raise ValueError(
@@ -127,8 +124,7 @@ def live_fingerprints(network: nn.Module) -> dict[str, int]:
 
     Modules whose matrix is packed for a GEMM library have its fingerprint as `r1_packed`. Latent attention
     decodes with two parts that are cut from `kv_b_proj`, which itself serves the prefill: the entry `LATENT`
-    is 0 where the parts add up to it, else it makes the sum match no policy.
-    """
+    is 0 where the parts add up to it, else it makes the sum match no policy."""
     known, measured, seen = dict[str, int](), dict[str, Tensor](), set[int]()
     for path, module in network.named_modules():
         packed: int | None = getattr(module, "r1_packed", None)
@@ -149,8 +145,7 @@ def live_fingerprints(network: nn.Module) -> dict[str, int]:
 def over_ranks(found: Sequence[Mapping[str, int]]) -> int:
     """The fingerprint of an engine's weights from each rank's `live_fingerprints`.
 
-    Shards differ and add up. A tensor that is equal on all ranks is replicated and counts once.
-    """
+    Shards differ and add up. A tensor that is equal on all ranks is replicated and counts once."""
     total = 0
     for name in found[0]:
         values = [rank.get(name, 0) for rank in found]
@@ -165,10 +160,7 @@ def shapes(source: Policy) -> dict[str, tuple[int, ...]]:
 
 def check_shapes(found: dict[str, tuple[int, ...]], known: dict[str, tuple[int, ...]], path: Path) -> None:
     """Refuse weights `found` where an engine opened a model of shapes `known`.
-
-    Raises:
-        ValueError: with the first name whose shape differs, or that is in one of them alone.
-    """
+    Raises `ValueError`: with the first name whose shape differs, or that is in one of them alone."""
     for name in sorted(found.keys() | known.keys()):
         if found.get(name) != known.get(name):
             raise ValueError(

@@ -166,8 +166,7 @@ def convert(net: nn.Module) -> int:
     """Swap the linear layers and experts of `net` for FP8 ones, in place; return their number.
 
     Every linear layer but those named in `KEPT`: of a `Transformer`, and of a transformers network alike.
-    Parameters are shared, not copied. Converting twice changes nothing.
-    """
+    Parameters are shared, not copied. Converting twice changes nothing."""
     swapped = 0
     for parent in list(net.modules()):
         for name, child in list(parent.named_children()):

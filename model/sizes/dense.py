@@ -49,11 +49,7 @@ KINDS = {
 
 
 def dense_shape(config: Any) -> Shape:
-    """The shape of a dense model.
-
-    Raises:
-        ValueError: an architecture that `KINDS` lacks.
-    """
+    """The shape of a dense model. Raises `ValueError`: an architecture that `KINDS` lacks."""
     kind = KINDS.get(config.model_type)
     if kind is None:
         raise ValueError(f"the sizes of {config.model_type!r} are not known; known are {', '.join(KINDS)}")

@@ -29,10 +29,7 @@ PEAK_FLOPS = {
 
 def shape(config: Any) -> Shape:
     """Of a `ModelConfig`, or of a dense model's text config as transformers has it.
-
-    Raises:
-        ValueError: a dense architecture whose weights are not known here.
-    """
+    Raises `ValueError`: a dense architecture whose weights are not known here."""
     return native_shape(config) if isinstance(config, ModelConfig) else dense_shape(config)
 
 

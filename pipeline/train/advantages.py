@@ -15,8 +15,7 @@ def group_advantages(rewards: Sequence[float | None], scale: Scale) -> list[floa
     """Advantages of one group's rollouts: reward less group mean, over the standard deviation for `std`.
 
     A reward is None where the verifier failed: such a rollout is left out of the mean and its advantage is
-    None. The deviation is the population's, as in GRPO. A group without spread gets zeros.
-    """
+    None. The deviation is the population's, as in GRPO. A group without spread gets zeros."""
     valid = [r for r in rewards if r is not None]
     mean = math.fsum(valid) / max(1, len(valid))
     spread = math.sqrt(math.fsum((r - mean) ** 2 for r in valid) / max(1, len(valid)))

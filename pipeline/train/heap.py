@@ -21,8 +21,7 @@ RETURNED = 4 << 20
 def keep_freed(short: bool = False) -> bool:
     """Keep what the process frees from now on, or, where memory is `short`, only small blocks of it.
 
-    False where the C library has no such setting.
-    """
+    False where the C library has no such setting."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc

@@ -62,8 +62,7 @@ class Learner:
         `guard` decides which updates are applied (None = one with the default settings).
 
         Multi-token prediction has weight `mtp_coef` (0: its modules are not trained), and `mtp_coef_late`, if
-        that is set, from the share `mtp_late_from` of the updates on.
-        """
+        that is set, from the share `mtp_late_from` of the updates on."""
         self.policy, self.optim, self.total_updates = policy, optim, total_updates
         self.device = next(policy.parameters()).device
         self.mtp_coef, self.mtp_late_from = mtp_coef, mtp_late_from
@@ -115,8 +114,7 @@ class Learner:
         """One update on a policy loss; tokens of `batch` without weight are not scored.
 
         `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
-        so the old policy is the current one. `reference` is None where there is no KL penalty.
-        """
+        so the old policy is the current one. `reference` is None where there is no KL penalty."""
         sums, sequences, scored = dict[str, Tensor](), len(batch.lengths), 0
         for i, part in enumerate(batch.micro_batches(self.device)):
             states, targets, weights = part.ahead(1)
@@ -165,11 +163,7 @@ class Learner:
 
     def _step(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Clip, step, `Policy.after_update`. An update that the guard does not accept changes nothing; of its
-        metrics the finite ones are returned.
-
-        Raises:
-            Diverged: the guard has skipped too many.
-        """
+        metrics the finite ones are returned. Raises `Diverged`: the guard has skipped too many."""
         self.weights.collect()
         length = nn.utils.clip_grad_norm_(self.weights.stepped, self.optim.clip or math.inf)
         values = [torch.as_tensor(value, device=self.device).double() for value in (*sums.values(), length)]

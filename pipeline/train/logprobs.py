@@ -26,8 +26,7 @@ def token_logprobs(
     """Log-probability of each target (n, with gradient), and the entropy there (n, without).
 
     `hidden` (n d) are final-normed states at the positions before the `targets` (n). The head's logits are
-    divided by the `temperature` of sampling. Entropies that are not asked for are zeros.
-    """
+    divided by the `temperature` of sampling. Entropies that are not asked for are zeros."""
     found: tuple[Tensor, Tensor]
     found = _TokenLogprobs.apply(
         hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature, entropy
@@ -46,8 +45,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     The softmax is one pass over memory; a logarithm of the sum of exponentials would be four, and the
     logarithm of p_target has no digits below 1e-38. What fits into one chunk of CHUNK_BYTES is kept for the
-    backward as p, more is computed again.
-    """
+    backward as p, more is computed again."""
 
     @staticmethod
     def forward(

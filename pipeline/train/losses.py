@@ -103,11 +103,8 @@ LOSSES: dict[str, Loss] = {loss.__name__: loss for loss in (grpo, dapo, dr_grpo)
 
 def loss_named(name: str) -> Loss:
     """The loss of that name, or the function of "module:function".
-
-    Raises:
-        ValueError: no such loss (with the nearest), or a function that does not take `tokens` first, or takes
-            settings that RL stages do not have.
-    """
+    Raises `ValueError`: no such loss (with the nearest), or a function that does not take `tokens` first, or
+    takes settings that RL stages do not have."""
     check_loss(name)
     if name in LOSSES:
         return LOSSES[name]
@@ -138,10 +135,7 @@ def one_line_errors(loss: Loss, name: str) -> Loss:
 
 def takes_settings(loss: Loss, name: str) -> set[str]:
     """The settings that a loss takes by keyword.
-
-    Raises:
-        ValueError: it needs others too, or not `tokens` alone by position.
-    """
+    Raises `ValueError`: it needs others too, or not `tokens` alone by position."""
     try:
         parameters = inspect.signature(loss).parameters
         every = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

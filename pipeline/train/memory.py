@@ -140,10 +140,7 @@ def check_memory(
 
 def config_of(path: Path) -> Any:
     """The model's config without its weights: a `ModelConfig`, or a dense model's text config.
-
-    Raises:
-        UserError: no config.json that can be read.
-    """
+    Raises `UserError`: no config.json that can be read."""
     with loading(path):
         values = read_config(path)
         if values.get("model_type") in NATIVE_TYPES:

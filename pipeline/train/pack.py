@@ -102,8 +102,7 @@ class Batch:
 def assign(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Indices of the sequences of each micro-batch: as even as the longest-first rule makes them.
 
-    A micro-batch has at most `micro_tokens`, or one sequence that is longer.
-    """
+    A micro-batch has at most `micro_tokens`, or one sequence that is longer."""
     least = sum(min(n, micro_tokens) for n in lengths)
     bins: list[list[int]] = [[] for _ in range(-(-least // micro_tokens))]
     emptiest = [(0, b) for b in range(len(bins))]

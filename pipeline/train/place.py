@@ -26,10 +26,7 @@ class Place:
 
         On a CPU the same seed gives the same bits. On a GPU torch's deterministic algorithms are slower and
         still leave attention's backward as it is, so they stay off.
-
-        Raises:
-            UserError: no GPU where one was asked for.
-        """
+        Raises `UserError`: no GPU where one was asked for."""
         place = cls(device_named(config.device))
         seed_all(config.seed, config.threads)
         torch.use_deterministic_algorithms(place.device.type == "cpu", warn_only=True)
@@ -51,10 +48,7 @@ def seed_all(seed: int, threads: int) -> None:
 
 def device_named(name: str) -> torch.device:
     """The device of a setting: `auto` is the GPU where there is one.
-
-    Raises:
-        UserError: `cuda` where torch finds no GPU, with the reason that can be found.
-    """
+    Raises `UserError`: `cuda` where torch finds no GPU, with the reason that can be found."""
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         why = "no GPU is visible" if torch.version.cuda else f"torch {torch.__version__} is a CPU build"

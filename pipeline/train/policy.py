@@ -20,10 +20,7 @@ from rollout.text.tokenizer import load_tokenizer
 
 def load_policy(path: Path, device: torch.device) -> tuple[Policy, PreTrainedTokenizerFast]:
     """The model at `path`, in training mode on `device`, with its tokenizer.
-
-    Raises:
-        UserError: no readable checkpoint there.
-    """
+    Raises `UserError`: no readable checkpoint there."""
     with loading(path):
         return local.load_policy(path, device=device).train(), load_tokenizer(path)
 
@@ -46,10 +43,7 @@ def open_rollouts(
     precision: str = "",
 ) -> RolloutEngine:
     """The engine that generates from a policy loaded from `path` and trained in `precision`, if at all.
-
-    Raises:
-        UserError: an engine that is not for it, not installed here, or wrong about it.
-    """
+    Raises `UserError`: an engine that is not for it, not installed here, or wrong about it."""
     try:
         trained: DtypeName = "float32" if precision == "float32" else "bfloat16"
         return engine_for(policy, tokenizer, settings, path, trained if precision else None)

@@ -21,8 +21,7 @@ class Own:
     """A network's trained parameters themselves, as the optimizer is to see them.
 
     That is with their axes in the order of memory: AdamW's fused step copies every tensor that is not
-    contiguous, there and back, and the experts' are not (`model.moe.Experts`).
-    """
+    contiguous, there and back, and the experts' are not (`model.moe.Experts`)."""
 
     def __init__(self, net: nn.Module) -> None:
         self.working = [p for p in net.parameters() if p.requires_grad]
@@ -58,8 +57,7 @@ class Own:
 class Masters(Own):
     """fp32 masters of a network's trained parameters, which become bf16 in place.
 
-    A backward moves its gradients here at once, so micro-batches add up in fp32.
-    """
+    A backward moves its gradients here at once, so micro-batches add up in fp32."""
 
     def __init__(self, net: nn.Module, precision: str) -> None:
         device = next(net.parameters()).device
@@ -155,8 +153,7 @@ class HalfMomentAdamW(torch.optim.Optimizer):
     """AdamW whose two moments are stored in bf16 and updated in fp32 (arXiv:2412.19437, Sec. 3.3.3).
 
     Decoupled weight decay, arXiv:1711.05101, Alg. 2. Rounding to bf16 loses changes of less than 0.4 %, so
-    the second moment only forgets if beta2 is well below 0.996: `OptimSettings` refuses more than 0.99.
-    """
+    the second moment only forgets if beta2 is well below 0.996: `OptimSettings` refuses more than 0.99."""
 
     def __init__(self, groups: list[dict[str, object]], lr: float, betas: tuple[float, float]) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": 1e-8, "weight_decay": 0.0})

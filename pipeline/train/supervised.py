@@ -27,8 +27,7 @@ def load_state(run_dir: RunDir) -> tuple[int, dict[str, Any]]:
     """Steps that the newest checkpoint stands for, and its state; 0 and nothing where there is none.
 
     The state is read into host memory, a GPU's too. Its tensors are then copied in place, so that a GPU never
-    holds a second one.
-    """
+    holds a second one."""
     newest = run_dir.latest()
     if newest is None:
         return 0, {}
@@ -41,8 +40,7 @@ def train_loop(
     """Update on each batch; log, checkpoint, and stop between steps after a Ctrl-C.
 
     `batches` has one an update, the same every time: a resumed run skips those before its checkpoint. The
-    metrics are those of the last step of each `log_every`.
-    """
+    metrics are those of the last step of each `log_every`."""
     done, state = load_state(run_dir)
     if done:
         learner.load_state_dict(state)

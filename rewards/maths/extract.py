@@ -39,7 +39,7 @@ _END_OF_TURN = re.compile(
 )
 _NEXT_QUESTION = re.compile(
     r"\n[ \t]*(?:\*\*|#{1,4}[ \t]*)?(?:(?:Question|Problem|Q|Human|User|Instruction)(?:[ \t]*\d+)?[ \t]*[:：]|"  # noqa: E501
-    r"<\|(?:im_start|start_header_id)\|>)",
+    r"<\|(?:im_start|start_header_id)\|>)"
 )
 _BLOCK = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _HASHES = re.compile(r"####[ \t]*([^\n]{1,200})")
@@ -69,8 +69,7 @@ def outside_think(completion: str, mode: Mode = "strict") -> str:
     """The completion less its think blocks.
 
     A `</think>` without an opening tag ends thinking that the template opened. An unclosed `<think>` runs to
-    the end in strict mode; in lenient mode only its tag is dropped.
-    """
+    the end in strict mode; in lenient mode only its tag is dropped."""
     kept: list[str] = []
     position = 0
     if (close := completion.find(CLOSE)) >= 0 and not -1 < completion.find(OPEN) < close:

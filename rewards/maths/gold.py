@@ -11,7 +11,7 @@ _NO_ANSWER = re.compile(
     r"None|NaN|nan|null|NULL|(?i:proof|prove(?:d| it)?|q\.?e\.?d\.?|(?:answer |solution )?not[ _]?(?:found|"
     r"provided|given|available|applicable)|n/?a|tbd|todo|unknown|error|see (?:the )?(?:solution|proof|above|"
     r"below)\b.*|(?:the )?(?:proof|answer|solution) (?:is )?(?:omitted|missing|required|above|below|needed)|"
-    r"\[?(?:answer|solution|your answer(?: here)?)\]?)",
+    r"\[?(?:answer|solution|your answer(?: here)?)\]?)"
 )
 _STRUCTURE = re.compile(r"\{\s*(?:[\"'].*:.*)?\}|\[\s*(?:[\"'].*)?\]", re.DOTALL)  # a dict, or a list of text
 

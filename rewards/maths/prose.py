@@ -64,8 +64,7 @@ def value_after(text: str, position: int, *, after_heading: bool = False) -> str
     """The value that is stated from `position` on, behind "the answer is" or the like; `None` if none is.
 
     Maths that comes first, with all that a comma or a word joins to it; else an expression or a number with
-    its unit; else a word or two (`Evelyn`, `even`, `(C)`).
-    """
+    its unit; else a word or two (`Evelyn`, `even`, `(C)`)."""
     said = text[position : position + LONGEST_STATED]
     said = said[_FILLER.match(said).end() :]  # type: ignore[union-attr]
     if not said or _NO_VALUE.match(said):

@@ -57,8 +57,7 @@ def same_relation(gold: str, answer: str) -> Verdict | None:
 def true_members(chain: str) -> list[str]:
     r"""What `a = b \approx c` answers: its last member, and the one that this is rounded from; none if false.
 
-    Of a congruence that is the residue: it lies below the modulus.
-    """
+    Of a congruence that is the residue: it lies below the modulus."""
     modulus = _MODULUS.search(chain)
     parts = [part.strip() for part in EQUALS.split(chain[: modulus.start()] if modulus else chain)]
     if "" in parts[1:]:

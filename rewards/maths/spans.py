@@ -77,8 +77,7 @@ def boxes(text: str, *, lenient: bool = False) -> list[Span]:
     r"""The outermost closed, non-empty `\boxed{…}`, in order; boxes within them are unwrapped.
 
     With `lenient`, a last box that its delimiter closes but no brace does, `$\boxed{5$`, counts too; one that
-    the end of the text cut off never does.
-    """
+    the end of the text cut off never does."""
     found: list[Span] = []
     stack: list[tuple[int, int]] = []  # of each open brace: where its box begins and its content, or -1, -1
     for match in _BOX.finditer(text):
@@ -140,8 +139,7 @@ def is_expression(text: str) -> bool:
 def maths(text: str) -> list[Span]:
     r"""What stands between `$ $`, `$$ $$`, `\( \)`, `\[ \]` or in an equation environment, in order.
 
-    A dollar sign that is money (`$18 and $5`, `\$18`) opens nothing.
-    """
+    A dollar sign that is money (`$18 and $5`, `\$18`) opens nothing."""
     found: list[Span] = []
     position = 0
     while opener := _OPENER.search(text, position):

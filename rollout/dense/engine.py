@@ -37,8 +37,7 @@ class DenseDecoder:
     def start(self, prompts: Sequence[Sequence[int]], slots: Tensor, capacity: int) -> Tensor:
         """Prefill each prompt (p) once, row i continuing prompt `slots[i]`: next-token logits (r v).
 
-        No row will have more than `capacity` tokens, prompt included.
-        """
+        No row will have more than `capacity` tokens, prompt included."""
         self.length = max(map(len, prompts))
         padding = [self.length - len(prompt) for prompt in prompts]
         # The mask hides padding, so its id does not matter.
@@ -97,8 +96,7 @@ def plan_waves(
     """Split `n` rows a prompt into waves of (index, sample), longest prompts first.
 
     What does not fit in memory fails at once. A wave has at most `max_batch` rows and `max_cache_tokens`
-    over all of them (one row always passes).
-    """
+    over all of them (one row always passes)."""
     rows = [(i, s) for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)) for s in range(n)]
     at = 0
     while at < len(rows):

@@ -33,8 +33,7 @@ def capturable(net: Transformer) -> bool:
     """Whether a decode step of `net` stays on the GPU, as a captured graph must.
 
     torch's grouped product is one kernel for bf16 on Hopper and Blackwell alone; elsewhere it copies the
-    experts' row counts to the host (GroupedBlas.cpp), and so does `model.scale.fp8`.
-    """
+    experts' row counts to the host (GroupedBlas.cpp), and so does `model.scale.fp8`."""
     weight = net.embed_tokens.weight
     if weight.device.type != "cuda" or weight.dtype != torch.bfloat16:
         return False

@@ -182,8 +182,7 @@ class Schedule:
     def _fits(self, pages: int, more: int) -> bool:
         """Whether `pages` are free, and one more for each of the running rows and `more` others.
 
-        Without this reserve a row would be prefilled and preempted again one step later.
-        """
+        Without this reserve a row would be prefilled and preempted again one step later."""
         running = len(self.running)
         return pages + (running + more if running else 0) <= len(self.cache.free)
 

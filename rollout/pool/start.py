@@ -58,10 +58,7 @@ def start_ray(settings: RolloutSettings, trainer: torch.device | None = None) ->
 
 def short_folder() -> str:
     """A folder for Ray where the usual one has too long a name for sockets.
-
-    Raises:
-        ValueError: there is none.
-    """
+    Raises `ValueError`: there is none."""
     if not os.access("/tmp", os.W_OK):
         raise ValueError(
             f"{tempfile.gettempdir()}, the folder for temporary files, has too long a name for Ray: "
@@ -71,11 +68,7 @@ def short_folder() -> str:
 
 
 def gpus_beside(trainer: torch.device, settings: RolloutSettings) -> str:
-    """CUDA_VISIBLE_DEVICES without the trainer's GPU.
-
-    Raises:
-        ValueError: too few for the workers.
-    """
+    """CUDA_VISIBLE_DEVICES without the trainer's GPU. Raises `ValueError`: too few for the workers."""
     visible = os.environ.get(VISIBLE) or ",".join(map(str, range(torch.cuda.device_count())))
     names = visible.split(",")
     others = [name for index, name in enumerate(names) if index != (trainer.index or 0)]

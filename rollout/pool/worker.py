@@ -52,10 +52,7 @@ class Worker:
 
     def load(self, refs: Sequence[Any], expected: int, version: int) -> None:
         """Load weights from Ray's store, and prove by the fingerprint `expected` that they are live.
-
-        Raises:
-            StaleWeights: they are not.
-        """
+        Raises `StaleWeights`: they are not."""
         self.engine.load_tensors(stored(refs), version)
         if (live := self.engine.live_weights()) != expected:
             raise stale(os.getpid(), version, live, expected)
@@ -89,10 +86,7 @@ class Worker:
 
 def stored(refs: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors of buckets in Ray's store, one bucket in this process at a time.
-
-    Raises:
-        StaleWeights: a bucket is not what was put there.
-    """
+    Raises `StaleWeights`: a bucket is not what was put there."""
     import ray
 
     for ref in refs:

@@ -47,8 +47,7 @@ from rollout.weights import DTYPES, check_shapes, device_of, over_ranks, shapes
 class VllmEngine:
     """`RolloutEngine` over `vllm.LLM`, for native deepseek_v3 checkpoints and dense ones.
 
-    `version` and `weights`, the fingerprint of what vLLM computes with, name the live policy.
-    """
+    `version` and `weights`, the fingerprint of what vLLM computes with, name the live policy."""
 
     def __init__(
         self,
@@ -204,11 +203,8 @@ class VllmEngine:
         self._update(itertools.chain((first,), stream), version, first[1].device)
 
     def _update(self, weights: Iterable[tuple[str, Tensor]], version: int, device: torch.device) -> None:
-        """Send weights that lie on `device`, and prove what is live afterwards.
-
-        Raises:
-            StaleWeights: see `load_weights`; the engine then refuses requests until an update succeeds.
-        """
+        """Send weights that lie on `device`, and prove what is live afterwards. Raises `StaleWeights`: see
+        `load_weights`; the engine then refuses requests until an update succeeds."""
         copies = functools.partial(kv_copies, self.config, self.settings.tensor_parallel)
         self.torn = True
         if self.asleep:

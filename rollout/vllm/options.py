@@ -68,8 +68,7 @@ def refuse_what_cannot_work(
 ) -> None:
     """Raise ValueError for a setting that does nothing, or fails, with this model or build of vLLM.
 
-    `trainer`: the engine is opened for a policy of this process.
-    """
+    `trainer`: the engine is opened for a policy of this process."""
     experts = any("experts" in key and value for key, value in config.items())
     for name, chosen in (
         ("expert_parallel", settings.expert_parallel),

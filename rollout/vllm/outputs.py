@@ -65,10 +65,7 @@ def routes_of(output: Any, prompt: int, end: int | None, config: Mapping[str, An
     """The experts of a completion as `Rollout.routed_experts` has them, where vLLM returns them.
 
     vLLM has a row for every layer; those of dense layers mean nothing.
-
-    Raises:
-        RuntimeError: not a row for every token but the last.
-    """
+    Raises `RuntimeError`: not a row for every token but the last."""
     found = getattr(output, "routed_experts", None)
     if found is None:
         return None

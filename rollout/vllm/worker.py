@@ -79,8 +79,7 @@ def watch_packing() -> None:
 def repack_experts_on_reload() -> None:
     """CPU: pack experts on every load, not on the first alone (vLLM 0.32, `_setup_kernel`).
 
-    Without this the kernel reads plain weights as packed ones from the second load on.
-    """
+    Without this the kernel reads plain weights as packed ones from the second load on."""
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
         UnquantizedFusedMoEMethod as Method,
     )

@@ -61,11 +61,7 @@ Pairs = list[tuple[Any, Any]]
 
 
 def equal(first: Tree, second: Tree) -> bool:
-    """Whether two expressions are equal.
-
-    Raises:
-        TooExpensive: one of them has no value here.
-    """
+    """Whether two expressions are equal. Raises `TooExpensive`: one of them has no value here."""
     return _compare(first, second, lambda pairs: all(close(a, b) for a, b in pairs))
 
 

@@ -63,8 +63,7 @@ def equal_numbers(gold: Number, answer: Number) -> bool:
     """Whether two numbers are equal; of a decimal and a fraction one may be the other, rounded.
 
     `50%` equals 50 and 0.5 (both readings of the sign occur; a number without one has one reading), so 100
-    is not 1.
-    """
+    is not 1."""
     values = {answer.value}
     if gold.percent != answer.percent:
         values.add(answer.value * 100 if gold.percent else answer.value / 100)
@@ -78,8 +77,7 @@ def equal_numbers(gold: Number, answer: Number) -> bool:
 def rounds_to(exact: Any, written: Number, least: int) -> bool:
     """Whether a decimal is `exact`, rounded to its last place, and has as many digits as `least`.
 
-    A reference of three digits is taken for a rounded one; an answer takes six, for 0.33 is not a third.
-    """
+    A reference of three digits is taken for a rounded one; an answer takes six, for 0.33 is not a third."""
     if written.digits is None or abs(written.value) * (last := Fraction(10) ** written.digits) < least:
         return False
     if not isinstance(exact, Fraction):

@@ -34,11 +34,7 @@ Holds = Callable[[Any], bool]
 
 
 class Region:
-    """A set of real numbers.
-
-    Raises:
-        ValueError: the text names none, or its ends are no numbers.
-    """
+    """A set of real numbers. Raises `ValueError`: the text names none, or its ends are no numbers."""
 
     def __init__(self, text: str) -> None:
         self.ends: list[Any] = []

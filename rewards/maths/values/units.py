@@ -65,8 +65,7 @@ def strip_words(text: str) -> str:
 def split_unit(text: str) -> tuple[str, str]:
     r"""A normalised expression less the unit behind it, `12\sqrt{13} feet`, and the unit in one notation.
 
-    Words that change the number are no unit, and neither are variables: `3t`, `2 xy`.
-    """
+    Words that change the number are no unit, and neither are variables: `3t`, `2 xy`."""
     match = _UNIT.fullmatch(text) if text[-1:].isalnum() or text[-1:] in ".}" else None
     if match is None or not _VALUE.search(match["head"]):
         return text, ""
@@ -98,8 +97,7 @@ def unit_conflict(gold: str, answer: str) -> bool:
     """Whether both have a unit and the units differ.
 
     `5 dollars` and `5 dollars per day` name the same thing more or less closely; `cm^2` and `cm^3`, `km/h`
-    and `km`, or `cm` and a word that is not known do not.
-    """
+    and `km`, or `cm` and a word that is not known do not."""
     if not gold or not answer or gold == answer or "unit" in (gold[:4], answer[:4]):
         return False
     sides = [re.findall(r"[^\s/]+", unit) for unit in (gold, answer)]
