@@ -73,6 +73,19 @@ def encode(value: Any, reference: Reference) -> Any:
     return reference(value)
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value goes over as it is, with no reference in it."""
+    try:
+        encode(value, _refuse)
+    except (TypeError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(value: Any) -> list[Any]:
+    raise TypeError
+
+
 def _safe_name(value: Any) -> tuple[str, str] | None:
     if not isinstance(value, (type, types.BuiltinFunctionType, types.FunctionType)):
         return None
