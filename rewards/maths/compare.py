@@ -32,13 +32,14 @@ _PARAMETER = re.compile(
 _VARIABLE = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?\s*")
 _FUNCTION = re.compile(r"\s*([A-Za-z]\w*)\s*\(\s*([a-z])\s*\)\s*")
 _CHOSEN = re.compile(
-    r"(?:(?:option|choice|answer(?: choice)?)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)|"
+    r"(?:(?:option|choice|answer(?: choice)?)\s*:?\s*)?(?:\(\s*([A-Z])\s*\)(?![\^_(*+/!-])|"
     r"([A-Z])\s*(?:[).:](?=\s|$)|$))\s*(.*)",
     re.IGNORECASE | re.DOTALL,
 )
 _MORE_CHOICES = re.compile(r"^(?:and|or|,|/|&)|\(?\b[A-Z]\s*\)|\b(?:not|wrong|incorrect|false)\b")
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix)\}(.*)\\end\{\1\}", re.DOTALL)
-_BASE = re.compile(r"(-?[0-9A-Za-z.]*\d[0-9A-Za-z]*)\s*_\s*\{?\s*(\d{1,2})\s*\}?")
+_NEW_ROW = re.compile(r"\\\\(?:\s*\[-?[\d.]+\s?(?:pt|em|ex|mm|cm)\])?")
+_BASE = re.compile(r"\(?(-?[0-9A-Za-z.]*\d[0-9A-Za-z]*)\)?\s*_\s*\{?\s*(\d{1,2})\s*\}?")
 _PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
@@ -56,22 +57,26 @@ def compare(gold: str, answer: str, depth: int = 0) -> Verdict:
     if (chosen := _choice(gold, answer, depth)) is not None:
         return chosen
     gold, answer = strip_words(gold), strip_words(answer)
-    if SIGNS.search(gold + answer):
+    if SIGNS.search(f"{gold} {answer}"):
         expected, got = region(gold), region(answer)
         if expected and got:
             return float(expected.same(got)), "as sets of numbers"
         if (expected and not RELATION.search(answer)) or (got and parse(gold) is not None):
             return 0.0, "a set of numbers against something else"
-        gold, answer = _as_interval(gold), _as_interval(answer)  # a < x < a + 1 is (a, a + 1)
+        shapes = (
+            _as_interval(gold),
+            _as_interval(answer),
+        )  # a < x < a + 1 is (a, a + 1), not the list "a, a + 1"
+        gold, answer = shapes if all(shape[:1] in ("(", "[") for shape in shapes) else (gold, answer)
     verdict = _by_members(gold, answer, depth, thousands=True)
     # The commas of `100,200` may separate thousands or members, that of `1,5` may be a decimal point.
     short = verdict[0] == 0 and max(len(gold), len(answer)) < 200
     if short and (_THOUSANDS.search(gold) or _THOUSANDS.search(answer)):
         other = _by_members(gold, answer, depth, thousands=False)
         verdict, short = (other, False) if other[0] == 1 else (verdict, True)
-    for text, number in ((gold, plain_number(answer)), (answer, plain_number(gold))):
-        if short and number and number.digits and _DECIMAL_COMMA.fullmatch(text):
-            return compare(gold.replace(",", "."), answer.replace(",", "."), depth + 1)
+    number = plain_number(gold)
+    if short and number and number.digits and _DECIMAL_COMMA.fullmatch(answer):
+        return compare(gold, answer.replace(",", "."), depth + 1)
     return verdict
 
 
@@ -249,7 +254,7 @@ def _as_tuple(text: str) -> str:
 
 
 def _rows(body: str) -> list[str]:
-    return [row.strip() for row in body.split("\\\\") if row.strip()]
+    return [row.strip() for row in _NEW_ROW.split(body) if row.strip()]
 
 
 def _ratios(gold: str, answer: str, depth: int) -> Verdict:

@@ -61,6 +61,9 @@ _MARKERS = (
     ),
     re.compile(r"(?P<final>最终|最后)?的?答案(?:应该|应当|应|就|便)?(?:[是为][ \t]*[:：]?|等于|[ \t]*[:：])"),
     re.compile(r"(?P<final>)^[ \t]*(?:\*\*)?A(?:\*\*)?[:：](?:\*\*)?", re.MULTILINE),
+    re.compile(
+        r"(?P<final>)(?<!不)选(?:择|项)?[是为]?[ \t]*[:：]?[ \t]*(?=[(（]?[A-J](?![A-Za-z、,，和或]))"
+    ),
     re.compile(r"(?P<final>)\bcorrect[ \t]+(?:option|choice)[ \t]+is\b", re.IGNORECASE),
 )
 

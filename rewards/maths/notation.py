@@ -26,7 +26,8 @@ _CIRCLED = re.compile(r"[\u2460-\u2473](?:[\s,]*[\u2460-\u2473])*")  # choices, 
 _ESCAPED = re.compile(r"\x0c(?=rac)|\x08(?=inom|oxed)|\t(?=imes|ext|frac|an\b|heta)|\r(?=ight)")
 _LETTER = {"\x0c": "\\f", "\x08": "\\b", "\t": "\\t", "\r": "\\r"}
 _IGNORED = re.compile(
-    r"\\(?:displaystyle|textstyle|limits|left|right|[Bb]ig{1,2}[lrm]?)(?![A-Za-z])\.?|(?<=,)\s*\\!\s*|\\!"
+    r"\\(?:displaystyle|textstyle|limits|left|right|[Bb]ig{1,2}[lrm]?)(?![A-Za-z])\.?|(?<=,)\s*\\!\s*|\\!|"
+    r"\\(?:text)?color\s*\{[a-z]+\}|\\(?:large|Large|LARGE|huge|Huge)(?![A-Za-z])"
 )
 _SPACING = re.compile(r"\\\\|\\[,;:> ]|\\q?quad(?![A-Za-z])|~")
 _SYNONYMS = [
@@ -51,6 +52,7 @@ _SYNONYMS = [
         (r"\{([^{}]+)\\choose([^{}]+)\}", r"\\binom{\1}{\2}"),
         (r"\\\{\s*\\\}", r"\\emptyset "),
         (r"^ ?(?:all )?real numbers ?$", r"\\R"),
+        (r"^ ?[Nn]o (?:real )?solutions?[ .]*$", r"\\emptyset"),
         (r"\\langle(?![A-Za-z])", "("),
         (r"\\rangle(?![A-Za-z])", ")"),
         (r"\\(?:approxeq|simeq)(?![A-Za-z])|\\doteq(?![A-Za-z])", r"\\approx "),
@@ -73,7 +75,7 @@ _ORDINAL = re.compile(
     r"(?<=\d)\s*\^?\s*\{?\s*(?:\\(?:text|mathrm|textrm|rm|mbox)\s*\{?\s*)?(?:st|nd|rd|th)\b\s*\}?\}?(?!\s*\d)"
 )
 _TEXT = re.compile(
-    r"\\(?:(?:text|math)(?:bf|rm|it|sf|normal|cal)|text|bf|rm|it|mbox|hbox|operatorname|emph|bm|boldsymbol)\s*"
+    r"\\(?:(?:text|math)(?:bf|rm|it|sf|normal|cal)|text|bf|rm|it|mbox|hbox|operatorname|emph|bm|boldsymbol|underline)\s*"
     r"\{([^{}]*)\}"
 )
 _APART_IN_BOLD = re.compile(r"\\(?:mathbf|boldsymbol)\{(\d(?: \d)+)\}")  # how some bodies set `20`

@@ -47,11 +47,16 @@ _CONTEXT = re.compile(
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"(?:\bnot|n't|≠|\\ne|不是)\s*$", re.IGNORECASE)
+_DENIED_AFTER = re.compile(
+    r"\W{0,3}\s(?:is|was)\s(?:wrong|incorrect|false|impossible|not\s(?:right|correct|the|an?\s(?:\w+\s)?(?:answer|solution)))"
+)
+_GOES_ON = re.compile(r"\s*(?:times|plus|minus|(?:divided|multiplied)\s+by)\b", re.IGNORECASE)
 _OPEN_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{(?:[^{}]|\{[^{}]*\})*\Z")
 _THEN_VALUE = re.compile(r"\s*(?:is|are|equals|=|是|为)\s*(?=[-−$\\\d])")
 _CHANGES = re.compile(
     r"\b(?:less|more|fewer|greater|smaller|larger) than|"
-    r"\bat (?:least|most)|\b(?:not|twice|half|double)\b[^=]*$",
+    r"\bat (?:least|most)|\b(?:not|twice|half|double)\b[^=]*$|"
+    r"\b(?:negative|opposite|square|cube|reciprocal|inverse) of|[大小多少]于|不等于|超过|负",
     re.IGNORECASE,
 )
 _MODIFIER = re.compile(r"\s?-\s?[A-Za-z]")  # "the 8-point buck"
@@ -116,6 +121,8 @@ def _with_unit(sentence: str, found: list[Span]) -> str:
         if not _AND.fullmatch(sentence[joined[-1].end : span.start]):
             break
         joined.append(span)
+    if _GOES_ON.match(sentence, joined[-1].end):  # "42 times 2" is not 42
+        return sentence
     return ", ".join(span.content for span in joined)
 
 
@@ -139,7 +146,12 @@ def last_stated(text: str) -> str | None:
             continue
         inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
         named = [token for token in inside if not _label_only(token.content)]
-        telling = [t for t in named if not _DENIED.search(tail[max(0, t.start - 12) : t.start])]
+        telling = [
+            t
+            for t in named
+            if not _DENIED.search(tail[max(0, t.start - 12) : t.start])
+            and not _DENIED_AFTER.match(tail, t.end)
+        ]
         if not tokens and (words := number_words(sentence)):
             return words[-1].content
         if not telling and (letter := _CHOICE.search(sentence)):

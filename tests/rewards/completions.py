@@ -270,4 +270,17 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("rs(y+2)^2", "rs(2+y)^2", True),
         ("\\frac{1}{8}", "Let us expand: a^2 + b^2 < (a + c/2)^2 + (1/8", False),
     ],
+    # Words behind or before a number that make it another, and Chinese choices.
+    "words that change what is stated": [
+        ("4", "4 is wrong", False),
+        ("4", "$4$ is not the right answer.", False),
+        ("4", "The answer is the negative of 4", False),
+        ("4", "The answer is 4 times 2.", False),
+        ("4", "The answer is 4 plus 1.", False),
+        ("4", "The result is 4 and it is not a square.", True),
+        ("B", "故选：B．", True),
+        ("B", "所以选B。", True),
+        ("B", "不选B", False),
+        ("B", "故选：A、B", False),
+    ],
 }  # fmt: skip

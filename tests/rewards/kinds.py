@@ -130,4 +130,24 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("(a, a+1)", "a < x < a+1", True), ("\\{1,2\\} \\cup \\{3\\}", "\\{1,2,3\\}", True),
         ("(1,2)", "1.5", False),
     ],
+    "colours, sizes, underlines and row gaps": [
+        ("4", "\\color{red}{4}", True), ("4", "{\\color{red}4}", True), ("4", "\\large 4", True),
+        ("\\frac{1}{2}", "\\frac{\\textcolor{red}{1}}{\\textcolor{blue}{2}}", True),
+        ("4", "\\underline{4}", True), ("4", "\\underline{4}9", False),
+        ("4", "\\color{red}4\\color{blue}9", False),
+        ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{pmatrix}1&2\\\\[4pt]3&4\\end{pmatrix}", True),
+        ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix}1\\\\[4pt]3\\end{pmatrix}", False),
+    ],
+    "a list, an interval and a decimal comma": [
+        ("3,5", "3.5", False), ("1,2", "1<x<2", False), ("1<x<2", "1,2", False), ("a<x<a+1", "a,a+1", False),
+        ("a<x<a+1", "(a,a+1)", True), ("3.5", "3,5", True),
+    ],
+    "letters in brackets, bases, factorials, no solutions": [
+        ("e^{2}", "(e)^{2}", True), ("x^2+x", "(x)(x+1)", True), ("x+1", "(x)(x+1)", False),
+        ("101_2", "(101)_2", True), ("101_2", "(101)_3", False), ("10", "\\frac{5!}{2!3!}", True),
+        ("4", "4 \\text{ factorial}", False), ("4", "4 \\text{ gross}", False),
+        ("4", "4 \\text{ per mille}", False), ("\\emptyset", "\\text{abc}", False),
+        ("\\emptyset", "\\text{no solution}", True), ("\\text{no solution}", "\\emptyset", True),
+        ("\\emptyset", "\\text{one solution}", False), ("2", "(B)-2", False),
+    ],
 }  # fmt: skip

@@ -115,3 +115,38 @@ def test_expected_output_is_not_where_the_program_is(pool):
         run_tests(search.replace("'s3cret'", "'s3' + 'cret'"), [StdioTest("", "False\n")], pool=pool).value
         == 1
     )
+
+
+_ALIKE = ["assert f(30) == P(10, 200)", "assert P(20, 300) == f(40)"]
+_OWN_OBJECTS = {
+    "one object": "class P:\n  def __new__(c, *a):\n    c.one = vars(c).get('one') or object.__new__(c)\n"
+    "    return c.one\n  def __init__(s, *a): pass\ndef f(x): return P()",
+    "the class itself": "class M(type):\n  def __call__(c, *a): return c\nclass P(metaclass=M): pass\n"
+    "def f(x): return P",
+    "a number": "class P:\n  def __new__(c, *a): return 5\ndef f(x): return 5",
+    "a text": "class P(str):\n  def __new__(c, *a): return ''\ndef f(x): return ''",
+    "a function": "class P:\n  def __new__(c, *a): return len\ndef f(x): return len",
+    "odd values are controls": "seen = []\nclass P:\n  def __init__(s, *a): seen.extend(a)\n"
+    "  def __eq__(s, o): return not any(x % 2 or seen.count(x) > 1 for x in seen)\n"
+    "def f(x):\n  seen.append(x)\n  return P()",
+}
+
+
+@pytest.mark.parametrize("name", _OWN_OBJECTS)
+def test_a_class_of_the_program_is_no_answer_to_itself(pool, name):
+    for test in _ALIKE:
+        assert run_tests(_OWN_OBJECTS[name], [test], pool=pool).value == 0
+
+
+def test_equal_objects_of_one_class_still_pass(pool):
+    value = "class P:\n  def __init__(s, *a): s.a = a\n  def __eq__(s, o): return s.a == o.a\n"
+    assert run_tests(value + "def f(x): return P(x - 20, 10 * x - 100)", _ALIKE, pool=pool).value == 1
+    enum = "import enum\nclass P(enum.Enum):\n  A = 1\n  B = 2\ndef f(x): return P(x)"
+    assert run_tests(enum, ["assert f(1) == P(1) and P(2) is f(2)"], pool=pool).value == 1
+    assert run_tests(_OWN_OBJECTS["one object"], ["assert P(1) is P(2)"], pool=pool).value == 1
+
+
+@pytest.mark.parametrize("error", ["SystemExit", "RuntimeError"])
+def test_a_program_cannot_end_its_judge(pool, error):
+    code = f"class M(type):\n  def __hash__(c): raise {error}\nclass P(metaclass=M): pass\ndef f(x): return 1"
+    assert run_tests(code, _ALIKE, pool=pool).value == 0

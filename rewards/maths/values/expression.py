@@ -145,7 +145,7 @@ class _Parser:
         if token == "|":
             return not self.bars
         if token[:1].isdigit() or token[:1] == ".":
-            return self.tokens[self.at - 1] == ")"  # a number behind anything else may be an index
+            return self.tokens[self.at - 1] in (")", "!")  # a number behind anything else may be an index
         return (
             token[1:] in _COMMANDS if token[:1] == "\\" else token[:1].isalpha() or token in ("(", "[", "{")
         )

@@ -30,7 +30,7 @@ _CHANGING = frozenset(
     "no never none either cubed squared doubled tripled halved wrong incorrect false zero one two three "
     "four five six seven eight nine ten eleven twelve twenty hundred thousand million billion trillion "
     "dozen percent nor except without almost nearly approximately about around maybe perhaps possibly sin "
-    "cos tan log ln exp".split()
+    "cos tan log ln exp factorial mille gross score dozens hundreds thousands millions billions".split()
 )
 _CHANGED = re.compile(r"\w{3,}(?<!spe)(?<!see)(?<!w)(?:ed|fold)$")  # squared, doubled, multiplied; not speed
 _WORD = r"[A-Za-z]+\.?"

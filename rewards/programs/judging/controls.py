@@ -3,12 +3,15 @@
 Where a test compares objects of a class that the program was asked to write, the program answers, so a class
 whose `==` is always true would pass. What was asked up to such an answer is therefore asked again of a fresh
 process, with one value changed: then two sides of a comparison differ, and the answer must change with them.
+Likewise a class that is called with other arguments must make another object.
 The program cannot tell these runs from the real one: they differ by a value.
 """
 
 import copy
+import math
 import random
 import re
+import string
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -47,7 +50,8 @@ def _doubt(log: Log, at: int, replay: Replay, repeats: int) -> str | None:
     method, answer, tried = log[at][0][2], log[at][1], False
     for group in islice(_groups(log, at), GROUPS):
         answers = [(messages, replay(messages)) for messages in group]
-        told = [(messages, other) for messages, other in answers if other and other[0] == "value"]
+        called = method == "__call__"
+        told = [(messages, other) for messages, other in answers if other and (other[0] == "value" or called)]
         tried |= bool(told)
         strict, alone = method in ("__lt__", "__gt__"), len(told) == len(group) == 1
         if strict and alone and told[0][1][1] is answer[1] is True:
@@ -124,10 +128,22 @@ def _others(value: Any, given: dict[type, set[Any]], far: bool) -> list[Any]:
         return [not value]
     if isinstance(value, (int, float)):
         near = [value + 1, value - 1, 2 * value + 3, *([value + 10**6, -value - 10**6] if far else [])]
+        common = math.gcd(*given.get(int, ())) if isinstance(value, int) else 0
+        if common > 1:  # where all values are even, say, an odd one would give a control away
+            alike = [value + common * step for step in range(-9, 10)]
+            near.append(_chance.choice([n for n in alike if n not in given[int] and n * value >= 0]))
     elif isinstance(value, str):
-        near = [re.sub(r"\d+", lambda digits: str(int(digits[0]) + 1), value), value + "x", "q" + value[1:]]
+        near = [re.sub(r"\d+", lambda digits: str(int(digits[0]) + 1), value)]
+        near += [_misspelt(value), value + _chance.choice(string.ascii_lowercase)]
     beside = sorted(given.get(type(value), set()) - {value}) if near else []
     return [other for other in near if other != value] + _chance.sample(beside, min(1, len(beside)))
+
+
+def _misspelt(text: str) -> str:
+    """A text with one letter changed, in a way that a program cannot foresee."""
+    at = _chance.choice([i for i, sign in enumerate(text) if sign.isalpha()] or [len(text)])
+    new = _chance.choice([sign for sign in string.ascii_lowercase if sign != text[at : at + 1].lower()])
+    return text[:at] + (new.upper() if text[at : at + 1].isupper() else new) + text[at + 1 :]
 
 
 def _spots(message: list[Any]) -> Iterator[tuple[list[Any], int]]:

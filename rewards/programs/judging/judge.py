@@ -45,7 +45,7 @@ from rewards.programs.judging.remote import (
     iterate,
     quiet_loops,
 )
-from rewards.programs.judging.values import Malformed, encode
+from rewards.programs.judging.values import Malformed, is_plain
 from rewards.wire import words
 
 _FILE_METHODS = frozenset("read readline readlines write writelines flush seek tell close getvalue".split())  # noqa: SIM905
@@ -78,7 +78,9 @@ class Judge(Peer):
         self.log: list[list[Any]] = []
         self.doubtful: list[int] = []  # answers in the log that need a control
         self.named: set[int] = set()  # classes that the tests name
+        self.functions: set[int] = set()  # and functions
         self._members: dict[tuple[int, int], Any] = {}  # names by which objects were taken from classes
+        self._makers: dict[int, int] = {}  # of objects: the class or function that gave each first
         self.helpers: dict[int, str] = {}  # functions that the tests should have brought
         self._holder: types.FrameType | None = None
         self._held: list[tuple[Any, Any]] = []
@@ -97,7 +99,7 @@ class Judge(Peer):
         """What the test believes of the program's answer."""
         of_program = args and isinstance(args[0], Remote)
         leading = name in COMPARISONS or name in ARITHMETIC  # the question may hold what the test expects
-        if leading and not (self._believed(number) and (of_program or _is_plain(args[0]))):
+        if leading and not (self._believed(number) and (of_program or is_plain(args[0]))):
             if name == "__contains__":
                 return any(item is args[0] or item == args[0] for item in iterate(self._remotes[number]))
             return NotImplemented
@@ -105,6 +107,10 @@ class Judge(Peer):
             args = (*args[:2], None)  # no frames of the test
         self.asked += name != "global"
         value = self._answer_to(number, name, args, kwargs)
+        if isinstance(value, Remote) and number not in self.named:
+            made = self._makers.setdefault(at(value)[1], number) in self.named
+            if made and number in self.functions and args and all(map(is_plain, args)):
+                self.doubtful.append(len(self.log) - 1)
         if number in self.helpers and name == "__call__":
             self.helped = f"the tests call {self.helpers[number]}, which neither they nor the prompt define"
             self.doubtful.append(len(self.log) - 1)
@@ -117,6 +123,8 @@ class Judge(Peer):
                 self.doubtful.append(len(self.log) - 1)
         elif name == "__exit__" and value:
             return _raised_on_purpose(args[1])
+        elif name == "__call__" and number in self.named:
+            self._constructed(number, value, args)
         elif name in ("getattr", "item") and number in self._mirrors and isinstance(value, Remote):
             self._taken(number, value, args[0])
         return value
@@ -133,6 +141,16 @@ class Judge(Peer):
                 raise
             self.gone = str(error) if isinstance(error, (ProgramGone, Malformed)) else "it sent nonsense"
             raise ProgramGone(self.gone) from None
+
+    def _constructed(self, kind: int, value: Any, args: tuple[Any, ...]) -> None:
+        """A class makes objects of its own; one that was made elsewhere needs a control."""
+        if isinstance(value, BaseException):
+            return
+        if not isinstance(value, Remote) or not issubclass(type(value), self._mirrors[kind]):
+            raise TypeError("a class of the program makes an object that is not its own")
+        seen = self._makers.setdefault(at(value)[1], kind)
+        if seen != kind and args and all(map(is_plain, args)):
+            self.doubtful.append(len(self.log) - 1)
 
     def _taken(self, kind: int, value: Remote, name: Any) -> None:
         """What two names of a class mean (of an enumeration, mostly) must be two objects."""
@@ -199,18 +217,6 @@ def _line() -> str:
         return builtins.input() + "\n"
     except EOFError:
         return ""
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        encode(value, _refuse)
-    except (TypeError, RecursionError):
-        return False
-    return True
-
-
-def _refuse(value: Any) -> list[Any]:
-    raise TypeError
 
 
 def _raised_on_purpose(error: BaseException | None) -> bool:
@@ -311,6 +317,8 @@ class _Names(dict[str, Any]):
         value = self._judge.ask(0, "global", (name,))
         if isinstance(value, Mirrored) and name[:1].isupper():  # `class f` stands in for a function
             self._judge.named.add(at(value)[1])
+        elif isinstance(value, Remote):
+            self._judge.functions.add(at(value)[1])
         return value
 
     def __missing__(self, name: str) -> Any:
@@ -341,8 +349,10 @@ def judge(fd: int, tests: list[str], stop_early: bool) -> dict[str, Any]:
         if kind != "ready":
             return {"passed": 0, "detail": f"the program raised {rest}"}
         names = _Names(link, {str(name): str(what) for name, what in rest}, compiled_tests)
-    except (ProgramGone, Malformed, ValueError, TypeError, LookupError) as error:
-        return {"passed": 0, "detail": f"{error} before the tests"}
+    except BaseException as error:
+        if isinstance(error, ImportError) and not hasattr(error, "r1_theirs"):
+            return {"error": f"the tests need {error.name}, which is not here"}
+        return {"passed": 0, "detail": f"{words(error)} before the tests"}
     sys.modules["pytest"] = pytests  # a test may import it
     for number, test in enumerate(compiled_tests, 1):
         try:

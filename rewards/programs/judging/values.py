@@ -82,6 +82,19 @@ def _split(value: Any, kind: type) -> tuple[str, Iterable[Any]] | None:
     return None
 
 
+def is_plain(value: Any) -> bool:
+    """Whether a value goes over as it is, with no reference in it."""
+    try:
+        encode(value, _refuse)
+    except (TypeError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(value: Any) -> list[Any]:
+    raise TypeError
+
+
 def decode(data: Any, dereference: Dereference) -> Any:
     """The value that `data` stands for; raises `Malformed` where it stands for none."""
     if data is None or isinstance(data, (bool, int, float, str)):
