@@ -62,6 +62,9 @@ def test_groups_without_spread_are_named_and_stop_the_run(zero, graded_as):
     graded_as(reward=1.0)
     code, out, err = zero("--max-idle-steps", "3")
     assert code == 3 and "no group had spread in its rewards for 3 steps in a row" in err
+    assert "take another --name" in err and err.endswith(
+        "--resume --max-idle-steps 0\n"
+    )  # and this does go on
     assert "step 3: no group of this step has spread in its rewards (mean 1), so it teaches nothing" in out
     code, out, err = zero("--max-idle-steps", "0", "--resume")
     assert code == 0 and "max_idle_steps is 0, was 3" in out
