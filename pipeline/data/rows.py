@@ -128,7 +128,8 @@ class Tally:
         most = self.most if self.most >= 1 else max(self.most * self.total, few)
         if self.count and self.count > min(most, self.total - 1):
             more = f" ({self.count} bad rows of {self.total})" if self.count > 1 else ""
-            advice = "" if self.count == self.total else f"; --max-bad-rows {self.count} leaves them out"
+            advice = f"; --max-bad-rows {self.count} leaves them out" if self.count < self.total else ""
+            advice = advice or "; --fields names keys that are called otherwise" * (": no " in self.named[0])
             raise UserError("; ".join(self.named) + more + advice)
         if self.count:
             print(f"{self.source}: left out {self.count} of {self.total} rows; the first: {self.named[0]}")

@@ -67,14 +67,24 @@ def turns(value: Any) -> list[tuple[str, str]]:
 
 
 def question_of(row: JsonObject) -> str:
-    """The question: text, or the user's only turn."""
+    """The question: text, or the user's only turn. Raises `BadRow`: none, several, or one whose options it
+    does not show."""
+    options = json_of(first(row, "choices", "options"))  # MMLU, ARC, MedQA
+    options = options.get("text") or [*options.values()] if isinstance(options, dict) else options
     for key in QUESTIONS:
         asked = [text for role, text in turns(json_of(row.get(key))) if role == "user"]
         if len(asked) > 1:
             raise BadRow(f"a conversation of {len(asked)} questions in {key}")
         if asked or (isinstance(row.get(key), str) and row[key].strip()):
-            context = first(row, "context")  # OlympiadBench's
-            return "\n\n".join([*([context] if isinstance(context, str) else []), *(asked or [row[key]])])
+            context, text = (
+                first(row, "context", "body"),
+                (asked or [row[key]])[0],
+            )  # OlympiadBench's, SVAMP's
+            if isinstance(context, str) and context not in text:
+                text = f"{context}\n\n{text}"
+            if isinstance(options, list) and not all(str(option) in text for option in options):
+                raise BadRow("a multiple choice question whose text does not have the options")
+            return text
     raise BadRow("no question; expected a key question, problem or prompt with text")
 
 
@@ -88,6 +98,8 @@ def read_answer(row: JsonObject) -> Asked:
         return program(row, tests)
     if value is None and isinstance(solution := first(row, "solution", "response"), str):
         value = last_boxed(solution) or (after_hashes(solution) if "####" in solution else None)
+        if value is None and turns(json_of(row.get("prompt"))) and "\n" not in solution.strip():
+            value = solution  # TRL's, such as trl-lib/DeepMath-103K
     if value is None:
         raise BadRow("no answer; expected a key answer, a solution that boxes one, or tests")
     parts = json_of(value) if isinstance(value, str) and value.startswith('["') else value  # Skywork-OR1's

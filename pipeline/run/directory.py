@@ -44,6 +44,7 @@ class RunDir:
         self.stage, self.config, self.command = stage, config, command
         self.path = config.runs / config.name / stage.name
         self.interrupted = False  # set by Ctrl-C; loops look at it after every step
+        self.went_on = False  # a step, a checkpoint, a rollback or a model was written
         self.metrics: MetricsLog
 
     # ---- inputs
@@ -108,6 +109,7 @@ class RunDir:
 
     def log(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """One step's metrics: to metrics.jsonl and, in one line, to the console."""
+        self.went_on = True
         self.metrics.log(step, total, metrics)
 
     def samples(self, step: int, records: list[dict[str, Any]]) -> None:
@@ -117,6 +119,7 @@ class RunDir:
 
     def checkpoint(self, step: int, write: Callable[[Path], None], applied: int | None = None) -> None:
         """Let `write` fill `checkpoint-STEP/`; see `pipeline.run.checkpoint`."""
+        self.went_on = True
         save_checkpoint(self.path, step, write, applied)
 
     def latest(self) -> tuple[int, Path] | None:
@@ -126,6 +129,7 @@ class RunDir:
     def roll_back(self, update: int, applied: int, floor: int, why: str, slower: float) -> int:
         """Go back from update `update`, see `go_back`, with `slower` times the learning rate; logs are cut
         back too. The step to go on after."""
+        self.went_on = True
         to = go_back(self.path, applied, floor)
         scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
         note(self.path, {"update": update, "to": to, "why": why, "lr_scale": scale})
@@ -149,6 +153,7 @@ class RunDir:
     def save_model(self, write: Callable[[Path], None], folder: str = "model") -> Path:
         """Let `write` fill `folder`, a finished model; it appears complete or not at all.
         Raises `Stopped`: a tensor has a value that is not finite."""
+        self.went_on = True
         with replacing(self.path / folder) as partial:
             partial.mkdir(parents=True)
             write(partial)
@@ -195,6 +200,9 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         return
     if done and "steps" not in changed:
         raise UserError(f"{run.path} is finished, with another {min(changed)}; take another --name")
+    if done and changed["steps"][1] < changed["steps"][0]:
+        most = f"{changed['steps'][0]} steps; more of them go on"
+        raise UserError(f"{run.path} is finished, with {most}, for fewer take another --name")
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -203,16 +211,20 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         with locked(run.path):
             if used and not config.resume:
                 start_again(run)
+            before = kept_files(run) if used and config.resume else {}
             begin(run, used and config.resume, changed)
-            before = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}
+            handlers = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}
             try:
                 yield run
                 finish(run)
             except UserError:
                 forget_if_empty(run, used)
+                if not run.went_on:
+                    for path, data in before.items():
+                        write_atomic(path, data)
                 raise
             finally:
-                for signum, handler in before.items():
+                for signum, handler in handlers.items():
                     signal.signal(signum, handler)
                 run.metrics.file.close()
     except OSError as error:
@@ -227,6 +239,13 @@ def has_work(path: Path) -> bool:
     logs = (path / name for name in ("metrics.jsonl", "samples.jsonl"))
     made = (path / "latest").exists() or any(path.glob("**/model"))
     return made or any(log.is_file() and log.stat().st_size for log in logs)
+
+
+def kept_files(run: RunDir) -> dict[Path, str]:
+    """What a resume changes before its first step, to be put back where it is then refused."""
+    names = ("config.toml", "env.json", "done.json", "metrics.jsonl", "samples.jsonl")
+    paths = (run.path / name for name in names)
+    return {path: path.read_text(errors="replace") for path in paths if path.is_file()}
 
 
 def start_again(run: RunDir) -> None:

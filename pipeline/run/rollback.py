@@ -24,9 +24,9 @@ def guarded(run_dir: RunDir, settings: GuardSettings, attempt: Callable[[], T]) 
             why, (update, applied, floor) = str(error), error.at
         made = len(run_dir.rollbacks(floor))  # outside the handler, which keeps the attempt's tensors alive
         if applied == floor or made >= settings.max_rollbacks:
-            done = f"after {made} rollbacks" if applied > floor else "before any was applied"
+            done = f"after {made} rollbacks" if applied > floor else "before any update was applied"
             again = f"lower the rate, if the data is sound: {run_dir.command} --resume --optim.lr VALUE"
-            raise Stopped(f"{why}, {done}. {run_dir.kept()}; {again}")
+            raise Stopped(f"{why.rstrip('.')}, {done}. {run_dir.kept()}; {again}")
         run_dir.roll_back(update, applied, floor, why, settings.rollback_lr)
 
 

@@ -108,7 +108,7 @@ class Trainer:
         engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start, config.optim.precision)
         unsafe = config.allow_unsafe_code
         self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer, allow_unsafe_code=unsafe)
-        check_sandbox("grpo", self.scorer.pool, [*self.problems, *self.heldout_problems], unsafe)
+        check_sandbox(run_dir.stage.name, self.scorer.pool, [*self.problems, *self.heldout_problems], unsafe)
         run_dir.metrics.explain(self.scorer.glossary())
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)

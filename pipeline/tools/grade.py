@@ -55,10 +55,10 @@ def grade_file(
     lines_done = TextColumn("{task.fields[lines]} lines")
     columns = (TextColumn("grading"), BarColumn(), lines_done, TimeRemainingColumn())
     with (
-        WorkerPool(allow_unsafe_code=allow_unsafe_code) as pool,
-        Progress(*columns, console=Console(stderr=True)) as bar,
         source.open("rb") as lines,
         out.open("w", encoding="utf-8", errors="backslashreplace") as graded,
+        WorkerPool(allow_unsafe_code=allow_unsafe_code) as pool,
+        Progress(*columns, console=Console(stderr=True)) as bar,
     ):
         accuracy = Accuracy(mode, pool=pool)
         task = bar.add_task("", total=os.fstat(lines.fileno()).st_size, lines=0)
@@ -151,6 +151,9 @@ def main(config: GradeSettings) -> None:
     try:
         unsafe = config.allow_unsafe_code
         counts = grade_file(config.source, config.out, config.kind, config.mode, unsafe)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        path = error.filename or config.out
+        raise UserError(f"grade: {path}: {error.strerror or error}; name another file") from error
+    except ValueError as error:
         raise UserError(f"grade: {error}") from error
     print(json.dumps(counts))

@@ -92,14 +92,18 @@ class Watch:
 
     def check(self) -> None:
         """Raise `Stopped` where too many steps in a row were of no use."""
-        again = f"{self.run_dir.kept()}; then: {self.run_dir.command} --resume"
+        kept, again = self.run_dir.kept(), f"{self.run_dir.command} --resume"
         if self.failed >= FAILED_STEPS:
             what = f"on more than {self.max_error_share:.0%} of the rollouts of {self.failed} steps in a row"
-            raise Stopped(f"the verifier failed {what} (max_error_share); mend it, see above. {again}")
-        if self.max_idle_steps and self.idle >= self.max_idle_steps:
-            what = f"for {self.idle} steps in a row (max_idle_steps; 0 goes on)"
             raise Stopped(
-                f"no group had spread in its rewards {what}: the rewards tell no answers apart. {again}"
+                f"the verifier failed {what} (max_error_share); mend it, see above. {kept}; then: {again}"
+            )
+        if self.max_idle_steps and self.idle >= self.max_idle_steps:
+            what = f"for {self.idle} steps in a row (max_idle_steps): the rewards tell no answers apart"
+            way = "take another --name with other problems, rewards or a lower rate"
+            raise Stopped(
+                f"no group had spread in its rewards {what}, or the policy is destroyed. {kept}; {way}, or "
+                f"go on as it is: {again} --max-idle-steps 0"
             )
 
     def state_dict(self) -> dict[str, int]:

@@ -88,9 +88,12 @@ def test_strict_mode_and_forced_kind(tmp_path):
 def test_wrong_input_is_one_line_and_exit_code_2(tmp_path, capsys):
     missing = tmp_path / "none.jsonl"
     assert main(["grade", str(missing), str(tmp_path / "out.jsonl")]) == 2
+    assert (
+        capsys.readouterr().err == f"error: grade: {missing}: No such file or directory; name another file\n"
+    )
     missing.write_text("{}\n")
     assert main(["grade", str(missing), str(missing)]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
     with pytest.raises(ValueError, match="kind='maths'"):
         grade_file(missing, tmp_path / "out.jsonl", "maths", "lenient")
 

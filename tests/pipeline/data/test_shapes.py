@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.data.corpus import read_corpus
+from pipeline.data.jsonl import BadRow, write_jsonl
 from pipeline.data.pool import fitting, hold_back
 from pipeline.data.problems import problems
 from pipeline.data.rows import plain, to_problem
@@ -170,6 +171,36 @@ def test_rows_with_tests(tmp_path, name):
     starter = row.get("starter_code") or ""
     assert starter.strip() in found[0].question, "the question states the signature that the tests call"
     assert not starter or "add" in found[0].question
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"choices": ["5", "7"]},
+        {"options": {"A": "5", "B": "7"}},
+        {"choices": {"text": ["5"], "label": ["A"]}},
+    ],
+)
+def test_a_question_without_its_options_is_not_asked(options):
+    row = {"question": "Which is odd and above 4?", "answer": 1} | options
+    with pytest.raises(BadRow, match="multiple choice question whose text does not have the options"):
+        to_problem(row, "s", 0, {})
+    row["question"] += " A: 5 B: 7"
+    assert to_problem(row, "s", 0, {}).question == row["question"]
+
+
+def test_a_question_in_two_parts_is_asked_in_full():
+    row = {"Body": "Ann has 3 pens and buys 4.", "Question": "How many now?", "Answer": 7.0}
+    assert to_problem(row, "s", 0, {}).question == "Ann has 3 pens and buys 4.\n\nHow many now?"
+    assert to_problem(row, "s", 0, {"question": "Body"}).question == row["Body"]
+
+
+def test_a_row_of_a_conversation_and_a_short_solution_has_that_as_its_answer(tmp_path):
+    assert to_problem({"prompt": USER, "solution": "$7$"}, "s", 0, {}).answer == "$7$"
+    for row in ({"problem": "3 + 4?", "solution": "7"}, {"prompt": USER, "solution": "So it is\n7."}):
+        write_jsonl(tmp_path / "a.jsonl", [row])
+        with pytest.raises(UserError, match=r"no answer; .*; --fields names keys that are called otherwise$"):
+            problems(str(tmp_path / "a.jsonl"))
 
 
 def test_a_question_may_be_json_itself():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -40,10 +41,27 @@ def test_what_changes_at_a_resume_is_said_and_recorded(opened, capsys):
     with opened(resume=True, **slower):
         pass
     assert "is finished, with another optim.lr" in refusal(opened(resume=True, steps=5))
-    assert "has done 2 steps" in refusal(opened(resume=True, **slower | {"steps": 1}))
+    fewer = refusal(opened(resume=True, **slower | {"steps": 4}))
+    assert "is finished, with 5 steps; more of them go on" in fewer
     assert (run.path / "done.json").exists()
     with opened(resume=True, **slower | {"steps": 6}) as more:  # a finished run goes on
         assert more.latest() == (2, run.path / "checkpoint-2") and not (run.path / "done.json").exists()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_resume_that_is_refused_before_its_first_step_leaves_the_run_as_it_was(opened, finished):
+    run = begun_with_checkpoints(opened, 2)
+    with suppress(RuntimeError), opened(resume=True) as more:
+        more.log(3, 3, {"loss/lm": 3.0})
+        more.samples(3, [{"text": "a"}])
+        if not finished:
+            raise RuntimeError
+    before = {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()}
+    assert ("done.json" in before) == finished
+    with pytest.raises(UserError), opened(resume=True, steps=9) as more:
+        assert [row["step"] for row in read_log(run.path / "metrics.jsonl")] == [2]
+        raise UserError("a problem file changed")
+    assert {path.name: path.read_bytes() for path in run.path.iterdir() if path.is_file()} == before
 
 
 def test_every_setting_that_may_change_is_one(opened):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.data.jsonl import write_jsonl
 from pipeline.stages import grpo
 from pipeline.train.learner import Learner
 from tests.small import random_policy
@@ -62,9 +63,18 @@ def test_groups_without_spread_are_named_and_stop_the_run(zero, graded_as):
     graded_as(reward=1.0)
     code, out, err = zero("--max-idle-steps", "3")
     assert code == 3 and "no group had spread in its rewards for 3 steps in a row" in err
+    assert "take another --name" in err and err.endswith(
+        "--resume --max-idle-steps 0\n"
+    )  # and this does go on
     assert "step 3: no group of this step has spread in its rewards (mean 1), so it teaches nothing" in out
     code, out, err = zero("--max-idle-steps", "0", "--resume")
     assert code == 0 and "max_idle_steps is 0, was 3" in out
+
+
+def test_the_stage_that_runs_says_what_confines_programs(zero, tmp_path):
+    write_jsonl(tmp_path / "code.jsonl", [{"question": "Add one.", "tests": ["assert f(1) == 2"]}] * 4)
+    _, out, err = zero("--problems", str(tmp_path / "code.jsonl"), "--steps", "1")
+    assert "zero: programs " in out + err and "grpo" not in out + err
 
 
 def test_a_run_that_learned_from_no_step_leaves_no_model(zero, monkeypatch, tmp_path):

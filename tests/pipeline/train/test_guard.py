@@ -214,7 +214,7 @@ def test_a_run_that_diverges_again_and_again_is_stopped_and_a_lower_rate_goes_on
 
 def test_a_run_without_one_good_update_is_stopped_at_once(run, inject):
     inject(lambda update, lr: float("nan"))
-    with pytest.raises(Stopped, match="before any was applied") as stop:
+    with pytest.raises(Stopped, match="before any update was applied") as stop:
         run(guard=GUARD)
     assert "no checkpoint yet" in str(stop.value)
     with pytest.raises(Stopped, match="no update was applied, so the model is the one it began with"):
