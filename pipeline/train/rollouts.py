@@ -49,12 +49,7 @@ def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
 def transcript(graded: Graded, advantage: float | None) -> dict[str, Any]:
     """A line of samples.jsonl."""
     rollout, problem = graded.rollout, graded.rollout.prompt.problem
-    asked = {
-        "id": problem.id,
-        "question": problem.question,
-        "kind": problem.kind,
-        "language": problem.language,
-    }
+    asked = {name: getattr(problem, name) for name in ("id", "question", "kind", "language")}
     return asked | {
         "text": graded.text,
         "verdict": graded.verdict,
@@ -98,9 +93,7 @@ class Watch:
             raise Stopped(f"the verifier failed {what} (max_error_share); mend it, see above. {again}")
         if self.max_idle_steps and self.idle >= self.max_idle_steps:
             what = f"for {self.idle} steps in a row (max_idle_steps; 0 goes on)"
-            raise Stopped(
-                f"no group had spread in its rewards {what}: the rewards tell no answers apart. {again}"
-            )
+            raise Stopped(f"no group had spread in its rewards {what}: they tell no answers apart. {again}")
 
     def state_dict(self) -> dict[str, int]:
         """What `check` depends on."""
