@@ -119,10 +119,8 @@ class Attention(nn.Module):
         copied = scratch[: g * n].view(-1, PAGE, w)
         kv = torch.index_select(pages, 0, group.pages, out=copied).view(g, 1, n, w)
         if s > HEADS_AS_ROWS:
-            kv = kv.expand(g, h, n, w)
-            o = F.scaled_dot_product_attention(
-                q.transpose(1, 2), kv, kv, attn_mask=group.mask, scale=self.scale
-            )
+            q, kv = q.transpose(1, 2), kv.expand(g, h, n, w)
+            o = F.scaled_dot_product_attention(q, kv, kv, attn_mask=group.mask, scale=self.scale)
             return o.transpose(1, 2)
         mask = group.mask if s == 1 else group.mask.repeat_interleave(h, dim=2)  # g 1 s h, n
         o = F.scaled_dot_product_attention(q.view(g, 1, s * h, w), kv, kv, attn_mask=mask, scale=self.scale)

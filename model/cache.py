@@ -91,11 +91,8 @@ class LatentCache:
         Raises:
             ValueError: rows longer than the model's positions.
         """
-        if max_tokens > config.max_position_embeddings:
-            raise ValueError(
-                f"A cache of {max_tokens} tokens is more than max_position_embeddings="
-                f"{config.max_position_embeddings}."
-            )
+        if max_tokens > (most := config.max_position_embeddings):
+            raise ValueError(f"A cache of {max_tokens} tokens is more than max_position_embeddings={most}.")
         tokens = PAGE * (1 + (rows * -(-max_tokens // PAGE) if pages is None else pages))
         # Zeros, not garbage: a masked column still enters the products, and 0 * nan is nan.
         latent = _zeros((config.num_hidden_layers + drafts, tokens, config.latent_dim), like)
@@ -116,10 +113,8 @@ class LatentCache:
         """Make room for `new` more tokens in each of `rows`; False, and nothing changed, if pages are short.
         Raises `ValueError`: a row would be longer than `max_tokens`."""
         lengths = self.lengths[rows] + new
-        if len(rows) and lengths.max() > self.max_tokens:
-            raise ValueError(
-                f"The cache is full: a row would hold {lengths.max()} of {self.max_tokens} tokens."
-            )
+        if (most := lengths.max(initial=0)) > self.max_tokens:
+            raise ValueError(f"The cache is full: a row would hold {most} of {self.max_tokens} tokens.")
         needed = -(-lengths // PAGE) - self.held[rows]
         if needed.clip(0).sum() > len(self.free):
             return False

@@ -32,10 +32,7 @@ from model.kernels.fp8.blocks import BLOCK, Quantized, dequantize
 from model.scale.fp8 import FP8_CONFIG, to_fp8
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SMALLEST_SHARD, LARGEST_SHARD = (
-    64 << 20,
-    5_000_000_000,
-)  # bytes of a file, if several; `save` holds them twice
+SMALLEST_SHARD, LARGEST_SHARD = 64 << 20, 5_000_000_000  # bytes, if several; `save` holds them twice
 RELEASE_BYTES = 64 << 20  # read from a file before its pages are freed; `load` holds them beside the network
 
 
@@ -88,9 +85,7 @@ def read_config(path: Path) -> ModelConfig:
     """The `config.json` of checkpoint directory `path`."""
     file = path / "config.json"
     if not file.is_file():
-        raise CheckpointError(
-            f"{file} is missing: a checkpoint is a directory with config.json and safetensors."
-        )
+        raise CheckpointError(f"{file} is missing: a checkpoint directory has config.json and safetensors.")
     try:
         return ModelConfig.from_dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
@@ -172,16 +167,15 @@ def fill(state: dict[str, Tensor], config: ModelConfig, tensors: "StoredTensors"
     for name, shared in _shared_copies(state, config):
         if name in left:
             if not torch.equal(tensors.read(name, tuple(shared.shape)).to(shared), shared):
-                raise CheckpointError(
-                    f"{tensors.files[name]}: {name} differs from the trunk's, which MTP shares."
-                )
+                file = tensors.files[name]
+                raise CheckpointError(f"{file}: {name} differs from the trunk's, which MTP shares.")
             left -= {name, f"{name}_scale_inv"}
     # Rotary frequencies follow from the config; early conversions wrote them all the same.
     extra = sorted(name for name in left if not name.endswith("rotary_emb.inv_freq"))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
         raise CheckpointError(
-            f"{tensors.files[extra[0]]} has a tensor {extra[0]}{more}, which the config does not have."
+            f"{tensors.files[extra[0]]} has a tensor {extra[0]}{more}, which the config lacks."
         )
 
 

@@ -113,43 +113,31 @@ class ModelConfig:
         ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a positive integer.")
-        if self.q_lora_rank is not None and self.q_lora_rank < 1:
-            raise ValueError(
-                f"q_lora_rank={self.q_lora_rank} is not positive. For a full-rank query use null."
-            )
-        if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
-            raise ValueError(
-                f"first_k_dense_replace={self.first_k_dense_replace} is not within the "
-                f"{self.num_hidden_layers} layers of num_hidden_layers."
-            )
-        if self.num_nextn_predict_layers < 0:
-            raise ValueError(
-                f"num_nextn_predict_layers={self.num_nextn_predict_layers} is negative; 0 = none."
-            )
+        if (rank := self.q_lora_rank) is not None and rank < 1:
+            raise ValueError(f"q_lora_rank={rank} is not positive. For a full-rank query use null.")
+        if not 0 <= (dense := self.first_k_dense_replace) <= (layers := self.num_hidden_layers):
+            raise ValueError(f"first_k_dense_replace={dense} is not within num_hidden_layers={layers}.")
+        if (modules := self.num_nextn_predict_layers) < 0:
+            raise ValueError(f"num_nextn_predict_layers={modules} is negative; 0 = none.")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; RoPE rotates pairs.")
         self._check_groups()
 
     def _check_groups(self) -> None:
-        if self.n_routed_experts % self.n_group:
+        e, k, groups, best = self.n_routed_experts, self.num_experts_per_tok, self.n_group, self.topk_group
+        if e % groups:
+            raise ValueError(f"n_routed_experts={e} cannot be split into n_group={groups} equal groups.")
+        size = e // groups
+        if groups > 1 and size < 2:
             raise ValueError(
-                f"n_routed_experts={self.n_routed_experts} cannot be split into n_group={self.n_group} "
-                "equal groups."
+                f"n_group={groups} leaves {size} expert a group; a group's score is the sum of its best two."
             )
-        size = self.n_routed_experts // self.n_group
-        if self.n_group > 1 and size < 2:
+        if best > groups:
+            raise ValueError(f"topk_group={best} is more than the n_group={groups} there are.")
+        if k > best * size:
             raise ValueError(
-                f"n_group={self.n_group} leaves {size} expert a group; "
-                "a group's score is the sum of its best two."
-            )
-        if self.topk_group > self.n_group:
-            raise ValueError(
-                f"topk_group={self.topk_group} is more than the n_group={self.n_group} there are."
-            )
-        if self.num_experts_per_tok > self.topk_group * size:
-            raise ValueError(
-                f"num_experts_per_tok={self.num_experts_per_tok} is more than the "
-                f"{self.topk_group * size} experts of topk_group={self.topk_group} groups of {size}."
+                f"num_experts_per_tok={k} is more than the {best * size} experts of topk_group={best} groups "
+                f"of {size}."
             )
 
     @property
@@ -165,10 +153,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Read a public `config.json`."""
-        control = (
-            key for key in values if key in _BOOKKEEPING or key.startswith("_")
-        )  # `_`: other libraries'
-        values = {key: values[key] for key in values.keys() - set(control)}
+        known = [f.name for f in fields(cls)]
+        # Those that begin with `_` are other libraries'.
+        values = {key: x for key, x in values.items() if not (key in _BOOKKEEPING or key.startswith("_"))}
         for key, fixed in _FIXED.items():
             found = values.pop(key, fixed)
             if found is not None and found != fixed:
@@ -183,12 +170,9 @@ class ModelConfig:
                 "gives every head keys and values of its own."
             )
         _merge_rope_parameters(values)
-        known = [f.name for f in fields(cls)]
         for key in (key for key in values if key not in known):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"{key!r} is not a field of a deepseek_v3 config. The nearest that is: {near!r}."
-            )
+            raise ValueError(f"{key!r} is not a field of a deepseek_v3 config. The nearest one: {near!r}.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -227,10 +211,8 @@ def _merge_rope_parameters(values: dict[str, Any]) -> None:
     if not parameters:
         return
     theta = parameters.pop("rope_theta", None)
-    if theta is not None and values.setdefault("rope_theta", theta) != theta:
-        raise ValueError(
-            f"rope_parameters' rope_theta={theta} contradicts rope_theta={values['rope_theta']}."
-        )
+    if theta is not None and (other := values.setdefault("rope_theta", theta)) != theta:
+        raise ValueError(f"rope_parameters' rope_theta={theta} contradicts rope_theta={other}.")
     scaling = _yarn(parameters)
     if values.get("rope_scaling") is None:
         values["rope_scaling"] = scaling

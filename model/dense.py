@@ -130,9 +130,7 @@ class DensePolicy(Policy):
             return
         ids = torch.arange(sum(CHECKED), device=net.device)[None] % self.config.vocab_size
         found: list[Tensor] = []
-        watch = net.get_decoder().register_forward_hook(
-            lambda _, __, out: found.append(out.last_hidden_state)
-        )
+        hook = net.get_decoder().register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state))
 
         def alone(attention: str) -> tuple[Tensor, Tensor]:
             net.set_attn_implementation(attention)
@@ -163,7 +161,7 @@ class DensePolicy(Policy):
             net.set_attn_implementation(before)
             raise ValueError(f"{name} cannot be trained or scored here: {error}.") from error
         finally:
-            watch.remove()
+            hook.remove()
             self.network.train(training)
         self._compared = True
 
@@ -211,9 +209,7 @@ def _near(what: str, ours: Tensor, theirs: Tensor) -> None:
     most = torch.finfo(theirs.dtype).eps ** 0.5
     gap = float((ours - theirs).abs().max() / theirs.abs().max())
     if gap > most:
-        raise ValueError(
-            f"its {what} differ from its own forward's by {gap:.0e}, rounding by less than {most:.0e}"
-        )
+        raise ValueError(f"its {what} differ from its forward's by {gap:.0e}, rounding by at most {most:.0e}")
 
 
 def _attention(

@@ -62,9 +62,7 @@ def eos_of(path: Path | str, tokenizer_eos: int | None = None) -> int | list[int
     eos: Any = own.get("eos_token_id", read_config(path).get("eos_token_id"))
     ids = [i for i in (*(eos if isinstance(eos, list) else [eos]), tokenizer_eos) if i is not None]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise ValueError(
-            f"{path}: eos_token_id {eos!r} of its configs is neither a token id nor a list of them"
-        )
+        raise ValueError(f"{path}: its eos_token_id {eos!r} is neither a token id nor a list of them")
     found = list(dict.fromkeys(ids))
     return found if len(found) > 1 else next(iter(found), None)
 

@@ -29,9 +29,11 @@ class RolloutEngine(Protocol):
 
     def rest(self) -> bool:
         """Free what is not needed until the next request; whether that needs `load_weights` first."""
+        return False
 
     def drain(self) -> dict[str, float]:
         """Metrics of the generation since the last call, by metric name; empty where an engine has none."""
+        return {}
 
     def close(self) -> None:
         """Free what the engine holds. Calling it twice is fine."""

@@ -15,10 +15,8 @@ from rollout.native.engine import NativeEngine
 from rollout.settings import RolloutSettings
 from rollout.weights import DTYPES, InPlaceEngine
 
-LOCAL: dict[str, Callable[..., InPlaceEngine]] = {
-    Transformer.engine: NativeEngine,
-    DensePolicy.engine: DenseEngine,
-}
+LOCAL: dict[str, Callable[..., InPlaceEngine]] = {"native": NativeEngine, "dense": DenseEngine}
+"""By `Policy.engine`."""
 
 
 def engine_name(path: Path | str, engine: str = "auto") -> str:
@@ -27,9 +25,7 @@ def engine_name(path: Path | str, engine: str = "auto") -> str:
     implement."""
     kind = model_type(path)
     if engine == "native" and kind not in NATIVE_TYPES:
-        raise ValueError(
-            f"{path} is a {kind} model; engine native is for {NATIVE_TYPES[0]}, use engine dense."
-        )
+        raise ValueError(f"{path} is a {kind} model; engine native is for {NATIVE_TYPES[0]}: use dense.")
     return engine if engine != "auto" else "native" if kind in NATIVE_TYPES else "dense"
 
 

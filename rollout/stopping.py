@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rollout.engine import Unanswerable
-from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.types import FinishReason, Prompt, Rollout, SamplingParams
 
 BYTES_OF_A_CHARACTER = 4
 """UTF-8's longest: a stop string of c characters has at most 4 c tokens."""
@@ -27,9 +27,7 @@ def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int
     for index, prompt in enumerate(prompts):
         ids = prompt.token_ids
         if not ids:
-            raise Unanswerable(
-                f"prompt {index} has no tokens; a completion needs at least one to start from."
-            )
+            raise Unanswerable(f"prompt {index} has no tokens; a completion needs one to start from.")
         if len(ids) > max_positions - 1:
             raise Unanswerable(
                 f"prompt {index} has {len(ids)} tokens; the model's {max_positions} positions "
@@ -128,16 +126,9 @@ class Completion:
 
     def rollout(self, version: int, routed_experts: Any = None) -> Rollout:
         """The record of a completion that has ended."""
-        return Rollout(
-            prompt=self.prompt,
-            index=self.index,
-            sample=self.sample,
-            token_ids=self.tokens,
-            logprobs=self.logprobs,
-            finish_reason="stop" if self.stopped else "length",
-            policy_version=version,
-            routed_experts=routed_experts,
-        )
+        reason: FinishReason = "stop" if self.stopped else "length"
+        made = (self.prompt, self.index, self.sample, self.tokens, self.logprobs, reason)
+        return Rollout(*made, version, routed_experts)
 
 
 def most_tokens(prompt: Prompt, sampling: SamplingParams, max_positions: int) -> int:

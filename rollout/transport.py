@@ -99,12 +99,13 @@ class Outlet:
     flat: Tensor
     """Its bytes (uint8)."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, device: torch.device | str = "cpu") -> None:
+        self.device = device
         self.grow(nbytes)
 
     def grow(self, nbytes: int) -> None:
         """Replace the buffer by one of this size."""
-        self.flat = torch.empty(nbytes, dtype=torch.uint8)
+        self.flat = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def handle(self) -> Any:
         """What a `Receiver` finds the buffer by; it can be pickled."""
@@ -146,13 +147,9 @@ class SharedGpu(Outlet):
 
     torch counts one release an export, so the buffer is exported once, and a receiver maps it once."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.device = device
-        super().__init__(nbytes)
-
     def grow(self, nbytes: int) -> None:
         """See `Outlet`."""
-        self.flat = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        super().grow(nbytes)
         name = str(torch.cuda.get_device_properties(self.device).uuid)
         self.exported = {name: pickle.dumps(reduce_tensor(self.flat))}
 
@@ -172,12 +169,8 @@ class Broadcast(Outlet):
     A bucket is three broadcasts: the length of its description, the description, its bytes. 0 ends them."""
 
     def __init__(self, nbytes: int, device: torch.device, group: Group) -> None:
-        self.device, self.group = device, group
-        super().__init__(nbytes)
-
-    def grow(self, nbytes: int) -> None:
-        """See `Outlet`."""
-        self.flat = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        self.group = group
+        super().__init__(nbytes, device)
 
     def start(self, message: bytes) -> Callable[[], Sequence[int]]:
         """See `Start`; there are no answers: `received` checks each bucket."""

@@ -59,10 +59,6 @@ class InPlaceEngine(RolloutEngine):
         """Fingerprint of the policy's weights."""
         return fingerprint(tensor for _, tensor in self.policy.public_weights())
 
-    def drain(self) -> dict[str, float]:
-        """See `RolloutEngine.drain`."""
-        return {}
-
     def rest(self) -> bool:
         """Free what `close` frees. The weights are the trainer's own and stay."""
         self.close()

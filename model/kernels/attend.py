@@ -9,8 +9,8 @@ blocks of queries (`blockwise`). No path holds scores of s x s.
 Axes    s tokens of all sequences, h query heads, g key heads (h is a multiple), d and e sizes of key, value
 """
 
-import inspect
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -35,9 +35,7 @@ ORDER = [
 """Of SDPA on a GPU, the fastest first. The plain one, which keeps complete scores, comes last and is not
 forbidden: the order holds for all threads, and another one may generate with what only it computes."""
 HALF = (torch.bfloat16, torch.float16)
-GROUPED: dict[str, Any] = (
-    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-)
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 """How `varlen_attn` takes fewer key heads than query heads; without it (torch 2.11) they are repeated."""
 
 
@@ -106,6 +104,5 @@ def _each(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: floa
 
 def _repeated(q: Tensor, *tensors: Tensor) -> list[Tensor]:
     """Keys and values (s g d) with as many heads as the queries."""
-    return [
-        x.repeat_interleave(q.shape[1] // x.shape[1], 1) if x.shape[1] < q.shape[1] else x for x in tensors
-    ]
+    h = q.shape[1]
+    return [x.repeat_interleave(h // x.shape[1], 1) if x.shape[1] < h else x for x in tensors]

@@ -18,10 +18,8 @@ def native_shape(c: ModelConfig) -> Shape:
     attention += d * c.latent_dim + c.kv_lora_rank * keys_and_values + values * d
     norms = 2 * d + (rank or 0) + c.kv_lora_rank
     feed = 3 * d * c.intermediate_size
-    met, resting = (
-        e * d + 3 * d * i * (shared + k),
-        3 * d * i * (e - k),
-    )  # of a token's experts, of the others
+    # Of a token's experts, and of the others:
+    met, resting = e * d + 3 * d * i * (shared + k), 3 * d * i * (e - k)
     products = trunk * attention + dense * feed + (trunk - dense) * met
     module = attention + met + 2 * d * d  # MTP modules have experts, whatever the trunk has
     active = products + trunk * norms + d + c.vocab_size * d * (1 if c.tie_word_embeddings else 2)

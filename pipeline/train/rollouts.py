@@ -49,12 +49,7 @@ def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
 def transcript(graded: Graded, advantage: float | None) -> dict[str, Any]:
     """A line of samples.jsonl."""
     rollout, problem = graded.rollout, graded.rollout.prompt.problem
-    asked = {
-        "id": problem.id,
-        "question": problem.question,
-        "kind": problem.kind,
-        "language": problem.language,
-    }
+    asked = {name: getattr(problem, name) for name in ("id", "question", "kind", "language")}
     return asked | {
         "text": graded.text,
         "verdict": graded.verdict,
@@ -78,11 +73,12 @@ class Watch:
         """Say what is wrong with a step's rollouts; `spread` is the share of groups whose rewards differ."""
         (share, reason), n = error_share(graded), len(graded)
         self.failed = self.failed + 1 if share > self.max_error_share else 0
-        self.idle = 0 if spread else self.idle + 1
+        cut = all(g.rollout.finish_reason == "length" for g in graded)
+        self.idle = 0 if spread and not cut else self.idle + 1
         if share:
             why = f"most often: {reason or 'no reason given'}"
             say(f"step {step}: the verifier failed on {share:.0%} of {n} rollouts; {why}")
-        if all(g.rollout.finish_reason == "length" for g in graded):
+        if cut:
             most = max(len(g.rollout.token_ids) for g in graded)
             say(f"step {step}: all {n} rollouts were cut at {most} tokens: raise --max-tokens")
         if not spread and share < 1:
@@ -100,10 +96,10 @@ class Watch:
             )
         if self.max_idle_steps and self.idle >= self.max_idle_steps:
             what = f"for {self.idle} steps in a row (max_idle_steps): the rewards tell no answers apart"
-            way = "take another --name with other problems, rewards or a lower rate"
+            way = "take another --name with other problems, rewards or limits, or a lower rate"
             raise Stopped(
-                f"no group had spread in its rewards {what}, or the policy is destroyed. {kept}; {way}, or "
-                f"go on as it is: {again} --max-idle-steps 0"
+                f"no group had spread in its rewards, or every rollout was cut, {what}, or the policy is "
+                f"destroyed. {kept}; {way}, or go on as it is: {again} --max-idle-steps 0"
             )
 
     def state_dict(self) -> dict[str, int]:

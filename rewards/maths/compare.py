@@ -216,9 +216,7 @@ def _relations(gold: str, answer: str, depth: int) -> Verdict | None:
         return verdict
     if len(expected) == len(got) == 2:
         function, other = _FUNCTION.fullmatch(expected[0]), _FUNCTION.fullmatch(got[0])
-        if (
-            function and other and function[1] == other[1] and function[2] not in got[1]
-        ):  # g(t) = 3t, g(x) = 3x
+        if function and other and function[1] == other[1] and function[2] not in got[1]:  # g(t) = t, g(x) = x
             got[1] = re.sub(rf"(?<![\\A-Za-z]){other[2]}(?![A-Za-z])", function[2], got[1])
             got[0] = expected[0]
         if compact(expected[0]) == compact(got[0]):

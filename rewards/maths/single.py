@@ -45,9 +45,7 @@ def is_words(text: str) -> bool:
     """Whether an answer is words (`Evelyn`, `even`, `C`) rather than an expression."""
     if len(text) == 1:
         return text.isupper() and text.isascii()
-    return text.casefold() == "no" or (
-        WORD.search(text) is not None and (text.isalpha() or parse(text) is None)
-    )
+    return text.casefold() == "no" or (bool(WORD.search(text)) and (text.isalpha() or parse(text) is None))
 
 
 def _equal_or_rounded(gold: Tree, answer: Tree, a: Number | None, b: Number | None) -> bool:

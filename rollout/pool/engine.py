@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, stored_shapes
-from rollout.engine import EngineDied
+from rollout.engine import EngineDied, RolloutEngine
 from rollout.pool.start import last_line, start_ray
 from rollout.pool.worker import Finished, Opener, Worker, stale
 from rollout.settings import RolloutSettings
@@ -78,7 +78,7 @@ class Counts:
     by_worker: Counter[int] = field(default_factory=Counter)  # rollouts by process id
 
 
-class RolloutPool:
+class RolloutPool(RolloutEngine):
     """`RolloutEngine` over workers on Ray."""
 
     def __init__(
@@ -319,14 +319,6 @@ class RolloutPool:
             if live != expected:
                 raise stale(member.pid, self.version, live, expected)
             member.version = self.version
-
-    def rest(self) -> bool:
-        """Nothing to free: the workers have memory of their own."""
-        return False
-
-    def drain(self) -> dict[str, float]:
-        """Empty: a pool has no metrics."""
-        return {}
 
     def close(self) -> None:
         """Stop the workers, and Ray where this pool started it."""

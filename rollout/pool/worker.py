@@ -94,9 +94,7 @@ def stored(refs: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         assert isinstance(bucket, Bucket)
         flat = torch.from_numpy(data.copy())
         if fingerprint_of(flat, bucket.slots) != bucket.fingerprint:
-            raise StaleWeights(
-                f"{bucket} arrived with another fingerprint than was sent. Load the weights again."
-            )
+            raise StaleWeights(f"{bucket} arrived with another fingerprint. Load the weights again.")
         yield from bucket.tensors(flat)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, eos_of, read_config, stored_shapes
-from rollout.engine import EngineDied, StaleWeights
+from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.settings import DtypeName, RolloutSettings
 from rollout.stopping import Stopper, check_prompts, stop_ids
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
@@ -44,7 +44,7 @@ from rollout.vllm.worker import watch_packing
 from rollout.weights import DTYPES, check_shapes, device_of, over_ranks, shapes
 
 
-class VllmEngine:
+class VllmEngine(RolloutEngine):
     """`RolloutEngine` over `vllm.LLM`, for native deepseek_v3 checkpoints and dense ones.
 
     `version` and `weights`, the fingerprint of what vLLM computes with, name the live policy."""
@@ -253,10 +253,6 @@ class VllmEngine:
             self.llm.sleep(level=2)
             self.asleep = True
         return self.asleep
-
-    def drain(self) -> dict[str, float]:
-        """Empty: vLLM's metrics are not read."""
-        return {}
 
     def close(self) -> None:
         """Stop vLLM and free its memory."""

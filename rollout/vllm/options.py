@@ -70,11 +70,8 @@ def refuse_what_cannot_work(
 
     `trainer`: the engine is opened for a policy of this process."""
     experts = any("experts" in key and value for key, value in config.items())
-    for name, chosen in (
-        ("expert_parallel", settings.expert_parallel),
-        ("routed_experts", settings.routed_experts),
-    ):
-        if chosen and not experts:
+    for name in ("expert_parallel", "routed_experts"):
+        if getattr(settings, name) and not experts:
             raise ValueError(f"vllm.{name} is for mixtures of experts; {config.get('model_type')} has none.")
     for name, chosen, instead in (
         ("sleep = on", settings.sleep == "on", "sleep = auto"),

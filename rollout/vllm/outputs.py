@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rollout.stopping import Stopper
-from rollout.types import Prompt, Rollout
+from rollout.types import FinishReason, Prompt, Rollout
 
 
 class Ends:
@@ -49,16 +49,9 @@ def to_rollout(
             f"logits are NaN or infinite at decode step {step} (prompt {index}, sample {sample}); "
             "the weights have diverged: lower the learning rate or go back to an earlier checkpoint."
         )
-    return Rollout(
-        prompt=prompt,
-        index=index,
-        sample=sample,
-        token_ids=list(output.token_ids)[:end],
-        logprobs=logprobs,
-        finish_reason="stop" if end is not None or output.finish_reason == "stop" else "length",
-        policy_version=version,
-        routed_experts=routes_of(output, len(prompt.token_ids), end, config),
-    )
+    tokens, routes = list(output.token_ids)[:end], routes_of(output, len(prompt.token_ids), end, config)
+    reason: FinishReason = "stop" if end is not None or output.finish_reason == "stop" else "length"
+    return Rollout(prompt, index, sample, tokens, logprobs, reason, version, routes)
 
 
 def routes_of(output: Any, prompt: int, end: int | None, config: Mapping[str, Any]) -> Tensor | None:

@@ -185,9 +185,7 @@ def _exact_power(values: list[Fraction]) -> Fraction:
     ):
         raise _Irrational
     if degree > 1:
-        roots = [
-            round(part ** (1 / degree)) if bits < 900 else 0 for part in (base.numerator, base.denominator)
-        ]
+        roots = [round(x ** (1 / degree)) if bits < 900 else 0 for x in (base.numerator, base.denominator)]
         if Fraction(roots[0] ** degree, max(roots[1], 1) ** degree) != base:
             raise _Irrational
         base = Fraction(*roots)

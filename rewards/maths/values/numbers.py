@@ -54,9 +54,8 @@ def plain_number(text: str) -> Number | None:
         return None
     decimal = None if multiple else _DECIMAL.fullmatch(head)
     factor = _MULTIPLES[multiple[2].lower()] if multiple else 1
-    return Number(
-        number * factor, len(decimal[1]) if decimal else None, head.endswith(("%", "percent")), unit
-    )
+    digits = len(decimal[1]) if decimal else None
+    return Number(number * factor, digits, head.endswith(("%", "percent")), unit)
 
 
 def equal_numbers(gold: Number, answer: Number) -> bool:
