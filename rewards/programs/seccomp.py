@@ -31,8 +31,10 @@ DENIED = _table(
     bpf=321,280 perf_event_open=298,241 keyctl=250,219 add_key=248,217 request_key=249,218
     io_uring_setup=425,425 userfaultfd=323,282 name_to_handle_at=303,264 open_by_handle_at=304,265
     init_module=175,105 finit_module=313,273 reboot=169,142 shmget=29,194 shmat=30,196 shmctl=31,195
-    semget=64,190 semctl=66,191 semop=65,193 msgget=68,186 msgsnd=69,189 msgrcv=70,188 msgctl=71,187
-    mq_open=240,180 memfd_create=319,279 inotify_init=253,-1 inotify_init1=294,26 setpriority=141,140
+    semget=64,190 semctl=66,191 semop=65,193 semtimedop=220,192
+    msgget=68,186 msgsnd=69,189 msgrcv=70,188 msgctl=71,187
+    mq_open=240,180 mq_unlink=241,181
+    memfd_create=319,279 inotify_init=253,-1 inotify_init1=294,26 setpriority=141,140
     ioprio_set=251,30 sched_setaffinity=203,122 sched_setattr=314,274 sched_setparam=142,118
     sched_setscheduler=144,119 migrate_pages=256,238 move_pages=279,239 setsid=112,157 setpgid=109,154
     truncate=76,45 setxattr=188,5 lsetxattr=189,6 fsetxattr=190,7 setxattrat=463,463 removexattr=197,14
