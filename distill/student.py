@@ -209,7 +209,7 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
 
             def taught(job: Job = job, first: int = first, init: Path | None = init) -> Any:
                 job = replace(job, optim=slowed(job.optim, run_dir, first))
-                guard = Guard(config.guard, job.optim.clip, first)
+                guard = Guard(config.guard, job.optim.clip, first, run_dir.era)
                 model = first_weights(config, tokenizer, init)
                 size = f"{model.num_parameters() / 1e6:.2f}M parameters"
                 say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")

@@ -209,7 +209,7 @@ def _near(what: str, ours: Tensor, theirs: Tensor) -> None:
     most = torch.finfo(theirs.dtype).eps ** 0.5
     gap = float((ours - theirs).abs().max() / theirs.abs().max())
     if gap > most:
-        raise ValueError(f"its {what} differ from its forward's by {gap:.0e}, rounding by at most {most:.0e}")
+        raise ValueError(f"its {what} differ from its own forward's by {gap:.0e}; rounding: below {most:.0e}")
 
 
 def _attention(

@@ -79,21 +79,14 @@ def dense_shape(config: Any) -> Shape:
         2 * kind.norms * d + (4 if kind.gated else 5) * i + 2 * (q + k) + (q + k if per_head else 0),
         (kind.norms * d if kind.norm_vectors == 1 else 0) + (q + k if per_head else 0),
     )
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers  # Mistral: all or none
     return Shape(
         parameters=Parameters(total, total, 0),
         width=d,
         vocab=config.vocab_size,
         products=layers * products,
         pair=2 * q,
-        windows=tuple(_windows(config)),
+        windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
         kept=(kept,) * layers,
     )
-
-
-def _windows(config: Any) -> list[int | None]:
-    """The window of each layer."""
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:  # Mistral: all layers or none
-        return [window] * layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]

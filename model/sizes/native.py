@@ -24,7 +24,8 @@ def native_shape(c: ModelConfig) -> Shape:
     module = attention + met + 2 * d * d  # MTP modules have experts, whatever the trunk has
     active = products + trunk * norms + d + c.vocab_size * d * (1 if c.tie_word_embeddings else 2)
     mtp = ahead * (module + resting + norms + 3 * d)
-    around = _attention_kept(c)
+    # Of what a layer keeps, the part of its norms and its attention:
+    around = 4 * d + 2 * (rank or 0) + 2 * c.kv_lora_rank + c.qk_rope_head_dim + 4 * queries + values
     of_dense = Kept(around + 4 * c.intermediate_size, 0)
     # A CPU that computes one expert at a time neither keeps their inputs nor what goes into `down_proj`.
     of_experts = Kept(around + 2 * k * i + 4 * shared * i, 2 * e, casts=d, on_gpus=k * (d + i))
@@ -39,10 +40,3 @@ def native_shape(c: ModelConfig) -> Shape:
         mtp_modules=ahead,
         kept=(of_dense,) * dense + (of_experts,) * (trunk - dense),
     )
-
-
-def _attention_kept(c: ModelConfig) -> int:
-    """Numbers that a layer keeps beside its feed-forward: of the norms and of the attention."""
-    h, padded = c.num_attention_heads, c.num_attention_heads * c.qk_head_dim
-    latents = 2 * (c.q_lora_rank or 0) + 2 * c.kv_lora_rank + c.qk_rope_head_dim
-    return 4 * c.hidden_size + latents + 4 * padded + h * c.v_head_dim

@@ -145,6 +145,11 @@ class RunDir:
         """See `history.rollbacks`: those to step `floor` or a later one."""
         return [entry for entry in rollbacks(self.path) if entry["to"] >= floor]
 
+    @property
+    def era(self) -> int:
+        """Rollbacks and changes of settings so far."""
+        return len(self.environment().get("history", []))
+
     def kept(self) -> str:
         """What there is to go on from, for a guard that stops the run."""
         newest = self.latest()

@@ -35,9 +35,10 @@ class Diverged(Exception):
 class Guard:
     """Decides on each update of one model whether it is applied."""
 
-    def __init__(self, settings: GuardSettings, clip: float, first: int = 0) -> None:
-        """`clip`: see `AdamWSettings`. `first` updates of the stage, of other models, come before."""
-        self.settings, self.clip, self.first = settings, clip, first
+    def __init__(self, settings: GuardSettings, clip: float, first: int = 0, era: int = 0) -> None:
+        """`clip`: see `AdamWSettings`. `first` updates of the stage, of other models, come before. `era`:
+        rollbacks and changes by hand so far; skips of an earlier era count no more."""
+        self.settings, self.clip, self.first, self.era = settings, clip, first, era
         self.applied, self.skipped = first, 0
         self.recent: list[float | None] = []  # norms of the latest updates; None: skipped
 
@@ -69,8 +70,10 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next decision depends on."""
-        return {"applied": self.applied, "skipped": self.skipped, "recent": self.recent}
+        counts = {"applied": self.applied, "skipped": self.skipped, "era": self.era}
+        return counts | {"recent": self.recent}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.applied, self.skipped, self.recent = state["applied"], state["skipped"], list(state["recent"])
+        self.applied, self.skipped, past = state["applied"], state["skipped"], state["era"] < self.era
+        self.recent = [norm for norm in state["recent"] if norm is not None or not past]

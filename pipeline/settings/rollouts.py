@@ -92,7 +92,8 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     max_mismatch_kl: Positive = 0.1
     """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
     max_idle_steps: Natural = 10
-    """Stop when no group's rewards differ in this many steps in a row, which teach nothing; 0 = never."""
+    """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
+    teach nothing. 0 = never."""
     eval_every: Natural = 10
     """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
     eval_problems: Count = 64

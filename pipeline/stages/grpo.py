@@ -113,7 +113,7 @@ class Trainer:
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         self.source = RolloutSource(engine, self.prompts, self.grade, plan)
         updates = config.steps * config.minibatches
-        guard = Guard(config.guard, config.optim.clip)
+        guard = Guard(config.guard, config.optim.clip, era=run_dir.era)
         self.learner = Learner(self.policy, slowed(config.optim, run_dir), updates, guard=guard)
         self.watch = Watch(run_dir, config.max_error_share, config.max_idle_steps)
         self.usage = Usage(self.policy.config, self.place.device)

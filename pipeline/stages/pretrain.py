@@ -71,7 +71,7 @@ def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, 
         mtp_coef=config.mtp_coef,
         mtp_coef_late=config.mtp_coef_late,
         mtp_late_from=config.mtp_late_from,
-        guard=Guard(config.guard, config.optim.clip),
+        guard=Guard(config.guard, config.optim.clip, era=run_dir.era),
     )
     packed = batches(config, tokenizer, place.micro_tokens(config))
     train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)

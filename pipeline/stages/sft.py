@@ -122,7 +122,7 @@ def tuned(config: SftSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedToken
     updates = sum(1 for _ in epoch_batches(encoded, config, place.micro_tokens(config)))
     packed = epoch_batches(encoded, config, place.micro_tokens(config))  # one at a time: weights take memory
     print(f"{run_dir.stage.name}: {len(rows)} rows, {updates} updates")
-    optim, guard = slowed(config.optim, run_dir), Guard(config.guard, config.optim.clip)
+    optim, guard = slowed(config.optim, run_dir), Guard(config.guard, config.optim.clip, era=run_dir.era)
     learner = Learner(policy, optim, updates, mtp_coef=config.mtp_coef, guard=guard)
     train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
     return policy, tokenizer

@@ -18,19 +18,17 @@ _STRUCTURE = re.compile(r"\{\s*(?:[\"'].*:.*)?\}|\[\s*(?:[\"'].*)?\]", re.DOTALL
 
 def check_golds(answers: Sequence[str]) -> list[str]:
     """Why each reference answer cannot be verified, or "" where it can."""
-    reasons = {answer: _no_answer(answer) or _unverifiable(answer) for answer in dict.fromkeys(answers)}
+    reasons = {answer: _unverifiable(answer) for answer in dict.fromkeys(answers)}
     return [reasons[answer] for answer in answers]
 
 
-def _no_answer(answer: str) -> str:
+def _unverifiable(answer: str) -> str:
     text = answer.strip().strip("$").removesuffix(".").strip()
     if not text:
         return "it is empty"
     if _NO_ANSWER.fullmatch(text):
         return f"{text[:40]!r} is no answer"
-    return "it is a structure, not an answer" if _STRUCTURE.fullmatch(text) else ""
-
-
-def _unverifiable(gold: str) -> str:
-    outcome = grade_math(gold, PROBE)
+    if _STRUCTURE.fullmatch(text):
+        return "it is a structure, not an answer"
+    outcome = grade_math(answer, PROBE)
     return outcome.detail if outcome.value is None else ""

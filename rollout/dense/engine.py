@@ -69,14 +69,12 @@ class DenseDecoder:
 
     def _forward(self, ids: Tensor) -> Tensor:
         """Append `ids` (r q), the last of `self.length` columns, and return the last one's logits (r v)."""
-        padded = {}
+        extra = {}
         if self.pads is not None and self.mask is not None:
             columns = torch.arange(self.length - ids.shape[1], self.length, device=ids.device)
             positions = (columns - self.pads.unsqueeze(1)).clamp(min=0)  # r q
-            padded = {"attention_mask": self.mask[:, : self.length], "position_ids": positions}
-        out = self.model(
-            input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **padded
-        )
+            extra = {"attention_mask": self.mask[:, : self.length], "position_ids": positions}
+        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **extra)
         logits: Tensor = out.logits
         return logits[:, -1]
 

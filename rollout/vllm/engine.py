@@ -152,9 +152,8 @@ class VllmEngine(RolloutEngine):
         try:
             for index, sample in itertools.product(range(len(prompts)), range(sampling.n)):
                 name, ids = f"{call}-{index}-{sample}", list(prompts[index].token_ids)
-                params = vllm_sampling(
-                    sampling, index, sample, stops, self.max_positions - len(ids), self.seed_each
-                )
+                room = self.max_positions - len(ids)
+                params = vllm_sampling(sampling, index, sample, stops, room, self.seed_each)
                 engine.add_request(name, {"prompt_token_ids": ids}, params)
                 waiting[name] = (index, sample)
             while waiting:

@@ -37,11 +37,8 @@ def to_rollout(
     end: int | None,
     config: Mapping[str, Any],
 ) -> Rollout:
-    """A completion of vLLM as a `Rollout`, up to token `end` where a stop string ends it.
-
-    Args:
-        config: config.json of the model, whose first layers may have no experts.
-    """
+    """A completion of vLLM as a `Rollout`, up to token `end` where a stop string ends it. `config` is
+    the model's config.json: its first layers may have no experts."""
     logprobs = tuple(map(float, output.logprobs.logprobs))[:end]
     if not all(map(math.isfinite, logprobs)):
         step = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))

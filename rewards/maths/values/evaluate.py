@@ -24,11 +24,7 @@ _QUICK_DIGITS, _QUICK_SAME = 40, 20  # one point at these first: most that diffe
 _MOST_BITS = 1 << 14  # of a power computed exactly
 _LARGEST = 40  # bits before the point of an exponent or a function's argument
 _LARGEST_FACTORIAL = 10_000
-_PRIMES = (
-    1_000_003,
-    998_244_353,
-    754_974_721,
-)  # variables take residues by these: chance agreement is remote
+_PRIMES = (1_000_003, 998_244_353, 754_974_721)  # variables take residues: chance agreement is remote
 _RANGES = ((0.4, 1.0), (1.1, 3.0), (3.0, 7.0), (-1.0, -0.2), (-6.0, -1.2), (7.0, 30.0))  # then these
 _READINGS = {"root": "power", "log": "log", "degree": "degree"}  # and what shows them
 

@@ -29,6 +29,7 @@ _GREEK = frozenset(
 )
 _ACCENTS = frozenset(("vec", "hat", "bar", "overline", "overrightarrow", "tilde", "mathcal", "dot", "ddot"))
 _CONSTANTS = {"pi": "pi", "infty": "inf", "infinity": "inf", "oo": "inf", "inf": "inf"}
+_PAIRS = {"(": ")", "[": "]", "{": "}"}
 _POSTFIX = {"!": "factorial", "%": "percent", r"\degree": "degree"}
 _COMMANDS = {*_GREEK, *_ACCENTS, *FUNCTIONS, *_CONSTANTS} | {
     "triangle", "angle", "frac", "binom", "sqrt", "lfloor", "lceil"
@@ -146,9 +147,7 @@ class _Parser:
             return not self.bars
         if token[:1].isdigit() or token[:1] == ".":
             return self.tokens[self.at - 1] in (")", "!")  # a number behind anything else may be an index
-        return (
-            token[1:] in _COMMANDS if token[:1] == "\\" else token[:1].isalpha() or token in ("(", "[", "{")
-        )
+        return token[1:] in _COMMANDS if token[:1] == "\\" else token[:1].isalpha() or token in _PAIRS
 
     def power(self) -> Tree:
         base = self.atom()
@@ -175,8 +174,8 @@ class _Parser:
     def atom_at(self, token: str) -> Tree:
         if not token:
             raise Unreadable("the end")
-        if token in ("(", "[", "{"):
-            return self.between(token, {"(": ")", "[": "]", "{": "}"}[token])
+        if token in _PAIRS:
+            return self.between(token, _PAIRS[token])
         if token in (r"\lfloor", r"\lceil", "|"):
             return (token[2:] or "abs", self.between(token, token.replace("\\l", "\\r")))
         self.at += 1
@@ -263,7 +262,7 @@ class _Parser:
             base = ("number", Fraction(10))
         if self.take("^"):
             exponent = self.argument(digits=True) if self.next != "-" else self.signed()
-        if self.next in ("(", "{", "["):
+        if self.next in _PAIRS:
             inner = self.atom()
         else:
             factors = [self.power()]

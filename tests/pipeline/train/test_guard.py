@@ -144,6 +144,17 @@ def test_too_many_skipped_updates_need_not_be_in_a_row():
         guard.accepts(float("inf"), finite=True)
 
 
+def test_skips_before_a_rollback_or_a_change_by_hand_count_no_more():
+    before, again, later = (Guard(GuardSettings(max_skipped=3), 1.0, era=era) for era in (1, 1, 2))
+    for norm in (1.0, float("inf"), float("inf")):
+        before.accepts(norm)
+    again.load_state_dict(before.state_dict())
+    with pytest.raises(Diverged, match="3 of the last 4"):
+        again.accepts(float("nan"))
+    later.load_state_dict(before.state_dict())
+    assert later.recent == [1.0] and not later.accepts(float("nan"))
+
+
 # ---- a run
 
 
@@ -253,6 +264,10 @@ def test_what_a_step_cannot_learn_from_is_said_and_stops_the_run(capsys):
     assert "all 2 rollouts were cut at 1 tokens: raise --max-tokens" in look(
         graded(finish="length"), graded(finish="length")
     )
+    look(graded(finish="length"))
+    with pytest.raises(Stopped, match="every rollout was cut, for 3 steps in a row"):
+        look(graded(finish="length"))
+    look(graded())
     assert "no group of this step has spread in its rewards" in look(graded(), graded(), spread=0.0)
     look(graded(), spread=0.0)
     state = watch.state_dict()
