@@ -1,6 +1,6 @@
 """Policies loaded from checkpoints, and the engines that generate from a policy in this process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from rollout.checkpoint import NATIVE_TYPES, model_type
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
 from rollout.settings import RolloutSettings
+from rollout.types import Eos
 from rollout.weights import DTYPES, InPlaceEngine
 
 LOCAL: dict[str, Callable[..., InPlaceEngine]] = {"native": NativeEngine, "dense": DenseEngine}
@@ -57,7 +58,7 @@ def open_local(
     device: str = "cpu",
     policy: Policy | None = None,
     tokenizer: PreTrainedTokenizerFast | None = None,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: Eos = None,
 ) -> InPlaceEngine:
     """The engine of `policy`; without one, of the policy that is loaded from `path` for it.
 

@@ -1,6 +1,6 @@
 """Open an engine by name. The only file that knows every engine; nothing else in this package imports it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from rollout.local import LOCAL, engine_name, open_local
 from rollout.pool.engine import RolloutPool
 from rollout.settings import DtypeName, EngineName, LocalSettings, RolloutSettings, VllmSettings
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
+from rollout.types import Eos
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.options import cpu_build
 from rollout.weights import device_of
@@ -116,9 +117,7 @@ def stored_dtype(policy: Policy, path: Path | None) -> DtypeName:
     return "bfloat16" if "bfloat16" in (config.get("dtype"), config.get("torch_dtype")) else "float32"
 
 
-def open_worker_engine(
-    path: str, settings: RolloutSettings, device: str, eos_token_id: int | Sequence[int] | None
-) -> RolloutEngine:
+def open_worker_engine(path: str, settings: RolloutSettings, device: str, eos_token_id: Eos) -> RolloutEngine:
     """The engine of one worker of a pool, in the worker's own process."""
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     opener = ENGINES[engine_name(path, settings.engine)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rollout.engine import Unanswerable
-from rollout.types import FinishReason, Prompt, Rollout, SamplingParams
+from rollout.types import Eos, FinishReason, Prompt, Rollout, SamplingParams
 
 BYTES_OF_A_CHARACTER = 4
 """UTF-8's longest: a stop string of c characters has at most 4 c tokens."""
@@ -40,7 +40,7 @@ def check_prompts(prompts: Sequence[Prompt], max_positions: int, vocab_size: int
             )
 
 
-def stop_ids(eos: int | Sequence[int] | None, sampling: SamplingParams) -> list[int]:
+def stop_ids(eos: Eos, sampling: SamplingParams) -> list[int]:
     """The ids that end a completion: the request's, and the model's eos unless the request ignores it.
 
     With `ignore_eos` nothing stops before `max_tokens`, whatever else the request has."""
@@ -53,12 +53,7 @@ def stop_ids(eos: int | Sequence[int] | None, sampling: SamplingParams) -> list[
 class Stopper:
     """Whether the last token of a completion ends it."""
 
-    def __init__(
-        self,
-        sampling: SamplingParams,
-        eos: int | Sequence[int] | None,
-        tokenizer: PreTrainedTokenizerFast | None,
-    ) -> None:
+    def __init__(self, sampling: SamplingParams, eos: Eos, tokenizer: PreTrainedTokenizerFast | None) -> None:
         """Raises `Unanswerable`: stop strings, and no tokenizer to read them with."""
         self.ids = stop_ids(eos, sampling)
         self.min_tokens = sampling.min_tokens

@@ -14,6 +14,8 @@ Kind = Literal["math", "code", "general"]
 Language = Literal["en", "zh"]
 FinishReason = Literal["stop", "length"]
 Verdict = Literal["correct", "incorrect", "error"]
+Eos = int | Sequence[int] | None
+"""Ids that end a completion, where a model or a caller has any."""
 
 
 @dataclass(frozen=True, slots=True)

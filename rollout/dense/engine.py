@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from model.dense import DensePolicy
 from rollout.sampling import refuse_nonfinite, sample, uniform_stream
 from rollout.stopping import Completion, Stopper, check_prompts, most_tokens
-from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.types import Eos, Prompt, Rollout, SamplingParams
 from rollout.weights import InPlaceEngine
 
 KEEP_RATIO = 0.9
@@ -152,7 +152,7 @@ class DenseEngine(InPlaceEngine):
         max_batch: int = 256,
         cache_bytes: int = 4 << 30,
         speculate: bool = False,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: Eos = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
         """
@@ -175,7 +175,7 @@ class DenseEngine(InPlaceEngine):
         self.max_batch, self.cache_bytes, self.tokenizer = max_batch, cache_bytes, tokenizer
         generation = policy.network.generation_config
         known = (eos_token_id, generation.eos_token_id if generation else None, policy.config.eos_token_id)
-        self.eos_token_id: int | Sequence[int] | None = next((eos for eos in known if eos is not None), None)
+        self.eos_token_id: Eos = next((eos for eos in known if eos is not None), None)
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield rollouts wave by wave, longest prompts first.

@@ -26,7 +26,7 @@ from rollout.native.graphs import DecodeGraphs, capturable
 from rollout.native.schedule import Draft, Schedule, Stats, pages_of
 from rollout.sampling import refuse_nonfinite, sample
 from rollout.stopping import Stopper, check_prompts, most_tokens
-from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.types import Eos, Prompt, Rollout, SamplingParams
 from rollout.weights import InPlaceEngine
 
 
@@ -45,7 +45,7 @@ class NativeEngine(InPlaceEngine):
         speculate: bool = False,
         record_routes: bool = False,
         cuda_graphs: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: Eos = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> None:
         """

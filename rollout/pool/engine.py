@@ -32,7 +32,7 @@ from rollout.pool.worker import Finished, Opener, Worker, stale
 from rollout.settings import RolloutSettings
 from rollout.stopping import check_prompts
 from rollout.transport import BUCKET_BYTES, Broadcast, Group, Outlet, buckets, join_group, send
-from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.types import Eos, Prompt, Rollout, SamplingParams
 from rollout.weights import DTYPES, MODULUS, check_shapes, device_of, shapes
 
 TASKS_PER_WORKER = 4
@@ -87,7 +87,7 @@ class RolloutPool(RolloutEngine):
         settings: RolloutSettings,
         opener: Opener,
         *,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: Eos = None,
         max_staleness: int = 1,
         trainer: torch.device | None = None,
     ) -> None:

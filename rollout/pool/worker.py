@@ -12,7 +12,7 @@ from torch import Tensor
 from rollout.engine import RolloutEngine, StaleWeights
 from rollout.settings import RolloutSettings
 from rollout.transport import Bucket, Group, fingerprint_of, join_group, received
-from rollout.types import FinishReason, Prompt, SamplingParams
+from rollout.types import Eos, FinishReason, Prompt, SamplingParams
 
 Finished = tuple[int, int, Sequence[int], Sequence[float], FinishReason, int]
 """A rollout without its prompt: index in the task, sample, tokens, log-probabilities, reason, version."""
@@ -30,16 +30,14 @@ class WorkerEngine(RolloutEngine, Protocol):
         """Fingerprint of the weights that the engine computes with."""
 
 
-Opener = Callable[[str, RolloutSettings, str, int | Sequence[int] | None], RolloutEngine]
+Opener = Callable[[str, RolloutSettings, str, Eos], RolloutEngine]
 """(checkpoint, settings, device, eos) -> an engine that is also a `WorkerEngine`. Ray pickles it by name."""
 
 
 class Worker:
     """An engine behind methods that Ray calls."""
 
-    def __init__(
-        self, opener: Opener, path: str, settings: RolloutSettings, eos_token_id: int | Sequence[int] | None
-    ) -> None:
+    def __init__(self, opener: Opener, path: str, settings: RolloutSettings, eos_token_id: Eos) -> None:
         torch.set_num_threads(max(1, int(settings.worker_cpus)))
         self.device = torch.device("cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu")
         opened = opener(path, settings, self.device.type, eos_token_id)

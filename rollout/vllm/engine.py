@@ -29,7 +29,7 @@ from rollout.settings import DtypeName, RolloutSettings
 from rollout.stopping import Stopper, check_prompts, stop_ids
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.transport import BUCKET_BYTES, Outlet, SharedFile, SharedGpu, send
-from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.types import Eos, Prompt, Rollout, SamplingParams
 from rollout.vllm.options import (
     cpu_build,
     excluding_segments,
@@ -57,7 +57,7 @@ class VllmEngine(RolloutEngine):
         device: str = "",
         policy: Policy | None = None,
         tokenizer: object = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: Eos = None,
     ) -> None:
         """On the device that the build of vLLM is for; `device` and `tokenizer` are for the other engines.
 
