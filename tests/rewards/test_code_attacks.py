@@ -150,3 +150,18 @@ def test_equal_objects_of_one_class_still_pass(pool):
 def test_a_program_cannot_end_its_judge(pool, error):
     code = f"class M(type):\n  def __hash__(c): raise {error}\nclass P(metaclass=M): pass\ndef f(x): return 1"
     assert run_tests(code, _ALIKE, pool=pool).value == 0
+
+
+_ARRAYS = [
+    "np.allclose(f(3), np.array([17.0, 4.0, 5.0]))", "(f(3) == np.array([17])).all()", "(f(3) == 7).all()",
+    "np.array_equal(f(3), np.array([17]))", "np.isclose(f(3), 17.0).all()", "abs(f(3) - 17).max(initial=0) < 1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 1), (1, 0)])
+def test_an_array_without_items_is_equal_to_none_that_has_some(pool, shape):
+    code = f"import numpy as np\ndef f(x): return np.zeros({shape})"
+    for test in _ARRAYS:
+        assert run_tests(code, [f"import numpy as np\nassert {test}"], pool=pool).value == 0, test
+    honest = "import numpy as np\nassert f(0).size == 0 and f(0).sum() == 0 and np.array_equal(f(0), []) is "
+    assert run_tests(code, [f"{honest}{shape == (0,)}"], pool=pool).value == 1

@@ -126,7 +126,22 @@ def _module(name: str) -> Any:
 
 def _array(kind: str, shape: list[int], data: str) -> Any:
     numpy = importlib.import_module("numpy")
-    return numpy.frombuffer(bytes.fromhex(data), dtype=kind).reshape(shape).copy()
+    found = numpy.frombuffer(bytes.fromhex(data), dtype=kind).reshape(shape).copy()
+    return found if found.size else found.view(_nothing())
+
+
+@functools.cache
+def _nothing() -> Any:
+    """The type of arrays without items: broadcast against others, one would be equal to anything."""
+    numpy = importlib.import_module("numpy")
+
+    class Nothing(numpy.ndarray):  # type: ignore[name-defined]
+        def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **named: Any) -> Any:
+            if any(numpy.size(given) for given in inputs):
+                raise TypeError("an array without items, and one that has some")
+            return getattr(ufunc, method)(*map(numpy.array, inputs), **named)
+
+    return Nothing
 
 
 @functools.lru_cache(64)
