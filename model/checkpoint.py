@@ -174,9 +174,8 @@ def fill(state: dict[str, Tensor], config: ModelConfig, tensors: "StoredTensors"
     extra = sorted(name for name in left if not name.endswith("rotary_emb.inv_freq"))
     if extra:
         more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-        raise CheckpointError(
-            f"{tensors.files[extra[0]]} has a tensor {extra[0]}{more}, which the config lacks."
-        )
+        file = tensors.files[extra[0]]
+        raise CheckpointError(f"{file} has a tensor {extra[0]}{more}, which the config does not have.")
 
 
 class StoredTensors:

@@ -215,9 +215,8 @@ def sample_groups(
     expected = [(i, s) for i in range(len(prompts)) for s in range(sampling.n)]
     if names != expected:
         lost, extra = len(set(expected) - set(names)), len(names) - len(set(names))
-        raise RuntimeError(
-            f"{type(engine).__name__} lost {lost} of {len(expected)} rollouts and doubled {extra}"
-        )
+        kind, due = type(engine).__name__, len(expected)
+        raise RuntimeError(f"{kind} lost {lost} of {due} rollouts and doubled {extra}")
     return rollouts
 
 

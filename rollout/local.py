@@ -26,9 +26,8 @@ def engine_name(path: Path | str, engine: str = "auto") -> str:
     implement."""
     kind = model_type(path)
     if engine == "native" and kind not in NATIVE_TYPES:
-        raise ValueError(
-            f"{path} is a {kind} model, not {NATIVE_TYPES[0]}, engine native's; use engine dense."
-        )
+        (native,) = NATIVE_TYPES
+        raise ValueError(f"{path} is a {kind} model; engine native is for {native}, use engine dense.")
     return engine if engine != "auto" else "native" if kind in NATIVE_TYPES else "dense"
 
 

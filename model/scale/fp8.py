@@ -22,14 +22,8 @@ from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from model.kernels.cpu.linear import Linear
+from model.kernels.fp8 import gemm
 from model.kernels.fp8.blocks import BLOCK, Quantized, transpose
-from model.kernels.fp8.gemm import (
-    multiply,
-    multiply_grouped,
-    quantize,
-    weight_gradient,
-    weight_gradient_grouped,
-)
 from model.moe import Experts
 
 KEPT = {"lm_head", "eh_proj"}  # linear layers that stay as they are, by the last part of their names
@@ -48,7 +42,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, w: Quantized, counts: list[int] | None) -> Tensor:
-        a = quantize(x, 1, power_of_two=True)
+        a = gemm.quantize(x, 1, power_of_two=True)
         ctx.save_for_backward(*a[:2], *w[:2])
         ctx.counts, ctx.dtype = counts, weight.dtype
         return _multiply(a, w, counts, x.dtype)
@@ -59,16 +53,19 @@ class _Product(torch.autograd.Function):
         x, x_scale, w, w_scale = ctx.saved_tensors
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _multiply(quantize(dy, 1), transpose(Quantized(w, w_scale, BLOCK)), ctx.counts, dy.dtype)
+            turned = transpose(Quantized(w, w_scale, BLOCK))
+            dx = _multiply(gemm.quantize(dy, 1), turned, ctx.counts, dy.dtype)
         if ctx.needs_input_grad[1]:
-            a, counts, dtype = Quantized(x, x_scale, 1), ctx.counts, ctx.dtype
-            dense = counts is None
-            dw = weight_gradient(dy, a, dtype) if dense else weight_gradient_grouped(dy, a, counts, dtype)
+            a = Quantized(x, x_scale, 1)
+            if ctx.counts is None:
+                dw = gemm.weight_gradient(dy, a, ctx.dtype)
+            else:
+                dw = gemm.weight_gradient_grouped(dy, a, ctx.counts, ctx.dtype)
         return dx, dw, None, None
 
 
 def _multiply(a: Quantized, w: Quantized, counts: list[int] | None, dtype: torch.dtype) -> Tensor:
-    return multiply(a, w, dtype) if counts is None else multiply_grouped(a, w, counts, dtype)
+    return gemm.multiply(a, w, dtype) if counts is None else gemm.multiply_grouped(a, w, counts, dtype)
 
 
 class _Steps:
@@ -95,7 +92,7 @@ class _Kept:
         """`weight` (.. o i) in blocks. Renewed after `copy_` and optimizers, not after writes to `.data`."""
         now = (weight.data_ptr(), weight._version, _Steps.taken)
         if self.made_for != now:
-            self.quantized, self.made_for = quantize(weight.detach(), BLOCK), now
+            self.quantized, self.made_for = gemm.quantize(weight.detach(), BLOCK), now
         return self.quantized
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Kept":
@@ -150,7 +147,7 @@ def to_fp8(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         stem, _, leaf = name.rpartition(".")
         layer = stem.rpartition(".")[2]
         if leaf == "weight" and layer not in KEPT and layer.endswith(("_proj", "_proj_with_mqa")):
-            values, scale, _ = quantize(tensor, BLOCK)
+            values, scale, _ = gemm.quantize(tensor, BLOCK)
             yield name, values
             yield f"{name}_scale_inv", scale
         else:

@@ -153,8 +153,9 @@ def test_a_program_cannot_end_its_judge(pool, error):
 
 
 _ARRAYS = [
-    "np.allclose(f(3), np.array([17.0, 4.0, 5.0]))", "(f(3) == np.array([17])).all()", "(f(3) == 7).all()",
-    "np.array_equal(f(3), np.array([17]))", "np.isclose(f(3), 17.0).all()", "abs(f(3) - 17).max(initial=0) < 1",
+    "np.allclose(f(3), np.array([17.0, 4.0, 5.0]))", "np.array_equal(f(3), np.array([17]))",
+    "(f(3) == np.array([17])).all()", "(f(3) == 17).all()", "np.isclose(f(3), 17.0).all()",
+    "abs(f(3) - 17).max(initial=0) < 1",
 ]  # fmt: skip
 
 
