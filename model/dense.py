@@ -181,6 +181,7 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
     """The model in directory `path`, as transformers reads it with `options`, all of its weights from there.
     Raises `OSError` or `ValueError`: no model there that transformers can read, or tensors that do not fit:
     it would leave random weights in their stead."""
+    logging.disable_progress_bar()  # it would cut through the caller's own lines
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a report of what is refused below
     try:
