@@ -18,7 +18,7 @@ This file knows names and tensors, not modules: a network comes as its `state`, 
 import json
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,6 +235,13 @@ def _stored(path: Path) -> Iterator[tuple[str, safe_open]]:
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             yield from ((name, tensors) for name in tensors.keys())  # noqa: SIM118 - not a dict
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], path: str | Path) -> None:
+    """Raise `CheckpointError` for a weight of the checkpoint at `path` that has a NaN or an infinity."""
+    for name, weight in weights:
+        if not weight.isfinite().all():
+            raise CheckpointError(f"{path}: the tensor {name} is not finite; take another checkpoint.")
 
 
 def not_finite(path: Path) -> str:

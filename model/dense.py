@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
-from model.checkpoint import quantized_tensor
+from model.checkpoint import check_finite, quantized_tensor
 from model.kernels.attend import attend
 from model.kernels.packed import Packed
 from model.policy import Head, Policy
@@ -202,6 +202,7 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
         wrong.append(f"{name} is quantized, without a quantization_config")
     if wrong:
         raise ValueError(f"{len(wrong)} tensors do not fit its config.json; the first: {min(wrong)}")
+    check_finite(net.named_parameters(), path)
     return net
 
 

@@ -95,6 +95,7 @@ class Transformer(Policy):
         for moe in net.moe_layers():
             moe.gate.load.zero_()  # no checkpoint has the counts
         checkpoint.fill(net.state_dict(keep_vars=True), config, tensors)
+        checkpoint.check_finite(net.named_parameters(), path)
         return net
 
     def save(self, path: str | Path, fp8: bool = False) -> None:

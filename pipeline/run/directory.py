@@ -70,7 +70,8 @@ class RunDir:
         path, hint = Path(value), f"name a stage of this run or {'a model directory' if inside else 'a file'}"
         if str(value) in {stage.name for stage in STAGES}:
             path = self.path.parent / str(value) / part
-            hint = f"make it first: make {value} ARGS='--name {self.config.name}'"
+            runs = "" if self.config.runs == Path("runs") else f" --runs {self.config.runs}"
+            hint = f"make it first: make {value} ARGS='--name {self.config.name}{runs}'"
         if not (path / inside).is_file():
             raise UserError(f"no {'model at' if inside else 'file'} {path}; {hint}")
         self.record_input(path)

@@ -87,6 +87,10 @@ def _reshape(table: dict[str, Any]) -> None:
     table[_norm(table)] = table[_norm(table)][:-1].clone()
 
 
+def _infinite(table: dict[str, Any]) -> None:
+    table[_norm(table)][0] = float("inf")
+
+
 def _integers(table: dict[str, Any]) -> None:
     import torch
 
@@ -145,6 +149,7 @@ MODELS: dict[str, Maker] = {
     "tensor unknown": tensors(_extra),
     "tensor of another shape": tensors(_reshape),
     "tensor of integers": tensors(_integers),
+    "tensor with an infinity": tensors(_infinite),
     "fp8 without its scale": tensors(_fp8),
 }
 """Damage that no command may accept."""
