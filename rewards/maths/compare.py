@@ -45,6 +45,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _DECIMAL_COMMA = re.compile(r"-?\d+,\d+")
 _OPEN, _CLOSE = "([{", ")]}"
 _DEPTH_LIMIT = 8
+DEGREE = "\\degree"
 
 
 def compare(gold: str, answer: str, depth: int = 0) -> Verdict:
@@ -188,7 +189,7 @@ def _one(gold: str, answer: str, depth: int) -> Verdict:
     if (verdict := _relations(gold, answer, depth)) is not None:
         return verdict
     (gold_bare, gold_unit), (answer_bare, answer_unit) = split_unit(gold), split_unit(answer)
-    if unit_conflict(gold_unit, answer_unit):
+    if unit_conflict(gold_unit, answer_unit) or _of_an_angle(gold, answer):
         return 0.0, "another unit"
     if gold_unit or answer_unit:
         return compare(gold_bare, answer_bare, depth + 1)
@@ -275,3 +276,12 @@ def _bases(gold: str, answer: str) -> Verdict | None:
         return 0.0, "another base"
     digits = [match[1] if match else compact(text) for match, text in ((expected, gold), (got, answer))]
     return float(digits[0].lstrip("0").casefold() == digits[1].lstrip("0").casefold()), "by their digits"
+
+
+def _of_an_angle(*sides: str) -> bool:
+    """Whether one side ends in a degree sign and the other in another unit, or radians of the same number."""
+    for angle, (bare, unit) in zip(sides, map(split_unit, reversed(sides)), strict=True):
+        if unit and angle.rstrip().endswith(DEGREE):
+            same = compact(angle.rstrip().removesuffix(DEGREE)) == compact(bare)
+            return same if unit == "rad" else unit_conflict("degree", unit)
+    return False

@@ -64,6 +64,11 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("0.67", "\\frac{2}{3} \\approx 0.67", True), ("3", "y = x = 4", False),
         ("54000", "53700 \\approx 54000", True), ("7", "-3 + 10 = 7 \\text{ cm}", True),
     ],
+    "a degree sign is a unit": [
+        ("60^\\circ", "60 \\text{ radians}", False), ("60^\\circ", "60 \\text{ m}", False),
+        ("8 \\text{ kg}", "8^\\circ", False), ("60^\\circ", "\\frac{\\pi}{3} \\text{ radians}", True),
+        ("60^\\circ", "60 \\text{ degrees}", True), ("60", "60^\\circ", True), ("60^\\circ", "60", True),
+    ],
     "products of letters": [
         ("pq+rs", "rs+pq", True), ("uvw-5", "-5+uvw", True), ("ab(x-2)^3", "ab(-2+x)^3", True),
         ("pq+rs", "pr+qs", False), ("\\frac{a+b+2}b", "\\frac{2+a+b}{b}", True),
