@@ -25,7 +25,7 @@ import re
 from itertools import islice
 from typing import Literal
 
-from rewards.maths.prose import last_stated, value_after
+from rewards.maths.prose import denied, last_stated, value_after
 from rewards.maths.spans import Span, boxes, is_expression, maths, trim
 
 Mode = Literal["strict", "lenient"]
@@ -159,7 +159,7 @@ def _read(visible: str) -> str | None:
 def _explicit(text: str) -> str | None:
     """Rules 2 and 3."""
     found: list[tuple[int, str]] = []
-    if boxed := boxes(text, lenient=True):
+    if boxed := [box for box in boxes(text, lenient=True) if not denied(text, box)]:
         found.append((boxed[-1].start, _joined(text, boxed)))
     for match in list(_HASHES.finditer(text))[:-MOST_MARKERS:-1]:
         if hashed := _after_hashes(match[1]):

@@ -46,7 +46,7 @@ _CONTEXT = re.compile(
     r"\s*$",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"(?:\bnot|n't|≠|\\ne|不是)\s*$", re.IGNORECASE)
+_DENIED = re.compile(r"(?:\bnot|n't|≠|\\ne|不是)[\s$]*$", re.IGNORECASE)
 _DENIED_AFTER = re.compile(
     r"\W{0,3}\s(?:is|was)\s(?:wrong|incorrect|false|impossible|not\s(?:right|correct|the|an?\s(?:\w+\s)?(?:answer|solution)))"
 )
@@ -63,6 +63,12 @@ _MODIFIER = re.compile(r"\s?-\s?[A-Za-z]")  # "the 8-point buck"
 _CHOICE = re.compile(r"\b(?:is|it's|option|choice)\s+\(?([A-J])\)?\W*$")
 _LINES = re.compile(r"\\(?:begin|end)\{(?:aligned|align|gathered|split|array)\*?\}(?:\{[rcl]*\})?")
 _ROWS = re.compile(r"\\\\(?:\[[^\]]*\])?")
+
+
+def denied(text: str, stated: Span) -> bool:
+    """Whether the words beside a piece of a text say that it is not the answer."""
+    before, at = text[max(0, stated.start - 12) : stated.start], stated.end + text.startswith("$", stated.end)
+    return bool(_DENIED.search(before) or _DENIED_AFTER.match(text, at))
 
 
 def value_after(text: str, position: int, *, after_heading: bool = False) -> str | None:
@@ -146,12 +152,7 @@ def last_stated(text: str) -> str | None:
             continue
         inside = [token for token in tokens if sentence_start <= token.start < sentence_end]
         named = [token for token in inside if not _label_only(token.content)]
-        telling = [
-            t
-            for t in named
-            if not _DENIED.search(tail[max(0, t.start - 12) : t.start])
-            and not _DENIED_AFTER.match(tail, t.end)
-        ]
+        telling = [token for token in named if not denied(tail, token)]
         if not tokens and (words := number_words(sentence)):
             return words[-1].content
         if not telling and (letter := _CHOICE.search(sentence)):

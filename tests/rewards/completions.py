@@ -244,6 +244,13 @@ CLASSES: dict[str, list[tuple[str, str, bool]]] = {
         ("7", "The answer is \\boxed{7}.\n\nHuman: thanks\n\nAssistant: You are welcome! \\boxed{8}", True),
         ("7", "Problem: what is 3+4?\nSolution: 3+4=7. The answer is 7.", True),
     ],
+    "boxes that are taken back": [
+        ("4", "$\\boxed{4}$ is wrong; the right answer is 9.", False),
+        ("9", "$\\boxed{4}$ is wrong; the right answer is 9.", True),
+        ("9", "The answer is not $\\boxed{4}$. It is $\\boxed{9}$.", True),
+        ("9", "It is $\\boxed{9}$, not $\\boxed{4}$.", True),
+        ("4", "It is $\\boxed{9}$, not $\\boxed{4}$.", False),
+    ],
     # A marker counts where a value follows it; in other phrases "answer" and "final answer" mark nothing.
     "markers that state nothing": [
         ("9", "The sum is $\\boxed{9}$. I hope the final answer is easy to read.", True),
