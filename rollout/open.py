@@ -18,7 +18,11 @@ from rollout.vllm.engine import VllmEngine
 from rollout.vllm.options import cpu_build
 from rollout.weights import device_of
 
-ENGINES: dict[str, Callable[..., RolloutEngine]] = {**dict.fromkeys(LOCAL, open_local), "vllm": VllmEngine}
+ENGINES: dict[str, Callable[..., RolloutEngine]] = {
+    "native": open_local,
+    "dense": open_local,
+    "vllm": VllmEngine,
+}
 """Each opens an engine from the arguments of `open_local`. The names are `EngineName`, `auto` apart."""
 
 
