@@ -163,7 +163,7 @@ def test_killed_and_resumed_is_the_same_run(runs, stage, needs, step):
 
 def test_a_missing_input_says_what_makes_it(runs, capsys):
     assert main(command("sft2", runs, "--name", "nothing")) == 2
-    assert "make pretrain ARGS='--name nothing'" in capsys.readouterr().err
+    assert "make pretrain ARGS='--name nothing --runs " in capsys.readouterr().err
 
 
 def test_a_corrupted_checkpoint_is_refused_by_name(runs, capsys):
