@@ -146,6 +146,12 @@ def test_equal_objects_of_one_class_still_pass(pool):
     assert run_tests(_OWN_OBJECTS["one object"], ["assert P(1) is P(2)"], pool=pool).value == 1
 
 
+def test_values_that_take_up_all_that_is_near_leave_controls_without_one_of_them(pool):
+    value = "class P:\n  def __init__(s, a): s.a = a\n  def __eq__(s, o): return s.a == o.a\n"
+    tests = ["for i in range(61): f(2 * i)\nassert f(60) == P(60)"]
+    assert run_tests(value + "def f(x): return P(x)", tests, pool=pool).value == 1
+
+
 @pytest.mark.parametrize("error", ["SystemExit", "RuntimeError"])
 def test_a_program_cannot_end_its_judge(pool, error):
     code = f"class M(type):\n  def __hash__(c): raise {error}\nclass P(metaclass=M): pass\ndef f(x): return 1"
