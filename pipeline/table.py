@@ -76,7 +76,8 @@ COMMANDS = (
     Command("grade", GradeSettings, "pipeline.tools.grade",
             "grade saved completions: IN.jsonl -> OUT.jsonl", True),
     Command("generate", GenerateSettings, "pipeline.tools.generate", "completions from any checkpoint"),
-    Command("evaluate", EvaluateSettings, "pipeline.tools.evaluate", "score one checkpoint on one benchmark"),
+    Command("evaluate", EvaluateSettings, "pipeline.evaluation.evaluate",
+            "score one checkpoint on one benchmark"),
     Command("chat", ChatSettings, "pipeline.tools.chat", "talk to a model in the terminal"),
     Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )

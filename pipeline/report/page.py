@@ -9,11 +9,11 @@ import tomli_w
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline.data.jsonl import read_log
+from pipeline.evaluation.scores import percent
 from pipeline.report.plots import LIGHT, Box, Series, chain_plot, line_plot
 from pipeline.report.summary import StageRecord
 from pipeline.run.metrics import GLOSSARY, duration
 from pipeline.table import STAGES
-from pipeline.tools.scores import percent
 
 TITLES = {
     "pretrain": "base", "zero": "R1-Zero", "sft": "Dev1", "grpo": "Dev2", "reject": "corpus", "sft2": "Dev3",

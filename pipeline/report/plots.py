@@ -19,7 +19,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from pipeline.tools.scores import percent
+from pipeline.evaluation.scores import percent
 
 POINTS = 120
 """Longest series that is plotted point by point; a longer one is averaged down to at most this."""

@@ -1,6 +1,6 @@
 """Stage `eval`: every model of the chain on every benchmark, and one table.
 
-    runs/NAME/eval/LABEL/BENCHMARK/   generations.jsonl and scores.json of a pair (pipeline.tools.evaluate)
+    runs/NAME/eval/LABEL/BENCHMARK/   generations.jsonl, scores.json (pipeline.evaluation.evaluate)
     runs/NAME/eval/scores.json        all of them, with what could not be scored and why
 
 It may be run again after more models were made: pairs whose model and settings are unchanged are kept,
@@ -19,14 +19,14 @@ from rich.table import Table
 from pipeline.data.hub import is_model_name
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
+from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.scores import percent
 from pipeline.run.directory import RunDir
 from pipeline.run.files import write_atomic
 from pipeline.run.metrics import say
 from pipeline.settings.common import shared
 from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
-from pipeline.tools.evaluate import evaluate
-from pipeline.tools.scores import percent
 from pipeline.train.place import device_named
 
 MOST_SAMPLES = 64

@@ -3,7 +3,7 @@
 Samples k completions a problem, grades them leniently (the answer counts, not the tags), and writes
 
     generations.jsonl   every completion: text, extracted answer, verdict, tokens, reward parts
-    scores.json         `pipeline.tools.scores`, and all that is needed to get them again
+    scores.json         `pipeline.evaluation.scores`, and all that is needed to get them again
 
 The folder appears complete or not at all, and is never overwritten: the same command again
 returns the scores in it.
@@ -28,11 +28,11 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from pipeline.data.jsonl import JsonObject, write_jsonl
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
+from pipeline.evaluation.scores import scores
 from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.run.verifiers import check_errors, check_sandbox
 from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.tools.open import check_model, naming, open_speaker, trained_template
-from pipeline.tools.scores import scores
 from rewards.maths.extract import final_answer
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer

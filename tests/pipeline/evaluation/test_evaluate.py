@@ -11,8 +11,8 @@ import pytest
 from pipeline.__main__ import main
 from pipeline.arguments import parse
 from pipeline.errors import UserError
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.settings.evaluate import EvaluateSettings
-from pipeline.tools.evaluate import evaluate
 from rollout.text.tokenizer import template_hash
 
 

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from pipeline.tools.scores import interval, majority, pass_at, rounds, scores, wilson
+from pipeline.evaluation.scores import interval, majority, pass_at, rounds, scores, wilson
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
