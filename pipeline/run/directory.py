@@ -50,10 +50,11 @@ class RunDir:
     # ---- inputs
 
     def model_input(self, value: str | Path) -> Path:
-        """The model directory that `value` names: a stage of this run (`sft`), a path, or a model of the hub
-        (`Qwen/Qwen2.5-1.5B`); recorded by hash. A resumed run takes the hub's revision that it began with."""
+        """The model directory that `value` names: a stage of this run or a part of one (`sft`,
+        `distill/student`), a path, or a model of the hub (`Qwen/Qwen2.5-1.5B`); recorded by hash. A resumed
+        run takes the hub's revision that it began with."""
         name = str(value)
-        if not is_model_name(name):
+        if not is_model_name(name) or stage_in(name):
             return self.file_input(value, "model", "config.json")
         path = hub_model(name, self.environment()["inputs"].get(f"hub:{name}"))
         self.note_input(f"hub:{name}", path.name)
@@ -65,13 +66,13 @@ class RunDir:
         return value if value.startswith("hub:") else self.file_input(value, "corpus.jsonl")
 
     def file_input(self, value: str | Path, part: str, inside: str = "") -> Path:
-        """`part` of stage `value` of this run, or else the path `value`; recorded by hash. It is a model
-        directory with the file `inside`, or a file."""
+        """`part` of stage `value` (or STAGE/FOLDER) of this run, or else the path `value`; recorded by hash.
+        It is a model directory with the file `inside`, or a file."""
         path, hint = Path(value), f"name a stage of this run or {'a model directory' if inside else 'a file'}"
-        if str(value) in {stage.name for stage in STAGES}:
+        if stage := stage_in(str(value)):
             path = self.path.parent / str(value) / part
             runs = "" if self.config.runs == Path("runs") else f" --runs {self.config.runs}"
-            hint = f"make it first: make {value} ARGS='--name {self.config.name}{runs}'"
+            hint = f"make it first: make {stage} ARGS='--name {self.config.name}{runs}'"
         if not (path / inside).is_file():
             raise UserError(f"no {'model at' if inside else 'file'} {path}; {hint}")
         self.record_input(path)
@@ -238,6 +239,12 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
             advice = f"free some space, then: {command} --resume"
             raise UserError(f"the disk is full ({run.path}); {advice}") from error
         raise
+
+
+def stage_in(value: str) -> str:
+    """The stage that `value` names, alone or as STAGE/FOLDER; empty where it names none."""
+    stage, _, folder = value.partition("/")
+    return stage if "/" not in folder and stage in {stage.name for stage in STAGES} else ""
 
 
 def has_work(path: Path) -> bool:

@@ -15,6 +15,7 @@ GLOSSARY: dict[str, str] = {
     "loss/lm": "next-token cross-entropy, nats a token",
     "loss/mtp": "cross-entropy of the multi-token-prediction module, nats a token, before its weight",
     "loss/balance": "sequence-wise expert balance loss (arXiv:2412.19437, Eq. 17), before its weight",
+    "loss/divergence": "divergence of the student from its teacher, a mean over completion tokens, nats",
     "loss/policy": "clipped policy-gradient surrogate, negated",
     "loss/clip_frac": "share of token weight whose ratio was clipped",
     "loss/kl_ref": "k3 estimate of KL(policy || reference), nats a token",
@@ -43,6 +44,7 @@ GLOSSARY: dict[str, str] = {
     "heldout/format": "share of those greedy completions in format",
     "data/epoch": "passes over the training set so far",
     "data/tokens": "tokens trained on so far",
+    "data/sampled": "completion tokens sampled so far",
     "data/kept": "share of sampled completions that the filters kept",
     "time/step_s": "seconds of this step",
     "time/rollout_s": "seconds of this step spent sampling completions",
@@ -57,7 +59,8 @@ GLOSSARY: dict[str, str] = {
 }
 
 SHORT = {
-    "loss/lm": "loss", "reward/mean": "reward", "reward/accuracy": "acc", "reward/format": "format",
+    "loss/lm": "loss", "loss/divergence": "divergence",
+    "reward/mean": "reward", "reward/accuracy": "acc", "reward/format": "format",
     "reward/language": "lang", "rollout/tokens_mean": "len", "rollout/truncated": "cut",
     "policy/mismatch_kl": "mismatch", "loss/kl_ref": "kl", "router/max_violation": "maxvio",
     "heldout/pass@1": "heldout", "data/kept": "kept",

@@ -1,4 +1,4 @@
-"""Settings of the stages that generate: RL (`zero`, `grpo`, `grpo2`) and rejection sampling (`reject`)."""
+"""Settings of the stages that generate: RL (`zero`, `grpo`, ...), `on_policy`, and `reject`."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -49,27 +49,63 @@ class GeneratingSettings(Sampling, GradingSettings, ComputeSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings(GeneratingSettings, TrainSettings):
-    """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
+class RoundSettings(GeneratingSettings, TrainSettings):
+    """What RL and on-policy distillation have in common: rounds of the policy's own samples."""
 
     init_from: str = "pretrain"
-    """Model that policy and reference start from: a stage of this run, a directory, or OWNER/NAME (hub)."""
+    """Model to start from: a stage of this run (or STAGE/PART), a directory, or OWNER/NAME (hub)."""
     steps: Count = 40
     """Rounds of rollouts."""
     prompts_per_step: Count = 32
     """Distinct prompts per round (R1-Zero: 32)."""
-    group_size: Annotated[int, Range(2)] = 16
-    """Rollouts per prompt, the paper's G; their mean reward is the baseline (R1-Zero: 16)."""
+    group_size: Count = 16
+    """Rollouts per prompt."""
     minibatches: Count = 1
     """Optimizer updates per round; each takes an equal share of the groups (R1-Zero: 16 a round of 8,192)."""
+    temperature: Positive = 1.0
+    """Divides the logits of sampling and of the loss (R1-Zero: 1; R1's second RL: 0.7)."""
+    overlap: bool = False
+    """Generate a step's rollouts while the step before is trained on: they are one step off-policy."""
+    max_mismatch_kl: Positive = 0.1
+    """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
+    eval_every: Natural = 10
+    """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
+    eval_problems: Count = 64
+    """Held-out problems of that check."""
+    eval_source: str = "generator:tiny"
+    """Where they come from."""
+    log_samples: Natural = 32
+    """Transcripts a step kept in samples.jsonl."""
+    checkpoint_every: Count = 10
+    """Steps between checkpoints."""
+    story: str
+    """Title of the model card."""
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    """AdamW and its schedule, one step an update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompts_per_step % self.minibatches:
+            fits = [n for n in range(1, self.prompts_per_step + 1) if self.prompts_per_step % n == 0]
+            nearest = min(fits, key=lambda n: abs(n - self.minibatches))
+            raise ValueError(
+                f"minibatches={self.minibatches} does not divide prompts_per_step={self.prompts_per_step}; "
+                f"the nearest that does is {nearest}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpoSettings(RoundSettings):
+    """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
+
+    group_size: Annotated[int, Range(2)] = 16
+    """Rollouts per prompt, the paper's G; their mean reward is the baseline (R1-Zero: 16)."""
     temperature: Positive = 1.0
     """Divides the logits; above 0, since a greedy group has no spread (R1-Zero: 1; R1's second RL: 0.7)."""
     dynamic_sampling: bool = False
     """Sample until the step has its number of groups whose rewards differ (DAPO, Sec. 3.2)."""
     most_requests: Count = 4
     """Dynamic sampling: requests of a step, after which it is filled up with groups without spread."""
-    overlap: bool = False
-    """Generate a step's rollouts while the step before is trained on: they are one step off-policy."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})
     """Weight of each reward by name, or by "module:function" for your own; the weighted values are summed
     (R1-Zero: accuracy and format, equal). A table in a file replaces the default, flags add to it."""
@@ -89,35 +125,14 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     """Steps after which the reference becomes the current policy (R1: 400); 0 = never."""
     tis_cap: Positive = 2.0
     """Cap of the importance correction between engine and trainer."""
-    max_mismatch_kl: Positive = 0.1
-    """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
-    eval_every: Natural = 10
-    """Steps between greedy checks on a slice of the held-out problems; 0 = none. Never trained on."""
-    eval_problems: Count = 64
-    """Held-out problems of that check."""
-    eval_source: str = "generator:tiny"
-    """Where they come from."""
-    log_samples: Natural = 32
-    """Transcripts a step kept in samples.jsonl."""
-    checkpoint_every: Count = 10
-    """Steps between checkpoints."""
     story: str = "GRPO policy"
     """Title of the model card."""
-    optim: OptimSettings = field(default_factory=OptimSettings)
-    """AdamW and its schedule, one step an update."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompts_per_step % self.minibatches:
-            fits = [n for n in range(1, self.prompts_per_step + 1) if self.prompts_per_step % n == 0]
-            nearest = min(fits, key=lambda n: abs(n - self.minibatches))
-            raise ValueError(
-                f"minibatches={self.minibatches} does not divide prompts_per_step={self.prompts_per_step}; "
-                f"the nearest that does is {nearest}."
-            )
         check_weights(self.rewards)
         check_loss(self.loss)
         buffer = f"overlong_buffer={self.overlong_buffer}"
@@ -129,6 +144,25 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
                 f"{buffer} and the weight of the reward overlong ({weight:g}) have an effect only together: "
                 "set both or neither."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicySettings(RoundSettings):
+    """On-policy distillation (GKD, arXiv:2306.13649): the student samples, the teacher scores each token."""
+
+    init_from: str = "student"
+    """The student's start: a stage of this run (or STAGE/PART), a directory, or OWNER/NAME (hub)."""
+    teacher: str = "grpo2"
+    """Model that scores, likewise; native or dense, with the student's vocabulary."""
+    divergence: Literal["reverse_kl", "forward_kl", "jsd"] = "reverse_kl"
+    """Of the next-token distributions s (student) and t (teacher): KL(s || t), KL(t || s), or the generalized
+    Jensen-Shannon divergence."""
+    beta: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.5
+    """Of jsd: the teacher's share of the mixture; near 0 it goes as KL(t || s), near 1 as KL(s || t)."""
+    group_size: Count = 4
+    """Rollouts per prompt; they share its prefill."""
+    story: str = "Student, distilled on its own samples"
+    """Title of the model card."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
-"""Stages `zero`, `grpo` and `grpo2`: reinforcement learning with group-relative advantages.
+"""Stages `zero`, `grpo`, `grpo2` and those of students: RL with group-relative advantages.
 
 R1-Zero starts from the base with accuracy and format alone; the first RL stage of R1 starts from the cold
-start and adds the language reward; the second covers all scenarios. `Trainer.step` is DeepSeekMath's
-Algorithm 1:
+start and adds the language reward; the second covers all scenarios. `student_rl` and `distill_rl` do the same
+to small dense students (Sec. 4.1). `Trainer.step` is DeepSeekMath's Algorithm 1:
 
-    a batch of questions; G outputs of each, sampled from the policy       lines 5 to 7   source.next
+    a batch of questions; G outputs of each, sampled from the policy       lines 5 to 7   round
     a reward for each output                                               line 8         grade
     its advantage over the other outputs of its group                      line 9         advantages
     updates that maximize the GRPO objective                               lines 10, 11   batches, update
@@ -18,156 +18,67 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from model.policy import Policy
-from pipeline.data.pool import fitting, pooled
-from pipeline.data.problems import order, problems
-from pipeline.errors import Stopped, UserError
+from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.run.guard import Diverged, Guard
-from pipeline.run.rollback import guarded, slowed
-from pipeline.run.usage import Usage
-from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import GrpoSettings
+from pipeline.stages.rounds import RoundTrainer, train_rounds
 from pipeline.train.advantages import group_advantages
-from pipeline.train.learner import Learner, PolicyObjective, score
+from pipeline.train.learner import PolicyObjective, score
 from pipeline.train.losses import loss_named, takes_settings
-from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
-from pipeline.train.place import Place
-from pipeline.train.policy import load_policy, open_rollouts, save_policy
-from pipeline.train.rollouts import Watch, example, mean, rollout_metrics, transcript
-from pipeline.train.supervised import load_state, save_state
-from rewards.reward import Scorer
-from rollout.collect import Plan, RolloutSource, sample_groups
-from rollout.engine import EngineDied, StaleWeights, Unanswerable
-from rollout.text.tokenizer import completion_text, make_prompt
-from rollout.types import Graded, Prompt, Rollout, SamplingParams
+from pipeline.train.rollouts import example, mean
+from rollout.collect import Plan
+from rollout.types import Graded
 
 
 def run(config: GrpoSettings, run_dir: RunDir) -> None:
     """Train; leave `model/`."""
-
-    def attempt() -> tuple[Policy, PreTrainedTokenizerFast]:
-        trainer = Trainer(config, run_dir)
-        guard = trainer.learner.guard
-        try:
-            first = trainer.restore() + 1
-            run_dir.metrics.begin()
-            for step in range(first, config.steps + 1):
-                began = time.monotonic()
-                metrics, records = trainer.step(step)
-                if config.eval_every and (step % config.eval_every == 0 or step == 1):
-                    metrics |= trainer.heldout()
-                metrics["time/step_s"] = time.monotonic() - began
-                run_dir.samples(step, records)
-                run_dir.log(step, config.steps, metrics)
-                trainer.watch.check()
-                if step % config.checkpoint_every == 0 and step < config.steps:
-                    trainer.checkpoint(step, guard.applied)
-                run_dir.stop_if_interrupted(lambda at=step: trainer.checkpoint(at))  # type: ignore[misc]
-        except (EngineDied, StaleWeights, Unanswerable) as error:
-            raise UserError(
-                f"{error} To go on from the last checkpoint: {run_dir.command} --resume"
-            ) from error
-        except FloatingPointError as error:  # the engine's: finite weights that give logits that are not
-            raise Diverged(str(error), guard.applied + guard.skipped, guard.applied) from error
-        finally:
-            trainer.close()
-        guard.check_trained(run_dir.stage.name)
-        return trainer.policy, trainer.tokenizer
-
-    policy, tokenizer = guarded(run_dir, config.guard, attempt)
-    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, config.template, config.story))
+    train_rounds(config, run_dir, lambda: Trainer(config, run_dir))
 
 
-class Trainer:
-    """Policy, reference, source of rollouts, rewards and learner of one RL stage."""
+class Trainer(RoundTrainer):
+    """How a step of RL moves the policy."""
+
+    config: GrpoSettings
 
     def __init__(self, config: GrpoSettings, run_dir: RunDir) -> None:
-        """Raises `UserError` for a loss, model, engine or problem source that cannot be used."""
-        self.config, self.run_dir = config, run_dir
+        """Raises `UserError`, for the loss too."""
         try:
             self.loss = loss_named(config.loss)
         except ValueError as error:
             raise UserError(str(error)) from error
-        self.place = Place.open(config)
-        start = run_dir.model_input(config.init_from)
-        tokens = min(self.place.micro_tokens(config), config.group_size * config.max_tokens)
-        kl = bool(config.kl_coef)
-        check_memory(start, self.place, config.optim, tokens, reference=kl, rollout=config.rollout)
-        self.policy, self.tokenizer = load_policy(start, self.place.device)
-        self.problems = pooled(config, self.tokenizer, start, config.seed)
-        run_dir.record_rows(f"the problems of {', '.join(config.problems)}", self.problems)
-        self.heldout_problems = []
-        if config.eval_every:
-            count = config.eval_problems
-            heldout = problems(config.eval_source, count=count, seed=1, data_dir=config.data, rows=config)
-            self.heldout_problems = fitting(heldout, config, self.tokenizer, start)
-        engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start, config.optim.precision)
-        unsafe = config.allow_unsafe_code
-        self.scorer = Scorer(config.rewards, overlong_buffer=config.overlong_buffer, allow_unsafe_code=unsafe)
-        check_sandbox(run_dir.stage.name, self.scorer.pool, [*self.problems, *self.heldout_problems], unsafe)
-        run_dir.metrics.explain(self.scorer.glossary())
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
-        self.source = RolloutSource(engine, self.prompts, self.grade, plan)
-        updates = config.steps * config.minibatches
-        guard = Guard(config.guard, config.optim.clip, era=run_dir.era)
-        self.learner = Learner(self.policy, slowed(config.optim, run_dir), updates, guard=guard)
-        self.watch = Watch(run_dir, config.max_error_share, config.max_idle_steps)
-        self.usage = Usage(self.policy.config, self.place.device)
-        self.reference = self.policy.frozen() if config.kl_coef else None
+        super().__init__(
+            config,
+            run_dir,
+            plan,
+            config.rewards,
+            overlong_buffer=config.overlong_buffer,
+            max_idle_steps=config.max_idle_steps,
+            reference=bool(config.kl_coef),
+        )
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
         self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
 
-    # ---- one step
-
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
-        config, version = self.config, self.learner.updates
-        ahead = self.sampling(step + 1) if config.overlap and step < config.steps else None
-        done = self.source.next(self.policy, version, self.sampling(step), ahead)
-        began = time.monotonic()
-        graded, advantages = done.graded, self.advantages(done.graded)
+        config = self.config
+        done, sampling = self.round(step)
+        began, graded = time.monotonic(), done.graded
+        advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
-        metrics, train_s = self.update(batches), time.monotonic() - began
+        metrics = self.update(batches)
         scorings = (self.reference is not None) + (len(batches) > 1)
-        metrics |= self.usage.of((n for b in batches for n in b.lengths), train_s, scorings=scorings)
+        metrics |= self.cost(batches, time.monotonic() - began, scorings) | sampling
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
             self.reference = self.policy.frozen()
         groups = [advantages[i : i + config.group_size] for i in range(0, len(graded), config.group_size)]
-        metrics |= rollout_metrics(graded) | done.engine
         metrics["reward/groups_with_spread"] = mean([float(any(group)) for group in groups])
         self.watch.look(step, graded, metrics["reward/groups_with_spread"])
-        metrics["time/tokens_per_s"] = done.tokens / done.sample_s
-        metrics["time/rollout_s"], metrics["time/reward_s"] = done.sample_s, done.grade_s
-        metrics["time/train_s"] = train_s
         if config.dynamic_sampling:
             metrics["rollout/groups_sampled"] = done.sampled
-        if config.overlap:
-            metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": done.wait_s}
-        if not self.source.in_place:
-            metrics |= {"time/sync_s": done.sync_s, "rollout/version": done.versions()[1]}
-        stride = max(1, len(graded) // max(1, config.log_samples))
-        shown = zip(graded[::stride], advantages[::stride], strict=True) if config.log_samples else ()
-        return metrics, [transcript(g, a) for g, a in shown]
-
-    def sampling(self, step: int) -> SamplingParams:
-        """How the completions of step `step` are sampled."""
-        return self.config.params(n=self.config.group_size, seed=self.config.seed * 1_000_003 + step)
-
-    def prompts(self, place: int, count: int) -> list[Prompt]:
-        """`count` problems from index `place` on: each once an epoch, in an order set by seed and epoch."""
-        n, places = len(self.problems), range(place, place + count)
-        orders = {epoch: order(n, self.config.seed, epoch) for epoch in {at // n for at in places}}
-        picked = [self.problems[orders[at // n][at % n]] for at in places]
-        return [make_prompt(self.tokenizer, p, self.config.template) for p in picked]
-
-    def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
-        """Every rollout with its rewards."""
-        texts = [completion_text(self.tokenizer, r, r.prompt.template) for r in rollouts]
-        return self.scorer.grade_all(zip(rollouts, texts, strict=True))
+        return metrics, self.shown(graded, advantages)
 
     def advantages(self, graded: Sequence[Graded]) -> list[float | None]:
         """Each rollout's advantage over its group; None where its verifier failed."""
@@ -197,10 +108,7 @@ class Trainer:
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
-
-        Raises:
-            Stopped: the engine sampled from other weights than the policy's.
-        """
+        Raises `Stopped`: as `check_mismatch`."""
         config = self.config
         old: list[list[Tensor] | None] = [None] * len(batches)
         if len(batches) > 1:  # later updates move away from the policy that sampled
@@ -212,46 +120,5 @@ class Trainer:
             mismatch = max(mismatch, metrics.get("policy/mismatch_kl", 0.0))  # none of a skipped update
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
             self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
-        if mismatch > config.max_mismatch_kl:
-            bound = f"{mismatch:.3g} nats a token (bound {config.max_mismatch_kl})"
-            why = "the rollouts do not come from these weights"
-            advice = f"update or change the engine, or raise the bound. {self.run_dir.kept()}"
-            raise Stopped(f"engine and trainer differ by {bound}: {why} (max_mismatch_kl); {advice}")
+        self.check_mismatch(mismatch)
         return metrics
-
-    # ---- around it
-
-    def heldout(self) -> dict[str, float]:
-        """Greedy accuracy on a slice of the held-out problems."""
-        self.source.settle()  # one request at a time
-        self.source.sync(self.policy, self.learner.updates)
-        prompts = [make_prompt(self.tokenizer, p, self.config.template) for p in self.heldout_problems]
-        greedy = SamplingParams(max_tokens=self.config.max_tokens, temperature=0.0)
-        graded = self.grade(sample_groups(self.source.engine, prompts, greedy))
-        return {
-            "heldout/pass@1": mean([float(g.parts.get("accuracy") == 1) for g in graded]),
-            "heldout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
-            "heldout/format": mean([g.parts["format"] for g in graded]),
-        }
-
-    def checkpoint(self, step: int, applied: int | None = None) -> None:
-        """Save all that the next step depends on; `applied` as for `RunDir.checkpoint`."""
-        reference = None if self.reference is None else self.reference.state_dict()
-        state = {"learner": self.learner.state_dict(), "reference": reference, **self.source.state_dict()}
-        save_state(self.run_dir, step, state | {"watch": self.watch.state_dict()}, applied)
-
-    def restore(self) -> int:
-        """Go on from the newest checkpoint; the steps it stands for."""
-        step, state = load_state(self.run_dir)
-        if step:
-            self.learner.load_state_dict(state["learner"])
-            self.source.load_state_dict(state)
-            self.watch.load_state_dict(state["watch"])
-        if step and self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
-        return step
-
-    def close(self) -> None:
-        """Stop engine and graders."""
-        self.source.close()
-        self.scorer.close()

@@ -1,8 +1,9 @@
 """`python -m pipeline up STAGE`: make a stage and, first, the stages that it needs. `make STAGE` calls it.
 
-The graph is `Stage.after` in the stage table, less the stages that a preset has no config for. The configs
-alone do not define it: `report` reads the scores of `eval` without a setting for it, and `eval` scores the
-models that exist. A test holds the two together: what a config names (`init_from`, ...) is in `after`.
+The graph is `Stage.after` in the stage table, less the stages that a preset has no config for; `r1` is what
+`report` needs. The configs alone do not define it: `report` reads the scores of `eval` without a setting for
+it, and `eval` scores the models that exist. A test holds the two together: what a config names (`init_from`,
+...) is in `after`.
 
 A stage is made when its done.json exists. Age does not count. Each stage runs in a process of its own, which
 returns its memory and passes on its exit code. One whose engine is vLLM runs in the environment that has it.
@@ -85,6 +86,14 @@ def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
     return [other for other in before if other.public] or before
 
 
+def chain(here: list[Stage]) -> list[Stage]:
+    """Those of the stages `here` that `r1` makes: the report and all that it may read, directly or not."""
+    found = [stage for stage in here if stage.name == "report"] or here[:]
+    for stage in found:
+        found += [other for other in here if other.name in stage.after and other not in found]
+    return found
+
+
 def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     """The steps in the table's order: goals in any case, other stages where their done.json is missing.
     Raises `UserError`: preset or stage is absent, a setting is wrong, or the run has another seed."""
@@ -99,9 +108,10 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     for file in sorted(run.glob("*/config.toml")) if up.seed is not None else ():
         if (begun := read_toml(file).get("seed")) != up.seed:
             raise UserError(f"{file} has seed {begun}, not {up.seed}; take another --name")
-    planned = here[:] if complete else [TABLE[goal] for goal in goals]
+    planned = [TABLE[goal] for goal in goals]
     for stage in planned:
         planned += [other for other in needs(stage, here) if other not in planned]
+    planned += chain(here) if complete else []
     shared = ["--name", up.name, "--runs", str(up.runs)]
     shared += [] if up.seed is None else ["--seed", str(up.seed)]
     steps = []

@@ -5,6 +5,7 @@ bias (Sec. 2.1.2) are the policy's own: empty where it has none.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from pipeline.run.guard import Guard
 from pipeline.settings.common import GuardSettings, OptimSettings
 from pipeline.train import heap
 from pipeline.train.logprobs import token_logprobs
-from pipeline.train.losses import Loss, Tokens, k3
+from pipeline.train.losses import Loss, Terms, Tokens, k3
 from pipeline.train.pack import Batch, Micro
 from pipeline.train.precision import Masters, Own, load_optimizer_state, optimizer, optimizer_state
 
@@ -104,6 +105,19 @@ class Learner:
             add(sums, {"loss/total": loss.detach()})
         return self._step(sums)
 
+    def update(self, batch: Batch, terms: Callable[[Micro, Tensor], Terms]) -> dict[str, float]:
+        """One update on the sum over micro-batches of `terms(part, hidden)`, a loss and its metrics.
+
+        `hidden` (n d) are the states before the n tokens that have weight; others are not scored. Metrics add
+        up; of one whose name ends in `_max` the largest counts."""
+        sums, sequences = dict[str, Tensor](), len(batch.lengths)
+        for part in batch.micro_batches(self.device):
+            states, _, _ = part.ahead(1)
+            loss, metrics = terms(part, self.policy.hidden(part.token_ids, part.packed)[0, states])
+            (loss + self._balance(part, sequences, sums)).backward()
+            add(sums, metrics)
+        return self._step(sums)
+
     def policy_update(
         self,
         batch: Batch,
@@ -111,39 +125,34 @@ class Learner:
         old_logprobs: list[Tensor] | None,
         reference: Policy | None,
     ) -> dict[str, float]:
-        """One update on a policy loss; tokens of `batch` without weight are not scored.
+        """One update on a policy loss.
 
         `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
         so the old policy is the current one. `reference` is None where there is no KL penalty."""
-        sums, sequences, scored = dict[str, Tensor](), len(batch.lengths), 0
-        for i, part in enumerate(batch.micro_batches(self.device)):
-            states, targets, weights = part.ahead(1)
-            hidden = self.policy.hidden(part.token_ids, part.packed)[0, states]
+        scored, olds = batch.scored, iter(old_logprobs or ())
+
+        def terms(part: Micro, hidden: Tensor) -> Terms:
+            _, targets, weights = part.ahead(1)
             logprobs, entropy = token_logprobs(hidden, self.policy.head, targets, objective.temperature)
-            old = logprobs.detach() if old_logprobs is None else old_logprobs[i]
-            sampled = part.rollout_logprobs
+            old = logprobs.detach() if old_logprobs is None else next(olds)
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             # The ratio corrects where the engine sampled with other probabilities than the trainer's.
-            correction = (old - sampled).exp().clamp(max=objective.tis_cap)
+            correction = (old - part.rollout_logprobs).exp().clamp(max=objective.tis_cap)
             tokens = Tokens(
                 logprobs=logprobs,
                 old_logprobs=old,
-                rollout_logprobs=sampled,
+                rollout_logprobs=part.rollout_logprobs,
                 ref_logprobs=ref,
                 advantages=part.advantages * correction,
                 weights=weights,
                 rollout=part.rollout,
             )
             loss, metrics = objective.loss(tokens, **objective.settings)
-            (loss + self._balance(part, sequences, sums)).backward()
-            add(sums, metrics | {"loss/policy": loss.detach(), "policy/entropy": entropy.sum()})
-            add(sums, {"policy/mismatch_kl": k3(sampled, old).sum()})
-            worst = (sampled - old).abs().max()
-            sums["policy/mismatch_max"] = torch.maximum(sums.get("policy/mismatch_max", worst), worst)
-            scored += len(targets)
-        for key in ("policy/entropy", "policy/mismatch_kl"):
-            sums[key] = sums[key] / scored
-        return self._step(sums)
+            return loss, metrics | {"loss/policy": loss.detach()} | sampling_metrics(
+                part, old, entropy, scored
+            )
+
+        return self.update(batch, terms)
 
     def _balance(self, part: Micro, sequences: int, sums: dict[str, Tensor]) -> Tensor | float:
         """The micro-batch's share of the weighted balance loss, a mean over all `sequences` (Eq. 17)."""
@@ -204,9 +213,21 @@ class Learner:
 
 
 def add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Add `values` into `sums`, key by key."""
+    """Add `values` into `sums`, key by key; of a key that ends in `_max`, keep the larger."""
     for key, value in values.items():
-        sums[key] = sums[key] + value if key in sums else value
+        joined = torch.maximum if key.endswith("_max") else torch.add
+        sums[key] = joined(sums[key], value) if key in sums else value
+
+
+def sampling_metrics(part: Micro, logprobs: Tensor, entropy: Tensor, scored: int) -> dict[str, Tensor]:
+    """Entropy, and what separates the engine's log-probabilities from the trainer's (n): means over the
+    `scored` tokens of the update."""
+    sampled = part.rollout_logprobs
+    return {
+        "policy/entropy": entropy.sum() / scored,
+        "policy/mismatch_kl": k3(sampled, logprobs).sum() / scored,
+        "policy/mismatch_max": (sampled - logprobs).abs().max(),
+    }
 
 
 @torch.no_grad()

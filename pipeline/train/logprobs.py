@@ -70,7 +70,7 @@ class _TokenLogprobs(torch.autograd.Function):
         ctx.how, ctx.rows, ctx.kept = (scale, softcap, temperature), rows, []
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            z = _logits(hidden[part], weight, bias, *ctx.how)
+            z = head_logits(hidden[part], weight, bias, *ctx.how)
             p = z.softmax(1, dtype=wide)
             most, log_sum = z.amax(1).to(wide), p.amax(1).log_().neg_()  # of exp(z - most)
             chosen[part] = z.gather(1, targets[part, None]).squeeze(1).to(wide) - most - log_sum
@@ -97,7 +97,7 @@ class _TokenLogprobs(torch.autograd.Function):
             part = slice(begin, begin + ctx.rows)
             p = next(kept, None)
             if p is None:
-                z = _logits(hidden[part], weight, bias, *ctx.how)
+                z = head_logits(hidden[part], weight, bias, *ctx.how)
                 p = z.softmax(1, dtype=d.dtype)
             p.scatter_add_(1, targets[part, None], torch.full_like(targets[part, None], -1, dtype=p.dtype))
             if softcap is not None:
@@ -115,7 +115,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, *found, None, None, None, None, None
 
 
-def _logits(
+def head_logits(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

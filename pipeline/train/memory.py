@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from model.config import ModelConfig
+from model.sizes.flops import shape
 from model.sizes.memory import training_bytes
 from pipeline.errors import UserError
 from pipeline.settings.common import OptimSettings
@@ -40,6 +41,8 @@ class Need:
     """Bytes of the GPU that vLLM takes."""
     sleeps: bool = False
     """vLLM frees them while the trainer works. While vLLM works there are no gradients and activations."""
+    teacher: Any = None
+    """Config of another frozen model beside it."""
     device: str = "cuda"
     """Its type decides what layers keep for the backward."""
 
@@ -60,6 +63,8 @@ class Need:
             recompute=self.optim.recompute,
             device=self.device,
         )
+        own = 4 if self.optim.precision == "float32" else 2
+        parts["teacher"] = own * shape(self.teacher).parameters.total if self.teacher else 0
         resting = parts["gradients"] + parts["activations"] if self.sleeps else 0
         return parts | {"vLLM": max(0, self.vllm - resting)}
 
@@ -106,7 +111,7 @@ def check_memory(
     optim: OptimSettings,
     tokens: int,
     *,
-    reference: bool = False,
+    reference: bool | Path = False,
     rollout: RolloutSettings | None = None,
 ) -> None:
     """Nothing where a stage may fit, or where the architecture's sizes are not known.
@@ -114,7 +119,7 @@ def check_memory(
     Args:
         model: its checkpoint, not loaded yet, or its config.
         tokens: of the largest micro-batch.
-        reference: a frozen copy of the policy stays beside it.
+        reference: a frozen copy of the policy stays beside it, or the teacher in this directory.
         rollout: the engine that generates.
 
     Raises:
@@ -123,7 +128,8 @@ def check_memory(
     on_gpu, free = place.device.type == "cuda", free_bytes(place.device)
     gpu = torch.cuda.mem_get_info(place.device)[1] if on_gpu else 0
     config = config_of(model) if isinstance(model, Path) else model
-    need = Need(config, optim, tokens, reference, device=place.device.type)
+    teacher = config_of(reference) if isinstance(reference, Path) else None
+    need = Need(config, optim, tokens, reference is True, device=place.device.type, teacher=teacher)
     need = need.beside(rollout, gpu) if rollout else need
     try:
         total = need.total()

@@ -98,6 +98,11 @@ class Batch:
         """Tokens of each sequence."""
         return [len(e.token_ids) for part in self.parts for e in part]
 
+    @property
+    def scored(self) -> int:
+        """Tokens that have weight."""
+        return sum(int(np.count_nonzero(np.asarray(e.weights)[1:])) for part in self.parts for e in part)
+
 
 def assign(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
     """Indices of the sequences of each micro-batch: as even as the longest-first rule makes them.

@@ -1,7 +1,7 @@
 """A policy on disk: a public checkpoint directory with its tokenizer, template and model card."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,19 +52,32 @@ def open_rollouts(
 
 
 def save_policy(
-    policy: Policy, tokenizer: PreTrainedTokenizerFast, path: Path, template: str, story: str
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerFast,
+    path: Path,
+    template: str,
+    story: str,
+    tokens: Mapping[str, int] | None = None,
 ) -> None:
-    """A directory that transformers loads: weights, tokenizer, the template it was trained with, a card."""
+    """A directory that transformers loads: weights, tokenizer, the template it was trained with, a card.
+    `tokens`: those that its stage `trained` on and `sampled`."""
     policy.save(path)
     card = (
         f"# {story}\n\n{policy.num_parameters():,} parameters. Prompt template: `{template}`.\n"
         "Settings, data and code version: `config.toml` and `env.json` beside this directory.\n"
     )
-    describe(path, tokenizer, template, card)
+    describe(path, tokenizer, template, card, tokens)
 
 
-def describe(path: Path, tokenizer: PreTrainedTokenizerFast, template: str, card: str) -> None:
-    """Write what stands beside the weights: tokenizer, the template of training, model card."""
+def describe(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+    card: str,
+    tokens: Mapping[str, int] | None = None,
+) -> None:
+    """Write what stands beside the weights: tokenizer, template and `tokens` of training, model card."""
     tokenizer.save_pretrained(path)
-    (path / "pipeline.json").write_text(json.dumps({"template": template}) + "\n")
+    about = {"template": template} | ({"tokens": dict(tokens)} if tokens else {})
+    (path / "pipeline.json").write_text(json.dumps(about) + "\n")
     (path / "README.md").write_text(card, encoding="utf-8")
