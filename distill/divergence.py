@@ -67,69 +67,50 @@ def weighted_divergence(
     `targets` and its entropies there (n, without).
 
     `hidden` and `taught` (n d) are the final-normed states of student and teacher before the `targets` (n).
-    The teacher's head has at least as many rows; those beyond the student's are padding and left out."""
-    size = len(head.weight)
-    teacher = teacher._replace(
-        weight=teacher.weight[:size], bias=None if teacher.bias is None else teacher.bias[:size]
-    )
-    found: tuple[Tensor, Tensor, Tensor]
-    found = _Divergence.apply(
-        hidden, head.weight, head.bias, taught, targets, weights, head[2:], teacher, divergence
-    )
-    return found
+    The teacher's head has at least as many rows; those beyond the student's are padding and left out.
 
-
-class _Divergence(torch.autograd.Function):
-    """Chunk by chunk, in one pass: with the weights known, the gradient is summed up beside the values, so no
-    logits are computed twice and none outlive their chunk. The backward scales that gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        taught: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        own: tuple[float, float | None],
-        teacher: Head,
-        divergence: Divergence,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        (scale, softcap), temperature, device = own, divergence.temperature, hidden.device.type
-        rows = max(1, CHUNK_BYTES[device] // (4 * ARRAYS * len(weight)))
-        rows = min(rows, CPU_ROWS) if device == "cpu" else rows
-        wide = torch.promote_types(hidden.dtype, torch.float32)
+    Chunk by chunk, in one pass: as the weights are known, the gradients are summed up beside the values, so
+    that no logits are computed twice and none outlive their chunk."""
+    size, temperature, device = len(head.weight), divergence.temperature, hidden.device.type
+    bias = None if teacher.bias is None else teacher.bias[:size]
+    teacher = teacher._replace(weight=teacher.weight[:size], bias=bias)
+    rows = max(1, CHUNK_BYTES[device] // (4 * ARRAYS * size))
+    rows = min(rows, CPU_ROWS) if device == "cpu" else rows
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    leaves = [hidden, head.weight, *([] if head.bias is None else [head.bias])]
+    with torch.no_grad():
         total, logprobs, entropies = torch.zeros((), dtype=wide, device=hidden.device), [], []
-        d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        d_bias = torch.zeros_like(bias, dtype=wide) if ctx.needs_input_grad[2] else None
+        d_hidden, *sums = (torch.zeros_like(leaf, dtype=wide) for leaf in leaves)
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            z = head_logits(hidden[part], weight, bias, scale, softcap, temperature)
+            z = head_logits(hidden[part], *head, temperature)
             log_s = z.log_softmax(1, dtype=wide)
             log_t = head_logits(taught[part], *teacher, temperature).log_softmax(1, dtype=wide)
             logprobs.append(log_s.gather(1, targets[part, None]).squeeze(1))
             entropies.append(-torch.linalg.vecdot(log_s.exp(), log_s))
             values, dz = divergence.of(log_s, log_t)
             total += weights[part].to(wide) @ values
-            if softcap is not None:
-                dz.mul_(z.mul_(temperature / softcap).square_().neg_().add_(1))
-            gradient = dz.mul_((weights[part] * (scale / temperature))[:, None]).to(weight.dtype)
-            d_hidden[part] = linear.times_transposed(gradient, weight.T)
-            if d_weight is not None:
-                d_weight += gradient.T @ hidden[part]
-            if d_bias is not None:
-                d_bias += gradient.sum(0, dtype=wide)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
-        ctx.dtype = weight.dtype
-        found = total, torch.cat(logprobs), torch.cat(entropies)
-        ctx.mark_non_differentiable(*found[1:])
-        return found
+            if head.softcap is not None:
+                dz.mul_(z.mul_(temperature / head.softcap).square_().neg_().add_(1))
+            dy = dz.mul_((weights[part] * (head.scale / temperature))[:, None]).to(hidden.dtype)
+            d_hidden[part] = linear.times_transposed(dy, head.weight.T)
+            sums[0] += dy.T @ hidden[part]
+            if head.bias is not None:
+                sums[1] += dy.sum(0, dtype=wide)
+    gradients = [d.to(leaf.dtype) for d, leaf in zip((d_hidden, *sums), leaves, strict=True)]
+    loss: Tensor = _Known.apply(total, gradients, *leaves)
+    return loss, torch.cat(logprobs), torch.cat(entropies)
+
+
+class _Known(torch.autograd.Function):
+    """A value whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *leaves: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, *of_head = ctx.saved_tensors
-        found = (x if x is None else (d * x).to(ctx.dtype) for x in of_head)
-        return (d * d_hidden).to(d_hidden.dtype), *found, None, None, None, None, None, None
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *(d * gradient for gradient in ctx.gradients)

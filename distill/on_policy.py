@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill.divergence import Divergence, weighted_divergence
 from pipeline.data.pool import fitting
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.rollouts import OnPolicySettings
-from pipeline.stages.rounds import RoundTrainer, train_rounds
+from pipeline.stages.grpo import RoundTrainer, train_rounds
 from pipeline.train.learner import sampling_metrics
 from pipeline.train.losses import Terms
 from pipeline.train.pack import Batch, Micro, pack, rollout_weights
@@ -94,12 +93,12 @@ class Student(RoundTrainer):
         self.check_mismatch(found[0].get("policy/mismatch_kl", 0.0))
         return found[0] | {name: value for name, value in found[-1].items() if name.startswith("optim/")}
 
-    def terms(self, scored: int, part: Micro, hidden: Tensor) -> Terms:
+    def terms(self, scored: int, part: Micro) -> Terms:
         """Loss and metrics of a micro-batch of an update on `scored` tokens."""
         states, targets, weights = part.ahead(1)
         with torch.no_grad():
             taught = self.teacher.hidden(part.token_ids, part.packed)[0, states]
-        heads = hidden, self.policy.head, taught, self.teacher.head
+        heads = self.learner.states(part), self.policy.head, taught, self.teacher.head
         loss, logprobs, entropy = weighted_divergence(self.divergence, *heads, targets, weights)
         return loss, {"loss/divergence": loss.detach()} | sampling_metrics(part, logprobs, entropy, scored)
 

@@ -59,11 +59,12 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     prompts_per_step: Count = 32
     """Distinct prompts per round (R1-Zero: 32)."""
     group_size: Count = 16
-    """Rollouts per prompt."""
+    """Rollouts per prompt; they share its prefill."""
     minibatches: Count = 1
     """Optimizer updates per round; each takes an equal share of the groups (R1-Zero: 16 a round of 8,192)."""
     temperature: Positive = 1.0
-    """Divides the logits of sampling and of the loss (R1-Zero: 1; R1's second RL: 0.7)."""
+    """Divides the logits, in sampling and in the loss; above 0, since greedy rollouts of a prompt are alike
+    (R1-Zero: 1; R1's second RL: 0.7)."""
     overlap: bool = False
     """Generate a step's rollouts while the step before is trained on: they are one step off-policy."""
     max_mismatch_kl: Positive = 0.1
@@ -78,7 +79,7 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     """Transcripts a step kept in samples.jsonl."""
     checkpoint_every: Count = 10
     """Steps between checkpoints."""
-    story: str
+    story: str = "Policy that learned from its own samples"
     """Title of the model card."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     """AdamW and its schedule, one step an update."""
@@ -100,8 +101,6 @@ class GrpoSettings(RoundSettings):
 
     group_size: Annotated[int, Range(2)] = 16
     """Rollouts per prompt, the paper's G; their mean reward is the baseline (R1-Zero: 16)."""
-    temperature: Positive = 1.0
-    """Divides the logits; above 0, since a greedy group has no spread (R1-Zero: 1; R1's second RL: 0.7)."""
     dynamic_sampling: bool = False
     """Sample until the step has its number of groups whose rewards differ (DAPO, Sec. 3.2)."""
     most_requests: Count = 4
@@ -128,8 +127,6 @@ class GrpoSettings(RoundSettings):
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
-    story: str = "GRPO policy"
-    """Title of the model card."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,10 +156,6 @@ class OnPolicySettings(RoundSettings):
     Jensen-Shannon divergence."""
     beta: Annotated[float, Range(0, 1, open_low=True, open_high=True)] = 0.5
     """Of jsd: the teacher's share of the mixture; near 0 it goes as KL(t || s), near 1 as KL(s || t)."""
-    group_size: Count = 4
-    """Rollouts per prompt; they share its prefill."""
-    story: str = "Student, distilled on its own samples"
-    """Title of the model card."""
 
 
 @dataclass(frozen=True, kw_only=True)

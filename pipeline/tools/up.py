@@ -80,18 +80,11 @@ def stages_of(preset: str) -> list[Stage]:
     return [stage for stage in STAGES if Path("configs", preset, f"{stage.name}.toml").is_file()]
 
 
-def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
-    """What must be made before `stage` in a preset with the stages `here`."""
+def needs(stage: Stage, here: list[Stage], all_of_them: bool = False) -> list[Stage]:
+    """What must be made before `stage` in a preset with the stages `here`; or all that it can read."""
     before = [other for other in here if other.name in stage.after]
-    return [other for other in before if other.public] or before
-
-
-def chain(here: list[Stage]) -> list[Stage]:
-    """Those of the stages `here` that `r1` makes: the report and all that it may read, directly or not."""
-    found = [stage for stage in here if stage.name == "report"] or here[:]
-    for stage in found:
-        found += [other for other in here if other.name in stage.after and other not in found]
-    return found
+    public = [] if all_of_them else [other for other in before if other.public]
+    return public or before
 
 
 def plan(up: UpSettings, flags: list[str]) -> list[Step]:
@@ -108,10 +101,11 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     for file in sorted(run.glob("*/config.toml")) if up.seed is not None else ():
         if (begun := read_toml(file).get("seed")) != up.seed:
             raise UserError(f"{file} has seed {begun}, not {up.seed}; take another --name")
-    planned = [TABLE[goal] for goal in goals]
+    last = [stage for stage in here if stage.name == "report"] or here
+    planned = [*(last if complete else ()), *(TABLE[goal] for goal in goals)]
     for stage in planned:
-        planned += [other for other in needs(stage, here) if other not in planned]
-    planned += chain(here) if complete else []
+        before = needs(stage, here, all_of_them=bool(complete))
+        planned += [other for other in before if other not in planned]
     shared = ["--name", up.name, "--runs", str(up.runs)]
     shared += [] if up.seed is None else ["--seed", str(up.seed)]
     steps = []

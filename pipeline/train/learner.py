@@ -84,39 +84,40 @@ class Learner:
 
     # ---- losses
 
-    def supervised_update(self, batch: Batch) -> dict[str, float]:
-        """One update on the weighted cross-entropy of `batch`, plus that of the MTP modules."""
+    def update(self, batch: Batch, terms: Callable[[Micro], Terms]) -> dict[str, float]:
+        """One update on the sum of `terms(part)`, a loss and its metrics, over the micro-batches. Metrics add
+        up; of one whose name ends in `_max` the largest counts."""
         sums, sequences = dict[str, Tensor](), len(batch.lengths)
         for part in batch.micro_batches(self.device):
+            loss, metrics = terms(part)
+            loss = loss + self._balance(part, sequences, sums)
+            loss.backward()
+            add(sums, metrics | {"loss/total": loss.detach()})
+        return self._step(sums)
+
+    def states(self, part: Micro) -> Tensor:
+        """Final-normed states (n d) before the n tokens of `part` that have weight; others are not scored."""
+        return self.policy.hidden(part.token_ids, part.packed)[0, part.ahead(1)[0]]
+
+    def supervised_update(self, batch: Batch) -> dict[str, float]:
+        """One update on the weighted cross-entropy of `batch`, plus that of the MTP modules."""
+        late = self.updates >= self.mtp_late_from * self.total_updates
+
+        def terms(part: Micro) -> Terms:
             if self.mtp_coef:
                 hidden, further = self.policy.hidden_and_mtp(part.token_ids, part.packed)
             else:
                 hidden, further = self.policy.hidden(part.token_ids, part.packed), []
             loss = self._cross_entropy(hidden, part, 1)
-            add(sums, {"loss/lm": loss.detach()})
+            metrics = {"loss/lm": loss.detach()}
             if further:
                 each = [self._cross_entropy(h, part, k) for k, h in enumerate(further, start=2)]
                 mtp = torch.stack(each).mean()
-                add(sums, {"loss/mtp": mtp.detach()})
-                late = self.updates >= self.mtp_late_from * self.total_updates
+                metrics["loss/mtp"] = mtp.detach()
                 loss = loss + (self.mtp_coef_late if late else self.mtp_coef) * mtp
-            loss = loss + self._balance(part, sequences, sums)
-            loss.backward()
-            add(sums, {"loss/total": loss.detach()})
-        return self._step(sums)
+            return loss, metrics
 
-    def update(self, batch: Batch, terms: Callable[[Micro, Tensor], Terms]) -> dict[str, float]:
-        """One update on the sum over micro-batches of `terms(part, hidden)`, a loss and its metrics.
-
-        `hidden` (n d) are the states before the n tokens that have weight; others are not scored. Metrics add
-        up; of one whose name ends in `_max` the largest counts."""
-        sums, sequences = dict[str, Tensor](), len(batch.lengths)
-        for part in batch.micro_batches(self.device):
-            states, _, _ = part.ahead(1)
-            loss, metrics = terms(part, self.policy.hidden(part.token_ids, part.packed)[0, states])
-            (loss + self._balance(part, sequences, sums)).backward()
-            add(sums, metrics)
-        return self._step(sums)
+        return self.update(batch, terms)
 
     def policy_update(
         self,
@@ -131,9 +132,11 @@ class Learner:
         so the old policy is the current one. `reference` is None where there is no KL penalty."""
         scored, olds = batch.scored, iter(old_logprobs or ())
 
-        def terms(part: Micro, hidden: Tensor) -> Terms:
+        def terms(part: Micro) -> Terms:
             _, targets, weights = part.ahead(1)
-            logprobs, entropy = token_logprobs(hidden, self.policy.head, targets, objective.temperature)
+            logprobs, entropy = token_logprobs(
+                self.states(part), self.policy.head, targets, objective.temperature
+            )
             old = logprobs.detach() if old_logprobs is None else next(olds)
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             # The ratio corrects where the engine sampled with other probabilities than the trainer's.

@@ -1,7 +1,7 @@
 """A policy on disk: a public checkpoint directory with its tokenizer, template and model card."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,32 +52,22 @@ def open_rollouts(
 
 
 def save_policy(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerFast,
-    path: Path,
-    template: str,
-    story: str,
-    tokens: Mapping[str, int] | None = None,
+    policy: Policy, tokenizer: PreTrainedTokenizerFast, path: Path, template: str, story: str, **about: object
 ) -> None:
-    """A directory that transformers loads: weights, tokenizer, the template it was trained with, a card.
-    `tokens`: those that its stage `trained` on and `sampled`."""
+    """A directory that transformers loads: weights, tokenizer, a card, and the template it was trained with
+    and what else there is `about` it, in pipeline.json."""
     policy.save(path)
     card = (
         f"# {story}\n\n{policy.num_parameters():,} parameters. Prompt template: `{template}`.\n"
         "Settings, data and code version: `config.toml` and `env.json` beside this directory.\n"
     )
-    describe(path, tokenizer, template, card, tokens)
+    describe(path, tokenizer, template, card, **about)
 
 
 def describe(
-    path: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    template: str,
-    card: str,
-    tokens: Mapping[str, int] | None = None,
+    path: Path, tokenizer: PreTrainedTokenizerFast, template: str, card: str, **about: object
 ) -> None:
-    """Write what stands beside the weights: tokenizer, template and `tokens` of training, model card."""
+    """Write what stands beside the weights: tokenizer, template and more of the training, model card."""
     tokenizer.save_pretrained(path)
-    about = {"template": template} | ({"tokens": dict(tokens)} if tokens else {})
-    (path / "pipeline.json").write_text(json.dumps(about) + "\n")
+    (path / "pipeline.json").write_text(json.dumps({"template": template, **about}) + "\n")
     (path / "README.md").write_text(card, encoding="utf-8")

@@ -148,7 +148,8 @@ def trainer(teacher, student, tmp_path):
         config = OnPolicySettings(
             **{
                 "runs": tmp_path, "name": f"run{len(opened)}", "init_from": str(student),
-                "teacher": str(teacher), "problems": ("generator:sum",), "pool": 6, "eval_every": 0, "prompts_per_step": 6,
+                "teacher": str(teacher), "problems": ("generator:sum",), "pool": 6, "eval_every": 0,
+                "prompts_per_step": 6,
                 "group_size": 2, "max_tokens": 16, "threads": 1, "optim": OptimSettings(lr=1e-3), **settings,
             }
         )  # fmt: skip
