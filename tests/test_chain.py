@@ -20,7 +20,7 @@ from pipeline.data.corpus import read_corpus, split_blocks
 from pipeline.run.metrics import GLOSSARY, explained
 
 ROOT = Path(__file__).parent.parent
-CHAIN = ("pretrain", "zero", "sft", "grpo", "reject", "sft2", "grpo2", "distill", "eval", "report")
+CHAIN = ("pretrain", "zero", "sft", "grpo", "reject", "sft2", "grpo2", "student", "distill", "eval", "report")
 MODELS = {"base", "zero", "dev1", "dev2", "dev3", "r1", "student", "student_plain"}
 
 
@@ -139,7 +139,9 @@ def weights(stage: Path) -> bytes:
     return (stage / "model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("stage", "needs", "step"), [("grpo", "sft", 3), ("pretrain", "", 40)])
+@pytest.mark.parametrize(
+    ("stage", "needs", "step"), [("grpo", "sft", 3), ("pretrain", "", 40), ("student", "pretrain", 10)]
+)
 def test_killed_and_resumed_is_the_same_run(runs, stage, needs, step):
     """kill -9 some steps after a checkpoint, then --resume: the same bits, in weights and metrics."""
     name = f"killed-{stage}"

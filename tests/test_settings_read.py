@@ -151,6 +151,8 @@ FLAGS = {
     "pretrain": "--threads 1 --steps 2 --pool 20 --checkpoint-every 1 --optim.warmup-steps 0",
     "zero": "--threads 1 --init-from {policy} --steps 2 --pool 8 --prompts-per-step 2 --eval-problems 2"
     " --problems generator:sum {data}/aime24.jsonl",
+    "student": "--threads 1 --tokenizer-from {policy} --steps 2 --pool 20 --checkpoint-every 1"
+    " --optim.warmup-steps 0",
     "sft": "--threads 1 --init-from {policy} --curated 10 --samples-from= --epochs 1",
     "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2 --problems {data}/aime24.jsonl",
     "smollm2": "--threads 1 --gguf {policy}/config.json",

@@ -17,7 +17,7 @@ from pipeline.table import STAGES
 
 TITLES = {
     "pretrain": "base", "zero": "R1-Zero", "sft": "Dev1", "grpo": "Dev2", "reject": "corpus", "sft2": "Dev3",
-    "grpo2": "R1", "distill": "students",
+    "grpo2": "R1", "distill": "students", "student": "small base",
 }  # fmt: skip
 """What each stage makes, in the paper's words (arXiv:2501.12948, Fig. 2)."""
 
@@ -34,7 +34,7 @@ RL_PLOTS = (
     ("policy/entropy", "nats", 0.0, None),
     ("policy/mismatch_kl", "nats a token", 0.0, None),
 )
-LOSS_PLOTS = {"pretrain": ("pretrain",), "fine-tuning": ("sft", "sft2", "distill")}
+LOSS_PLOTS = {"pretrain": ("pretrain", "student"), "fine-tuning": ("sft", "sft2", "distill")}
 
 SCORE_GLOSSARY = {
     "pass@1": "accuracy: mean over questions of the share of right samples (greedy: share of right answers)",

@@ -27,7 +27,7 @@ POINTS = 120
 LIGHT = {
     "paper": "#fbfaf7", "card": "#ffffff", "ink": "#1d1c1a", "soft": "#5f5d57", "faint": "#e6e3dc",
     "accent": "#1f5fae", "s0": "#6b7280", "s1": "#c2570c", "s2": "#7c4fc4", "s3": "#2563b0", "s4": "#8a8478",
-    "s5": "#b83280", "s6": "#157f5b", "s7": "#0e7490",
+    "s5": "#b83280", "s6": "#157f5b", "s7": "#0e7490", "s8": "#8a6d1a",
 }  # fmt: skip
 """The page's colours by the name of their CSS variable; each has a value of its own."""
 NAMES = {color: name for name, color in LIGHT.items()}
@@ -133,7 +133,7 @@ def spread(heights: Sequence[float], apart: float) -> list[float]:
 
 PLACES = {
     "pretrain": (0, 1), "zero": (1, 0), "sft": (2, 1), "grpo": (3, 1), "reject": (4, 1), "sft2": (5, 1),
-    "grpo2": (6, 1), "distill": (5, 0),
+    "grpo2": (6, 1), "distill": (5, 0), "student": (3, 0),
 }  # fmt: skip
 """Each stage's place along the chain and across it, in boxes."""
 WIDTH, HEIGHT, GAP = 1.42, 0.86, 0.3

@@ -1,4 +1,4 @@
-"""Settings of the supervised stages `pretrain`, `sft` and `sft2`."""
+"""Settings of the supervised stages `pretrain`, `student`, `sft` and `sft2`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -23,8 +23,8 @@ class SupervisedSettings(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(SupervisedSettings):
-    """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
+class DocumentSettings(SupervisedSettings):
+    """Pretraining from scratch on generated documents."""
 
     task: str = "tiny"
     """Mixture or family of `pipeline.data.generators` that the documents are about; train split only."""
@@ -36,26 +36,15 @@ class PretrainSettings(SupervisedSettings):
     """Tokens an update, at most."""
     max_length: Annotated[int, Range(2)] = 128
     """Longest document, tokens; a longer one is cut."""
-    mtp_coef: NotNegative = 0.3
-    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
-    mtp_coef_late: NotNegative = 0.1
-    """Its weight from the share `mtp_late_from` of the updates on."""
-    mtp_late_from: Share = 0.68
-    """When the later weight begins, share of the updates (the report: 10 of 14.8T tokens); 1 = never."""
-    vocab_size: Annotated[int, Range(265)] = 640
-    """Entries of the byte-level BPE that is trained on the corpus: bytes, special tokens and tags are 265."""
     hidden_size: Count = 128
     """Width of the model."""
     num_hidden_layers: Count = 3
-    """Layers, the first of them dense."""
+    """Layers (of the MoE base: the first of them dense)."""
     num_attention_heads: Count = 4
-    """MLA heads."""
-    n_routed_experts: Count = 8
-    """Routed experts a layer; 2 are chosen a token, 1 is shared."""
-    moe_intermediate_size: Count = 64
-    """Width of an expert."""
+    """Attention heads (of the MoE base: MLA's)."""
     initializer_range: Positive = 0.05
-    """Standard deviation of the initial weights. The report has 0.006 for a width of 7,168."""
+    """Standard deviation of the initial weights; at this width 0.05 learns to copy sooner than 0.02. (The
+    report has 0.006 for a width of 7,168.)"""
     log_every: Count = 50
     """Steps between lines of the log."""
     checkpoint_every: Count = 400
@@ -66,6 +55,41 @@ class PretrainSettings(SupervisedSettings):
         )
     )
     """AdamW, schedule and router balancing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(DocumentSettings):
+    """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
+
+    mtp_coef: NotNegative = 0.3
+    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
+    mtp_coef_late: NotNegative = 0.1
+    """Its weight from the share `mtp_late_from` of the updates on."""
+    mtp_late_from: Share = 0.68
+    """When the later weight begins, share of the updates (the report: 10 of 14.8T tokens); 1 = never."""
+    vocab_size: Annotated[int, Range(265)] = 640
+    """Entries of the byte-level BPE that is trained on the corpus: bytes, special tokens and tags are 265."""
+    n_routed_experts: Count = 8
+    """Routed experts a layer; 2 are chosen a token, 1 is shared."""
+    moe_intermediate_size: Count = 64
+    """Width of an expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentSettings(DocumentSettings):
+    """Pretraining of a small dense student, a Llama (arXiv:2302.13971) that every engine runs, so that it can
+    read before it is taught, as R1's students could. The student and its control start from it."""
+
+    tokenizer_from: str = "pretrain"
+    """Stage of this run, or directory, whose tokenizer the student takes."""
+    intermediate_size: Count = 384
+    """Width of the gated feed-forward."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % (2 * self.num_attention_heads):
+            heads = f"num_attention_heads={self.num_attention_heads}"
+            raise ValueError(f"hidden_size={self.hidden_size} is no even multiple of {heads}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from model import TINY, ModelConfig
+from model.policy import Policy
 from model.transformer import Transformer
 from pipeline.data.generators import items
 from pipeline.data.traces import corpus, random_document
@@ -15,7 +17,7 @@ from pipeline.run.directory import RunDir
 from pipeline.run.guard import Guard
 from pipeline.run.rollback import guarded, slowed
 from pipeline.settings.common import shared
-from pipeline.settings.supervised import PretrainSettings
+from pipeline.settings.supervised import DocumentSettings, PretrainSettings
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised
@@ -25,7 +27,7 @@ from pipeline.train.supervised import train_loop
 from rollout.text.tokenizer import train_tokenizer
 
 
-def batches(config: PretrainSettings, tokenizer: Tokenizer, micro_tokens: int) -> Iterator[Batch]:
+def batches(config: DocumentSettings, tokenizer: Tokenizer, micro_tokens: int) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
     known = items(config.task, config.pool, "train", config.seed)
     for step in range(config.steps):
@@ -45,13 +47,6 @@ def batches(config: PretrainSettings, tokenizer: Tokenizer, micro_tokens: int) -
 
 def run(config: PretrainSettings, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
-    net, tokenizer = guarded(run_dir, config.guard, lambda: pretrained(config, run_dir))
-    run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", "Tiny MoE base"))
-
-
-def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, Tokenizer]:
-    """The base and its tokenizer, from the newest checkpoint on; raises `Diverged`."""
-    place = Place.open(config)
     texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     shape = dataclasses.replace(
@@ -61,18 +56,40 @@ def pretrained(config: PretrainSettings, run_dir: RunDir) -> tuple[Transformer, 
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    optim = slowed(config.optim, run_dir)
-    check_memory(shape, place, optim, min(place.micro_tokens(config), config.batch_tokens))
-    net = Transformer(shape, seed=config.seed).train().to(place.device)
-    learner = Learner(
-        net,
-        optim,
-        config.steps,
+    pretrain(
+        config,
+        run_dir,
+        tokenizer,
+        shape,
+        lambda: Transformer(shape, seed=config.seed),
+        "Tiny MoE base",
         mtp_coef=config.mtp_coef,
         mtp_coef_late=config.mtp_coef_late,
         mtp_late_from=config.mtp_late_from,
-        guard=Guard(config.guard, config.optim.clip, era=run_dir.era),
     )
-    packed = batches(config, tokenizer, place.micro_tokens(config))
-    train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
-    return net, tokenizer
+
+
+def pretrain(
+    config: DocumentSettings,
+    run_dir: RunDir,
+    tokenizer: Tokenizer,
+    shape: Any,
+    fresh: Callable[[], Policy],
+    story: str,
+    **mtp: float,
+) -> None:
+    """Train the policy of config `shape` that `fresh` makes, and leave `model/`, `story` its card's title.
+    `mtp` goes to the learner."""
+
+    def attempt() -> Policy:
+        place, optim = Place.open(config), slowed(config.optim, run_dir)
+        check_memory(shape, place, optim, min(place.micro_tokens(config), config.batch_tokens))
+        net = fresh().train().to(place.device)
+        guard = Guard(config.guard, config.optim.clip, era=run_dir.era)
+        learner = Learner(net, optim, config.steps, guard=guard, **mtp)
+        packed = batches(config, tokenizer, place.micro_tokens(config))
+        train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
+        return net
+
+    net = guarded(run_dir, config.guard, attempt)
+    run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", story))

@@ -333,7 +333,9 @@ def test_a_config_file_that_is_none(here, run, text):
     refused(run("zero --config bad.toml --init-from native"), "")
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "zero", "sft", "grpo", "reject", "distill", "eval", "report"])
+@pytest.mark.parametrize(
+    "stage", ["pretrain", "zero", "sft", "grpo", "reject", "student", "distill", "eval", "report"]
+)
 def test_no_folder_and_no_name(here, run, stage):
     line = [stage, "--config", f"configs/micro/{stage}.toml"]
     for runs in ("sums.jsonl", "sums.jsonl/below", "/proc/none"):

@@ -17,6 +17,7 @@ CHAIN = {
     "reject": ({}, 10, None, 15.0),
     "sft2": ({"dev3": "sft2"}, 60, 0.81, 25.0),
     "grpo2": ({"r1": "grpo2"}, 30, 0.88, 45.0),
+    "student": ({}, 60, None, 30.0),
     "distill": ({"student": "distill/student", "student_plain": "distill/plain"}, 60, 0.74, 40.0),
 }
 NASTY = "<script>alert('x')</script> & \"3 < 4\""

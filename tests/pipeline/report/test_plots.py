@@ -107,11 +107,11 @@ def test_the_same_data_gives_the_same_bytes_in_every_process():
 
 def test_every_colour_is_a_variable_of_the_page_in_light_and_dark():
     box = Box("zero", "R1-Zero", (("zero", 0.5),), "")
-    series = [Series(s, s, ((0.0, 0.0), (5.0, 0.5))) for s in ("s0", "s7")]
+    series = [Series(s, s, ((0.0, 0.0), (5.0, 0.5))) for s in ("s0", "s8")]
     svg = line_plot("t", "u", series) + chain_plot([box], [], False)
     assert not re.search(r"#[0-9a-f]{6}", svg) and len(set(LIGHT.values())) == len(LIGHT)
     used = set(re.findall(r"var\(--(\w+)\)", svg))
-    assert {"s0", "s7", "ink", "soft", "faint", "card", "accent"} == used
+    assert {"s0", "s8", "ink", "soft", "faint", "card", "accent"} == used
     page = (Path(plots.__file__).parent / "page.html.j2").read_text(encoding="utf-8")
     dark = page[page.index("prefers-color-scheme: dark") :]
     assert all(f"--{name}: #" in dark for name in LIGHT)
@@ -133,15 +133,15 @@ def test_the_chain_fits_its_picture(upright):
     width, height = size(svg)
     assert (height > width) == upright
     corners = paths(svg, "box")
-    assert len(corners) == 8 + 2 * 7, "eight boxes; a bar and its track in those with one model"
+    assert len(corners) == 9 + 2 * 8, "nine boxes; a bar and its track in those with one model"
     big = [c for c in corners if max(x for x, _ in c) - min(x for x, _ in c) > 80
            and max(y for _, y in c) - min(y for _, y in c) > 40]  # fmt: skip
-    assert len({min(c) for c in big}) == 8
+    assert len({min(c) for c in big}) == 9
     edges = paths(svg, "edge")
     assert len(edges) == 2 * 2, "a line and its head each"
     for x, y in itertools.chain(*corners, *edges):
         assert 0 <= x <= width and 0 <= y <= height
-    assert texts(svg).count("<title>") == 8 and "b" in texts(svg), "the label is shortened"
+    assert texts(svg).count("<title>") == 9 and "b" in texts(svg), "the label is shortened"
     assert "10.0 %" in texts(svg) and "–" in texts(svg)
 
 

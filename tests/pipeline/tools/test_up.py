@@ -129,6 +129,7 @@ def test_the_graph_has_what_the_configs_name(monkeypatch, preset):
     for stage in here:
         config = load(stage, Path("configs", preset, f"{stage.name}.toml"), [])
         named = [getattr(config, key, "") for key in ("init_from", "corpus", "samples_from", "models")]
+        named += [config.tokenizer_from] if stage.name == "student" else []
         values = [str(v) for value in named for v in (value if isinstance(value, tuple) else [value])]
         read = {value.rpartition("=")[2].split("/")[0] for value in values} & set(TABLE)
         assert read <= set(stage.after), f"{preset}/{stage.name}.toml reads {read}"
@@ -274,9 +275,9 @@ def test_jobs_runs_what_depends_on_nothing_unfinished_side_by_side(up):
     code, _, out = up("r1 --jobs 2", slow="distill")
     assert code == 0, out
     ends = names(Path("ends").read_text().splitlines())
-    before, after = ends.index("reject"), ends[ends.index("reject") + 1 :]
-    assert ends[: before + 1] == ["pretrain", "zero", "sft", "grpo", "reject"]
-    assert after == ["sft2", "grpo2", "distill", "eval", "report"]
+    beside = ends.index("student")
+    assert ends.pop(beside) == "student" and 0 < beside < ends.index("sft2"), "beside the RL stages"
+    assert ends == ["pretrain", "zero", "sft", "grpo", "reject", "sft2", "grpo2", "distill", "eval", "report"]
     assert all(f"{stage:8} | {stage} begins\n" in out for stage in CHAIN), out
     up("r1 --name one", slow="distill")
     assert names(Path("ends").read_text().splitlines()) == CHAIN
@@ -348,7 +349,7 @@ def test_ctrl_c_lets_the_running_stage_save_and_exits_130(here, to_group):
 
 
 def test_ctrl_c_with_two_stages_waits_for_both(here):
-    for stage in ("pretrain", "zero", "sft", "grpo", "reject"):
+    for stage in ("pretrain", "zero", "sft", "grpo", "reject", "student"):
         Path("runs/tiny", stage).mkdir(parents=True)
         Path("runs/tiny", stage, "done.json").touch()
     process = started("r1", "--jobs", "2", slow="sft2 distill", more="1 2 3 4 5 6 7 8 9 10 " * 5)
