@@ -185,7 +185,8 @@ def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, 
     """Weights, tokenizer, template and card of a job's model."""
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(path)
-    describe(path, tokenizer, job.template, model_card(config, job, model.num_parameters()))
+    card = model_card(config, job, model.num_parameters())
+    describe(path, tokenizer, job.template, card, tokens={"trained": job.tokens})
 
 
 def run(config: DistillSettings, run_dir: RunDir) -> None:

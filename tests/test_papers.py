@@ -109,7 +109,8 @@ def test_the_loss_is_three_hops_from_the_stage_table():
     grpo = next(stage for stage in resolved("pipeline.table.STAGES") if stage.name == "grpo")
     assert f"{grpo.module}.run" == hops[0][1][0]
     for caller, called in (
-        ("pipeline.stages.grpo.run", "trainer.step("),
+        ("pipeline.stages.grpo.run", "train_rounds("),
+        ("pipeline.stages.grpo.train_rounds", "trainer.step("),
         ("pipeline.stages.grpo.Trainer.step", "self.update("),
         ("pipeline.stages.grpo.Trainer.update", "learner.policy_update("),
         ("pipeline.train.learner.Learner.policy_update", "objective.loss("),

@@ -157,6 +157,8 @@ FLAGS = {
     "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2 --problems {data}/aime24.jsonl",
     "smollm2": "--threads 1 --gguf {policy}/config.json",
     "distill": "--threads 1 --corpus {corpus} --tokenizer-from {policy} --steps 1",
+    "on_policy": "--threads 1 --init-from {dense} --teacher {policy} --steps 2 --pool 8 --divergence jsd"
+    " --prompts-per-step 2 --minibatches 1 --eval-problems 2 --problems generator:sum {data}/aime24.jsonl",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
     " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3"
     " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9",
@@ -184,6 +186,8 @@ def files(tokenizer, tmp_path_factory):
     """A policy, a corpus, samples of an RL stage, and a folder of benchmarks, by name."""
     folder = tmp_path_factory.mktemp("inputs")
     policy = random_policy(folder / "policy", tokenizer, "r1-zero-short", initializer_range=0.1)
+    llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
     row = {"id": "a", "question": "1+1?", "completion": "<think>\n1+1=2\n</think>\n<answer>2</answer>"}
     row |= {"answer": "2", "language": "en", "kind": "math", "source": "made"}
     sample = row | {"text": row["completion"], "verdict": "correct", "parts": {"language": 1.0}}
@@ -201,6 +205,7 @@ def files(tokenizer, tmp_path_factory):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "policy": policy,
+        "dense": folder / "dense",
         "corpus": folder / "corpus.jsonl",
         "samples": folder / "samples.jsonl",
         "data": folder / "data",

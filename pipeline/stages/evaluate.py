@@ -1,4 +1,4 @@
-"""Stage `eval`: every model of the chain on every benchmark, and one table.
+"""Stages `eval` and `students`: every model of the chain, or every student, on every benchmark; one table.
 
     runs/NAME/eval/LABEL/BENCHMARK/   generations.jsonl, scores.json (pipeline.evaluation.evaluate)
     runs/NAME/eval/scores.json        all of them, with what could not be scored and why
@@ -22,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.evaluation.scores import percent
 from pipeline.run.directory import RunDir
-from pipeline.run.files import write_atomic
+from pipeline.run.files import read_json, write_atomic
 from pipeline.run.metrics import say
 from pipeline.settings.common import shared
 from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
@@ -39,6 +39,8 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     made, missing = find_models(config, run_dir)
+    for model in made.values():
+        model["tokens"] = tokens_of(Path(model["path"]))
     sources, unread = find_benchmarks(config)
     scored: dict[str, dict[str, Any]] = {label: {} for label in made}
     state = {"models": made, "not_made": missing, "not_scored": unread, "scores": scored}
@@ -52,10 +54,10 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
     print_table(state)
 
 
-def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Models by label: those there are, with path and hash, and those not made yet, with how to make them.
     Raises `UserError`: there is none at all."""
-    made: dict[str, dict[str, str]] = {}
+    made: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     for entry in config.models:
         label, _, value = entry.partition("=")
@@ -77,6 +79,12 @@ def find_models(config: EvalSettings, run_dir: RunDir) -> tuple[dict[str, dict[s
     if not made:
         raise UserError(f"run {config.name} has no model to score ({next(iter(missing.values()))})")
     return made, missing
+
+
+def tokens_of(model: Path) -> dict[str, int]:
+    """Tokens that a model's stage `trained` on and `sampled`, where it has recorded them."""
+    found = read_json(model / "pipeline.json").get("tokens")
+    return {key: n for key, n in found.items() if isinstance(n, int)} if isinstance(found, dict) else {}
 
 
 def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None, int]], dict[str, str]]:
@@ -105,7 +113,7 @@ def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | No
 
 
 def score_pair(
-    config: EvalSettings, out: Path, model: dict[str, str], source: str, limit: int | None, samples: int
+    config: EvalSettings, out: Path, model: dict[str, Any], source: str, limit: int | None, samples: int
 ) -> dict[str, Any]:
     """Scores in `out` of one model on one benchmark; earlier ones where nothing changed."""
     own = {"model": Path(model["path"]), "benchmark": source, "out": out, "limit": limit, "samples": samples}
@@ -125,9 +133,11 @@ def print_table(state: dict[str, Any]) -> None:
     """The table of all models by benchmark, on the console."""
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a log has no width; 80 would break the rows
+        console.width = 140  # a log has no width; 80 would break the rows
     table = Table(title="accuracy (pass@1) with its 95 % interval over the questions")
-    numbers = ("accuracy", "95 % interval", "n", "format", "language", "tokens", "cut", "failed")
+    spent = {label: model.get("tokens", {}) for label, model in state["models"].items()}
+    counts = ("trained", "sampled") if any(spent.values()) else ()
+    numbers = ("accuracy", "95 % interval", "n", "format", "language", "tokens", "cut", "failed", *counts)
     for column in ("model", "benchmark", *numbers):
         table.add_column(column, justify="right" if column in numbers else "left")
     for label, by_benchmark in state["scores"].items():
@@ -137,7 +147,8 @@ def print_table(state: dict[str, Any]) -> None:
             tokens = "–" if s["mean_tokens"] is None else f"{s['mean_tokens']:.1f}"
             shares = percent(s["format_rate"]), percent(s["language_consistency"])
             ends = percent(s["truncation_rate"]), str(s["verifier_failures"])
-            table.add_row(label, benchmark, accuracy, interval, str(s["n"]), *shares, tokens, *ends)
+            took = (f"{spent[label][key]:,}" if key in spent[label] else "–" for key in counts)
+            table.add_row(label, benchmark, accuracy, interval, str(s["n"]), *shares, tokens, *ends, *took)
     console.print(table)
     for label, why in state["not_made"].items():
         say(f"{label}: {why}")

@@ -34,6 +34,7 @@ WITH_MODEL = {
     "eval": "eval --config empty.toml --models m=MODEL --benchmarks sums=sums.jsonl --extra-benchmarks"
     " --max-tokens 4",
     "distill": "distill --config teach.toml --corpus corpus.jsonl --init-from MODEL",
+    "on_policy": "on_policy --config round.toml --init-from dense --teacher MODEL",
 }
 
 SMALL = """
@@ -46,6 +47,7 @@ eval_every = 0
 kl_coef = 0.1
 checkpoint_every = 1
 """
+ROUND = SMALL.replace("kl_coef = 0.1", "")
 SAMPLE = """
 template = "r1-zero-short"
 problems = ["sums.jsonl"]
@@ -80,7 +82,7 @@ def right(tokenizer, tmp_path_factory) -> Path:
     (here / "corpus.jsonl").write_text(
         '{"id": "a", "question": "1+1=?", "completion": "<answer> 2 </answer>", "answer": "2"}\n' * 4
     )
-    for name, text in {"empty": "", "small": SMALL, "sample": SAMPLE, "teach": TEACH}.items():
+    for name, text in {"empty": "", "small": SMALL, "round": ROUND, "sample": SAMPLE, "teach": TEACH}.items():
         (here / f"{name}.toml").write_text(text)
     return here
 
@@ -166,7 +168,7 @@ def test_a_damaged_dense_model_is_named(here, run, damage):
 
 
 @pytest.mark.parametrize("damage", ["garbage config", "no weights", "cut weights", "tensor missing"])
-@pytest.mark.parametrize("command", ["evaluate", "chat", "serve", "sft", "reject", "eval"])
+@pytest.mark.parametrize("command", ["evaluate", "chat", "serve", "sft", "reject", "eval", "on_policy"])
 def test_every_other_command_reads_models_alike(here, run, command, damage):
     damaged(here, "native", wrong.MODELS[damage])
     refused(run(WITH_MODEL[command].replace("MODEL", "bad")), "bad")
@@ -200,14 +202,14 @@ def test_a_chat_template_that_cannot_be_used(here, run, command, template):
 
 
 @pytest.mark.parametrize("damage", wrong.TOKENIZERS)
-@pytest.mark.parametrize("command", ["generate text", "evaluate", "chat", "zero", "sft"])
+@pytest.mark.parametrize("command", ["generate text", "evaluate", "chat", "zero", "sft", "on_policy"])
 def test_a_damaged_tokenizer_is_named(here, run, command, damage):
     damaged(here, "native", wrong.TOKENIZERS[damage])
     refused(run(WITH_MODEL[command].replace("MODEL", "bad")), "bad", "the model has no tokenizer")
 
 
 @pytest.mark.parametrize("damage", wrong.HARMLESS)
-@pytest.mark.parametrize("command", ["generate", "evaluate", "zero", "chat"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "zero", "chat", "on_policy", "eval"])
 def test_a_file_that_some_commands_read(here, run, command, damage):
     damaged(here, "native", wrong.HARMLESS[damage])
     code, text = run(WITH_MODEL[command].replace("MODEL", "bad"))
@@ -218,10 +220,12 @@ def test_a_file_that_some_commands_read(here, run, command, damage):
     "where", ["nowhere", "sums.jsonl", "ids.jsonl/x", "a/b/c/d", "bad\0name", "x" * 5_000]
 )
 @pytest.mark.parametrize(
-    "command", ["generate", "evaluate", "sft", "zero", "reject", "eval", "distill", "chat"]
+    "command", ["generate", "evaluate", "sft", "zero", "reject", "eval", "distill", "on_policy", "chat"]
 )
 def test_a_model_that_is_none(here, run, command, where):
-    refused(run(WITH_MODEL[command].replace("MODEL", where)), where[:40], "--model", "--init-from")
+    refused(
+        run(WITH_MODEL[command].replace("MODEL", where)), where[:40], "--model", "--init-from", "--teacher"
+    )
 
 
 ROWS_OF = {

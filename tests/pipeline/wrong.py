@@ -203,6 +203,7 @@ HARMLESS: dict[str, Maker] = {
     "pipeline.json is a list": replaced("pipeline.json", "[]"),
     "unknown template": replaced("pipeline.json", '{"template": "r9"}'),
     "template is a number": replaced("pipeline.json", '{"template": 9}'),
+    "tokens are text": replaced("pipeline.json", '{"template": "r1", "tokens": {"trained": "many"}}'),
     "broken chat template": replaced("chat_template.jinja", "{% for x in %}"),
     "control key of another library": edited("config.json", _attn_implementation_autoset=True),
 }
