@@ -53,7 +53,7 @@ class Student(RoundTrainer):
     def __init__(self, config: OnPolicySettings, run_dir: RunDir) -> None:
         """Raises `UserError`, for a teacher of another vocabulary too."""
         path, plan = run_dir.model_input(config.teacher), Plan(config.prompts_per_step, config.group_size)
-        super().__init__(config, run_dir, plan, REWARDS, reference=path)
+        super().__init__(config, run_dir, plan, REWARDS, path)
         dtype = DTYPES["float32" if config.optim.precision == "float32" else "bfloat16"]
         with loading(path):
             teacher = local.load_policy(path, dtype, self.place.device)

@@ -208,3 +208,23 @@ def test_a_run_that_could_not_begin_leaves_no_directory_in_the_way(runs, capsys)
     assert "nothere.jsonl" in capsys.readouterr().err
     assert not (runs / "typo/grpo").exists()
     assert main([*argv, "generator:sum"]) == 0
+
+
+def test_students_are_compared_in_one_table(runs, capsys):
+    """Every way to teach the student, and what each stage trained on and sampled."""
+    for stage in ("on_policy", "student_rl", "distill_rl", "students"):
+        assert main(command(stage, runs)) == 0, stage
+    out = capsys.readouterr().out
+    state = json.loads((runs / "micro/students/scores.json").read_text())
+    labels = ["base", "traces", "on_policy", "rl", "both", "plain", "teacher"]
+    assert list(state["scores"]) == labels and not state["not_made"] and not state["not_scored"]
+    kinds = {label: set(model["tokens"]) for label, model in state["models"].items()}
+    own = {"trained", "sampled"}
+    assert {label for label, kind in kinds.items() if kind == own} == {"on_policy", "rl", "both", "teacher"}
+    assert kinds["traces"] == kinds["plain"] == {"trained"} and kinds["base"] == set()
+    for name, value in state["models"]["on_policy"]["tokens"].items():
+        assert f"{value:,}" in out and name in out
+    starts = {"on_policy": "student", "student_rl": "student", "distill_rl": "distill/student"}
+    for stage, start in starts.items():
+        inputs = json.loads((runs / "micro" / stage / "env.json").read_text())["inputs"]
+        assert str(runs / "micro" / start / "model") in inputs

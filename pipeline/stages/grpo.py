@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
+from model.policy import Policy
 from pipeline.data.pool import fitting, pooled
 from pipeline.data.problems import order, problems
 from pipeline.errors import Stopped, UserError
@@ -63,10 +65,10 @@ class RoundTrainer(ABC):
         run_dir: RunDir,
         plan: Plan,
         rewards: Mapping[str, float],
+        reference: bool | Path,
         *,
         overlong_buffer: int = 0,
         max_idle_steps: int = 0,
-        reference: bool | Path = False,
     ) -> None:
         """`reference`: a frozen copy of the policy scores the rollouts too, or the model of a directory.
         Raises `UserError` for a model, engine or problem source that cannot be used."""
@@ -122,7 +124,7 @@ class RoundTrainer(ABC):
         """The metrics of updates on `batches` that took `seconds`; `scorings` as for `Usage.of`."""
         lengths = [n for batch in batches for n in batch.lengths]
         self.tokens["trained"] += sum(lengths)
-        used = self.usage.of(lengths, seconds, scorings=scorings)
+        used = self.usage.of(lengths, seconds, scorings)
         return used | {"time/train_s": seconds, "data/tokens": self.tokens["trained"]}
 
     def shown(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> list[dict[str, Any]]:
@@ -186,7 +188,7 @@ class RoundTrainer(ABC):
             self.learner.load_state_dict(state["learner"])
             self.source.load_state_dict(state)
             self.watch.load_state_dict(state["watch"])
-            self.tokens = state["tokens"]
+            self.tokens = state.get("tokens", self.tokens)  # not in those of earlier versions
         if step and self.reference is not None:
             self.reference.load_state_dict(state["reference"])
         return step
@@ -209,15 +211,8 @@ class Trainer(RoundTrainer):
         except ValueError as error:
             raise UserError(str(error)) from error
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
-        super().__init__(
-            config,
-            run_dir,
-            plan,
-            config.rewards,
-            overlong_buffer=config.overlong_buffer,
-            max_idle_steps=config.max_idle_steps,
-            reference=bool(config.kl_coef),
-        )
+        limits = {"overlong_buffer": config.overlong_buffer, "max_idle_steps": config.max_idle_steps}
+        super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **limits)
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
         self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
 
@@ -287,7 +282,7 @@ class Trainer(RoundTrainer):
 def train_rounds(config: RoundSettings, run_dir: RunDir, make: Callable[[], RoundTrainer]) -> None:
     """Every step of the trainer that `make` opens, from the newest checkpoint on; leaves `model/`."""
 
-    def attempt() -> RoundTrainer:
+    def attempt() -> tuple[Policy, PreTrainedTokenizerFast, dict[str, int]]:
         trainer = make()
         guard = trainer.learner.guard
         try:
@@ -314,8 +309,8 @@ def train_rounds(config: RoundSettings, run_dir: RunDir, make: Callable[[], Roun
         finally:
             trainer.close()
         guard.check_trained(run_dir.stage.name)
-        return trainer
+        return trainer.policy, trainer.tokenizer, trainer.tokens
 
-    done = guarded(run_dir, config.guard, attempt)
-    policy, tokenizer, about = done.policy, done.tokenizer, (config.template, config.story)
-    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, *about, tokens=done.tokens))
+    policy, tokenizer, tokens = guarded(run_dir, config.guard, attempt)
+    about = config.template, config.story
+    run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, *about, tokens=tokens))

@@ -134,9 +134,8 @@ class Learner:
 
         def terms(part: Micro) -> Terms:
             _, targets, weights = part.ahead(1)
-            logprobs, entropy = token_logprobs(
-                self.states(part), self.policy.head, targets, objective.temperature
-            )
+            states, head = self.states(part), self.policy.head
+            logprobs, entropy = token_logprobs(states, head, targets, objective.temperature)
             old = logprobs.detach() if old_logprobs is None else next(olds)
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             # The ratio corrects where the engine sampled with other probabilities than the trainer's.

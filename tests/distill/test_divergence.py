@@ -75,7 +75,7 @@ def looped(kind: str, beta: float, temperature: float, hidden, own, taught, teac
     return total, logprobs, entropies
 
 
-@pytest.fixture(params=[1, 3, 100], ids=lambda rows: f"{rows} rows a chunk")
+@pytest.fixture(params=[3, 100], ids=lambda rows: f"{rows} rows a chunk")
 def chunk(request, monkeypatch):
     monkeypatch.setattr(module, "CPU_ROWS", request.param)
 
