@@ -218,7 +218,7 @@ def test_students_are_compared_in_one_table(runs, capsys):
     state = json.loads((runs / "micro/students/scores.json").read_text())
     labels = ["base", "traces", "on_policy", "rl", "both", "plain", "teacher"]
     assert list(state["scores"]) == labels and not state["not_made"] and not state["not_scored"]
-    kinds = {label: set(model["tokens"]) for label, model in state["models"].items()}
+    kinds = {label: set(model.get("tokens", ())) for label, model in state["models"].items()}
     own = {"trained", "sampled"}
     assert {label for label, kind in kinds.items() if kind == own} == {"on_policy", "rl", "both", "teacher"}
     assert kinds["traces"] == kinds["plain"] == {"trained"} and kinds["base"] == set()

@@ -40,7 +40,8 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
         torch.set_num_threads(config.threads)
     made, missing = find_models(config, run_dir)
     for model in made.values():
-        model["tokens"] = tokens_of(Path(model["path"]))
+        if tokens := tokens_of(Path(model["path"])):
+            model["tokens"] = tokens
     sources, unread = find_benchmarks(config)
     scored: dict[str, dict[str, Any]] = {label: {} for label in made}
     state = {"models": made, "not_made": missing, "not_scored": unread, "scores": scored}
