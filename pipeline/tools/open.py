@@ -8,11 +8,13 @@ import torch
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.errors import UserError
-from pipeline.run.files import read_json
+from pipeline.run.files import read_json, sha256
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
+from rollout.checkpoint import context_of
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import open_engine
+from rollout.settings import EngineName
 from rollout.text.templates import template_named
 
 ERRORS = (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError, StaleWeights, EngineDied)
@@ -28,10 +30,20 @@ def naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def check_model(path: Path) -> None:
+def check_model(path: Path, engine: EngineName = "auto") -> None:
     """Raise `UserError` where there is no checkpoint: known before anything is imported or read for long."""
-    if not (path / "config.json").is_file():
+    if engine != "endpoint" and not (path / "config.json").is_file():
         raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
+
+
+def identity(config: ModelSettings) -> str:
+    """sha256 of the model directory; of a served model, its name."""
+    return f"endpoint:{config.model}" if config.engine == "endpoint" else sha256(config.model)
+
+
+def context_length(config: ModelSettings) -> int | None:
+    """The model's longest sequence, tokens, where it is known; see `context_of`."""
+    return None if config.engine == "endpoint" else context_of(config.model)
 
 
 def open_model(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer | None]:
@@ -41,7 +53,8 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer | None]:
         torch.set_num_threads(config.threads)
     device = str(device_named(config.device))
     with naming(config.model):
-        return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
+        own = config.vllm, config.local, config.endpoint
+        return open_engine(config.model, config.engine, config.dtype, device, *own)
 
 
 def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer]:
