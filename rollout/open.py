@@ -8,18 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
 from rollout.checkpoint import eos_of, read_config
-from rollout.endpoint.engine import EndpointEngine, byte_tokenizer
+from rollout.endpoint.engine import EndpointEngine
 from rollout.engine import RolloutEngine
 from rollout.local import LOCAL, engine_name, open_local
 from rollout.pool.engine import RolloutPool
-from rollout.settings import (
-    DtypeName,
-    EndpointSettings,
-    EngineName,
-    LocalSettings,
-    RolloutSettings,
-    VllmSettings,
-)
+from rollout.settings import DtypeName, EngineName, LocalSettings, RolloutSettings, VllmSettings
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.types import Eos
 from rollout.vllm.engine import VllmEngine
@@ -42,12 +35,10 @@ def open_engine(
     device: str = "cpu",
     vllm: VllmSettings | None = None,
     local: LocalSettings | None = None,
-    endpoint: EndpointSettings | None = None,
 ) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
     """An engine with the checkpoint's weights, and the checkpoint's tokenizer if it has one.
 
     Args:
-        path: the checkpoint; of engine endpoint, the served model's name.
         engine: `auto` takes native for the architectures that `model/` implements, else dense.
         device: of the in-process engines; vLLM takes the device that its build is for.
 
@@ -55,13 +46,9 @@ def open_engine(
         FileNotFoundError: no checkpoint there.
         ValueError: engine native for an architecture that is not `model/`'s, or speculation with a model
             that has no MTP module.
-        ModuleNotFoundError: engine vllm or endpoint where vLLM, or the client, is not installed.
+        ModuleNotFoundError: engine vllm where vLLM is not installed.
         StaleWeights: vLLM does not compute what our own model does.
-        EngineDied: no API answers at the endpoint's address, or it refuses the key.
     """
-    if engine == "endpoint":
-        remote = RolloutSettings(engine=engine, endpoint=endpoint or EndpointSettings())
-        return ENGINES[engine](path, remote), byte_tokenizer()
     name = engine_name(path, engine)
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     settings = RolloutSettings(
@@ -114,11 +101,6 @@ def engine_for(
     """
     settings = settings or RolloutSettings()
     name = policy.engine if settings.engine == "auto" else settings.engine
-    if name == "endpoint":
-        raise ValueError(
-            "rollout.engine = 'endpoint' returns no token ids to train on; reject takes it, and the commands "
-            "evaluate and generate (--engine endpoint)."
-        )
     if name in LOCAL and name != policy.engine:
         raise ValueError(
             f"the policy is a {policy.engine} model, which rollout.engine = {name!r} does not generate from; "

@@ -2,8 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from pipeline.data.problems import problems
+from pipeline.errors import UserError
 from rollout.types import Problem
 
 NGRAM = 10
@@ -44,3 +47,25 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
         return bool(grams) and 2 * max(shared.values(), default=0) >= len(grams)
 
     return [problem for problem in train if not is_copy(problem)]
+
+
+def without_copies(
+    train: Sequence[Problem], benchmarks: Iterable[str], folder: Path | None
+) -> tuple[list[Problem], str]:
+    """`train` less the copies of problems of the named benchmarks, and one line on what was done. A benchmark
+    that cannot be read is named there. Raises `UserError`: nothing is left."""
+    heldout, unread = dict[str, list[Problem]](), dict[str, str]()
+    for name in benchmarks:
+        try:
+            heldout[name] = problems(name, data_dir=folder)
+        except UserError as error:
+            unread[name] = str(error)
+    kept = decontaminate(train, [problem for found in heldout.values() for problem in found])
+    line = f"{len(train) - len(kept)} copies of {', '.join(heldout) or 'no benchmark'} are left out"
+    if unread:
+        line += f"; not compared with {', '.join(unread)}, for want of: {next(iter(unread.values()))[:150]}"
+    if train and not kept:
+        raise UserError(
+            f"all {len(train)} problems are copies of {', '.join(heldout)}; take others, or set --heldout"
+        )
+    return kept, line

@@ -100,15 +100,16 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
         if (begun := read_toml(file).get("seed")) != up.seed:
             raise UserError(f"{file} has seed {begun}, not {up.seed}; take another --name")
     planned = here[:] if complete else [TABLE[goal] for goal in goals]
-    for stage in planned:
-        planned += [other for other in needs(stage, here) if other not in planned]
     shared = ["--name", up.name, "--runs", str(up.runs)]
     shared += [] if up.seed is None else ["--seed", str(up.seed)]
+    for stage in planned:
+        if stage.name not in goals or not served(load(stage, config_of(up, stage), [*shared, *flags])):
+            planned += [other for other in needs(stage, here) if other not in planned]
     steps = []
     for stage in (s for s in here if s in planned):
         goal = stage.name in goals
         if goal or not (run / stage.name / "done.json").exists():
-            config = Path("configs", up.preset, f"{stage.name}.toml")
+            config = config_of(up, stage)
             settings = [*shared, *(flags if goal else ["--resume"])]
             chosen = load(stage, config, settings)  # refuse a wrong one before a stage takes its minutes
             check_device(chosen)
@@ -117,6 +118,16 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
             argv = [stage.name, "--config", str(config), *settings]
             steps.append(Step(stage, argv, announcement, needs_vllm(chosen)))
     return steps
+
+
+def config_of(up: UpSettings, stage: Stage) -> Path:
+    """The preset's file of a stage."""
+    return Path("configs", up.preset, f"{stage.name}.toml")
+
+
+def served(config: Any) -> bool:
+    """Whether a stage with these settings samples a served model, and needs no other stage's."""
+    return isinstance(config, GeneratingSettings) and config.rollout.engine == "endpoint"
 
 
 def check_device(config: Any) -> None:

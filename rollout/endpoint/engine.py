@@ -40,9 +40,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 class EndpointEngine(RolloutEngine):
     """`RolloutEngine` over `POST /chat/completions`."""
 
-    def __init__(self, model: Path | str, settings: RolloutSettings) -> None:
-        """Raises `ValueError` or `ModuleNotFoundError`: as `address` and `connect`; `EngineDied`: no API
-        answers at the address, or it refuses the key."""
+    def __init__(self, model: Path | str, settings: RolloutSettings, *, policy: Any = None, **_: Any) -> None:
+        """Raises `ValueError` or `ModuleNotFoundError`: as `address` and `connect`, or there is a `policy` to
+        generate from; `EngineDied`: no API answers at the address, or it refuses the key."""
+        if policy is not None:
+            raise ValueError(
+                "rollout.engine = 'endpoint' returns no token ids to train on; reject takes it, and evaluate and "
+                "generate as --engine endpoint."
+            )
         self.model, self.settings, self.address = str(model), settings.endpoint, address()
         self.client = connect(self.settings)
         self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
@@ -132,7 +137,7 @@ class EndpointEngine(RolloutEngine):
         """A request; its seed is a hash of (seed, index, sample), of 31 bits, which every server takes."""
         name = f"{sampling.seed} {sampling.first_index + index} {sample}".encode()
         question = template_named(prompt.template).text.format(question=prompt.problem.question)
-        body = {"model": self.model, "messages": [{"role": "user", "content": question}]}
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
         body |= {
             self.limit: sampling.max_tokens,
             "temperature": sampling.temperature,

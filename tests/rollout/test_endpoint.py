@@ -13,7 +13,7 @@ from model.transformer import Transformer
 from rollout.endpoint.client import completion
 from rollout.endpoint.engine import EndpointEngine, byte_tokenizer
 from rollout.engine import EngineDied, StaleWeights, Unanswerable
-from rollout.open import engine_for, open_engine
+from rollout.open import engine_for
 from rollout.settings import EndpointSettings, RolloutSettings
 from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Problem, SamplingParams
@@ -247,13 +247,13 @@ def test_an_environment_that_is_wrong(monkeypatch, url, key, says):
     monkeypatch.setenv("OPENAI_BASE_URL", url)
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises((EngineDied, ValueError), match=says):
-        open_engine("m", "endpoint", endpoint=EndpointSettings(retries=0))
+        EndpointEngine("m", RolloutSettings(endpoint=EndpointSettings(retries=0)))
 
 
 def test_credentials_of_the_address_are_not_shown(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://me:hidden@127.0.0.1:9/v1?token=hidden")
     with pytest.raises(EngineDied) as caught:
-        open_engine("m", "endpoint", endpoint=EndpointSettings(retries=0))
+        EndpointEngine("m", RolloutSettings(endpoint=EndpointSettings(retries=0)))
     assert "http://127.0.0.1:9/v1" in str(caught.value) and "hidden" not in str(caught.value)
 
 
