@@ -310,7 +310,9 @@ CORPORA: dict[str, bytes] = {
         "role is wrong": {"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]},
         "role is a list": {"messages": [{"role": ["user"], "content": "a"}]},
         "turn is null": {"messages": [{"role": "user", "content": "a"}, None]},
-        "answer before the question": {"conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]},
+        "answer before the question": {
+            "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]
+        },
     }.items()
 }
 """Files without one usable worked answer."""

@@ -90,7 +90,9 @@ TALK = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
 
 def test_of_a_conversation_the_first_answer_is_learned_and_the_rest_counted(tmp_path, capsys):
     talk = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
-    rows = [{"messages": [{"role": r, "content": c} for r, c in some]} for some in (talk, talk[1:3], talk[1:])]
+    rows = [
+        {"messages": [{"role": r, "content": c} for r, c in some]} for some in (talk, talk[1:3], talk[1:])
+    ]
     rows.append({"conversations": [{"from": "gpt", "value": "Hi!"}, {"from": "human", "value": "q"},
                                    {"from": "gpt", "value": "a"}]})  # fmt: skip
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -102,7 +104,10 @@ def test_of_a_conversation_the_first_answer_is_learned_and_the_rest_counted(tmp_
 
 
 def test_alpacas_input_is_part_of_the_question(tmp_path):
-    rows = [{"instruction": "Add.", "input": "3 and 4", "output": "7"}, {"instruction": "Hi", "input": "", "output": "a"}]
+    rows = [
+        {"instruction": "Add.", "input": "3 and 4", "output": "7"},
+        {"instruction": "Hi", "input": "", "output": "a"},
+    ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_corpus(tmp_path / "c.jsonl")
     assert [(r.question, r.completion) for r in found] == [("Add.\n\n3 and 4", "7"), ("Hi", "a")]
