@@ -82,23 +82,21 @@ def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:
 
 
 def exchange(row: JsonObject, left: Counter[str]) -> tuple[str, str | None]:
-    """A conversation's first question, "" without one, and the answer after it. What is not used of it is
-    counted in `left`. Raises `BadRow`: a turn whose role or text is none."""
+    """A conversation's first question, "" without one, and the answer after it; of Alpaca, the output. What is
+    not used is counted in `left`. Raises `BadRow`: a turn whose role or text is none."""
     for key in ("messages", "conversations"):
         said, every = turns(value := json_of(row.get(key))), value if isinstance(value, list) else []
-        if wrong := next((role for role, _ in said if role not in ROLES), ""):
+        roles = [role for role, _ in said]
+        if wrong := next((role for role in roles if role not in ROLES), ""):
             raise BadRow(f"{key}: a turn's role is {wrong!r}; expected one of {', '.join(ROLES)}")
         if len(said) < len(every):
             raise BadRow(f"{key}: {len(every) - len(said)} of {len(every)} turns have no text")
-        roles = [role for role, _ in said]
         if "user" in roles:
             at = roles.index("user")
-            left.update(["system prompts"] if {"system", "developer"} & {*roles[:at]} else [])
-            left.update(["later turns"] if len(said) > at + 2 else [])
-            answer = said[at + 1][1] if roles[at + 1 : at + 2] == ["assistant"] else None
-            return said[at][1], answer
-    output = row.get("output") if "instruction" in row else None
-    return "", output if isinstance(output, str) else None
+            left.update(["system prompts"] * bool({"system", "developer"} & {*roles[:at]}))
+            left.update(["later turns"] * (len(said) > at + 2))
+            return said[at][1], said[at + 1][1] if roles[at + 1 : at + 2] == ["assistant"] else None
+    return "", row.get("output") if "instruction" in row else None
 
 
 def to_row(row: JsonObject, source: str, index: int, left: Counter[str]) -> Row | None:

@@ -50,22 +50,21 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
 
 
 def without_copies(
-    train: Sequence[Problem], benchmarks: Iterable[str], folder: Path | None
+    train: Sequence[Problem], benchmarks: Sequence[str], folder: Path | None
 ) -> tuple[list[Problem], str]:
     """`train` less the copies of problems of the named benchmarks, and one line on what was done. A benchmark
     that cannot be read is named there. Raises `UserError`: nothing is left."""
-    heldout, unread = dict[str, list[Problem]](), dict[str, str]()
+    heldout, unread = list[Problem](), dict[str, UserError]()
     for name in benchmarks:
         try:
-            heldout[name] = problems(name, data_dir=folder)
+            heldout += problems(name, data_dir=folder)
         except UserError as error:
-            unread[name] = str(error)
-    kept = decontaminate(train, [problem for found in heldout.values() for problem in found])
-    line = f"{len(train) - len(kept)} copies of {', '.join(heldout) or 'no benchmark'} are left out"
+            unread[name] = error
+    kept = decontaminate(train, heldout)
+    read = ", ".join(name for name in benchmarks if name not in unread) or "no benchmark"
+    line = f"{len(train) - len(kept)} copies of {read} are left out"
     if unread:
-        line += f"; not compared with {', '.join(unread)}, for want of: {next(iter(unread.values()))[:150]}"
+        line += f"; not compared with {', '.join(unread)}, for want of: {str([*unread.values()][0])[:150]}"
     if train and not kept:
-        raise UserError(
-            f"all {len(train)} problems are copies of {', '.join(heldout)}; take others, or set --heldout"
-        )
+        raise UserError(f"all {len(train)} problems are copies of {read}; take others, or set --heldout")
     return kept, line

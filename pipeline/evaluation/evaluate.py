@@ -29,13 +29,14 @@ from pipeline.data.jsonl import JsonObject, write_jsonl
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.evaluation.scores import scores
-from pipeline.run.files import replacing, write_atomic
+from pipeline.run.files import replacing, sha256, write_atomic
 from pipeline.run.verifiers import check_errors, check_sandbox
 from pipeline.settings.evaluate import EvaluateSettings
-from pipeline.tools.open import check_model, context_length, identity, naming, open_speaker, trained_template
+from pipeline.tools.open import check_model, naming, open_speaker, trained_template
 from rewards.maths.extract import final_answer
 from rewards.programs.grade import extract_code
 from rewards.reward import Scorer
+from rollout.checkpoint import context_of
 from rollout.text.tokenizer import completion_text, make_prompt, prefill, template_hash
 from rollout.types import Graded, Problem, Prompt, Rollout
 
@@ -58,7 +59,8 @@ def evaluate(
     check_model(config.model, config.engine)
     count, seed = config.limit, config.problems_seed
     found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data, rows=config)
-    inputs = inputs_of(config, found, model_hash or identity(config))
+    served = f"endpoint:{config.model}" if config.engine == "endpoint" else None
+    inputs = inputs_of(config, found, model_hash or served or sha256(config.model))
     if (earlier := earlier_scores(config.out, inputs, replace_changed)) is not None:
         return earlier
     rows, templates = complete(config, found)
@@ -77,7 +79,7 @@ def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[JsonO
     label = f"{config.model.parent.name} {config.benchmark}"
     with naming(config.model), closing(engine):
         prompts = make_prompts(config, found, tokenizer)
-        context = context_length(config)
+        context = context_of(config.model) if config.engine != "endpoint" else None
         fits = [i for i, p in enumerate(prompts) if context is None or len(p.token_ids) <= context - ROOM]
         rollouts: list[Rollout] = []
         if sent := [prompts[i] for i in fits]:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.data.card import corpus_card, length_line, length_table
+from pipeline.data.card import corpus_card
 from pipeline.data.corpus import Row, canonical, readable, split_blocks, tagged, write_corpus
 from pipeline.data.decontaminate import without_copies
 from pipeline.data.jsonl import read_log
@@ -28,10 +28,10 @@ from pipeline.train.policy import load_policy, open_rollouts
 from pipeline.train.rollouts import Watch, mean, transcript
 from rewards.reward import Scorer
 from rollout.collect import sample_groups
-from rollout.endpoint.client import address
+from rollout.endpoint.engine import address
 from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
-from rollout.types import Graded, Problem
+from rollout.types import Graded
 
 
 def run(config: RejectSettings, run_dir: RunDir) -> None:
@@ -43,24 +43,27 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     else:
         start = run_dir.model_input(config.init_from)
         policy, tokenizer = load_policy(start, place.device)
-    pool, apart = apart_from_tests(config, pooled(config, tokenizer, start, config.seed + 2))
+    pool = pooled(config, tokenizer, start, config.seed + 2)
+    apart = "generated problems are held out by construction"
+    if not all(source.startswith("generator:") for source in config.problems):
+        pool, apart = without_copies(pool, config.heldout, data_folder(config.data))
+        say(f"reject: {apart}")
     run_dir.record_rows(f"the problems of {', '.join(config.problems)}", pool)
     watch = Watch(run_dir, config.max_error_share)
     scorer = Scorer({"accuracy": 1.0}, allow_unsafe_code=config.allow_unsafe_code)
     check_sandbox("reject", scorer.pool, pool, config.allow_unsafe_code)
     if policy is not None and start is not None:
         engine = open_rollouts(policy, tokenizer, config.rollout, start)
-    newest = run_dir.latest()
-    done, rows, counts = 0, list[Row](), Counter[str]()
-    if newest:
+    done, rows, fates = 0, list[Row](), Counter[str]()
+    if newest := run_dir.latest():
         done, rows = newest[0], [Row(**row) for row in read_log(newest[1] / "kept.jsonl")]
-        if state := read_json(newest[1] / "state.json"):
-            counts.update(state["counts"])
-            watch.load_state_dict(state["watch"])
+        state = read_json(newest[1] / "state.json")
+        fates.update(state.get("fates", {}))
+        watch.load_state_dict(state.get("watch", watch.state_dict()))
 
     def save(folder: Path) -> None:
         write_corpus(folder / "kept.jsonl", rows)
-        state = {"counts": counts, "watch": watch.state_dict()}
+        state = {"fates": fates, "watch": watch.state_dict()}
         write_atomic(folder / "state.json", json.dumps(state) + "\n")
 
     steps = -(-len(pool) // config.prompts_per_step)
@@ -76,10 +79,10 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
             groups = [graded[i : i + config.samples] for i in range(0, len(graded), config.samples)]
             found = [keepers(group, config.min_language) for group in groups]
             rows.extend(row for group in found for row in group[: config.keep])
-            counts.update(fate(g, config.min_language) for g in graded)
-            counts["repeated"] += counts.pop("right", 0) - sum(map(len, found))
-            counts["kept"] = len(rows)
-            counts["more than keep"] += sum(max(0, len(group) - config.keep) for group in found)
+            fates.update(fate(g, config.min_language) for g in graded)
+            fates["repeated"] += fates.pop("right", 0) - sum(map(len, found))
+            fates["more than keep"] += sum(max(0, len(group) - config.keep) for group in found)
+            fates["kept"] = len(rows)
             run_dir.samples(step, [transcript(g, None) for g in graded[:: max(1, len(graded) // 20)]])
             metrics = {
                 "data/kept": sum(map(len, found)) / len(graded),
@@ -101,67 +104,42 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
         engine.close()
         scorer.close()
     if not rows:
-        why = ", ".join(f"{n} {name}" for name, n in counts.most_common() if n)
-        raise UserError(
-            f"reject kept nothing of {len(pool)} problems ({why}): train {config.init_from} longer, or take "
-            "another --template or model"
-        )
+        why = ", ".join(f"{n} {name}" for name, n in fates.most_common() if n)
+        way = f"train {config.init_from} longer, or take another --template or model"
+        raise UserError(f"reject kept nothing of {len(pool)} problems ({why}): {way}")
     rows += curated_rows("general", config.general, config.seed + 2, "general")
-    table = length_table(rows, tokenizer if policy is not None else None)
-    facts = origin(config, run_dir, start, pool, apart)
-    card = corpus_card(f"Rejection-sampled corpus {config.name}", rows, facts, counts, table)
-    write_atomic(run_dir.path / "README.md", card)
-    write_corpus(run_dir.path / "corpus.jsonl", rows)
-    print(f"reject: {len(rows)} rows kept -> {run_dir.path / 'corpus.jsonl'}; {length_line(table)}")
-
-
-def apart_from_tests(config: RejectSettings, pool: list[Problem]) -> tuple[list[Problem], str]:
-    """The problems less the copies of the `heldout` benchmarks', and what was left out, for console and card.
-    Generated problems are held out by construction."""
-    if all(source.startswith("generator:") for source in config.problems):
-        return pool, "generated problems are held out by construction"
-    kept, line = without_copies(pool, config.heldout, data_folder(config.data))
-    say(f"reject: {line}")
-    return kept, line
-
-
-def origin(
-    config: RejectSettings, run_dir: RunDir, start: Path | None, pool: Sequence[Problem], apart: str
-) -> dict[str, str]:
-    """Where the corpus comes from, by name, for its card."""
-    inputs = run_dir.environment()["inputs"]
-    digest = inputs.get(str(start)) or inputs.get(f"hub:{config.init_from}")
-    limits = f"at most {config.max_tokens:,} tokens, temperature {config.temperature:g}, seed {config.seed}"
-    return {
-        "problems": f"{len(pool):,} of {', '.join(config.problems)}",
-        "benchmarks": apart,
-        "teacher": f"{config.init_from}, " + (f"sha256 {digest}" if start else f"served at {address()}"),
-        "sampling": f"{config.samples} a problem, template {config.template}, {limits}",
+    hashes, limits = run_dir.environment()["inputs"], f"{config.max_tokens} tokens"
+    of = f"sha256 {hashes.get(str(start), start.name)}" if start else f"served at {address()}"
+    facts = {
+        "problems": f"{len(pool)} of {', '.join(config.problems)}; {apart}",
+        "teacher": f"{config.init_from}, {of}",
+        "sampling": f"{config.samples} a problem, template {config.template}, at most {limits}, temperature "
+        f"{config.temperature:g}, seed {config.seed}",
         "kept": f"at most {config.keep} a problem; {config.general} rows of general data are added",
         "made by": f"`{run_dir.command}`",
     }
+    own = tokenizer if policy is not None else None
+    card, sizes = corpus_card(f"Corpus of the run {config.name}", rows, facts, fates, own)
+    write_atomic(run_dir.path / "README.md", card)
+    write_corpus(run_dir.path / "corpus.jsonl", rows)
+    print(f"reject: {len(rows)} rows kept -> {run_dir.path / 'corpus.jsonl'}; {sizes}")
 
 
-def blocks_of(graded: Graded) -> tuple[str, str] | None:
-    """Thought and answer of a completion in R1's format. Of a served model, or of template boxed, which ask
-    for no tags, everything after the thinking is the answer."""
-    rollout = graded.rollout
-    found, free = split_blocks(graded.text), rollout.text is not None or rollout.prompt.template == "boxed"
-    trace = canonical(graded.text) if free and not found else None
-    return split_blocks(trace[0]) if trace else found
+def blocks_of(g: Graded) -> tuple[str, str] | None:
+    """Thought and answer of a completion. Where no tags were asked for, of a served model or by template
+    boxed, everything after the thinking is the answer."""
+    free = g.rollout.text is not None or g.rollout.prompt.template == "boxed"
+    return split_blocks(g.text) or (split_blocks((canonical(g.text) or "-")[0]) if free else None)
 
 
 def fate(g: Graded, min_language: float) -> str:
     """What becomes of a sampled completion: the first filter that drops it, or `right`."""
     blocks = blocks_of(g)
-    filters = {
-        "verifier failed": g.verdict == "error",
-        "wrong": g.verdict != "correct",
-        "in another language": g.parts.get("language", 0.0) < min_language,
-        "not thinking, then an answer": not blocks,
-        "not readable": not (blocks and readable(blocks[0])),
-    }
-    return next((name for name, drops in filters.items() if drops), "right")
+    if g.verdict != "correct":
+        return "verifier failed" if g.verdict == "error" else "wrong"
+    if g.parts["language"] < min_language:
+        return "in another language"
+    return "not in format" if not blocks else "right" if readable(blocks[0]) else "not readable"
 
 
 def keepers(group: Sequence[Graded], min_language: float) -> list[Row]:

@@ -8,10 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.errors import UserError
-from pipeline.run.files import read_json, sha256
+from pipeline.run.files import read_json
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
-from rollout.checkpoint import context_of
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.endpoint.engine import byte_tokenizer
 from rollout.open import ENGINES, open_engine
@@ -35,16 +34,6 @@ def check_model(path: Path, engine: EngineName = "auto") -> None:
     """Raise `UserError` where there is no checkpoint: known before anything is imported or read for long."""
     if engine != "endpoint" and not (path / "config.json").is_file():
         raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
-
-
-def identity(config: ModelSettings) -> str:
-    """sha256 of the model directory; of a served model, its name."""
-    return f"endpoint:{config.model}" if config.engine == "endpoint" else sha256(config.model)
-
-
-def context_length(config: ModelSettings) -> int | None:
-    """The model's longest sequence, tokens, where it is known; see `context_of`."""
-    return None if config.engine == "endpoint" else context_of(config.model)
 
 
 def open_model(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer | None]:

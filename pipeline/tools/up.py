@@ -102,32 +102,24 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     planned = here[:] if complete else [TABLE[goal] for goal in goals]
     shared = ["--name", up.name, "--runs", str(up.runs)]
     shared += [] if up.seed is None else ["--seed", str(up.seed)]
-    for stage in planned:
-        if stage.name not in goals or not served(load(stage, config_of(up, stage), [*shared, *flags])):
+    files = {stage: Path("configs", up.preset, f"{stage.name}.toml") for stage in here}
+    for stage in planned:  # one that samples a served model needs no other's
+        if stage.name not in goals or engine_of(load(stage, files[stage], [*shared, *flags])) != "endpoint":
             planned += [other for other in needs(stage, here) if other not in planned]
     steps = []
     for stage in (s for s in here if s in planned):
         goal = stage.name in goals
         if goal or not (run / stage.name / "done.json").exists():
-            config = config_of(up, stage)
             settings = [*shared, *(flags if goal else ["--resume"])]
-            chosen = load(stage, config, settings)  # refuse a wrong one before a stage takes its minutes
+            chosen = load(
+                stage, files[stage], settings
+            )  # refuse a wrong one before a stage takes its minutes
             check_device(chosen)
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
             announcement = f"{complete}: {stage.name}" if complete else needed
-            argv = [stage.name, "--config", str(config), *settings]
+            argv = [stage.name, "--config", str(files[stage]), *settings]
             steps.append(Step(stage, argv, announcement, needs_vllm(chosen)))
     return steps
-
-
-def config_of(up: UpSettings, stage: Stage) -> Path:
-    """The preset's file of a stage."""
-    return Path("configs", up.preset, f"{stage.name}.toml")
-
-
-def served(config: Any) -> bool:
-    """Whether a stage with these settings samples a served model, and needs no other stage's."""
-    return isinstance(config, GeneratingSettings) and config.rollout.engine == "endpoint"
 
 
 def check_device(config: Any) -> None:
@@ -139,11 +131,15 @@ def check_device(config: Any) -> None:
             raise UserError("--device cuda: torch finds no GPU here; set --device cpu, or auto")
 
 
+def engine_of(config: Any) -> str:
+    """The engine that a stage with these settings samples with, if any."""
+    engine = config.engine if isinstance(config, EvalSettings) else ""
+    return config.rollout.engine if isinstance(config, GeneratingSettings) else engine
+
+
 def needs_vllm(config: Any) -> bool:
     """Whether a stage with these settings needs vLLM and this environment does not have it."""
-    engine = config.engine if isinstance(config, EvalSettings) else ""
-    engine = config.rollout.engine if isinstance(config, GeneratingSettings) else engine
-    return engine == "vllm" and importlib.util.find_spec("vllm") is None
+    return engine_of(config) == "vllm" and importlib.util.find_spec("vllm") is None
 
 
 def make_vllm() -> None:

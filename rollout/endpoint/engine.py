@@ -1,10 +1,10 @@
 """An OpenAI-compatible API as an engine: any served model, sampled in text.
 
 Address and key are OPENAI_BASE_URL and OPENAI_API_KEY, as for OpenAI's client, which also retries: lost
-connections, timeouts, rate limits (after the time that the server names) and server errors. Each rollout is
-one chat request: the template's text as the only message, without system prompt or prefill; the server's own
-chat template surrounds it. A setting that the server refuses is an error that names it. top_k 0 is not sent,
-since the API does not know it: there a server's own default holds.
+connections, timeouts, rate limits (after the time that the server names), server errors. Each rollout is one
+chat request: the template's text as the only message, without system prompt or prefill, inside the server's
+own chat template. A setting that the server refuses is an error that names it. top_k 0 is not sent, since the
+API does not know it: there a server's own default holds.
 
 An API returns no token ids. A rollout has zeros in their place, as many as the server's `usage` counts, NaN as
 log-probabilities, and its `text`. Nothing can be trained on such tokens.
@@ -12,22 +12,44 @@ log-probabilities, and its `text`. Nothing can be trained on such tokens.
 
 import hashlib
 import json
+import os
 import queue
+import reprlib
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerFast
 
-from rollout.endpoint.client import REASONS, Nonsense, address, completion, connect, explain
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights, Unanswerable
 from rollout.settings import RolloutSettings
 from rollout.text.templates import template_named
 from rollout.text.tokenizer import train_tokenizer
-from rollout.types import Prompt, Rollout, SamplingParams
+from rollout.types import FinishReason, Prompt, Rollout, SamplingParams
+
+REASONS: dict[str, FinishReason] = {
+    **{"stop": "stop", "length": "length"},
+    "content_filter": "length",  # the server cut it; what there is counts, as of any cut completion
+    **{"tool_calls": "stop", "function_call": "stop"},  # no tool was offered: an answer without text
+}
+NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "exceeded_current_quota_error")
+"""Codes of a status 429 that no waiting mends."""
+MOST_TOKENS = 1 << 24
+"""Of one completion; a `usage` with more is no count."""
+ADVICE = {
+    0: "check OPENAI_BASE_URL and the server, or raise endpoint.timeout_s",
+    400: "choose another value; endpoint.send_seed false sends no seed",
+    401: "set OPENAI_API_KEY",
+    402: "the quota is used up: add to it, or take another OPENAI_API_KEY",
+    404: "take a model that it has; OPENAI_BASE_URL mostly ends in /v1",
+    429: "lower endpoint.in_flight, raise endpoint.retries, or wait",
+    500: "see the server's log",
+}
+"""By status; 0 = no answer."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -37,42 +59,103 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def address() -> str:
+    """Where requests go, without credentials. Raises `ValueError`: no address."""
+    url = os.environ.get("OPENAI_BASE_URL")
+    if not url and not os.environ.get("OPENAI_API_KEY"):
+        raise ValueError("engine endpoint needs OPENAI_BASE_URL, such as http://127.0.0.1:8000/v1.")
+    parts = urlsplit(url or "https://api.openai.com/v1")
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def no_quota(response: Any) -> bool:
+    """Whether a response says that the quota is used up, and not that requests come too fast; then the client
+    must not retry it."""
+    if response.status_code == 429 and any(code in response.read().decode() for code in NO_QUOTA):
+        response.headers["x-should-retry"] = "false"
+        return True
+    return bool(response.status_code == 402)
+
+
+def completion(text: str) -> tuple[str, int | None, str]:
+    """An answer's text with the thinking in think tags, its number of tokens where `usage` has it, and its
+    finish reason, a key of `REASONS`. Raises `ValueError`: it is no chat completion."""
+    try:
+        answer = json.loads(text)
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        message, reason, tokens = choice["message"], choice["finish_reason"], usage.get("completion_tokens")
+        said, thought = (
+            message.get("content") or "",
+            message.get("reasoning_content") or message.get("reasoning") or "",
+        )
+        counted = tokens is None or (type(tokens) is int and 0 <= tokens <= MOST_TOKENS)
+        if reason not in REASONS or not (counted and isinstance(said, str) and isinstance(thought, str)):
+            raise ValueError
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise ValueError(f"no chat completion: {reprlib.repr(text)}") from None
+    said += end if isinstance(end := choice.get("stop_reason"), str) else ""  # vLLM's: the stop string
+    if thought.strip():
+        closed = "\n</think>\n" if said or reason != "length" else ""  # else it was cut in its thinking
+        said = f"<think>\n{thought.strip()}{closed}{said}"
+    elif "</think>" in said and "<think>" not in said:
+        said = f"<think>\n{said.lstrip()}"  # the server's chat template opened it
+    return said, tokens, reason
+
+
 class EndpointEngine(RolloutEngine):
     """`RolloutEngine` over `POST /chat/completions`."""
 
     def __init__(self, model: Path | str, settings: RolloutSettings, *, policy: Any = None, **_: Any) -> None:
-        """Raises `ValueError` or `ModuleNotFoundError`: as `address` and `connect`, or there is a `policy` to
-        generate from; `EngineDied`: no API answers at the address, or it refuses the key."""
+        """Raises `ValueError`: an environment that cannot be used, or a `policy` to generate from;
+        `ModuleNotFoundError`: no client; `EngineDied`: no API answers, or it refuses the key."""
         if policy is not None:
-            raise ValueError(
-                "rollout.engine = 'endpoint' returns no token ids to train on; reject takes it, and evaluate and "
-                "generate as --engine endpoint."
-            )
-        self.model, self.settings, self.address = str(model), settings.endpoint, address()
-        self.client = connect(self.settings)
-        self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
-        self.models = list[str]()
-        self.models = self.served()
-
-    def served(self) -> list[str]:
-        """The models at the address, as far as it lists them."""
-        import openai
-
-        client = self.client.with_options(max_retries=min(1, self.settings.retries))
+            uses = "reject takes it, and evaluate and generate as --engine endpoint"
+            raise ValueError(f"rollout.engine = 'endpoint' returns no token ids to train on; {uses}.")
         try:
-            found = json.loads(client.models.with_raw_response.list().text)
-            return [str(model["id"]) for model in found["data"]]
+            import openai
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("engine endpoint needs openai: pip install -e '.[endpoint]'") from error
+        self.model, self.settings, self.models = str(model), settings.endpoint, list[str]()
+        self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers read none, the client wants one
+        try:
+            key.encode("ascii")
+            self.address = address()
+            http = openai.DefaultHttpxClient(event_hooks={"response": [no_quota]})
+            retries, timeout = self.settings.retries, self.settings.timeout_s
+            self.client = openai.OpenAI(api_key=key, http_client=http, max_retries=retries, timeout=timeout)
+        except Exception as error:  # of the client, its transport, or the encoding
+            raise ValueError(f"OPENAI_BASE_URL or OPENAI_API_KEY cannot be used: {error}") from error
+        try:
+            listing = self.client.with_options(max_retries=min(1, retries)).models.with_raw_response.list()
+            self.models = [str(served["id"]) for served in json.loads(listing.text)["data"]]
         except openai.OpenAIError as error:
-            if getattr(error, "status_code", 0) in (404, 405, 501):
-                return []  # some have no list
-            raise self.died(error, {}) from error
+            if getattr(error, "status_code", 0) not in (404, 405, 501):  # some have no list
+                raise self.died(error, {}) from error
         except (ValueError, TypeError, LookupError) as error:
-            hint = "is no OpenAI-compatible API; OPENAI_BASE_URL mostly ends in /v1"
-            raise EngineDied(f"the endpoint {self.address} {hint}.") from error
+            raise EngineDied(
+                f"{self.address} lists no models as an OpenAI API does; {ADVICE[404]}."
+            ) from error
 
-    def died(self, error: Exception, body: dict[str, Any]) -> EngineDied:
-        """The error of a request that failed."""
-        return EngineDied(explain(error, self.settings, body, self.models))
+    def died(self, error: Any, body: dict[str, Any]) -> EngineDied:
+        """What happened to a request, and what to do, in one line."""
+        status = getattr(error, "status_code", 0)
+        said = " ".join(str(getattr(error, "message", error)).split())[:300]
+        what = f"failed after {self.settings.retries} retries"
+        if status and no_quota(error.response):
+            status, what = 402, "refuses more requests"
+        elif status in (401, 403):
+            status, what = 401, "refuses the key"
+        elif status in (404, 405):
+            status, what = 404, f"has no model {self.model}, but {', '.join(self.models[:20]) or 'no list'}"
+        elif 400 <= status < 500 and status != 429:
+            name = getattr(error, "param", None) or next((key for key in body if key in said), "the request")
+            value = f"={body[name]!r}" if name in body and name != "messages" else ""
+            status, what = 400, f"refuses {name}{value}"
+        elif not status and error.__cause__:
+            said += f" ({type(error.__cause__).__name__}: {error.__cause__})"
+        advice = ADVICE.get(status, ADVICE[500])
+        return EngineDied(f"the endpoint {self.address} {what}: {said}; {advice}.")
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """As `RolloutEngine.generate`. Raises `Unanswerable`: a prompt without text, or stop tokens; and
@@ -84,89 +167,78 @@ class EndpointEngine(RolloutEngine):
     def sampled(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """The rollouts as they come, `in_flight` requests at a time. Daemon threads: they delay no exit."""
         pairs = [(i, s) for i in range(len(prompts)) for s in range(sampling.n)]
-        todo, lock, over = iter(pairs), threading.Lock(), threading.Event()
-        done: queue.SimpleQueue[tuple[Rollout, list[str]] | Exception | None] = queue.SimpleQueue()
+        workers = running = min(self.settings.in_flight, len(pairs))
+        todo = [*[None] * workers, *pairs[::-1]]  # taken from its end, and a None ends a worker
+        done: queue.SimpleQueue[Rollout | Exception | None] = queue.SimpleQueue()
+        odd, failed = list[str](), list[Exception]()
 
         def work() -> None:
-            while not over.is_set():
-                with lock:
-                    job = next(todo, None)
-                if job is None:
-                    break
+            while job := todo.pop():
                 try:
-                    done.put(self.ask(prompts[job[0]], *job, sampling))
+                    done.put(self.ask(prompts[job[0]], *job, sampling, odd))
                 except Exception as error:  # raised again in the caller's thread
-                    over.set()
+                    del todo[workers:]
                     done.put(error)
             done.put(None)
 
-        working, odd, failed = min(self.settings.in_flight, len(pairs)), Counter[str](), list[Exception]()
-        for _ in range(working):
+        for _ in range(workers):
             threading.Thread(target=work, daemon=True).start()
         try:
-            while working:
+            while running:
                 found = done.get()
-                if found is None:
-                    working -= 1
-                elif isinstance(found, Exception):
-                    failed.append(found)
-                else:
-                    odd.update(found[1])
-                    yield found[0]
+                if isinstance(found, Rollout):
+                    yield found
+                running -= found is None
+                failed += [found] if isinstance(found, Exception) else []
         finally:
-            over.set()
+            del todo[workers:]
         if odd:
-            told = ", ".join(f"{number} {what}" for what, number in sorted(odd.items()))
+            told = ", ".join(f"{number} {what}" for what, number in sorted(Counter(odd).items()))
             print(f"endpoint: of {len(pairs)} completions {told}", file=sys.stderr)
         if failed:
             raise failed[0]
 
-    def ask(
-        self, prompt: Prompt, index: int, sample: int, sampling: SamplingParams
-    ) -> tuple[Rollout, list[str]]:
-        """One rollout, and what is strange about it."""
-        text, tokens, reason = self.answer(self.body(prompt, index, sample, sampling))
-        odd = [] if reason in ("stop", "length") else [f"ended by {reason}"]
+    def ask(self, prompt: Prompt, index: int, sample: int, params: SamplingParams, odd: list[str]) -> Rollout:
+        """One rollout; what is strange about it goes into `odd`. Its seed is a hash of (seed, index, sample),
+        of 31 bits, which every server takes."""
+        name = f"{params.seed} {params.first_index + index} {sample}".encode()
+        question = template_named(prompt.template).text.format(question=prompt.problem.question)
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
+        body |= {"temperature": params.temperature, "top_p": params.top_p}
+        if self.settings.send_seed:
+            body["seed"] = int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
+        body |= {"stop": list(params.stop)} if params.stop and not params.ignore_eos else {}
+        more = {
+            key: value for key in ("top_k", "min_tokens", "ignore_eos") if (value := getattr(params, key))
+        }
+        text, tokens, reason = self.answer(body, params.max_tokens, more)
+        odd += [] if reason in ("stop", "length") else [f"ended by {reason}"]
         odd += [] if text.strip() else ["without text"]
         odd += ["without usage, so that their length is in bytes"] if tokens is None else []
         n = len(text.encode(errors="replace")) if tokens is None else tokens
-        rollout = Rollout(prompt, index, sample, [0] * n, [float("nan")] * n, REASONS[reason], text=text)
-        return rollout, odd
+        return Rollout(prompt, index, sample, [0] * n, [float("nan")] * n, REASONS[reason], text=text)
 
-    def body(self, prompt: Prompt, index: int, sample: int, sampling: SamplingParams) -> dict[str, Any]:
-        """A request; its seed is a hash of (seed, index, sample), of 31 bits, which every server takes."""
-        name = f"{sampling.seed} {sampling.first_index + index} {sample}".encode()
-        question = template_named(prompt.template).text.format(question=prompt.problem.question)
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
-        body |= {
-            self.limit: sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-        }
-        if self.settings.send_seed:
-            body["seed"] = int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
-        body |= {"stop": list(sampling.stop)} if sampling.stop and not sampling.ignore_eos else {}
-        names = ("top_k", "min_tokens", "ignore_eos")  # vLLM's, SGLang's and others' own
-        more = {name: value for name in names if (value := getattr(sampling, name))}
-        return body | ({"extra_body": more} if more else {})
-
-    def answer(self, body: dict[str, Any]) -> tuple[str, int | None, str]:
-        """See `completion`. An answer that is none is requested again, as often as a failed request.
-        Raises `EngineDied`."""
+    def answer(self, body: dict[str, Any], limit: int, more: dict[str, Any]) -> tuple[str, int | None, str]:
+        """See `completion`. `more` is what vLLM, SGLang and others add to the API. An answer that is none is
+        requested again, as often as the client retries a request. Raises `EngineDied`."""
         import openai
 
         for left in range(self.settings.retries, -1, -1):
+            own = body | {self.limit: limit}
             try:
-                return completion(self.client.chat.completions.with_raw_response.create(**body).text)
+                raw = self.client.chat.completions.with_raw_response.create(**own, extra_body=more or None)
+                return completion(raw.text)
             except openai.OpenAIError as error:
-                if "max_tokens" not in body or "max_completion_tokens" not in str(error):
-                    raise self.died(error, body | body.get("extra_body", {})) from error
+                if "max_tokens" not in own or "max_completion_tokens" not in str(error):
+                    raise self.died(error, own | more) from error
                 self.limit = "max_completion_tokens"
                 break
-            except Nonsense as error:
+            except ValueError as error:
                 if not left:
-                    raise EngineDied(f"the endpoint {self.address} answers with {error}") from error
-        return self.answer({self.limit if key == "max_tokens" else key: body[key] for key in body})
+                    raise EngineDied(
+                        f"the endpoint {self.address} answers with {error}; {ADVICE[500]}."
+                    ) from error
+        return self.answer(body, limit, more)
 
     def load_weights(self, source: Any, version: int) -> None:
         """Raises `StaleWeights`: a served model has its own."""

@@ -76,8 +76,7 @@ def test_reject_keeps_what_a_served_teacher_solves_and_describes_it(serve, here,
     assert "reject: 1 copies of math500 are left out" in out and "completion, characters: mean " in out
     card = (folder / "README.md").read_text()
     for part in (
-        "language: [en", "size_categories: [n<1K]", "data_files: corpus.jsonl", "| problems | 5 of sums.jsonl |",
-        "| benchmarks | 1 copies of math500 are left out |", "org/teacher, served at http://127.0.0.1",
+        "language: [en", "size_categories: [n<1K]", "data_files: corpus.jsonl", "| problems | 5 of sums.jsonl; 1 copies of math500 are left out |", "org/teacher, served at http://127.0.0.1",
         "| kept | 10 |", "| more than keep | 5 |", "| source reject:sums | 10 |", "| kind math | ",
         "3 a problem, template boxed, at most 96 tokens, temperature 1, seed 0",
     ):  # fmt: skip
@@ -87,7 +86,7 @@ def test_reject_keeps_what_a_served_teacher_solves_and_describes_it(serve, here,
         f"| completion, characters | {round(sum(sizes) / 11)} | {sizes[5]} | {sizes[9]} | {sizes[10]} |"
         in card
     )
-    assert "tokens |" not in card.partition("## Contents")[2], "the teacher's tokenizer is not known"
+    assert "tokens |" not in card.partition("| length |")[2], "the teacher's tokenizer is not known"
 
 
 def test_the_card_counts_each_filter(serve, here):
@@ -99,7 +98,7 @@ def test_the_card_counts_each_filter(serve, here):
     assert main(REJECT.split()) == 0
     card = (here / "runs/tiny/reject/README.md").read_text()
     for line in (
-        "wrong | 3", "not readable | 3", "not thinking, then an answer | 3", "kept | 1", "repeated | 2",
+        "wrong | 3", "not readable | 3", "not in format | 3", "kept | 1", "repeated | 2",
         "in another language | 3",
     ):  # fmt: skip
         assert f"| {line} |" in card, (line, card)
@@ -113,7 +112,7 @@ def files(folder):
     return (
         (folder / "corpus.jsonl").read_bytes(),
         rows,
-        card.replace("Rejection-sampled corpus other", "X").replace("Rejection-sampled corpus tiny", "X"),
+        card.replace("Corpus of the run other", "X").replace("Corpus of the run tiny", "X"),
     )
 
 
