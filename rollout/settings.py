@@ -117,9 +117,7 @@ class RolloutSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers and self.engine == "endpoint":
-            raise ValueError(
-                f"workers={self.workers} must be 0 with engine endpoint: set endpoint.in_flight."
-            )
+            raise ValueError(f"workers={self.workers} must be 0 with engine endpoint: set its in_flight.")
         if self.workers and self.vllm.data_parallel > 1:
             raise ValueError(
                 f"workers={self.workers} and vllm.data_parallel={self.vllm.data_parallel} both set the "

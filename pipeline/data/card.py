@@ -1,4 +1,4 @@
-"""The data card of a corpus, README.md in the form of the hub's dataset cards, made from the rows themselves."""
+"""The data card of a corpus, README.md in the form of the hub's dataset cards, made from its rows."""
 
 import math
 from collections import Counter
@@ -11,20 +11,23 @@ from rollout.text.tokenizer import as_data, encode_text
 
 COLUMNS = ("mean", "median", "90 %", "99 %", "longest")
 CARD = """---
-language: [{languages}]
+language: [{}]
 task_categories: [text-generation]
-size_categories: [{size}]
+size_categories: [{}]
 tags: [reasoning, rejection-sampling]
-configs:
-- config_name: default
-  data_files: corpus.jsonl
+configs: [{{config_name: default, data_files: corpus.jsonl}}]
 ---
-# {title}
+# Rejection-sampled corpus
 
 One JSON object a line: `id`, `question`, `completion`, `answer`, `language`, `kind`, `source`. Questions have
 their sources' licences, completions the teacher's terms.
 
-{tables}
+{}
+
+## Settings
+
+```toml
+{}```
 """
 
 
@@ -36,43 +39,34 @@ def lengths(values: Iterable[int]) -> list[int]:
 
 
 def corpus_card(
-    title: str,
     rows: Sequence[Row],
-    facts: Mapping[str, str],
+    facts: Mapping[str, object],
     fates: Mapping[str, int],
-    tokenizer: Tokenizer | None,
+    toml: str,
+    of: Tokenizer | None,
 ) -> tuple[str, str]:
-    """The card of `corpus.jsonl`, and the lengths of its completions in one line.
-
-    Args:
-        facts: where questions and answers come from, by name.
-        fates: sampled completions by what became of them.
-        tokenizer: counts tokens beside characters.
-    """
+    """The card of corpus.jsonl, and the lengths of its completions in one line; in tokens too with the
+    tokenizer `of` the teacher. `fates`: sampled completions by what became of them; `toml`: the settings."""
     sizes = {"question, characters": lengths(len(row.question) for row in rows)}
     sizes["completion, characters"] = lengths(len(row.completion) for row in rows)
-    if tokenizer:
-        ids = (encode_text(tokenizer, as_data(tokenizer, row.completion)) for row in rows)
-        sizes["completion, tokens"] = lengths(map(len, ids))
+    if of:
+        sizes["completion, tokens"] = lengths(len(encode_text(of, as_data(of, r.completion))) for r in rows)
     groups = {key: Counter(getattr(row, key) for row in rows) for key in ("source", "kind", "language")}
-    tables = [
+    counts = [(f"{key} {name}", n) for key, found in groups.items() for name, n in sorted(found.items())]
+    tables: list[list[Sequence[object]]] = [
         [("origin", ""), *facts.items()],
         [("sampled completions", "number"), *fates.items()],
-        [
-            ("rows", len(rows)),
-            *((f"{k} {name}", n) for k, of in groups.items() for name, n in sorted(of.items())),
-        ],
+        [("rows", len(rows)), *counts],
         [("length", *COLUMNS), *((name, *values) for name, values in sizes.items())],
     ]
     for table in tables:
         table.insert(1, ["---"] * len(table[0]))
-    cells = [[[str(cell).replace("|", "\\|") for cell in line] for line in table] for table in tables]
-    text = "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in cells)
+    lines = [
+        [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in table] for table in tables
+    ]
+    text = "\n\n".join("\n".join(f"| {line} |" for line in table) for table in lines)
     size = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")[
         min(4, max(0, len(str(len(rows))) - 3))
     ]
-    languages = ", ".join(sorted(groups["language"]))
-    line = ", ".join(
-        f"{column} {value:,}" for column, value in zip(COLUMNS, [*sizes.values()][-1], strict=True)
-    )
-    return CARD.format(title=title, size=size, languages=languages, tables=text), f"{[*sizes][-1]}: {line}"
+    said = ", ".join(f"{column} {n:,}" for column, n in zip(COLUMNS, [*sizes.values()][-1], strict=True))
+    return CARD.format(", ".join(sorted(groups["language"])), size, text, toml), f"{[*sizes][-1]}: {said}"

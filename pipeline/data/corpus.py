@@ -82,8 +82,8 @@ def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:
 
 
 def exchange(row: JsonObject, left: Counter[str]) -> tuple[str, str | None]:
-    """A conversation's first question, "" without one, and the answer after it; of Alpaca, the output. What is
-    not used is counted in `left`. Raises `BadRow`: a turn whose role or text is none."""
+    """A conversation's first question, "" without one, and the answer after it; of Alpaca, the output. What
+    is not used is counted in `left`. Raises `BadRow`: a turn whose role or text is none."""
     for key in ("messages", "conversations"):
         said, every = turns(value := json_of(row.get(key))), value if isinstance(value, list) else []
         roles = [role for role, _ in said]
@@ -100,8 +100,8 @@ def exchange(row: JsonObject, left: Counter[str]) -> tuple[str, str | None]:
 
 
 def to_row(row: JsonObject, source: str, index: int, left: Counter[str]) -> Row | None:
-    """A row of any known shape; None of a public one whose trace is not complete, or not right. What it leaves
-    out is counted in `left`. Raises `BadRow`: it has another shape, or null where text belongs."""
+    """A row of any known shape; None of a public one whose trace is not complete, or not right. What it
+    leaves out is counted in `left`. Raises `BadRow`: it has another shape, or null where text belongs."""
     name = first(row, "id", "uuid", "unique_id", "question_id")
     values: JsonObject = {"id": f"{source}/{index}" if name is None else str(name), "source": source}
     asked, spoken = exchange(row, left)

@@ -52,19 +52,18 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
 def without_copies(
     train: Sequence[Problem], benchmarks: Sequence[str], folder: Path | None
 ) -> tuple[list[Problem], str]:
-    """`train` less the copies of problems of the named benchmarks, and one line on what was done. A benchmark
-    that cannot be read is named there. Raises `UserError`: nothing is left."""
-    heldout, unread = list[Problem](), dict[str, UserError]()
+    """`train` less the copies of problems of `benchmarks`, and one line on it, which also names those that
+    cannot be read. Raises `UserError`: nothing is left."""
+    heldout, unread = list[Problem](), dict[str, str]()
     for name in benchmarks:
         try:
             heldout += problems(name, data_dir=folder)
         except UserError as error:
-            unread[name] = error
-    kept = decontaminate(train, heldout)
-    read = ", ".join(name for name in benchmarks if name not in unread) or "no benchmark"
-    line = f"{len(train) - len(kept)} copies of {read} are left out"
-    if unread:
-        line += f"; not compared with {', '.join(unread)}, for want of: {str([*unread.values()][0])[:150]}"
+            unread[name] = f"; not compared with {name} ({str(error).removeprefix(f'{name}: ')[:60]})"
+    kept, read = decontaminate(train, heldout), [name for name in benchmarks if name not in unread]
+    line = f"{len(train) - len(kept)} copies of {', '.join(read) or 'no benchmark'} are left out"
     if train and not kept:
-        raise UserError(f"all {len(train)} problems are copies of {read}; take others, or set --heldout")
-    return kept, line
+        raise UserError(
+            f"all {len(train)} problems are copies of {', '.join(read)}: take others, or --heldout"
+        )
+    return kept, line + "".join(unread.values())

@@ -21,7 +21,7 @@ from rollout.types import Problem
 
 
 def pooled(config: GeneratingSettings, tokenizer: Tokenizer, model: Path | None, seed: int) -> list[Problem]:
-    """Training problems of all sources, one after the other, for the model directory `model`, if there is one.
+    """Training problems of all sources, one after the other, for the model directory `model`, if any.
     Raises `UserError`: a source cannot be read, or none of its problems fits the model's context."""
     data, most = config.data, config.pool
     load = partial(problems, count=most, split="train", seed=seed, data_dir=data, rows=config)

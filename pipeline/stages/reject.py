@@ -22,8 +22,8 @@ from pipeline.run.files import read_json, write_atomic
 from pipeline.run.metrics import say
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import RejectSettings
-from pipeline.train.place import Place
 from pipeline.tools.open import open_served
+from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts
 from pipeline.train.rollouts import Watch, mean, transcript
 from rewards.reward import Scorer
@@ -57,9 +57,9 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     done, rows, fates = 0, list[Row](), Counter[str]()
     if newest := run_dir.latest():
         done, rows = newest[0], [Row(**row) for row in read_log(newest[1] / "kept.jsonl")]
-        state = read_json(newest[1] / "state.json")
-        fates.update(state.get("fates", {}))
-        watch.load_state_dict(state.get("watch", watch.state_dict()))
+        if state := read_json(newest[1] / "state.json"):
+            fates.update(state["fates"])
+            watch.load_state_dict(state["watch"])
 
     def save(folder: Path) -> None:
         write_corpus(folder / "kept.jsonl", rows)
@@ -108,18 +108,11 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
         way = f"train {config.init_from} longer, or take another --template or model"
         raise UserError(f"reject kept nothing of {len(pool)} problems ({why}): {way}")
     rows += curated_rows("general", config.general, config.seed + 2, "general")
-    hashes, limits = run_dir.environment()["inputs"], f"{config.max_tokens} tokens"
-    of = f"sha256 {hashes.get(str(start), start.name)}" if start else f"served at {address()}"
-    facts = {
-        "problems": f"{len(pool)} of {', '.join(config.problems)}; {apart}",
-        "teacher": f"{config.init_from}, {of}",
-        "sampling": f"{config.samples} a problem, template {config.template}, at most {limits}, temperature "
-        f"{config.temperature:g}, seed {config.seed}",
-        "kept": f"at most {config.keep} a problem; {config.general} rows of general data are added",
-        "made by": f"`{run_dir.command}`",
-    }
-    own = tokenizer if policy is not None else None
-    card, sizes = corpus_card(f"Corpus of the run {config.name}", rows, facts, fates, own)
+    digest = run_dir.environment()["inputs"].get(str(start), start and start.name)
+    teacher = f"{config.init_from}, {f'sha256 {digest}' if start else f'served at {address()}'}"
+    facts = {"teacher": teacher, "problems": len(pool), "benchmarks": apart, "run with": run_dir.command}
+    toml = (run_dir.path / "config.toml").read_text()
+    card, sizes = corpus_card(rows, facts, fates, toml, tokenizer if start else None)
     write_atomic(run_dir.path / "README.md", card)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     print(f"reject: {len(rows)} rows kept -> {run_dir.path / 'corpus.jsonl'}; {sizes}")

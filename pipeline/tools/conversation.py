@@ -35,9 +35,7 @@ class Conversation:
     def __init__(self, config: ModelSettings) -> None:
         """Raises `UserError`: no such model, one without a tokenizer, or one that is served elsewhere."""
         if config.engine == "endpoint":
-            raise UserError(
-                "--engine endpoint has no token ids, which chat and serve need; see evaluate, generate"
-            )
+            raise UserError("engine endpoint has no token ids, which chat and serve need; see generate")
         self.engine, self.tokenizer = open_speaker(config)
         try:
             self.context, self.vocabulary = context_and_vocabulary(config.model, config.vllm.context)

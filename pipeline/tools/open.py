@@ -11,8 +11,8 @@ from pipeline.errors import UserError
 from pipeline.run.files import read_json
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
-from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.endpoint.engine import byte_tokenizer
+from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import ENGINES, open_engine
 from rollout.settings import EndpointSettings, EngineName, RolloutSettings
 from rollout.text.templates import template_named

@@ -111,9 +111,7 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
         goal = stage.name in goals
         if goal or not (run / stage.name / "done.json").exists():
             settings = [*shared, *(flags if goal else ["--resume"])]
-            chosen = load(
-                stage, files[stage], settings
-            )  # refuse a wrong one before a stage takes its minutes
+            chosen = load(stage, files[stage], settings)  # refuse a wrong one before minutes of work
             check_device(chosen)
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
             announcement = f"{complete}: {stage.name}" if complete else needed

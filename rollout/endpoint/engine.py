@@ -1,13 +1,12 @@
 """An OpenAI-compatible API as an engine: any served model, sampled in text.
 
-Address and key are OPENAI_BASE_URL and OPENAI_API_KEY, as for OpenAI's client, which also retries: lost
-connections, timeouts, rate limits (after the time that the server names), server errors. Each rollout is one
-chat request: the template's text as the only message, without system prompt or prefill, inside the server's
-own chat template. A setting that the server refuses is an error that names it. top_k 0 is not sent, since the
-API does not know it: there a server's own default holds.
+Each rollout is one chat request: the template's text as the only message, without system prompt or prefill,
+inside the server's own chat template. A setting that the server refuses is an error that names it; top_k 0 is
+not sent, since the API does not know it. Address and key are OPENAI_BASE_URL and OPENAI_API_KEY, as for
+OpenAI's client, which also retries: lost connections, timeouts, rate limits, server errors.
 
-An API returns no token ids. A rollout has zeros in their place, as many as the server's `usage` counts, NaN as
-log-probabilities, and its `text`. Nothing can be trained on such tokens.
+An API returns no token ids. A rollout has zeros in their place, as many as the server's `usage` counts, NaN
+as log-probabilities, and its `text`. Nothing can be trained on such tokens.
 """
 
 import hashlib
@@ -19,13 +18,14 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from transformers import PreTrainedTokenizerFast
 
-from rollout.engine import EngineDied, RolloutEngine, StaleWeights, Unanswerable
+from rollout.engine import EngineDied, RolloutEngine, Unanswerable
 from rollout.settings import RolloutSettings
 from rollout.text.templates import template_named
 from rollout.text.tokenizer import train_tokenizer
@@ -38,8 +38,6 @@ REASONS: dict[str, FinishReason] = {
 }
 NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "exceeded_current_quota_error")
 """Codes of a status 429 that no waiting mends."""
-MOST_TOKENS = 1 << 24
-"""Of one completion; a `usage` with more is no count."""
 ADVICE = {
     0: "check OPENAI_BASE_URL and the server, or raise endpoint.timeout_s",
     400: "choose another value; endpoint.send_seed false sends no seed",
@@ -84,11 +82,9 @@ def completion(text: str) -> tuple[str, int | None, str]:
         answer = json.loads(text)
         choice, usage = answer["choices"][0], answer.get("usage") or {}
         message, reason, tokens = choice["message"], choice["finish_reason"], usage.get("completion_tokens")
-        said, thought = (
-            message.get("content") or "",
-            message.get("reasoning_content") or message.get("reasoning") or "",
-        )
-        counted = tokens is None or (type(tokens) is int and 0 <= tokens <= MOST_TOKENS)
+        said = message.get("content") or ""
+        thought = message.get("reasoning_content") or message.get("reasoning") or ""
+        counted = tokens is None or (type(tokens) is int and 0 <= tokens < 1 << 24)  # more is no count
         if reason not in REASONS or not (counted and isinstance(said, str) and isinstance(thought, str)):
             raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
@@ -107,7 +103,7 @@ class EndpointEngine(RolloutEngine):
 
     def __init__(self, model: Path | str, settings: RolloutSettings, *, policy: Any = None, **_: Any) -> None:
         """Raises `ValueError`: an environment that cannot be used, or a `policy` to generate from;
-        `ModuleNotFoundError`: no client; `EngineDied`: no API answers, or it refuses the key."""
+        `ModuleNotFoundError`: no client."""
         if policy is not None:
             uses = "reject takes it, and evaluate and generate as --engine endpoint"
             raise ValueError(f"rollout.engine = 'endpoint' returns no token ids to train on; {uses}.")
@@ -115,7 +111,7 @@ class EndpointEngine(RolloutEngine):
             import openai
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("engine endpoint needs openai: pip install -e '.[endpoint]'") from error
-        self.model, self.settings, self.models = str(model), settings.endpoint, list[str]()
+        self.model, self.settings = str(model), settings.endpoint
         self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
         key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers read none, the client wants one
         try:
@@ -126,16 +122,6 @@ class EndpointEngine(RolloutEngine):
             self.client = openai.OpenAI(api_key=key, http_client=http, max_retries=retries, timeout=timeout)
         except Exception as error:  # of the client, its transport, or the encoding
             raise ValueError(f"OPENAI_BASE_URL or OPENAI_API_KEY cannot be used: {error}") from error
-        try:
-            listing = self.client.with_options(max_retries=min(1, retries)).models.with_raw_response.list()
-            self.models = [str(served["id"]) for served in json.loads(listing.text)["data"]]
-        except openai.OpenAIError as error:
-            if getattr(error, "status_code", 0) not in (404, 405, 501):  # some have no list
-                raise self.died(error, {}) from error
-        except (ValueError, TypeError, LookupError) as error:
-            raise EngineDied(
-                f"{self.address} lists no models as an OpenAI API does; {ADVICE[404]}."
-            ) from error
 
     def died(self, error: Any, body: dict[str, Any]) -> EngineDied:
         """What happened to a request, and what to do, in one line."""
@@ -147,15 +133,16 @@ class EndpointEngine(RolloutEngine):
         elif status in (401, 403):
             status, what = 401, "refuses the key"
         elif status in (404, 405):
-            status, what = 404, f"has no model {self.model}, but {', '.join(self.models[:20]) or 'no list'}"
+            status, what = 404, f"has no model {self.model}"
+            with suppress(Exception):  # some have no list
+                what += f", but {', '.join(str(served.id) for served in self.client.models.list().data[:20])}"
         elif 400 <= status < 500 and status != 429:
             name = getattr(error, "param", None) or next((key for key in body if key in said), "the request")
             value = f"={body[name]!r}" if name in body and name != "messages" else ""
             status, what = 400, f"refuses {name}{value}"
         elif not status and error.__cause__:
             said += f" ({type(error.__cause__).__name__}: {error.__cause__})"
-        advice = ADVICE.get(status, ADVICE[500])
-        return EngineDied(f"the endpoint {self.address} {what}: {said}; {advice}.")
+        return EngineDied(f"the endpoint {self.address} {what}: {said}; {ADVICE.get(status, ADVICE[500])}.")
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """As `RolloutEngine.generate`. Raises `Unanswerable`: a prompt without text, or stop tokens; and
@@ -208,9 +195,7 @@ class EndpointEngine(RolloutEngine):
         if self.settings.send_seed:
             body["seed"] = int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
         body |= {"stop": list(params.stop)} if params.stop and not params.ignore_eos else {}
-        more = {
-            key: value for key in ("top_k", "min_tokens", "ignore_eos") if (value := getattr(params, key))
-        }
+        more = {key: v for key in ("top_k", "min_tokens", "ignore_eos") if (v := getattr(params, key))}
         text, tokens, reason = self.answer(body, params.max_tokens, more)
         odd += [] if reason in ("stop", "length") else [f"ended by {reason}"]
         odd += [] if text.strip() else ["without text"]
@@ -239,10 +224,6 @@ class EndpointEngine(RolloutEngine):
                         f"the endpoint {self.address} answers with {error}; {ADVICE[500]}."
                     ) from error
         return self.answer(body, limit, more)
-
-    def load_weights(self, source: Any, version: int) -> None:
-        """Raises `StaleWeights`: a served model has its own."""
-        raise StaleWeights(f"{self.model} at {self.address} takes no weights.")
 
     def close(self) -> None:
         """Close the connections."""
