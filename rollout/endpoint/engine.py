@@ -88,7 +88,7 @@ def completion(text: str) -> tuple[str, int | None, str]:
         if reason not in REASONS or not (counted and isinstance(said, str) and isinstance(thought, str)):
             raise ValueError
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise ValueError(f"no chat completion: {reprlib.repr(text)}") from None
+        raise ValueError(f"with no chat completion: {reprlib.repr(text)}") from None
     said += end if isinstance(end := choice.get("stop_reason"), str) else ""  # vLLM's: the stop string
     if thought.strip():
         closed = "\n</think>\n" if said or reason != "length" else ""  # else it was cut in its thinking
@@ -113,9 +113,12 @@ class EndpointEngine(RolloutEngine):
             raise ModuleNotFoundError("engine endpoint needs openai: pip install -e '.[endpoint]'") from error
         self.model, self.settings = str(model), settings.endpoint
         self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # local servers read none, the client wants one
+        key = (
+            os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        )  # local servers read none, the client does
         try:
-            key.encode("ascii")
+            if not (key.isascii() and key.isprintable()):
+                raise ValueError("the key is not printable ASCII")
             self.address = address()
             http = openai.DefaultHttpxClient(event_hooks={"response": [no_quota]})
             retries, timeout = self.settings.retries, self.settings.timeout_s
@@ -137,7 +140,8 @@ class EndpointEngine(RolloutEngine):
             with suppress(Exception):  # some have no list
                 what += f", but {', '.join(str(served.id) for served in self.client.models.list().data[:20])}"
         elif 400 <= status < 500 and status != 429:
-            name = getattr(error, "param", None) or next((key for key in body if key in said), "the request")
+            named = getattr(error, "param", None), *(key for key in body if key in said), "the request"
+            name = next(str(of) for of in named if of)
             value = f"={body[name]!r}" if name in body and name != "messages" else ""
             status, what = 400, f"refuses {name}{value}"
         elif not status and error.__cause__:
@@ -221,7 +225,7 @@ class EndpointEngine(RolloutEngine):
             except ValueError as error:
                 if not left:
                     raise EngineDied(
-                        f"the endpoint {self.address} answers with {error}; {ADVICE[500]}."
+                        f"the endpoint {self.address} answers {error}; {ADVICE[500]}."
                     ) from error
         return self.answer(body, limit, more)
 

@@ -35,7 +35,8 @@ def here(tmp_path, monkeypatch):
     Path("math500.jsonl").write_text(json.dumps({"problem": "3 + 3 = ?", "answer": "6"}) + "\n")
     Path("reject.toml").write_text(
         'problems = ["sums.jsonl"]\nsamples = 3\nkeep = 2\ngeneral = 1\ntemplate = "boxed"\nthreads = 1\n'
-        'heldout = ["math500"]\nprompts_per_step = 2\n[rollout]\nengine = "endpoint"\n[rollout.endpoint]\nretries = 0\n'
+        'heldout = ["math500"]\nprompts_per_step = 2\n'
+        '[rollout]\nengine = "endpoint"\n[rollout.endpoint]\nretries = 0\n'
     )
     return tmp_path
 
@@ -77,7 +78,8 @@ def test_reject_keeps_what_a_served_teacher_solves_and_describes_it(serve, here,
     card = (folder / "README.md").read_text()
     for part in (
         "language: [en", "size_categories: [n<1K]", "data_files: corpus.jsonl", "| problems | 5 |",
-        "| benchmarks | 1 copies of math500 are left out |", 'problems = [\n    "sums.jsonl",\n]', "samples = 3\n", "org/teacher, served at http://127.0.0.1",
+        "| benchmarks | 1 copies of math500 are left out |", "org/teacher, served at http://127.0.0.1",
+        'problems = [\n    "sums.jsonl",\n]', "samples = 3\n",
         "| kept | 10 |", "| more than keep | 5 |", "| source reject:sums | 10 |", "| kind math | ",
     ):  # fmt: skip
         assert part in card, (part, card)
@@ -91,7 +93,8 @@ def test_reject_keeps_what_a_served_teacher_solves_and_describes_it(serve, here,
 
 def test_the_card_counts_each_filter(serve, here):
     replies = {
-        "1": chat("3", reasoning="no"), "2": chat("<think>\na\na\n</think>\n\\boxed{4}"), "4": chat("\\boxed{8}"),
+        "1": chat("3", reasoning="no"), "2": chat("<think>\na\na\n</think>\n\\boxed{4}"),
+        "4": chat("\\boxed{8}"),
         "5": chat("\\boxed{10}", reasoning="Fine."), "6": chat("\\boxed{12}", reasoning="不是英文的话"),
     }  # fmt: skip
     serve(lambda body, n: replies[body["messages"][0]["content"][0]])

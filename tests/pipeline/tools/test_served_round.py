@@ -15,7 +15,7 @@ SUMS = [{"question": f"{n}+{n}=?", "answer": str(2 * n)} for n in range(1, 7)]
 
 
 def test_our_own_server_and_the_engine_agree(tokenizer, running, monkeypatch, tmp_path):
-    """Greedy, through the API and from the weights: the same text of the same length, question by question."""
+    """Greedy, through the API and from the weights: the same text and length, question by question."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SUMS))
