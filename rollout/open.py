@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
 from rollout.checkpoint import eos_of, read_config
+from rollout.endpoint.engine import EndpointEngine
 from rollout.engine import RolloutEngine
 from rollout.local import LOCAL, engine_name, open_local
 from rollout.pool.engine import RolloutPool
@@ -22,6 +23,7 @@ ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "native": open_local,
     "dense": open_local,
     "vllm": VllmEngine,
+    "endpoint": EndpointEngine,
 }
 """Each opens an engine from the arguments of `open_local`. The names are `EngineName`, `auto` apart."""
 

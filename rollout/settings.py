@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Settings
 
-EngineName = Literal["auto", "native", "dense", "vllm"]
+EngineName = Literal["auto", "native", "dense", "vllm", "endpoint"]
 DtypeName = Literal["float32", "bfloat16"]
 Switch = Literal["auto", "on", "off"]
 GiB = Annotated[float, Range(0, 1 << 20, open_low=True)]
@@ -71,12 +71,28 @@ class VllmSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EndpointSettings(Settings):
+    """Engine endpoint: a model served by an OpenAI-compatible API at OPENAI_BASE_URL, key OPENAI_API_KEY."""
+
+    in_flight: Annotated[int, Range(1, 1_024)] = 16
+    """Requests at once, at most; each is one completion."""
+    timeout_s: Positive = 600.0
+    """Seconds that a request may take."""
+    retries: Natural = 5
+    """Repetitions of a request that fails in a way that may pass: a lost connection, a timeout, a rate limit
+    (after the time that the server names, up to two minutes), a server error, an answer that is none."""
+    send_seed: bool = True
+    """Send each request a seed of its own; off for servers that refuse one: then no sampling repeats."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutSettings(Settings):
     """The engine that generates RL's completions."""
 
     engine: EngineName = "auto"
     """auto = in the trainer's process and from its own weights: native for DeepSeek-V3 policies, dense
-    (transformers) for all others. vllm: the make targets set up an environment with it (.venv-vllm)."""
+    (transformers) for all others. vllm: the make targets set up an environment with it (.venv-vllm).
+    endpoint: reject only; `init_from` is the served model's name."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights of engines that have their own: vLLM, and workers. auto = the trainer's arithmetic:
     float32, or bfloat16 for precisions bfloat16 and fp8; without a trainer (reject) the checkpoint's own on a
@@ -95,9 +111,13 @@ class RolloutSettings(Settings):
     """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
+    endpoint: EndpointSettings = field(default_factory=EndpointSettings)
+    """Settings of engine endpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.workers and self.engine == "endpoint":
+            raise ValueError(f"workers={self.workers} must be 0 with engine endpoint: set its in_flight.")
         if self.workers and self.vllm.data_parallel > 1:
             raise ValueError(
                 f"workers={self.workers} and vllm.data_parallel={self.vllm.data_parallel} both set the "

@@ -114,6 +114,8 @@ class Rollout:
     token has none, because no layer read it."""
     max_tokens: int = 0
     """Limit of completion tokens that it was sampled under; 0 = not recorded."""
+    text: str | None = None
+    """The completion as text, where an endpoint returns no token ids; its `token_ids` are then zeros."""
 
     def __post_init__(self) -> None:
         for name, code in (("token_ids", "i"), ("logprobs", "f")):

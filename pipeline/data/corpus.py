@@ -6,12 +6,16 @@ Ours are JSON lines. Public traces, of a file or the hub, are put into R1's form
     problem | question, generation(s)       `<think>..</think>` and the answer after it; of several the first
                                             that the row's own checks (`correctness_*`) found right
     problem | question, and a pair of THOUGHTS      thinking and answer under keys of their own
-    messages | conversations                the first turn of the user and of the assistant (TRL, ShareGPT,
+    messages | conversations                the user's first turn and the assistant's after it (TRL, ShareGPT,
                                             OpenThoughts with its own marks)
+    instruction, input, output              Alpaca's: the input follows the instruction
+
+What is left out of rows that are used, such as system prompts, is counted on the console.
 """
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +32,10 @@ THOUGHTS = {"deepseek_reasoning": "deepseek_solution", "reasoning_content": "con
 """Keys of thinking and of its answer (OpenThoughts-114k, distilled instructions)."""
 MARKS = re.compile(r"<\|(?:(begin)|end)_of_(?:(thought)|solution)\|>")
 """OpenThoughts-114k's around thinking and answer."""
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+"""Of the turns of a conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +58,13 @@ def read_corpus(source: Path | str, count: int = 0, seed: int = 0, rows: RowSett
     Raises `UserError`: no such file or data set, no usable row in it, or more bad ones than `rows` allows."""
     hub = parse_hub(str(source)) if str(source).startswith("hub:") else None
     stem, lines = (hub.path, hub_rows(hub)) if hub else (Path(source).stem, located(Path(source)))
-    named, tally = named_fields(rows.fields), Tally(str(source), rows)
-    found = tally.usable(lines, lambda row, i: to_row(plain(row, named), stem, i))
+    named, tally, left = named_fields(rows.fields), Tally(str(source), rows), Counter[str]()
+    found = tally.usable(lines, lambda row, i: to_row(plain(row, named), stem, i, left))
     kept = sampled((row for _, row in found if row), count, random.Random(f"corpus/{seed}"))
     tally.settle()
+    if left:
+        told = ", ".join(f"{what} of {number}" for what, number in sorted(left.items()))
+        print(f"{source}: left out {told} of its {tally.total} rows")
     if not kept:
         raise UserError(f"{source} has no rows with a complete trace")
     return kept
@@ -70,15 +81,32 @@ def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:
     return kept
 
 
-def to_row(row: JsonObject, source: str, index: int) -> Row | None:
-    """A row of any known shape; None of a public one whose trace is not complete, or not right.
-    Raises `BadRow`: it has another shape, or null where text belongs."""
+def exchange(row: JsonObject, left: Counter[str]) -> tuple[str, str | None]:
+    """A conversation's first question, "" without one, and the answer after it; of Alpaca, the output. What
+    is not used is counted in `left`. Raises `BadRow`: a turn whose role or text is none."""
+    for key in ("messages", "conversations"):
+        said, every = turns(value := json_of(row.get(key))), value if isinstance(value, list) else []
+        roles = [role for role, _ in said]
+        if wrong := next((role for role in roles if role not in ROLES), ""):
+            raise BadRow(f"{key}: a turn's role is {wrong!r}; expected one of {', '.join(ROLES)}")
+        if len(said) < len(every):
+            raise BadRow(f"{key}: {len(every) - len(said)} of {len(every)} turns have no text")
+        if "user" in roles:
+            at = roles.index("user")
+            left.update(["system prompts"] * bool({"system", "developer"} & {*roles[:at]}))
+            left.update(["later turns"] * (len(said) > at + 2))
+            return said[at][1], said[at + 1][1] if roles[at + 1 : at + 2] == ["assistant"] else None
+    return "", row.get("output") if "instruction" in row else None
+
+
+def to_row(row: JsonObject, source: str, index: int, left: Counter[str]) -> Row | None:
+    """A row of any known shape; None of a public one whose trace is not complete, or not right. What it
+    leaves out is counted in `left`. Raises `BadRow`: it has another shape, or null where text belongs."""
     name = first(row, "id", "uuid", "unique_id", "question_id")
     values: JsonObject = {"id": f"{source}/{index}" if name is None else str(name), "source": source}
-    talk = [turn for key in ("messages", "conversations") for turn in turns(json_of(row.get(key)))]
-    asked = next((text for role, text in talk if role == "user"), "")
+    asked, spoken = exchange(row, left)
     question = asked if asked and not first(row, "question", "problem") else question_of(row)
-    spoken = next((text for role, text in turns(row.get("completion")) or talk if role == "assistant"), None)
+    spoken = next((text for role, text in turns(row.get("completion")) if role == "assistant"), spoken)
     if "completion" in row:  # ours and TRL's stand as they are
         own = [field.name for field in fields(Row) if field.name != "id" and field.name in row]
         values |= {key: row[key] for key in own if row[key] is not None or key == "answer"}

@@ -2,8 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from pipeline.data.problems import problems
+from pipeline.errors import UserError
 from rollout.types import Problem
 
 NGRAM = 10
@@ -44,3 +47,23 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
         return bool(grams) and 2 * max(shared.values(), default=0) >= len(grams)
 
     return [problem for problem in train if not is_copy(problem)]
+
+
+def without_copies(
+    train: Sequence[Problem], benchmarks: Sequence[str], folder: Path | None
+) -> tuple[list[Problem], str]:
+    """`train` less the copies of problems of `benchmarks`, and one line on it, which also names those that
+    cannot be read. Raises `UserError`: nothing is left."""
+    heldout, unread = list[Problem](), dict[str, str]()
+    for name in benchmarks:
+        try:
+            heldout += problems(name, data_dir=folder)
+        except UserError as error:
+            unread[name] = f"; not compared with {name} ({str(error).removeprefix(f'{name}: ')[:60]})"
+    kept, read = decontaminate(train, heldout), [name for name in benchmarks if name not in unread]
+    line = f"{len(train) - len(kept)} copies of {', '.join(read) or 'no benchmark'} are left out"
+    if train and not kept:
+        raise UserError(
+            f"all {len(train)} problems are copies of {', '.join(read)}: take others, or --heldout"
+        )
+    return kept, line + "".join(unread.values())

@@ -20,8 +20,8 @@ from rollout.text.tokenizer import encode_example, encode_prompt
 from rollout.types import Problem
 
 
-def pooled(config: GeneratingSettings, tokenizer: Tokenizer, model: Path, seed: int) -> list[Problem]:
-    """Training problems of all sources, one after the other, for the model directory `model`.
+def pooled(config: GeneratingSettings, tokenizer: Tokenizer, model: Path | None, seed: int) -> list[Problem]:
+    """Training problems of all sources, one after the other, for the model directory `model`, if any.
     Raises `UserError`: a source cannot be read, or none of its problems fits the model's context."""
     data, most = config.data, config.pool
     load = partial(problems, count=most, split="train", seed=seed, data_dir=data, rows=config)
@@ -42,7 +42,7 @@ def hold_back(problem: Problem, share: float) -> Problem:
 
 
 def fitting(
-    found: Sequence[Problem], config: GeneratingSettings, tokenizer: Tokenizer, model: Path
+    found: Sequence[Problem], config: GeneratingSettings, tokenizer: Tokenizer, model: Path | None
 ) -> list[Problem]:
     """The problems whose prompt and `max_tokens` the context holds; others are counted on the console.
     Raises `UserError`: none is left, or the model's chat template cannot be used."""
@@ -50,7 +50,8 @@ def fitting(
         sizes = [len(encode_prompt(tokenizer, problem.question, config.template)) for problem in found]
     except ValueError as error:
         raise UserError(f"{model}: {error}") from error
-    most = min(filter(None, (context_of(model), config.rollout.vllm.context)), default=0)
+    known = (context_of(model), config.rollout.vllm.context) if model else ()
+    most = min(filter(None, known), default=0)
     if not most:
         return list(found)
     kept = [p for p, size in zip(found, sizes, strict=True) if size + config.max_tokens <= most]

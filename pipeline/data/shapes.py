@@ -82,6 +82,8 @@ def question_of(row: JsonObject) -> str:
             )  # OlympiadBench's, SVAMP's
             if isinstance(context, str) and context not in text:
                 text = f"{context}\n\n{text}"
+            given = row.get("input") if key == "instruction" else None  # Alpaca's
+            text += f"\n\n{given}" if isinstance(given, str) and given.strip() else ""
             if isinstance(options, list) and not all(str(option) in text for option in options):
                 raise BadRow("a multiple choice question whose text does not have the options")
             return text

@@ -56,10 +56,11 @@ def evaluate(
         model_hash: sha256 of the model directory, where the caller has it.
         replace_changed: scores with other inputs are replaced, once the new ones are complete.
     """
-    check_model(config.model)
+    check_model(config.model, config.engine)
     count, seed = config.limit, config.problems_seed
     found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data, rows=config)
-    inputs = inputs_of(config, found, model_hash or sha256(config.model))
+    served = f"endpoint:{config.model}" if config.engine == "endpoint" else None
+    inputs = inputs_of(config, found, model_hash or served or sha256(config.model))
     if (earlier := earlier_scores(config.out, inputs, replace_changed)) is not None:
         return earlier
     rows, templates = complete(config, found)
@@ -70,14 +71,15 @@ def complete(config: EvaluateSettings, found: list[Problem]) -> tuple[list[JsonO
     """Sample and grade: the rows of generations.jsonl in order, and the templates' hashes by name."""
     if batch := config.max_batch:
         vllm, local = replace(config.vllm, max_batch=batch), replace(config.local, max_batch=batch)
-        config = replace(config, vllm=vllm, local=local)
+        endpoint = replace(config.endpoint, in_flight=min(batch, 1_024))
+        config = replace(config, vllm=vllm, local=local, endpoint=endpoint)
     scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=config.allow_unsafe_code)
     check_sandbox("evaluate", scorer.pool, found, config.allow_unsafe_code)
     engine, tokenizer = open_speaker(config)
     label = f"{config.model.parent.name} {config.benchmark}"
     with naming(config.model), closing(engine):
         prompts = make_prompts(config, found, tokenizer)
-        context = context_of(config.model)
+        context = context_of(config.model) if config.engine != "endpoint" else None
         fits = [i for i, p in enumerate(prompts) if context is None or len(p.token_ids) <= context - ROOM]
         rollouts: list[Rollout] = []
         if sent := [prompts[i] for i in fits]:

@@ -78,6 +78,8 @@ class EvalSettings(BenchmarkSettings, ComputeSettings):
         super().__post_init__()
         if not self.models or not self.benchmarks:
             raise ValueError("models and benchmarks need at least one entry each.")
+        if self.engine == "endpoint":
+            raise ValueError("engine=endpoint scores one served model: use the command evaluate.")
         for entry in self.models:
             if not re.fullmatch(LABELLED, entry):
                 raise ValueError(f"models: {entry!r} must read LABEL=STAGE or LABEL=MODEL_DIRECTORY.")

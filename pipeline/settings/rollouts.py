@@ -163,7 +163,8 @@ class RejectSettings(GeneratingSettings):
     """Rejection sampling."""
 
     init_from: str = "grpo"
-    """Model that is sampled: a stage of this run, a directory, or OWNER/NAME on the hub."""
+    """Model that is sampled: a stage of this run, a directory, or OWNER/NAME on the hub; with rollout.engine
+    endpoint, the name of a model that the API at OPENAI_BASE_URL serves (take template boxed for most)."""
     pool: Count = 3_000
     """Problems taken from each source, train split."""
     samples: Count = 4
@@ -174,5 +175,11 @@ class RejectSettings(GeneratingSettings):
     """Rows of general data (no arithmetic, no code) that are added, to keep other skills alive."""
     min_language: Share = 0.99
     """Least share of words in the question's language."""
+    heldout: tuple[str, ...] = (
+        *("math500", "aime24", "aime25", "amc23", "gsm8k", "olympiadbench", "minerva_math"),
+        *("humaneval", "mbpp"),
+    )
+    """Benchmarks whose copies and near copies are removed from the problems, generated ones apart; those that
+    cannot be read are named."""
     prompts_per_step: Count = 500
     """Problems between lines of the log; a killed run loses at most these."""

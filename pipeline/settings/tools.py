@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pipeline.settings.common import AnswerSampling, CodeSettings, TruncatedSampling
 from rollout.ranges import Count, Natural, Range, Seed, Settings, Threads
-from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
+from rollout.settings import DtypeName, EndpointSettings, EngineName, LocalSettings, VllmSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +15,10 @@ class ModelSettings(Settings):
     """Which model, and how it is opened."""
 
     model: Path
-    """Checkpoint directory: config.json, safetensors, and for text a tokenizer."""
+    """Checkpoint directory: config.json, safetensors, and for text a tokenizer; or a served model's name."""
     engine: EngineName = "auto"
-    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm."""
+    """auto = native for DeepSeek-V3 checkpoints, dense (transformers) for all others; vllm in .venv-vllm;
+    endpoint = `model` is a name that the API at OPENAI_BASE_URL serves (evaluate, generate)."""
     dtype: DtypeName = "float32"
     """Of the weights and the arithmetic."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -28,6 +29,8 @@ class ModelSettings(Settings):
     """Settings of the native and the dense engine."""
     vllm: VllmSettings = field(default_factory=VllmSettings)
     """vLLM's own settings."""
+    endpoint: EndpointSettings = field(default_factory=EndpointSettings)
+    """Settings of engine endpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)

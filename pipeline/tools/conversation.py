@@ -33,7 +33,9 @@ class Conversation:
     """A model and its tokenizer; one thread at a time uses them."""
 
     def __init__(self, config: ModelSettings) -> None:
-        """Raises `UserError`: no such model, or one without a tokenizer."""
+        """Raises `UserError`: no such model, one without a tokenizer, or one that is served elsewhere."""
+        if config.engine == "endpoint":
+            raise UserError("engine endpoint has no token ids, which chat and serve need; see generate")
         self.engine, self.tokenizer = open_speaker(config)
         try:
             self.context, self.vocabulary = context_and_vocabulary(config.model, config.vllm.context)

@@ -68,9 +68,11 @@ def check_writable(file: Path, source: Path) -> None:
 
 
 def rollout_row(rollout: Rollout, tokenizer: Tokenizer | None) -> JsonObject:
-    """A rollout as a row of the output; `text` is null when the model has no tokenizer."""
+    """A rollout as a row of the output; `text` is null when the model has no tokenizer, `token_ids` and
+    `logprobs` when it is an endpoint's."""
     text = completion_text(tokenizer, rollout, "raw") if tokenizer else None
-    ids, logprobs = list(rollout.token_ids), list(rollout.logprobs)
+    served = rollout.text is not None
+    ids, logprobs = (None, None) if served else (list(rollout.token_ids), list(rollout.logprobs))
     row = {"index": rollout.index, "sample": rollout.sample, "token_ids": ids, "logprobs": logprobs}
     return row | {"text": text, "finish_reason": rollout.finish_reason}
 

@@ -11,8 +11,10 @@ from pipeline.errors import UserError
 from pipeline.run.files import read_json
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
+from rollout.endpoint.engine import byte_tokenizer
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
-from rollout.open import open_engine
+from rollout.open import ENGINES, open_engine
+from rollout.settings import EndpointSettings, EngineName, RolloutSettings
 from rollout.text.templates import template_named
 
 ERRORS = (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError, StaleWeights, EngineDied)
@@ -20,7 +22,7 @@ ERRORS = (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """Within it, `ERRORS` become a `UserError` that begins with `path`."""
     try:
         yield
@@ -28,9 +30,9 @@ def naming(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: {error}") from error
 
 
-def check_model(path: Path) -> None:
+def check_model(path: Path, engine: EngineName = "auto") -> None:
     """Raise `UserError` where there is no checkpoint: known before anything is imported or read for long."""
-    if not (path / "config.json").is_file():
+    if engine != "endpoint" and not (path / "config.json").is_file():
         raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
 
 
@@ -40,8 +42,17 @@ def open_model(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer | None]:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = str(device_named(config.device))
+    if config.engine == "endpoint":
+        return open_served(str(config.model), config.endpoint)
     with naming(config.model):
         return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
+
+
+def open_served(model: str, settings: EndpointSettings) -> tuple[RolloutEngine, Tokenizer]:
+    """The engine of a served model, and what stands for its tokenizer.
+    Raises `UserError`: no address, no API that answers there, or no client installed here."""
+    with naming(model):
+        return ENGINES["endpoint"](model, RolloutSettings(endpoint=settings)), byte_tokenizer()
 
 
 def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer]:

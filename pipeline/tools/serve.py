@@ -231,7 +231,7 @@ def vllm_command(config: ServeSettings) -> list[str]:
 
 def main(config: ServeSettings) -> None:
     """The command; runs until Ctrl-C."""
-    check_model(config.model)
+    check_model(config.model, config.engine)
     installed = importlib.util.find_spec("vllm") is not None
     if config.engine == "vllm" or (config.engine == "auto" and installed):
         if not installed:

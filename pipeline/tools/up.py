@@ -103,22 +103,23 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
             raise UserError(f"{file} has seed {begun}, not {up.seed}; take another --name")
     last = [stage for stage in here if stage.name == "report"] or here
     planned = [*(last if complete else ()), *(TABLE[goal] for goal in goals)]
-    for stage in planned:
-        before = needs(stage, here, all_of_them=bool(complete))
-        planned += [other for other in before if other not in planned]
     shared = ["--name", up.name, "--runs", str(up.runs)]
     shared += [] if up.seed is None else ["--seed", str(up.seed)]
+    files = {stage: Path("configs", up.preset, f"{stage.name}.toml") for stage in here}
+    for stage in planned:  # one that samples a served model needs no other's
+        if stage.name not in goals or engine_of(load(stage, files[stage], [*shared, *flags])) != "endpoint":
+            before = needs(stage, here, all_of_them=bool(complete))
+            planned += [other for other in before if other not in planned]
     steps = []
     for stage in (s for s in here if s in planned):
         goal = stage.name in goals
         if goal or not (run / stage.name / "done.json").exists():
-            config = Path("configs", up.preset, f"{stage.name}.toml")
             settings = [*shared, *(flags if goal else ["--resume"])]
-            chosen = load(stage, config, settings)  # refuse a wrong one before a stage takes its minutes
+            chosen = load(stage, files[stage], settings)  # refuse a wrong one before minutes of work
             check_device(chosen)
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
             announcement = f"{complete}: {stage.name}" if complete else needed
-            argv = [stage.name, "--config", str(config), *settings]
+            argv = [stage.name, "--config", str(files[stage]), *settings]
             steps.append(Step(stage, argv, announcement, needs_vllm(chosen)))
     return steps
 
@@ -132,11 +133,15 @@ def check_device(config: Any) -> None:
             raise UserError("--device cuda: torch finds no GPU here; set --device cpu, or auto")
 
 
+def engine_of(config: Any) -> str:
+    """The engine that a stage with these settings samples with, if any."""
+    engine = config.engine if isinstance(config, EvalSettings) else ""
+    return config.rollout.engine if isinstance(config, GeneratingSettings) else engine
+
+
 def needs_vllm(config: Any) -> bool:
     """Whether a stage with these settings needs vLLM and this environment does not have it."""
-    engine = config.engine if isinstance(config, EvalSettings) else ""
-    engine = config.rollout.engine if isinstance(config, GeneratingSettings) else engine
-    return engine == "vllm" and importlib.util.find_spec("vllm") is None
+    return engine_of(config) == "vllm" and importlib.util.find_spec("vllm") is None
 
 
 def make_vllm() -> None:

@@ -209,7 +209,9 @@ def completion_text(
     tokenizer: PreTrainedTokenizerFast, completion: Rollout | Sequence[int], template_name: str
 ) -> str:
     """The completion as text: the template's prefill, then the tokens without special ones. A stop token that
-    is ordinary text, such as `</answer>`, is kept: graders need it."""
+    is ordinary text, such as `</answer>`, is kept: graders need it. An endpoint's is as it came."""
+    if isinstance(completion, Rollout) and completion.text is not None:
+        return completion.text
     ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
         ids.pop()

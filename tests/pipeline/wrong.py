@@ -307,6 +307,13 @@ CORPORA: dict[str, bytes] = {
         "too long": f'{{"id": "a", "question": "1+1", "completion": "{"2 " * 5_000}"}}\n',
         "cut": '{"id": "a", "question": "1+1", "completion": "2"',
         "nested too deep": '{"question": ' + DEEP + "\n",
+        "role is null": {"messages": [{"role": None, "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "role is wrong": {"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]},
+        "role is a list": {"messages": [{"role": ["user"], "content": "a"}]},
+        "turn is null": {"messages": [{"role": "user", "content": "a"}, None]},
+        "answer before the question": {
+            "conversations": [{"from": "gpt", "value": "a"}, {"from": "human", "value": "b"}]
+        },
     }.items()
 }
 """Files without one usable worked answer."""

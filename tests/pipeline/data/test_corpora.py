@@ -1,6 +1,7 @@
 """What the cold start and rejection sampling keep, and what they refuse."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -84,13 +85,46 @@ def test_corpus_round_trip_with_any_text(tmp_path):
     assert read_corpus(tmp_path / "c.jsonl") == rows
 
 
+TALK = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
+
+
+def test_of_a_conversation_the_first_answer_is_learned_and_the_rest_counted(tmp_path, capsys):
+    talk = [("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    rows = [
+        {"messages": [{"role": r, "content": c} for r, c in some]} for some in (talk, talk[1:3], talk[1:])
+    ]
+    rows.append({"conversations": [{"from": "gpt", "value": "Hi!"}, {"from": "human", "value": "q"},
+                                   {"from": "gpt", "value": "a"}]})  # fmt: skip
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {(row.question, row.completion) for row in read_corpus(tmp_path / "c.jsonl")} == {("q", "a")}
+    said = capsys.readouterr().out
+    assert "c.jsonl: left out later turns of 2, system prompts of 1 of its 4 rows" in said
+    (tmp_path / "c.jsonl").write_text(json.dumps(rows[1]) + "\n")
+    assert read_corpus(tmp_path / "c.jsonl") and not capsys.readouterr().out
+
+
+def test_alpacas_input_is_part_of_the_question(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "3 and 4", "output": "7"},
+        {"instruction": "Hi", "input": "", "output": "a"},
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_corpus(tmp_path / "c.jsonl")
+    assert [(r.question, r.completion) for r in found] == [("Add.\n\n3 and 4", "7"), ("Hi", "a")]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"id": "a", "question": "q", "completion": "c"}\nnot json\n', ":2: not a line of JSON"),
         ('{"id": "a"}\n', ":1: no question"),
         ('{"messages": "user: hi"}\n', ":1: not a corpus row"),
-        ('{"messages": ["hi"]}\n', ":1: no question"),
+        ('{"messages": ["hi"]}\n', ":1: messages: 1 of 1 turns have no text"),
+        (TALK.replace('"assistant"', "null"), ":1: messages: a turn's role is 'None'"),
+        (TALK.replace("assistant", "asistant"), ":1: messages: a turn's role is 'asistant'; expected one of"),
+        (TALK.replace('"a"', "null"), ":1: messages: 1 of 2 turns have no text"),
+        (TALK.replace('"user"', '"system"'), ":1: no question"),
+        ('{"instruction": "q", "input": "x", "output": null}\n', ":1: not a corpus row"),
         ('{"question": "q", "completion": null}\n', ":1: not a corpus row"),
         ('{"question": "q", "completion": "c", "answer": null}\n', ":1: answer is None, not text"),
         ('{"question": "q\\ud800", "completion": "c"}\n', ":1: a lone surrogate"),
