@@ -130,37 +130,6 @@ def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Te
     return (f * p).sum() / sequences
 
 
-class GroupedLinear(torch.autograd.Function):
-    """Rows `x` (m i), sorted by expert, each times its expert's weight (e o i)^T: (m o).
-
-    One GEMM an expert, written into its rows of one output; autograd over a loop would instead build each
-    expert's gradient as an (e o i) tensor of zeros and add them up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for out, rows, w in zip(y.split(counts), x.split(counts), weight, strict=True):
-            torch.mm(rows, w.T, out=out)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), torch.empty_like(weight)
-        dy_rows, x_rows = dy.split(ctx.counts), x.split(ctx.counts)
-        for e, out in enumerate(dx.split(ctx.counts)):
-            torch.mm(dy_rows[e], weight[e], out=out)
-            torch.mm(dy_rows[e].T, x_rows[e], out=dw[e])
-        return dx, dw, None
-
-
-def grouped_mm(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """As `GroupedLinear`, in one kernel of torch: for GPUs."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0).to(torch.int32))
-
-
 class Dispatch(torch.autograd.Function):
     """Tokens `u` (t d) in the order `token` (m), where t stands for a row of zeros.
 
@@ -241,6 +210,10 @@ class Plan(NamedTuple):
         slots = torch.empty_like(order).index_copy_(0, order, at)
         return cls(rows, pair.div(k, rounding_mode="floor"), pair, slots.view(t, k))
 
+    def gates(self, g: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gate value of each row (m 1), from those of the pairs `g` (t k); 0 for padding."""
+        return F.pad(g.flatten(), (0, 1))[self.pair, None].to(dtype)
+
 
 class Experts(nn.Module):
     """The routed experts, stacked: `gate_up_proj` (e 2i d) and `down_proj` (e d i).
@@ -256,41 +229,44 @@ class Experts(nn.Module):
 
     def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
         """sum_i g_i expert_i(u) for tokens `u` (t d), chosen experts `ids` (t k), gate values `g` (t k)."""
-        if (quick := self.few(u, ids, g)) is not None:
+        if (quick := experts_of(u, ids, g, self.gate_up_proj, self.down_proj)) is not None:
             return quick
-        plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
-        g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
-        if self.by_expert(u, len(plan.token)):
-            counts = plan.rows.tolist()
-            y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, counts, plan.token)
+        plan = Plan.of(ids, len(self.down_proj), alignment(u))
+        if one_at_a_time(u, len(plan.token), len(self.down_proj)):
+            gates, counts = plan.gates(g, u.dtype), plan.rows.tolist()
+            y: Tensor = ByExpert.apply(u, gates, self.gate_up_proj, self.down_proj, counts, plan.token)
             return y
+        return self.side_by_side(u, g, plan)
+
+    def side_by_side(self, u: Tensor, g: Tensor, plan: Plan) -> Tensor:
+        """`forward` in two products of all experts."""
         h = self.grouped(Dispatch.apply(u, plan.token, plan.slots), self.gate_up_proj, plan.rows)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
-        y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.rows)  # m d
-        return Combine.apply(y, plan.token, plan.slots)
-
-    def few(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor | None:
-        """The fast path of `forward` for decoding steps; None where there is none."""
-        return experts_of(u, ids, g, self.gate_up_proj, self.down_proj)
-
-    def by_expert(self, u: Tensor, pairs: int) -> bool:
-        """Whether experts run one at a time: on a CPU, if each has enough pairs to pay for its calls."""
-        return u.device.type == "cpu" and pairs >= BY_EXPERT_FROM * len(self.down_proj)
-
-    def alignment(self, u: Tensor) -> int:
-        """The multiple to which the rows of an expert are padded.
-
-        On a CPU torch compiles a bf16 kernel for every new size, which takes several times as long as to run
-        it: multiples of 64 leave few sizes. fp32 kernels exist for all."""
-        few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
-        return 64 if few_sizes and len(u) >= BF16_PAD_FROM else 1
+        a = WeightedSwiGLU.apply(h, plan.gates(g, u.dtype))
+        return Combine.apply(self.grouped(a, self.down_proj, plan.rows), plan.token, plan.slots)
 
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o)."""
-        if x.is_cuda:
-            return grouped_mm(x, weight, rows)
-        y: Tensor = GroupedLinear.apply(x, weight, rows.tolist())
-        return y
+        """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o).
+
+        torch's product takes types of up to 4 bytes, and rows that are multiples of 16."""
+        size = x.element_size()
+        if size <= 4 and all(n * size % 16 == 0 for n in weight.shape[1:]):
+            return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0).to(torch.int32))
+        return torch.cat([part @ w.T for part, w in zip(x.split(rows.tolist()), weight, strict=True)])
+
+
+def alignment(u: Tensor) -> int:
+    """The multiple to which the rows of an expert are padded, for tokens `u` (t d).
+
+    On a CPU torch compiles a bf16 kernel for every new size, which takes several times as long as to run it:
+    multiples of 64 leave few sizes. fp32 kernels exist for all."""
+    few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
+    return 64 if few_sizes and len(u) >= BF16_PAD_FROM else 1
+
+
+def one_at_a_time(u: Tensor, pairs: int, experts: int) -> bool:
+    """Whether experts run one after the other: on a CPU, if each has enough pairs to pay for its calls."""
+    return u.device.type == "cpu" and pairs >= BY_EXPERT_FROM * experts
 
 
 class MoE(nn.Module):
