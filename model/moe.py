@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.cpu.experts import ByExpert
-from model.kernels.cpu.few_tokens import experts_of
+from model.kernels.cpu.experts import ByExpert, all_at_once
 from model.kernels.layout import Layout
 from model.layers import MLP
 
@@ -229,7 +228,7 @@ class Experts(nn.Module):
 
     def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
         """sum_i g_i expert_i(u) for tokens `u` (t d), chosen experts `ids` (t k), gate values `g` (t k)."""
-        if (quick := experts_of(u, ids, g, self.gate_up_proj, self.down_proj)) is not None:
+        if (quick := all_at_once(u, ids, g, self.gate_up_proj, self.down_proj)) is not None:
             return quick
         plan = Plan.of(ids, len(self.down_proj), alignment(u))
         if one_at_a_time(u, len(plan.token), len(self.down_proj)):

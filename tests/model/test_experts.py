@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from model_shapes import BASE
 
 from model import Transformer, layers, load, moe, save
-from model.kernels.cpu import few_tokens
+from model.kernels.cpu import experts as cpu_experts
+from model.kernels.cpu.experts import all_at_once
 from model.layers import RMSNorm
 from model.moe import Experts, Plan, WeightedSwiGLU
 from pipeline.train.precision import Masters
@@ -141,35 +142,28 @@ def test_grouped_products_of_any_size_are_those_of_each_expert(inputs, outputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", [few_tokens.all_at_once, few_tokens.side_by_side])
-def test_few_tokens_are_the_same_as_sorted_by_expert(dtype, way, monkeypatch):
+def test_few_tokens_are_the_same_as_sorted_by_expert(dtype, monkeypatch):
     """One expert gets none here."""
     experts, u, ids, g = made()
     experts, u = experts.to(dtype), u.to(dtype)
     with torch.no_grad():
-        got = way(u, ids, g, experts.gate_up_proj, experts.down_proj)
-        monkeypatch.setattr(moe, "experts_of", lambda *_: None)
+        got = all_at_once(u, ids, g, experts.gate_up_proj, experts.down_proj)
+        monkeypatch.setattr(moe, "all_at_once", lambda *_: None)
         want = experts(u, ids, g)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
-def test_which_way_tokens_go():
-    experts, u, ids, g = made(torch.float32)
-    weights = experts.gate_up_proj, experts.down_proj
-    assert few_tokens.experts_of(u, ids, g, *weights) is None, "gradients are needed"
+def test_tokens_go_to_all_experts_where_that_is_little_work_without_gradients(monkeypatch):
+    few, u, ids, g = made(torch.float32)
+    given = u, ids, g, few.gate_up_proj, few.down_proj
+    assert all_at_once(*given) is None, "gradients are needed"
+    unchosen = T * (BASE.n_routed_experts - K) * BASE.hidden_size * BASE.moe_intermediate_size
     with torch.no_grad():
-        for limit, side, way in (
-            (1 << 30, 32, few_tokens.all_at_once),
-            (0, 32, few_tokens.side_by_side),
-            (0, int(ids.flatten().bincount().max()) - 1, None),
-        ):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(few_tokens, "ALL_AT_ONCE", {torch.float32: limit})
-                patch.setattr(few_tokens, "SIDE_BY_SIDE", side)
-                got = few_tokens.experts_of(u, ids, g, *weights)
-            want = None if way is None else way(u, ids, g, *weights)
-            assert (got is None) == (want is None) and (got is None or torch.equal(got, want))
+        for limit in (unchosen, unchosen - 1):
+            monkeypatch.setattr(cpu_experts, "ALL_AT_ONCE", {torch.float32: limit})
+            assert (all_at_once(*given) is None) == (limit < unchosen)
+        assert all_at_once(u.double(), *given[1:]) is None, "no limit is known for fp64"
 
 
 def test_weights_of_experts_lie_outputs_side_by_side_wherever_they_come_from(tmp_path):
