@@ -40,8 +40,6 @@ class Need:
     """Bytes of the GPU that vLLM takes."""
     sleeps: bool = False
     """vLLM frees them while the trainer works. While vLLM works there are no gradients and activations."""
-    device: str = "cuda"
-    """Its type decides what layers keep for the backward."""
 
     def beside(self, rollout: RolloutSettings, gpu: int) -> Self:
         """With the engine of `rollout` on the same GPU, which has `gpu` bytes (0: a CPU)."""
@@ -58,7 +56,6 @@ class Need:
             moments=self.optim.moments,
             reference=self.reference,
             recompute=self.optim.recompute,
-            device=self.device,
         )
         resting = parts["gradients"] + parts["activations"] if self.sleeps else 0
         return parts | {"vLLM": max(0, self.vllm - resting)}
@@ -123,7 +120,7 @@ def check_memory(
     on_gpu, free = place.device.type == "cuda", free_bytes(place.device)
     gpu = torch.cuda.mem_get_info(place.device)[1] if on_gpu else 0
     config = config_of(model) if isinstance(model, Path) else model
-    need = Need(config, optim, tokens, reference, device=place.device.type)
+    need = Need(config, optim, tokens, reference)
     need = need.beside(rollout, gpu) if rollout else need
     try:
         total = need.total()
