@@ -59,19 +59,8 @@ class LatentCache:
 
     Page 0 is the padding page: columns beyond a row's end point to it."""
 
-    def __init__(self, latent: Tensor, routes: Tensor | None, rows: int, max_tokens: int) -> None:
-        """`rows` of up to `max_tokens` tokens each; all rows are empty."""
-        self.latent, self.routes, self.max_tokens = latent, routes, max_tokens
-        pages = latent.shape[1] // PAGE
-        self.lengths: Rows = np.zeros(rows, dtype=np.int64)  # tokens of each row
-        self.held: Rows = np.zeros(rows, dtype=np.int64)  # pages of each row
-        self.table: Rows = np.zeros((rows, -(-max_tokens // PAGE)), dtype=np.int64)
-        self.shares: Rows = np.zeros(pages, dtype=np.int64)  # rows that hold each page
-        self.free = list(range(pages - 1, 0, -1))
-
-    @classmethod
-    def empty(
-        cls,
+    def __init__(
+        self,
         config: ModelConfig,
         rows: int,
         max_tokens: int,
@@ -80,8 +69,8 @@ class LatentCache:
         pages: int | None = None,
         record_routes: bool = False,
         drafts: bool = False,
-    ) -> "LatentCache":
-        """Room for `rows` of up to `max_tokens` tokens; dtype and device as `like`.
+    ) -> None:
+        """Room for `rows` of up to `max_tokens` tokens, all empty; dtype and device as `like`.
 
         Args:
             pages: of all rows together. None = enough for every row to be full.
@@ -93,15 +82,21 @@ class LatentCache:
         """
         if max_tokens > (most := config.max_position_embeddings):
             raise ValueError(f"A cache of {max_tokens} tokens is more than max_position_embeddings={most}.")
-        tokens = PAGE * (1 + (rows * -(-max_tokens // PAGE) if pages is None else pages))
+        a_row = -(-max_tokens // PAGE)
+        pages = 1 + (rows * a_row if pages is None else pages)
         # Zeros, not garbage: a masked column still enters the products, and 0 * nan is nan.
-        latent = _zeros((config.num_hidden_layers + drafts, tokens, config.latent_dim), like)
-        routes = None
+        self.latent = _zeros((config.num_hidden_layers + drafts, pages * PAGE, config.latent_dim), like)
+        self.routes: Tensor | None = None
         if record_routes:
             layers = config.num_hidden_layers - config.first_k_dense_replace
-            shape = (layers, tokens, config.num_experts_per_tok)
-            routes = torch.full(shape, -1, dtype=torch.int16, device=like.device)
-        return cls(latent, routes, rows, max_tokens)
+            shape = (layers, pages * PAGE, config.num_experts_per_tok)
+            self.routes = torch.full(shape, -1, dtype=torch.int16, device=like.device)
+        self.max_tokens = max_tokens
+        self.lengths: Rows = np.zeros(rows, dtype=np.int64)  # tokens of each row
+        self.held: Rows = np.zeros(rows, dtype=np.int64)  # pages of each row
+        self.table: Rows = np.zeros((rows, a_row), dtype=np.int64)
+        self.shares: Rows = np.zeros(pages, dtype=np.int64)  # rows that hold each page
+        self.free = list(range(pages - 1, 0, -1))
 
     def layer(self, index: int, dense: int = 0) -> LayerCache:
         """Layer `index` of a model whose first `dense` layers route nothing."""

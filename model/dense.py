@@ -166,14 +166,12 @@ class DensePolicy(Policy):
         self._compared = True
 
     def public_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Policy.public_weights`."""
         embedding = self.network.get_input_embeddings().weight
         for name, tensor in self.network.state_dict(keep_vars=True).items():
             if not (name.startswith("lm_head.") and tensor is embedding):
                 yield name, tensor.detach()
 
     def save(self, path: str | Path) -> None:
-        """See `Policy.save`."""
         self.network.save_pretrained(path)
 
 

@@ -20,15 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.cpu.experts import ByExpert
-from model.kernels.cpu.few_tokens import experts_of
+from model.kernels.cpu.experts import all_at_once
 from model.kernels.layout import Layout
 from model.layers import MLP
 
 BF16_PAD_FROM = 512
 """Tokens of a batch from which bf16 rows of experts are padded; smaller ones would be mostly padding."""
-BY_EXPERT_FROM = 32
-"""Token-expert pairs an expert, on average, from which a CPU computes experts one at a time."""
 
 
 class Gate(nn.Module):
@@ -130,37 +127,6 @@ def balance_loss(s: Tensor, ids: Tensor, sequence: Tensor, sequences: int) -> Te
     return (f * p).sum() / sequences
 
 
-class GroupedLinear(torch.autograd.Function):
-    """Rows `x` (m i), sorted by expert, each times its expert's weight (e o i)^T: (m o).
-
-    One GEMM an expert, written into its rows of one output; autograd over a loop would instead build each
-    expert's gradient as an (e o i) tensor of zeros and add them up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.counts = counts
-        y = x.new_empty(x.shape[0], weight.shape[1])
-        for out, rows, w in zip(y.split(counts), x.split(counts), weight, strict=True):
-            torch.mm(rows, w.T, out=out)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), torch.empty_like(weight)
-        dy_rows, x_rows = dy.split(ctx.counts), x.split(ctx.counts)
-        for e, out in enumerate(dx.split(ctx.counts)):
-            torch.mm(dy_rows[e], weight[e], out=out)
-            torch.mm(dy_rows[e].T, x_rows[e], out=dw[e])
-        return dx, dw, None
-
-
-def grouped_mm(x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """As `GroupedLinear`, in one kernel of torch: for GPUs."""
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0).to(torch.int32))
-
-
 class Dispatch(torch.autograd.Function):
     """Tokens `u` (t d) in the order `token` (m), where t stands for a row of zeros.
 
@@ -256,41 +222,35 @@ class Experts(nn.Module):
 
     def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
         """sum_i g_i expert_i(u) for tokens `u` (t d), chosen experts `ids` (t k), gate values `g` (t k)."""
-        if (quick := self.few(u, ids, g)) is not None:
+        if (quick := all_at_once(u, ids, g, self.gate_up_proj, self.down_proj)) is not None:
             return quick
-        plan = Plan.of(ids, len(self.down_proj), self.alignment(u))
+        return self.sorted(u, g, Plan.of(ids, len(self.down_proj), alignment(u)))
+
+    def sorted(self, u: Tensor, g: Tensor, plan: Plan) -> Tensor:
+        """`forward` of tokens sorted by expert."""
         g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
-        if self.by_expert(u, len(plan.token)):
-            counts = plan.rows.tolist()
-            y: Tensor = ByExpert.apply(u, g, self.gate_up_proj, self.down_proj, counts, plan.token)
-            return y
         h = self.grouped(Dispatch.apply(u, plan.token, plan.slots), self.gate_up_proj, plan.rows)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
         y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.rows)  # m d
         return Combine.apply(y, plan.token, plan.slots)
 
-    def few(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor | None:
-        """The fast path of `forward` for decoding steps; None where there is none."""
-        return experts_of(u, ids, g, self.gate_up_proj, self.down_proj)
-
-    def by_expert(self, u: Tensor, pairs: int) -> bool:
-        """Whether experts run one at a time: on a CPU, if each has enough pairs to pay for its calls."""
-        return u.device.type == "cpu" and pairs >= BY_EXPERT_FROM * len(self.down_proj)
-
-    def alignment(self, u: Tensor) -> int:
-        """The multiple to which the rows of an expert are padded.
-
-        On a CPU torch compiles a bf16 kernel for every new size, which takes several times as long as to run
-        it: multiples of 64 leave few sizes. fp32 kernels exist for all."""
-        few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
-        return 64 if few_sizes and len(u) >= BF16_PAD_FROM else 1
-
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o)."""
-        if x.is_cuda:
-            return grouped_mm(x, weight, rows)
-        y: Tensor = GroupedLinear.apply(x, weight, rows.tolist())
-        return y
+        """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o).
+
+        torch's product takes types of up to 4 bytes, and rows that are multiples of 16."""
+        size = x.element_size()
+        if size <= 4 and all(n * size % 16 == 0 for n in weight.shape[1:]):
+            return F.grouped_mm(x, weight.transpose(1, 2), offs=rows.cumsum(0).to(torch.int32))
+        return torch.cat([part @ w.T for part, w in zip(x.split(rows.tolist()), weight, strict=True)])
+
+
+def alignment(u: Tensor) -> int:
+    """The multiple to which the rows of an expert are padded, for tokens `u` (t d).
+
+    On a CPU torch compiles a bf16 kernel for every new size, which takes several times as long as to run it:
+    multiples of 64 leave few sizes. fp32 kernels exist for all."""
+    few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
+    return 64 if few_sizes and len(u) >= BF16_PAD_FROM else 1
 
 
 class MoE(nn.Module):

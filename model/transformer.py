@@ -36,6 +36,7 @@ from model.moe import MoE, load_metrics
 from model.mtp import MTPModule
 from model.policy import Head, Policy
 from model.rope import Rope
+from model.sizes.native import native_shape
 
 PREFILL_CHUNK = 2048  # tokens of a prompt in one forward
 
@@ -106,11 +107,9 @@ class Transformer(Policy):
 
     @property
     def head(self) -> Head:
-        """See `Policy.head`."""
         return Head(self.lm_head.weight)
 
     def public_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Policy.public_weights`."""
         return checkpoint.trunk_weights(self.state_dict(keep_vars=True), self.config)
 
     def hidden(
@@ -156,8 +155,8 @@ class Transformer(Policy):
         return Layout.of(rotations, packed or Packed.of([s] * b, device), learning, balance)
 
     def new_cache(self, rows: int, max_tokens: int, **options: Any) -> LatentCache:
-        """An empty cache for `rows` of up to `max_tokens`; `options` as in `LatentCache.empty`."""
-        return LatentCache.empty(self.config, rows, max_tokens, self.norm.weight, **options)
+        """An empty cache for `rows` of up to `max_tokens`; `options` as in `LatentCache`."""
+        return LatentCache(self.config, rows, max_tokens, self.norm.weight, **options)
 
     @torch.no_grad()
     def prefill(
@@ -230,13 +229,7 @@ class Transformer(Policy):
 
     def num_parameters(self, *, active: bool = False) -> int:
         """Weights, MTP modules included. `active`: those of the trunk that one token meets."""
-        if not active:
-            return super().num_parameters()
-        total = sum(p.numel() for name, p in self.named_parameters() if not name.startswith("mtp."))
-        share = self.config.num_experts_per_tok / self.config.n_routed_experts
-        trunk = self.moe_layers()[: -len(self.mtp) or None]
-        routed = sum(p.numel() for moe in trunk for p in moe.experts.parameters())
-        return total - round(routed * (1 - share))
+        return native_shape(self.config).parameters.active if active else super().num_parameters()
 
     def moe_layers(self) -> list[MoE]:
         """The mixtures of experts in order, those of the MTP modules last."""

@@ -14,8 +14,7 @@ from rollout.types import Problem
 class Accuracy:
     """1 or 0, or for code with `partial_credit` the share of tests passed (arXiv:2501.12948, Sec. 2.2.2).
 
-    `mode` is that of `rewards.maths.extract`. Programs run in `pool`, or the shared one.
-    """
+    `mode` is that of `rewards.maths.extract`. Programs run in `pool`, or the shared one."""
 
     mode: Mode = "strict"
     partial_credit: bool = False

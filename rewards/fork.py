@@ -21,8 +21,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 class Fork:
     """A child that runs `serve` on its end of a channel, and the numbers of `files` there, and ends.
 
-    It has no other open files; its standard streams are the null device.
-    """
+    It has no other open files; its standard streams are the null device."""
 
     def __init__(self, serve: Callable[..., None], files: Sequence[int] = (), parent: int = -1) -> None:
         ours, theirs = socket.socketpair()

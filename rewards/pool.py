@@ -72,8 +72,7 @@ class WorkerPool:
     def call(self, task: dict[str, Any], timeout_s: float = DEFAULT_LIMIT_S) -> dict[str, Any]:
         """Run `task` (`{"op": …}`, see `rewards.worker`) in a child within `timeout_s` seconds of wall clock.
 
-        Raises `TaskFailed`, or RuntimeError where the pool is closed or was inherited through a fork.
-        """
+        Raises `TaskFailed`, or RuntimeError where the pool is closed or was inherited through a fork."""
         with self._slots:
             try:
                 return self._call(task, timeout_s)

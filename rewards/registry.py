@@ -87,8 +87,7 @@ def reward(name: str, summary: str) -> Callable[[Function], Function]:
 def find(name: str) -> Reward:
     """The registered reward `name`, or the user's function "module:function".
 
-    ValueError, in one line with the nearest name: there is none, or its parameters are not a reward's.
-    """
+    ValueError, in one line with the nearest name: there is none, or its parameters are not a reward's."""
     if name in REWARDS:
         return REWARDS[name]
     if ":" not in name:

@@ -30,8 +30,7 @@ def check_weights(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
 
     Returns rewards and weights in the order of the sum: those of `ALWAYS`, then the others as `weights` has
     them. ValueError, in one line: no such reward, module or function, parameters that are not a reward's, two
-    rewards of one name, or a weight that is no finite number.
-    """
+    rewards of one name, or a weight that is no finite number."""
     found: dict[str, tuple[Reward, float]] = {}
     for key, weight in {**dict.fromkeys(ALWAYS, 0.0), **weights}.items():
         entry = find(key)

@@ -26,8 +26,7 @@ def format_reward(problem: Problem, completion: str) -> float:
 def in_format(completion: str) -> bool:
     """Whether `completion` is `<think>…</think> <answer>…</answer>`, both non-empty.
 
-    The template's prefill is part of it: it does not matter whether template or model wrote `<think>`.
-    """
+    The template's prefill is part of it: it does not matter whether template or model wrote `<think>`."""
     if any(completion.count(tag) != 1 for tag in _TAGS):
         return False  # with each tag there exactly once, the greedy pattern below cannot backtrack far
     shape = _SHAPE.fullmatch(completion)
@@ -122,8 +121,7 @@ def soft_overlong(tokens: int, max_tokens: int, buffer_tokens: int) -> float:
         -1                                      max < tokens
 
     `max_tokens` is the paper's L_max, `buffer_tokens` its L_cache: the ramp's length, 0 = a step at the end.
-    ValueError: the buffer is negative or longer than `max_tokens`.
-    """
+    ValueError: the buffer is negative or longer than `max_tokens`."""
     if not 0 <= buffer_tokens <= max_tokens:
         raise ValueError(f"buffer_tokens={buffer_tokens} must lie in 0 .. max_tokens={max_tokens}.")
     free = max_tokens - buffer_tokens

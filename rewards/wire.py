@@ -19,8 +19,7 @@ class Channel:
 
     `parent` is a descriptor whose hang-up means that nobody waits for an answer: the time is up then.
     TimeoutError: the time is up; EOFError: the other end is gone; OverflowError: a message of more than
-    `longest` bytes; ValueError or RecursionError: one that is no JSON.
-    """
+    `longest` bytes; ValueError or RecursionError: one that is no JSON."""
 
     def __init__(self, fd: int, parent: int = -1, longest: float = math.inf) -> None:
         self.fd, self._parent, self._longest = fd, parent, longest

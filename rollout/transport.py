@@ -125,7 +125,6 @@ class SharedFile(Outlet):
         super().__init__(nbytes)
 
     def grow(self, nbytes: int) -> None:
-        """See `Outlet`."""
         self.close()
         memory = Path("/dev/shm")
         fits = memory.is_dir() and shutil.disk_usage(memory).free > 1.1 * nbytes
@@ -133,11 +132,9 @@ class SharedFile(Outlet):
         self.flat = torch.from_file(str(self.file), shared=True, size=nbytes, dtype=torch.uint8)
 
     def handle(self) -> Any:
-        """See `Outlet`."""
         return "file", str(self.file), len(self.flat)
 
     def close(self) -> None:
-        """See `Outlet`."""
         if self.file.name:
             self.file.unlink(missing_ok=True)
 
@@ -148,17 +145,14 @@ class SharedGpu(Outlet):
     torch counts one release an export, so the buffer is exported once, and a receiver maps it once."""
 
     def grow(self, nbytes: int) -> None:
-        """See `Outlet`."""
         super().grow(nbytes)
         name = str(torch.cuda.get_device_properties(self.device).uuid)
         self.exported = {name: pickle.dumps(reduce_tensor(self.flat))}
 
     def handle(self) -> Any:
-        """See `Outlet`. By the UUID of the GPU, since processes may number GPUs differently."""
-        return "gpu", self.exported
+        return "gpu", self.exported  # by the UUID of the GPU: processes may number GPUs differently
 
     def close(self) -> None:
-        """See `Outlet`."""
         del self.flat
         torch.cuda.ipc_collect()
 
@@ -179,7 +173,6 @@ class Broadcast(Outlet):
         return tuple
 
     def publish(self, nbytes: int) -> None:
-        """See `Outlet`."""
         broadcast(self.group, self.flat[:nbytes])
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from model.sizes.flops import parameters
+from model.sizes.flops import shape
 from pipeline.__main__ import main
 from pipeline.arguments import load
 from pipeline.data.corpus import Row
@@ -135,7 +135,7 @@ def trained(config, shape, longest: int, gpu: int = H100) -> list[float]:
 
 def sampled(config, vllm, itemsize: int) -> list[float]:
     """The row of a stage that samples alone: our own copy of the model lies beside vLLM."""
-    weights, share = itemsize * parameters(QWEN_1_5B).total, int(vllm.gpu_memory * H100)
+    weights, share = itemsize * shape(QWEN_1_5B).parameters.total, int(vllm.gpu_memory * H100)
     parts = dict.fromkeys(("masters", "gradients", "moments", "reference", "activations"), 0)
     return columns(parts | {"weights": weights, "vLLM": share}, 0, weights + share)
 
@@ -149,7 +149,10 @@ def table(heading: str) -> dict[str, list[str]]:
 
 
 def test_the_shapes_are_the_published_ones():
-    assert parameters(QWEN_1_5B).total == 1_543_714_304 and parameters(QWEN_0_5B).total == 494_032_768
+    assert (
+        shape(QWEN_1_5B).parameters.total == 1_543_714_304
+        and shape(QWEN_0_5B).parameters.total == 494_032_768
+    )
 
 
 def test_every_stage_fits_an_80_gb_gpu_and_the_page_shows_it():

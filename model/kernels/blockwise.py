@@ -84,8 +84,8 @@ class BlockwiseAttention(torch.autograd.Function):
                 ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
                 if capped is not None:
                     ds.mul_(1 - (capped / softcap).square_())
-                dqs[:, :, rows] = _bmm(ds, ks[:, 0, keys], scale).unflatten(1, (qs.shape[1], -1))
-                dks[:, 0, keys] += _bmm(ds.transpose(1, 2), qs[:, :, rows].flatten(1, 2), scale)
+                dqs[:, :, rows] = scaled_bmm(ds, ks[:, 0, keys], scale).unflatten(1, (qs.shape[1], -1))
+                dks[:, 0, keys] += scaled_bmm(ds.transpose(1, 2), qs[:, :, rows].flatten(1, 2), scale)
             for x, value in zip(parts[4:], (dqs, dks, dvs), strict=True):
                 _put(x, value)
         return *found, None, None, None, None
@@ -115,25 +115,26 @@ def _probabilities(
     q: Tensor, k: Tensor, rows: slice, keys: slice, scale: float, window: int, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """Of queries `rows` over `keys`: (g, r B, T); and their capped scores, which `softcap` needs."""
-    s = _bmm(q[:, :, rows].flatten(1, 2), k[:, 0, keys].transpose(1, 2), scale)
+    s = scaled_bmm(q[:, :, rows].flatten(1, 2), k[:, 0, keys].transpose(1, 2), scale)
     capped = None
     if softcap is not None:
         capped = s.div_(softcap).tanh_().mul_(softcap)
         s = capped.clone()
     by_head, size = s.unflatten(1, (q.shape[1], -1)), rows.stop - rows.start  # g r B T
-    by_head[..., rows.start - keys.start :].add_(_above(size, s.dtype, s.device))
+    by_head[..., rows.start - keys.start :].add_(above(size, s.dtype, s.device))
     behind = rows.stop - window - keys.start
     if behind > 0:
         by_head[..., :behind].add_(_below(size, behind, rows.start - window - keys.start, s.dtype, s.device))
     return s.softmax(-1), capped
 
 
-def _bmm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+def scaled_bmm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """`alpha` times the batched product of `a` (n i j) and `b` (n j k): (n i k)."""
     return torch.baddbmm(a.new_empty(()).expand(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=alpha)
 
 
 @lru_cache(maxsize=64)
-def _above(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def above(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Minus infinity above the diagonal (n n): keys that come later. Adding it is cheaper than filling."""
     return torch.full((n, n), float("-inf"), dtype=dtype, device=device).triu(1)
 

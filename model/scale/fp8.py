@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from model.kernels.cpu.linear import Linear
 from model.kernels.fp8 import gemm
 from model.kernels.fp8.blocks import BLOCK, Quantized, transpose
-from model.moe import Experts
+from model.moe import Experts, Plan
 
 KEPT = {"lm_head", "eh_proj"}  # linear layers that stay as they are, by the last part of their names
 FP8_CONFIG = {
@@ -123,16 +123,9 @@ class Fp8Experts(Experts):
         self.gate_up_proj, self.down_proj = of.gate_up_proj, of.down_proj
         self.kept_up, self.kept_down = _Kept(), _Kept()
 
-    def few(self, u: Tensor, ids: Tensor, g: Tensor) -> None:
-        """No quick way: the products are grouped ones."""
-
-    def by_expert(self, u: Tensor, pairs: int) -> bool:
-        """Never, for the same reason."""
-        return False
-
-    def alignment(self, u: Tensor) -> int:
-        """No padding rows: the products take any number."""
-        return 1
+    def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
+        """As `Experts.forward`, by grouped products alone; they take any number of rows."""
+        return self.sorted(u, g, Plan.of(ids, len(self.down_proj), 1))
 
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """As `Experts.grouped`, in FP8."""

@@ -11,7 +11,7 @@ from typing import Any
 from model.config import ModelConfig
 from model.sizes.dense import dense_shape
 from model.sizes.native import native_shape
-from model.sizes.shape import Parameters, Shape
+from model.sizes.shape import Shape
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -31,11 +31,6 @@ def shape(config: Any) -> Shape:
     """Of a `ModelConfig`, or of a dense model's text config as transformers has it.
     Raises `ValueError`: a dense architecture whose weights are not known here."""
     return native_shape(config) if isinstance(config, ModelConfig) else dense_shape(config)
-
-
-def parameters(config: Any) -> Parameters:
-    """Weights of the network of `config`; raises as `shape`."""
-    return shape(config).parameters
 
 
 def flops(

@@ -27,8 +27,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def forbid(folder: str | None) -> None:
     """Refuse permanently what a solution never needs: processes, the network, ctypes, files elsewhere.
 
-    It may read Python's own files, and read and write in `folder`, where there is one.
-    """
+    It may read Python's own files, and read and write in `folder`, where there is one."""
     realpath, fspath, fsdecode = os.path.realpath, os.fspath, os.fsdecode
     writable = (realpath(folder), os.devnull) if folder else (os.devnull,)
     readable = (*writable, *python_folders(), "/dev/zero", "/dev/urandom")

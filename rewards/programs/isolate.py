@@ -60,8 +60,7 @@ def gap() -> str:
 def enter() -> None:
     """Move this process, single-threaded, into namespaces where only Python's folders are left, read-only.
 
-    Where that is not possible the process stays as it was, and `describe` tells why.
-    """
+    Where that is not possible the process stays as it was, and `describe` tells why."""
     global _no_namespaces
     if machine is None:
         _no_namespaces = f"not supported on {platform.system()} {platform.machine()}"

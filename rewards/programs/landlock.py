@@ -28,8 +28,7 @@ def enforce(readable: Sequence[str], scratch: str | None) -> None:
     """From now on this process reads below `readable`, does anything below `scratch`, and no more.
 
     Where the version allows it: no TCP, no abstract sockets or signals of processes outside. Rules of before
-    stay. Needs PR_SET_NO_NEW_PRIVS. Without Landlock, nothing. OSError: the kernel refused.
-    """
+    stay. Needs PR_SET_NO_NEW_PRIVS. Without Landlock, nothing. OSError: the kernel refused."""
     if not (abi := version()):
         return
     every = (1 << _RIGHTS[min(abi, len(_RIGHTS) - 1)]) - 1

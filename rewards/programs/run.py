@@ -50,8 +50,7 @@ def warm(scratch: str, parent: int) -> None:
     """Import what programs commonly import, confine this process, fork the zygote.
 
     `scratch` is a folder to be made for a program at work where it needs one on disk; `parent` a descriptor
-    that hangs up when the worker's own parent is gone: a running program is stopped then.
-    """
+    that hangs up when the worker's own parent is gone: a running program is stopped then."""
     global _zygote, _parent
     if _zygote is None:
         for name in WARM_MODULES:
@@ -69,8 +68,7 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
     """Run the program in one process and the tests on it in another, under one clock.
 
     Returns `passed`, `total` and a `detail` about the first failure; or `error`: what the tests ask cannot be
-    judged.
-    """
+    judged."""
     try:
         for number, test in enumerate(tests, 1):
             judge.compiled(test, number)  # once for all programs of a group
@@ -100,8 +98,7 @@ def run_asserts(code: str, tests: list[str], limits: Limits, stop_early: bool) -
 def _beside(code: str, work: Callable[[int], dict[str, Any]], limits: Limits) -> dict[str, Any]:
     """Start a program, and `work` with the socket to it in a judge's process; what that returns.
 
-    EOFError: the judge died, not by the program's doing.
-    """
+    EOFError: the judge died, not by the program's doing."""
     assert _zygote is not None
     ours, theirs = socket.socketpair()
     with ours, theirs, open(os.devnull, "r+b", buffering=0) as nothing:

@@ -57,8 +57,7 @@ class Zygote:
     def end(self) -> int:
         """Kill the program with all its processes and delete its files; its status as waitpid gives it.
 
-        OSError: it was not even confined, so that nothing of it ran.
-        """
+        OSError: it was not even confined, so that nothing of it ran."""
         return int(self._ask({"end": True})["status"])
 
     def _ask(self, message: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:

@@ -185,32 +185,25 @@ class DenseEngine(InPlaceEngine):
                 strings meet a model without tokenizer.
             FloatingPointError: when the model's logits are not finite.
         """
-        config = self.policy.config
-        check_prompts(prompts, config.max_position_embeddings, config.vocab_size)
+        policy, version, prompts = self.policy, self.version, list(prompts)
+        most = policy.config.max_position_embeddings
+        check_prompts(prompts, most, policy.config.vocab_size)
         stopper = Stopper(sampling, self.eos_token_id, self.tokenizer)
-        return self._generate(self.policy, self.version, list(prompts), sampling, stopper)
 
-    def _generate(
-        self,
-        policy: DensePolicy,
-        version: int,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams,
-        stopper: Stopper,
-    ) -> Iterator[Rollout]:
-        """The policy is in evaluation mode during a wave and in its former mode between waves: the caller may
-        train while it consumes the iterator."""
-        lengths, most = [len(prompt.token_ids) for prompt in prompts], policy.config.max_position_embeddings
-        room = self.cache_bytes // bytes_per_token(policy.network)
-        for wave in plan_waves(lengths, sampling.n, sampling.max_tokens, self.max_batch, room):
-            limits = {i: most_tokens(prompts[i], sampling, most) for i, _ in wave}
-            rows = [Completion(prompts[i], i, number, limits[i]) for i, number in wave]
-            training = policy.training
-            policy.eval()
-            try:
-                # Not inference_mode: a table that a model fills on first use must serve training too.
-                with torch.no_grad():
-                    decode_wave(DenseDecoder(policy.network), rows, sampling, stopper)
-            finally:
-                policy.train(training)
-            yield from (row.rollout(version) for row in rows)
+        def generated() -> Iterator[Rollout]:
+            lengths = [len(prompt.token_ids) for prompt in prompts]
+            room = self.cache_bytes // bytes_per_token(policy.network)
+            for wave in plan_waves(lengths, sampling.n, sampling.max_tokens, self.max_batch, room):
+                limits = {i: most_tokens(prompts[i], sampling, most) for i, _ in wave}
+                rows = [Completion(prompts[i], i, number, limits[i]) for i, number in wave]
+                training = policy.training  # between waves the caller may train
+                policy.eval()
+                try:
+                    # Not inference_mode: a table that a model fills on first use must serve training too.
+                    with torch.no_grad():
+                        decode_wave(DenseDecoder(policy.network), rows, sampling, stopper)
+                finally:
+                    policy.train(training)
+                yield from (row.rollout(version) for row in rows)
+
+        return generated()

@@ -84,46 +84,38 @@ class NativeEngine(InPlaceEngine):
                 cannot hold the longest rollout, or when stop strings meet a model without tokenizer.
             FloatingPointError: when the model's logits are not finite.
         """
-        most = self.policy.config.max_position_embeddings
+        prompts, most = list(prompts), self.policy.config.max_position_embeddings
         check_prompts(prompts, most, self.policy.config.vocab_size)
         stopper = Stopper(sampling, self.eos_token_id, self.tokenizer)
+        if not prompts:
+            return iter(())
         lengths = [len(p.token_ids) + most_tokens(p, sampling, most) for p in prompts]
         size = self.page_bytes()
         room, needed = self.cache_bytes // size, [pages_of(n) for n in lengths]
-        if prompts and max(needed) > room:
+        if max(needed) > room:
             worst = needed.index(max(needed))
             raise Unanswerable(
                 f"prompt {worst} with {sampling.max_tokens} new tokens needs {needed[worst] * size:,} bytes "
                 f"of cache, and cache_gib allows {self.cache_bytes:,}; raise it, or lower max_tokens."
             )
         rows = min(self.max_batch, len(prompts) * sampling.n)
-        pages = min(room, (rows + 1) * max(needed, default=0))
-        return self._generate(list(prompts), sampling, stopper, rows, max(lengths, default=0), pages)
+        pages = min(room, (rows + 1) * max(needed))
 
-    def page_bytes(self) -> int:
-        """Memory of a page of the cache, as this engine fills it."""
-        size = self.policy.norm.weight.element_size()
-        return bytes_per_page(self.policy.config, size, self.speculate, self.record_routes)
-
-    def _generate(
-        self,
-        prompts: list[Prompt],
-        sampling: SamplingParams,
-        stopper: Stopper,
-        rows: int,
-        longest: int,
-        pages: int,
-    ) -> Iterator[Rollout]:
-        """With `rows` of up to `longest` tokens in `pages` of the cache."""
-        if prompts:
-            cache = self.open_cache(rows + 1, longest, pages)
+        def generated() -> Iterator[Rollout]:
             # One request, one version: weights loaded meanwhile count from the next request on.
-            run = _Run(self, cache, rows, prompts, sampling, stopper)
+            run = _Run(self, self.open_cache(rows + 1, max(lengths), pages), rows, prompts, sampling, stopper)
             while run.schedule.busy():
                 # Not inference_mode: a table that a model fills on first use must serve training too.
                 with torch.no_grad():
                     ended = run.advance()
                 yield from ended
+
+        return generated()
+
+    def page_bytes(self) -> int:
+        """Memory of a page of the cache, as this engine fills it."""
+        size = self.policy.norm.weight.element_size()
+        return bytes_per_page(self.policy.config, size, self.speculate, self.record_routes)
 
     def drain(self) -> dict[str, float]:
         """Share of right guesses, and preempted rows, since the last call; empty where there were none."""
@@ -158,7 +150,7 @@ class _Run:
         engine: NativeEngine,
         cache: LatentCache,
         rows: int,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         sampling: SamplingParams,
         stopper: Stopper,
     ) -> None:

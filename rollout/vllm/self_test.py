@@ -33,7 +33,6 @@ class Comparison:
 
     tokens: int
     mean: float  # of |log-probability of the engine - of our model|
-    p99: float
     worst: float
     regret: float  # largest gap of our best logit to the chosen token's; 0 when greedy tokens are equal
 
@@ -65,8 +64,7 @@ def compare(rollouts: Sequence[Rollout], reference: Policy, temperature: float =
     finally:
         reference.train(training)
     gap, regret = torch.cat(gaps), float(torch.stack(regrets).max())
-    quantile = float(gap.sort().values[min(len(gap) - 1, int(0.99 * len(gap)))])
-    return Comparison(len(gap), float(gap.mean()), quantile, float(gap.max()), regret)
+    return Comparison(len(gap), float(gap.mean()), float(gap.max()), regret)
 
 
 def self_test(engine: RolloutEngine, path: Path, reference: Policy | None, dtype: torch.dtype) -> None:

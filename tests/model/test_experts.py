@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from model_shapes import BASE
 
 from model import Transformer, layers, load, moe, save
-from model.kernels.cpu import few_tokens
+from model.kernels.cpu import experts as cpu_experts
+from model.kernels.cpu.experts import all_at_once
 from model.layers import RMSNorm
-from model.moe import Experts, GroupedLinear, Plan, WeightedSwiGLU, grouped_mm
+from model.moe import Experts, Plan, WeightedSwiGLU
 from pipeline.train.precision import Masters
 
 T, K = 40, 3
@@ -38,11 +39,9 @@ def one_by_one(experts, u, ids, g):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "one at a time"])
 @pytest.mark.parametrize("align", [1, 64])
-def test_experts_equal_a_loop_over_tokens(align, turns, monkeypatch):
-    monkeypatch.setattr(Experts, "by_expert", lambda self, u, pairs: turns)
-    monkeypatch.setattr(Experts, "alignment", lambda self, u: align)
+def test_experts_equal_a_loop_over_tokens(align, monkeypatch):
+    monkeypatch.setattr(moe, "alignment", lambda u: align)
     experts, u, ids, g = made()
     ours, want = experts(u, ids, g), one_by_one(experts, u, ids, g)
     torch.testing.assert_close(ours, want, atol=1e-12, rtol=1e-12)
@@ -53,25 +52,15 @@ def test_experts_equal_a_loop_over_tokens(align, turns, monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
-def test_experts_run_one_at_a_time_where_each_has_work():
-    experts, *_ = made()
-    assert experts.by_expert(torch.zeros(1), 32 * BASE.n_routed_experts)
-    assert not experts.by_expert(torch.zeros(1), 32 * BASE.n_routed_experts - 1)
-    assert not experts.by_expert(torch.zeros(1, device="meta"), 10**6)
-
-
 def test_rows_are_filled_up_on_a_cpu_in_bf16_alone():
     """A GPU would wait for the host to count them."""
-    experts, *_ = made()
     many = torch.zeros(moe.BF16_PAD_FROM, 1, dtype=torch.bfloat16)
-    assert experts.alignment(many) == 64
-    assert experts.alignment(many[1:]) == experts.alignment(many.float()) == 1
-    assert experts.alignment(many.to("meta")) == 1
+    assert moe.alignment(many) == 64
+    assert moe.alignment(many[1:]) == moe.alignment(many.float()) == 1
+    assert moe.alignment(many.to("meta")) == 1
 
 
-@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "one at a time"])
-def test_bf16_experts_are_near_fp64(turns, monkeypatch):
-    monkeypatch.setattr(Experts, "by_expert", lambda self, u, pairs: turns)
+def test_bf16_experts_are_near_fp64():
     experts, u, ids, g = made()
     want = experts(u, ids, g)
     wide = torch.autograd.grad(want.square().sum(), [u, g, *experts.parameters()])
@@ -85,10 +74,9 @@ def test_bf16_experts_are_near_fp64(turns, monkeypatch):
 
 
 def test_large_bf16_batches_are_filled_up_and_others_are_not():
-    experts, *_ = made()
-    assert experts.alignment(torch.zeros(2048, 4, dtype=torch.bfloat16)) == 64
-    assert experts.alignment(torch.zeros(32, 4, dtype=torch.bfloat16)) == 1
-    assert experts.alignment(torch.zeros(2048, 4)) == 1
+    assert moe.alignment(torch.zeros(2048, 4, dtype=torch.bfloat16)) == 64
+    assert moe.alignment(torch.zeros(32, 4, dtype=torch.bfloat16)) == 1
+    assert moe.alignment(torch.zeros(2048, 4)) == 1
 
 
 @pytest.mark.parametrize("align", [1, 8])
@@ -129,47 +117,43 @@ def test_rms_norm_is_that_of_torch_in_every_dtype(rows, monkeypatch):
             torch.testing.assert_close(mine, theirs, atol=4 * tolerance, rtol=4 * tolerance)
 
 
-def test_the_grouped_kernel_of_gpus_computes_the_same():
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 8), (16, 6), (7, 8)], ids=["torch's", "odd", "odd too"])
+def test_grouped_products_of_any_size_are_those_of_each_expert(inputs, outputs):
     torch.manual_seed(0)
-    x, weight = torch.randn(24, 16, requires_grad=True), torch.randn(4, 8, 16, requires_grad=True)
-    counts, upstream = [8, 0, 11, 5], torch.randn(24, 8)
+    x, weight = torch.randn(24, inputs), torch.randn(4, inputs, outputs).transpose(1, 2)
+    counts, upstream = torch.tensor([8, 0, 11, 5]), torch.randn(24, outputs)
+    leaves = x.requires_grad_(), weight.requires_grad_()
+    owner = torch.arange(4).repeat_interleave(counts)
     results = []
-    for y in (grouped_mm(x, weight, torch.tensor(counts)), GroupedLinear.apply(x, weight, counts)):
-        results.append((y, *torch.autograd.grad(y, (x, weight), upstream)))
+    for y in (Experts(BASE).grouped(x, weight, counts), torch.einsum("mi,moi->mo", x, weight[owner])):
+        results.append((y, *torch.autograd.grad(y, leaves, upstream)))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", [few_tokens.all_at_once, few_tokens.side_by_side])
-def test_few_tokens_are_the_same_as_sorted_by_expert(dtype, way, monkeypatch):
+def test_few_tokens_are_the_same_as_sorted_by_expert(dtype, monkeypatch):
     """One expert gets none here."""
     experts, u, ids, g = made()
     experts, u = experts.to(dtype), u.to(dtype)
     with torch.no_grad():
-        got = way(u, ids, g, experts.gate_up_proj, experts.down_proj)
-        monkeypatch.setattr(moe, "experts_of", lambda *_: None)
+        got = all_at_once(u, ids, g, experts.gate_up_proj, experts.down_proj)
+        monkeypatch.setattr(moe, "all_at_once", lambda *_: None)
         want = experts(u, ids, g)
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
-def test_which_way_tokens_go():
-    experts, u, ids, g = made(torch.float32)
-    weights = experts.gate_up_proj, experts.down_proj
-    assert few_tokens.experts_of(u, ids, g, *weights) is None, "gradients are needed"
+def test_tokens_go_to_all_experts_where_that_is_little_work_without_gradients(monkeypatch):
+    few, u, ids, g = made(torch.float32)
+    given = u, ids, g, few.gate_up_proj, few.down_proj
+    assert all_at_once(*given) is None, "gradients are needed"
+    unchosen = T * (BASE.n_routed_experts - K) * BASE.hidden_size * BASE.moe_intermediate_size
     with torch.no_grad():
-        for limit, side, way in (
-            (1 << 30, 32, few_tokens.all_at_once),
-            (0, 32, few_tokens.side_by_side),
-            (0, int(ids.flatten().bincount().max()) - 1, None),
-        ):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(few_tokens, "ALL_AT_ONCE", {torch.float32: limit})
-                patch.setattr(few_tokens, "SIDE_BY_SIDE", side)
-                got = few_tokens.experts_of(u, ids, g, *weights)
-            want = None if way is None else way(u, ids, g, *weights)
-            assert (got is None) == (want is None) and (got is None or torch.equal(got, want))
+        for limit in (unchosen, unchosen - 1):
+            monkeypatch.setattr(cpu_experts, "ALL_AT_ONCE", {torch.float32: limit})
+            assert (all_at_once(*given) is None) == (limit < unchosen)
+        assert all_at_once(u.double(), *given[1:]) is None, "no limit is known for fp64"
 
 
 def test_weights_of_experts_lie_outputs_side_by_side_wherever_they_come_from(tmp_path):

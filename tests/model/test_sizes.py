@@ -9,8 +9,8 @@ import transformers
 from model_shapes import BASE
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import DEEPSEEK_V3, MOONLIGHT_16B, TINY, Transformer
-from model.sizes.flops import flops, pairs, parameters, peak_flops, shape
+from model import DEEPSEEK_V3, MOONLIGHT_16B, TINY, Transformer, moe
+from model.sizes.flops import flops, pairs, peak_flops, shape
 from model.sizes.memory import training_bytes
 
 SMALL = {
@@ -60,27 +60,31 @@ NATIVE = {
 
 @pytest.mark.parametrize("name", NATIVE)
 def test_parameters_of_native_networks(name):
-    net, of = native(NATIVE[name]), parameters(NATIVE[name])
-    assert of.total == net.num_parameters() and of.active == net.num_parameters(active=True)
-    assert of.mtp == sum(p.numel() for p in net.mtp.parameters())
+    net, of = native(NATIVE[name]), shape(NATIVE[name]).parameters
+    mtp = sum(p.numel() for p in net.mtp.parameters())
+    trunk = [layer.mlp for layer in net.layers if isinstance(layer.mlp, moe.MoE)]
+    routed = sum(p.numel() for mlp in trunk for p in mlp.experts.parameters())
+    unmet = 1 - net.config.num_experts_per_tok / net.config.n_routed_experts
+    assert (of.total, of.mtp) == (net.num_parameters(), mtp)
+    assert of.active == net.num_parameters(active=True) == of.total - mtp - round(routed * unmet)
 
 
 @pytest.mark.parametrize("name", DENSE)
 def test_parameters_of_dense_networks(name):
     net = dense(name)
-    assert parameters(net.config) == (*2 * [sum(p.numel() for p in net.parameters())], 0)
+    assert shape(net.config).parameters == (*2 * [sum(p.numel() for p in net.parameters())], 0)
 
 
 def test_published_sizes():
-    total, active, mtp = parameters(DEEPSEEK_V3)
+    total, active, mtp = shape(DEEPSEEK_V3).parameters
     assert [round(n / 1e9, 2) for n in (total - mtp, mtp, active)] == [671.03, 11.61, 37.55]
-    total, active, mtp = parameters(MOONLIGHT_16B)
+    total, active, mtp = shape(MOONLIGHT_16B).parameters
     assert [round(n / 1e9, 2) for n in (total, active, mtp)] == [15.96, 2.91, 0]
 
 
 def test_an_unknown_architecture_is_refused_by_name():
     with pytest.raises(ValueError, match="'mamba' are not known; known are llama"):
-        parameters(SimpleNamespace(model_type="mamba"))
+        shape(SimpleNamespace(model_type="mamba"))
 
 
 def counted(logits):
@@ -105,7 +109,11 @@ def test_flops_of_dense_networks(name):
 
 
 @pytest.mark.parametrize("name", ["tiny", "full-rank query", "tied"])
-def test_flops_of_native_networks(name):
+def test_flops_of_native_networks(name, monkeypatch):
+    def grouped(self, x, weight, rows):  # torch does not count its own
+        return torch.cat([part @ w.T for part, w in zip(x.split(rows.tolist()), weight, strict=True)])
+
+    monkeypatch.setattr(moe.Experts, "grouped", grouped)
     config, tokens = replace(NATIVE[name], num_nextn_predict_layers=0), 64
     by = counted(lambda: Transformer(config, seed=0).logits(torch.zeros(1, tokens, dtype=torch.long)))
     of, products = shape(config), by.pop("mm")
@@ -143,7 +151,7 @@ def test_bytes_by_hand():
         vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
         num_attention_heads=12, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    weights = parameters(config).total
+    weights = shape(config).parameters.total
     assert weights == 1_543_714_304
     for precision in ("float32", "bfloat16", "fp8"):
         of = training_bytes(config, tokens=0, precision=precision, reference=True)

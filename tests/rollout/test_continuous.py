@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, transformer
 from model import cache as cache_module
 from model.cache import PAGE, LatentCache
 from rollout.native import engine as native
@@ -60,13 +60,12 @@ def test_rollouts_are_the_same_whatever_the_room(
     net, prompts, plain, monkeypatch, speculate, max_batch, pages, prefill_tokens
 ):
     caches = []
-    empty = LatentCache.empty
 
     def kept(*args, **kwargs):
-        caches.append(empty(*args, **kwargs))
+        caches.append(LatentCache(*args, **kwargs))
         return caches[-1]
 
-    monkeypatch.setattr(LatentCache, "empty", kept)
+    monkeypatch.setattr(transformer, "LatentCache", kept)
     engine = NativeEngine(
         net, max_batch=max_batch, cache_bytes=pages * PAGE_BYTES * (3 + speculate) // 3,
         prefill_tokens=prefill_tokens, speculate=speculate,

@@ -16,13 +16,13 @@ Axes    N tokens of the row, h heads, n unrotated and r rotated query dimensions
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.kernels.blockwise import above, scaled_bmm
 from model.rope import Rope
 
 BLOCK = 64
@@ -80,12 +80,6 @@ def buckets(lengths: Sequence[int]) -> Buckets:
         found.append(Bucket.of([(starts[i], lengths[i]) for i in order[begin:end]]))
         begin = end
     return found
-
-
-@lru_cache(maxsize=64)
-def _mask(n: int, dtype: torch.dtype) -> Tensor:
-    """Minus infinity above the diagonal (n n). Adding it takes a third of the time of filling by a mask."""
-    return torch.full((n, n), float("-inf"), dtype=dtype).triu(1)
 
 
 class CausalAttention(torch.autograd.Function):
@@ -167,8 +161,8 @@ class CausalAttention(torch.autograd.Function):
                 dvs_part = torch.bmm(p.transpose(1, 2), d)
                 ds = torch.bmm(d, vs[:, :end].transpose(1, 2))
                 ds = torch._softmax_backward_data(ds, p, -1, p.dtype)
-                dqs[:, begin:end] = _bmm(ds, ks[:, :end], scale)
-                dks_part = _bmm(ds.transpose(1, 2), qs[:, begin:end], scale)
+                dqs[:, begin:end] = scaled_bmm(ds, ks[:, :end], scale)
+                dks_part = scaled_bmm(ds.transpose(1, 2), qs[:, begin:end], scale)
                 if end == ks.shape[1]:
                     dks, dvs = dks_part.to(wide), dvs_part.to(wide)
                 else:
@@ -198,12 +192,8 @@ def _blocks(bucket: Bucket) -> list[tuple[int, int]]:
     return [(begin, min(begin + BLOCK, longest)) for begin in range(0, longest, BLOCK)]
 
 
-def _bmm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    return torch.baddbmm(a.new_empty(()).expand(len(a), a.shape[1], b.shape[2]), a, b, beta=0, alpha=alpha)
-
-
 def _probabilities(q: Tensor, k: Tensor, begin: int, end: int, scale: float) -> Tensor:
     """Of queries `begin` to `end` over the keys up to `end`: (n h, end - begin, end)."""
-    scores = _bmm(q[:, begin:end], k[:, :end].transpose(1, 2), scale)
-    scores[:, :, begin:].add_(_mask(end - begin, scores.dtype))
+    scores = scaled_bmm(q[:, begin:end], k[:, :end].transpose(1, 2), scale)
+    scores[:, :, begin:].add_(above(end - begin, scores.dtype, scores.device))
     return scores.softmax(-1)

@@ -348,8 +348,7 @@ def _is_array(value: Any) -> bool:
 def quiet_loops(source: str) -> None:
     """Let `asyncio.run` do without the sockets that wake a loop from other threads; no program may have any.
 
-    Only where `source` could use it: the import takes longer than most programs run.
-    """
+    Only where `source` could use it: the import takes longer than most programs run."""
     if "async" not in source:
         return
     asyncio: Any = import_module("asyncio")

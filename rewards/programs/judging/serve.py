@@ -85,8 +85,7 @@ def module(name: str) -> dict[str, Any]:
 def serve(fd: int, code: str) -> None:
     """Run the program, then answer until the judge closes the socket.
 
-    The program is not `__main__` here, so its own demonstration under that guard stays out.
-    """
+    The program is not `__main__` here, so its own demonstration under that guard stays out."""
     quiet_loops(code)
     namespace = module("solution")
     program = _Program(fd, namespace)

@@ -46,8 +46,7 @@ class Malformed(Exception):
 def encode(value: Any, reference: Reference) -> Any:
     """`value` as JSON data, `[kind, *parts]`; what is not plain goes through `reference`.
 
-    RecursionError: nested too deep, or a container that contains itself.
-    """
+    RecursionError: nested too deep, or a container that contains itself."""
     kind = type(value)
     if value is None or kind is bool or kind is float or kind is str:
         return value
