@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.run.directory import RunDir
+from pipeline.run.metrics import say
 from pipeline.run.usage import Usage
 from pipeline.settings.supervised import StopSettings
 from pipeline.train.learner import Learner, score
@@ -51,6 +52,8 @@ class HeldOut:
         loss = sum(-float(p.ahead(1)[2] @ score(learner.policy, p, 1.0)) for p in parts)
         if loss <= self.settings.loss:
             learner.decay_now()
+            end = f"the rate falls now, and update {learner.total_updates} is the last"
+            say(f"held-out loss {loss:.3g}: {end}")
         return {"heldout/loss": loss}
 
 
