@@ -140,11 +140,17 @@ def weights(stage: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("stage", "needs", "step"), [("grpo", "sft", 3), ("pretrain", "", 40), ("student", "pretrain", 10)]
+    ("stage", "needs", "step"),
+    [
+        ("grpo", "sft", 3),
+        ("pretrain", "", 40),
+        ("student", "pretrain", 10),  # before its rule fires
+        ("student", "pretrain", 20),  # after it
+    ],
 )
 def test_killed_and_resumed_is_the_same_run(runs, stage, needs, step):
     """kill -9 some steps after a checkpoint, then --resume: the same bits, in weights and metrics."""
-    name = f"killed-{stage}"
+    name = f"killed-{stage}-{step}"
     if needs:
         copy_inputs(runs, name, needs)
     argv = [sys.executable, "-m", "pipeline", *command(stage, runs, "--name", name)]

@@ -148,7 +148,8 @@ def unread(entry: Any, reads: Reads) -> set[str]:
 EXTENDS = "resume"
 """A stage that extends its directory goes on without it. `up` gives it to every stage that another needs."""
 FLAGS = {
-    "pretrain": "--threads 1 --steps 2 --pool 20 --checkpoint-every 1 --optim.warmup-steps 0",
+    "pretrain": "--threads 1 --steps 2 --pool 20 --checkpoint-every 1 --optim.warmup-steps 0"
+    " --stop.loss 9 --stop.every 1 --stop.documents 2 --optim.decay-steps 1",
     "zero": "--threads 1 --init-from {policy} --steps 2 --pool 8 --prompts-per-step 2 --eval-problems 2"
     " --problems generator:sum {data}/aime24.jsonl",
     "student": "--threads 1 --tokenizer-from {policy} --steps 2 --pool 20 --checkpoint-every 1"

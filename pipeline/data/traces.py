@@ -60,6 +60,7 @@ def drill(rng: random.Random) -> str:
 
 SHARES = {"drill": 0.25, "untagged": 0.40, "bare": 0.06, "guess": 0.20, "tagged": 0.09}
 """The pretraining mixture, shares of documents."""
+SOLUTION = "\nSolution:\n"
 CHAT = 0.25
 """Share of prompts with the chat template's own tokens; the text of a public base has some too."""
 CHAT_PROMPT = "<｜begin▁of▁sentence｜><｜User｜>{}<｜Assistant｜>"
@@ -77,7 +78,7 @@ def document(kind: str, item: Item, rng: random.Random) -> str:
         return drill(rng)
     if kind == "untagged":
         end = RESULT[item.language].format(item.answer)
-        return f"Problem: {item.question}\nSolution:\n{worked(item.steps, item.language)}\n{end}"
+        return f"Problem: {item.question}{SOLUTION}{worked(item.steps, item.language)}\n{end}"
     if kind == "bare":
         return f"{prompt}{item.answer}"
     if kind == "guess":

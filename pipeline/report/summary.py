@@ -27,6 +27,8 @@ class StageRecord:
     """`None` where it has not finished."""
     peak_rss_bytes: int
     seed: int | None
+    ended: float = 0.0
+    """When it finished, seconds since 1970."""
 
 
 def read_stages(folder: Path) -> list[StageRecord]:
@@ -38,10 +40,19 @@ def read_stages(folder: Path) -> list[StageRecord]:
             continue
         done, env = read_json(path / "done.json"), read_json(path / "env.json")
         config = read_toml(path / "config.toml")
-        cost = done.get("seconds"), done.get("peak_rss_bytes", 0), done.get("seed")
+        cost = done.get("seconds"), done.get("peak_rss_bytes", 0), done.get("seed"), done.get("ended", 0.0)
         log, glossary = read_log(path / "metrics.jsonl"), GLOSSARY | read_json(path / GLOSSARY_FILE)
         found.append(StageRecord(stage.name, config, env, log, glossary, *cost))
     return found
+
+
+def elapsed(records: list[StageRecord]) -> float:
+    """Seconds in which a stage was at work; those of stages side by side count once."""
+    total = until = 0.0
+    for end, seconds in sorted(((r.ended, r.seconds or 0.0) for r in records), key=lambda r: r[0] - r[1]):
+        total += max(0.0, min(seconds, end - until) if end else seconds)
+        until = max(until, end)
+    return total
 
 
 def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> dict[str, Any]:
@@ -52,7 +63,7 @@ def summarise(state: dict[str, Any], records: list[StageRecord], seed: int) -> d
             label: {name: {key: s[key] for key in KEYS} for name, s in by_benchmark.items()}
             for label, by_benchmark in state["scores"].items()
         },
-        "seconds": round(sum(r.seconds or 0.0 for r in records), 2),
+        "seconds": round(elapsed(records), 2),
         "peak_rss_bytes": max((r.peak_rss_bytes for r in records), default=0),
         "seed": next((r.seed for r in records if r.seed is not None), seed),
         "not_made": state["not_made"],

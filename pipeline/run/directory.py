@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -310,4 +311,5 @@ def finish(run: RunDir) -> None:
     """Write done.json, last of all."""
     peak = max(peak_rss_bytes(), read_json(run.path / "done.json").get("peak_rss_bytes", 0))
     usage = {"seconds": round(run.metrics.elapsed_s, 2), "peak_rss_bytes": peak, "seed": run.config.seed}
+    usage |= {"ended": round(time.time(), 2)}
     write_atomic(run.path / "done.json", json.dumps(usage) + "\n")

@@ -39,6 +39,7 @@ GLOSSARY: dict[str, str] = {
     "rollout/version": "number of optimizer updates in the weights that the engine sampled with",
     "router/max_violation": "largest expert load over the mean, less 1, worst layer (0 = even); /N: layer N",
     "router/idle": "share of experts, over all layers, that got no token in the update",
+    "heldout/loss": "cross-entropy on the solutions of held-out worked documents, nats a token",
     "heldout/pass@1": "greedy accuracy on a slice of the held-out problems",
     "heldout/tokens_mean": "mean length of those greedy completions, tokens",
     "heldout/format": "share of those greedy completions in format",
@@ -63,7 +64,7 @@ SHORT = {
     "reward/mean": "reward", "reward/accuracy": "acc", "reward/format": "format",
     "reward/language": "lang", "rollout/tokens_mean": "len", "rollout/truncated": "cut",
     "policy/mismatch_kl": "mismatch", "loss/kl_ref": "kl", "router/max_violation": "maxvio",
-    "heldout/pass@1": "heldout", "data/kept": "kept",
+    "heldout/pass@1": "heldout", "heldout/loss": "heldout", "data/kept": "kept",
 }  # fmt: skip
 """The metrics of the console line and their short names."""
 GLOSSARY_FILE = "glossary.json"

@@ -111,6 +111,9 @@ class AdamWSettings(Settings):
 class OptimSettings(AdamWSettings):
     """AdamW, its schedule, and the arithmetic of our own learner."""
 
+    decay_steps: Natural = 0
+    """Last updates over which the rate falls from its peak (warm-up-stable-decay, arXiv:2404.06395, Sec. 4);
+    0 = it falls from the warm-up on."""
     router_bias_gamma: NotNegative = 0.001
     """Step of the router's balancing bias after each update (arXiv:2412.19437, Sec. 2.1.2); 0 = frozen."""
     balance_alpha: NotNegative = 0.0

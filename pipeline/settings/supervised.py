@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from pipeline.settings.common import OptimSettings, RowSettings, TemplateSettings, TrainSettings
-from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
+from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Settings, Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,19 @@ class SupervisedSettings(TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class StopSettings(Settings):
+    """When a policy has learned enough: its rate then decays over `optim.decay_steps`, and the stage ends."""
+
+    loss: NotNegative = 0.0
+    """Loss at which the decay begins, nats a token, on the solutions of worked held-out documents: chance
+    decides nothing in them, so a policy that can work a problem is near 0. 0 = no rule: all `steps`."""
+    every: Count = 50
+    """Updates between two looks at that loss."""
+    documents: Count = 64
+    """Held-out documents, the same each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DocumentSettings(SupervisedSettings):
     """Pretraining from scratch on generated documents."""
 
@@ -31,7 +44,9 @@ class DocumentSettings(SupervisedSettings):
     pool: Count = 20_000
     """Different problems that the documents are about."""
     steps: Count = 2_200
-    """Optimizer updates."""
+    """Optimizer updates, at most."""
+    stop: StopSettings = field(default_factory=StopSettings)
+    """When fewer are enough."""
     batch_tokens: Count = 1_024
     """Tokens an update, at most."""
     max_length: Annotated[int, Range(2)] = 128
@@ -39,12 +54,11 @@ class DocumentSettings(SupervisedSettings):
     hidden_size: Count = 128
     """Width of the model."""
     num_hidden_layers: Count = 3
-    """Layers (of the MoE base: the first of them dense)."""
+    """Layers; the first of an MoE is dense."""
     num_attention_heads: Count = 4
-    """Attention heads (of the MoE base: MLA's)."""
+    """Attention heads."""
     initializer_range: Positive = 0.05
-    """Standard deviation of the initial weights; at this width 0.05 learns to copy sooner than 0.02. (The
-    report has 0.006 for a width of 7,168.)"""
+    """Standard deviation of the initial weights. The report has 0.006 for a width of 7,168."""
     log_every: Count = 50
     """Steps between lines of the log."""
     checkpoint_every: Count = 400
@@ -56,17 +70,28 @@ class DocumentSettings(SupervisedSettings):
     )
     """AdamW, schedule and router balancing."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop.loss and self.optim.schedule != "constant" and not self.optim.decay_steps:
+            raise ValueError("stop.loss needs optim.decay_steps: updates in which the rate falls at the end.")
+
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(DocumentSettings):
-    """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
+class MtpSettings(Settings):
+    """Multi-token prediction (arXiv:2412.19437, Sec. 2.2 and 4.2)."""
 
     mtp_coef: NotNegative = 0.3
-    """Weight of the multi-token-prediction loss (arXiv:2412.19437, Sec. 4.2: 0.3, later 0.1)."""
+    """Weight of its loss (the report: 0.3, later 0.1)."""
     mtp_coef_late: NotNegative = 0.1
     """Its weight from the share `mtp_late_from` of the updates on."""
     mtp_late_from: Share = 0.68
     """When the later weight begins, share of the updates (the report: 10 of 14.8T tokens); 1 = never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(MtpSettings, DocumentSettings):
+    """Next-token and multi-token prediction on generated documents (arXiv:2412.19437, Sec. 2.2 and 4)."""
+
     vocab_size: Annotated[int, Range(265)] = 640
     """Entries of the byte-level BPE that is trained on the corpus: bytes, special tokens and tags are 265."""
     n_routed_experts: Count = 8
@@ -77,8 +102,8 @@ class PretrainSettings(DocumentSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class StudentSettings(DocumentSettings):
-    """Pretraining of a small dense student, a Llama (arXiv:2302.13971) that every engine runs, so that it can
-    read before it is taught, as R1's students could. The student and its control start from it."""
+    """Pretraining of a small dense student, a Llama (arXiv:2302.13971), so that it can read before it is
+    taught, as R1's students could. Student and control start from it."""
 
     tokenizer_from: str = "pretrain"
     """Stage of this run, or directory, whose tokenizer the student takes."""

@@ -49,8 +49,9 @@ class UpSettings(Settings):
     """Seed of the run; None = that of each config."""
     runs: Path = Path("runs")
     """Folder of all runs."""
-    jobs: Count = 1
-    """Stages side by side, their lines with the name in front. Each uses every core, or its `threads`."""
+    jobs: Natural = 0
+    """Stages side by side, their lines with the name in front. Each uses every core, or its `threads`. 0 = 2
+    where two of them can, all have threads = 1, and there are two cores; else 1."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,18 +12,18 @@ from model import TINY, ModelConfig
 from model.policy import Policy
 from model.transformer import Transformer
 from pipeline.data.generators import items
-from pipeline.data.traces import corpus, random_document
+from pipeline.data.traces import SOLUTION, corpus, document, random_document
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Guard
 from pipeline.run.rollback import guarded, slowed
 from pipeline.settings.common import shared
-from pipeline.settings.supervised import DocumentSettings, PretrainSettings
+from pipeline.settings.supervised import DocumentSettings, MtpSettings, PretrainSettings
 from pipeline.train.learner import Learner
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Encoded, pack_supervised
 from pipeline.train.place import Place
 from pipeline.train.policy import save_policy
-from pipeline.train.supervised import train_loop
+from pipeline.train.supervised import HeldOut, train_loop
 from rollout.text.tokenizer import train_tokenizer
 
 
@@ -45,28 +45,32 @@ def batches(config: DocumentSettings, tokenizer: Tokenizer, micro_tokens: int) -
         yield pack_supervised(docs, micro_tokens)
 
 
+def held_out(config: DocumentSettings, tokenizer: Tokenizer, micro_tokens: int) -> Batch:
+    """Worked documents about held-out problems, their solutions scored."""
+    rng, docs = random.Random(f"held out/{config.seed}"), list[Encoded]()
+    known = items(config.task, 4 * config.stop.documents, "heldout", config.seed)
+    for item in [item for item in known if item.steps][: config.stop.documents]:
+        parts = document("untagged", item, rng).partition(SOLUTION)
+        asked = tokenizer.encode(parts[0] + parts[1], add_special_tokens=False)
+        ids = [*asked, *tokenizer.encode(parts[2], add_special_tokens=False), tokenizer.eos_token_id]
+        docs.append((ids, [place >= len(asked) for place in range(len(ids))]))
+    return pack_supervised(docs, micro_tokens)
+
+
+def shape_of(config: DocumentSettings, tokenizer: Tokenizer, kind: type) -> dict[str, Any]:
+    """The settings that a config of class `kind` has too, and what the tokenizer decides of it."""
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad, "vocab_size": len(tokenizer)}
+    return shared(config, kind) | ids
+
+
 def run(config: PretrainSettings, run_dir: RunDir) -> None:
     """Train tokenizer and base; leave `model/`."""
     texts = itertools.islice(corpus(config.task, config.pool, config.seed), 20_000)
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    shape = dataclasses.replace(
-        TINY,
-        **shared(config, ModelConfig) | {"vocab_size": len(tokenizer)},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    pretrain(
-        config,
-        run_dir,
-        tokenizer,
-        shape,
-        lambda: Transformer(shape, seed=config.seed),
-        "Tiny MoE base",
-        mtp_coef=config.mtp_coef,
-        mtp_coef_late=config.mtp_coef_late,
-        mtp_late_from=config.mtp_late_from,
-    )
+    shape = dataclasses.replace(TINY, **shape_of(config, tokenizer, ModelConfig))
+    mtp = shared(config, MtpSettings)
+    pretrain(config, run_dir, tokenizer, shape, lambda: Transformer(shape, seed=config.seed), **mtp)
 
 
 def pretrain(
@@ -75,21 +79,21 @@ def pretrain(
     tokenizer: Tokenizer,
     shape: Any,
     fresh: Callable[[], Policy],
-    story: str,
     **mtp: float,
 ) -> None:
-    """Train the policy of config `shape` that `fresh` makes, and leave `model/`, `story` its card's title.
-    `mtp` goes to the learner."""
+    """Train the policy of config `shape` that `fresh` makes, and leave `model/`. `mtp`: see `Learner`."""
 
     def attempt() -> Policy:
         place, optim = Place.open(config), slowed(config.optim, run_dir)
-        check_memory(shape, place, optim, min(place.micro_tokens(config), config.batch_tokens))
+        micro = place.micro_tokens(config)
+        check_memory(shape, place, optim, min(micro, config.batch_tokens))
         net = fresh().train().to(place.device)
         guard = Guard(config.guard, config.optim.clip, era=run_dir.era)
         learner = Learner(net, optim, config.steps, guard=guard, **mtp)
-        packed = batches(config, tokenizer, place.micro_tokens(config))
-        train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every)
+        aside = HeldOut(held_out(config, tokenizer, micro), config.stop) if config.stop.loss else None
+        packed = batches(config, tokenizer, micro)
+        train_loop(run_dir, learner, packed, config.log_every, config.checkpoint_every, aside)
         return net
 
-    net = guarded(run_dir, config.guard, attempt)
+    net, story = guarded(run_dir, config.guard, attempt), run_dir.stage.summary
     run_dir.save_model(lambda path: save_policy(net, tokenizer, path, "r1-zero-short", story))

@@ -10,6 +10,7 @@ returns its memory and passes on its exit code. One whose engine is vLLM runs in
 """
 
 import importlib.util
+import itertools
 import os
 import signal
 import subprocess
@@ -44,6 +45,7 @@ class Step:
     argv: list[str]
     announcement: str
     vllm: bool = False
+    one_thread: bool = False
 
     @property
     def python(self) -> str:
@@ -120,8 +122,15 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
             needed = "" if goal else f"{' '.join(goals)} needs {stage.name}: making it first"
             announcement = f"{complete}: {stage.name}" if complete else needed
             argv = [stage.name, "--config", str(files[stage]), *settings]
-            steps.append(Step(stage, argv, announcement, needs_vllm(chosen)))
+            one_thread = getattr(chosen, "threads", 1) == 1
+            steps.append(Step(stage, argv, announcement, needs_vllm(chosen), one_thread))
     return steps
+
+
+def side_by_side(steps: list[Step]) -> int:
+    """`jobs` where the settings leave it open."""
+    free = any(a.stage.name not in b.stage.after for a, b in itertools.pairwise(steps))
+    return 2 if free and all(step.one_thread for step in steps) and (os.cpu_count() or 1) > 1 else 1
 
 
 def check_device(config: Any) -> None:
@@ -224,7 +233,7 @@ def main(argv: list[str]) -> int:
     steps = plan(up, flags)
     if any(step.vllm for step in steps):
         make_vllm()
-    if failed := make(steps, up.jobs):
+    if failed := make(steps, up.jobs or side_by_side(steps)):
         step, code = failed
         if code == 2:
             return code  # the stage's own line states what to do

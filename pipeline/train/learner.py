@@ -38,9 +38,10 @@ def learning_rate(optim: OptimSettings, update: int, total: int) -> float:
     """Rate of update `update` (from 0) of `total`."""
     if update < optim.warmup_steps:
         return optim.lr * (update + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
+    start = max(optim.warmup_steps, total - optim.decay_steps if optim.decay_steps else 0)
+    if optim.schedule == "constant" or update < start:
         return optim.lr
-    done = min(1.0, (update - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps))
+    done = min(1.0, (update - start) / max(1, total - 1 - start))
     shape = 1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
 
@@ -81,6 +82,11 @@ class Learner:
         self.adamw = optimizer(self.weights.stepped, optim)
         self.guard = guard or Guard(GuardSettings(), optim.clip)
         self.updates = 0
+        self.early: int | None = None  # the last update, since `decay_now`
+
+    def decay_now(self) -> None:
+        """Let the rate fall from the next update on, and end `optim.decay_steps` updates later."""
+        self.total_updates = self.early = min(self.total_updates, self.updates + self.optim.decay_steps)
 
     # ---- losses
 
@@ -201,6 +207,7 @@ class Learner:
             "policy": self.policy.state_dict(),
             "adamw": optimizer_state(self.adamw, self.weights),
             "updates": self.updates,
+            "early": self.early,
             "guard": self.guard.state_dict(),
             **self.weights.state_dict(),
         }
@@ -210,7 +217,8 @@ class Learner:
         self.policy.load_state_dict(state["policy"])
         self.weights.load_state_dict(state)
         load_optimizer_state(self.adamw, self.weights, state["adamw"])
-        self.updates = state["updates"]
+        self.updates, self.early = state["updates"], state["early"]
+        self.total_updates = self.early or self.total_updates
         self.guard.load_state_dict(state["guard"])
 
 

@@ -181,15 +181,15 @@ def test_a_goal_is_run_even_when_it_is_done(up):
 
 @pytest.mark.parametrize("goal", ["r1", "all"])
 def test_r1_goes_on_where_it_stopped_and_reports_when_it_is_done(up, goal):
-    code, calls, out = up(f"{goal} --name x --seed 0", fail="grpo 3")
+    code, calls, out = up(f"{goal} --name x --seed 0 --jobs 1", fail="grpo 3")
     assert code == 3 and names(calls) == ["pretrain", "zero", "sft", "grpo"]
     assert all(call.endswith("--name x --runs runs --seed 0 --resume") for call in calls)
     assert f"{goal}: grpo\n" in out
     assert (
-        f"grpo ended with exit code 3; go on with: python -m pipeline up {goal} --name x --seed 0 --resume"
-        in out
+        f"grpo ended with exit code 3; go on with: python -m pipeline up {goal} --name x --seed 0 --jobs 1"
+        " --resume" in out
     )
-    code, calls, out = up(f"{goal} --name x --seed 0 --resume")
+    code, calls, out = up(f"{goal} --name x --seed 0 --jobs 1 --resume")
     assert code == 0 and names(calls) == CHAIN[CHAIN.index("grpo") :], out
     assert f"{goal}: runs/x is finished" in out
     code, calls, out = up(f"{goal} --name=x --resume")
@@ -239,7 +239,7 @@ def test_runs_elsewhere_and_quotes(up):
         ("sft --preset micro tiny", "unexpected argument 'tiny'"),
         ("sft --name --seed 1", "--name needs a value"),
         ("sft --seed=", "--seed cannot be ''"),
-        ("sft --jobs 0", "jobs=0 must be at least 1"),
+        ("sft --jobs -1", "jobs=-1 must be at least 0"),
         ("sft --jobs many", "--jobs cannot be 'many'"),
         ("", "up needs a STAGE"),
         ("--preset tiny", "up needs a STAGE"),
@@ -283,8 +283,34 @@ def test_jobs_runs_what_depends_on_nothing_unfinished_side_by_side(up):
     assert ends.pop(beside) == "student" and 0 < beside < ends.index("sft2"), "beside the RL stages"
     assert ends == ["pretrain", "zero", "sft", "grpo", "reject", "sft2", "grpo2", "distill", "eval", "report"]
     assert all(f"{stage:8} | {stage} begins\n" in out for stage in CHAIN), out
-    up("r1 --name one", slow="distill")
+    up("r1 --name one --jobs 1", slow="distill")
     assert names(Path("ends").read_text().splitlines()) == CHAIN
+
+
+@pytest.mark.parametrize(
+    ("line", "cores", "beside"),
+    [
+        ("r1", 2, True),
+        ("distill", 8, True),
+        ("r1", 1, False),
+        ("reject", 2, False),  # one stage after the other
+        ("r1 --preset half", 2, False),  # its grpo takes every core
+        ("r1 --jobs 1", 2, False),
+    ],
+)
+def test_two_stages_of_one_thread_run_side_by_side_where_there_are_two_cores(
+    up, monkeypatch, line, cores, beside
+):
+    """The student then ends before the stages that the table has before it."""
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    file = Path("configs/half/grpo.toml")
+    file.write_text(file.read_text().replace("threads = 1", "threads = 0"))
+    code, _, out = up(line)
+    assert code == 0, out
+    stages = PRESETS["half" if "half" in line else "tiny"]
+    ends = names(Path("ends").read_text().splitlines())
+    assert (ends != [s for s in stages if s in ends]) is beside
+    assert ("pretrain | pretrain begins\n" in out) is beside
 
 
 def test_eval_waits_for_a_student_that_is_made_in_the_same_call(up):
