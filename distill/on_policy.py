@@ -52,18 +52,22 @@ class Student(RoundTrainer):
 
     def __init__(self, config: OnPolicySettings, run_dir: RunDir) -> None:
         """Raises `UserError`, for a teacher of another vocabulary too."""
-        path, plan = run_dir.model_input(config.teacher), Plan(config.prompts_per_step, config.group_size)
+        start, path = run_dir.model_input(config.init_from), run_dir.model_input(config.teacher)
+        with loading(start):
+            own = load_tokenizer(start)
+        with loading(path):
+            check_vocabulary(own, load_tokenizer(path), path)  # before anything is opened
+        plan = Plan(config.prompts_per_step, config.group_size)
         super().__init__(config, run_dir, plan, REWARDS, path)
         dtype = DTYPES["float32" if config.optim.precision == "float32" else "bfloat16"]
         with loading(path):
             teacher = local.load_policy(path, dtype, self.place.device)
-            check_vocabulary(self.tokenizer, load_tokenizer(path), path)
         self.problems = fitting(self.problems, config, self.tokenizer, path)
         self.teacher = teacher.eval().requires_grad_(False)
         rows, most = len(self.policy.head.weight), len(self.teacher.head.weight)
         if rows > most:
             raise UserError(
-                f"the student has {rows} token ids, its teacher at {path} only {most}; take another"
+                f"the teacher at {path} has only {most} token ids, the student {rows}; take another"
             )
         self.divergence = Divergence(config.divergence, config.beta, config.temperature)
 

@@ -168,6 +168,7 @@ FLAGS = {
 """The micro run of each stage's module."""
 ONLY = {
     ("zero", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
+    ("on_policy", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("sft", "--samples-from {samples}"): ["max_samples"],
     ("sft", "--corpus {corpus}"): ["count", "fields"],
     ("distill", "--steps 0 --epochs 0.1"): ["epochs"],
