@@ -119,6 +119,8 @@ def settings_of(entry: Any) -> set[str]:
 ELSEWHERE = {
     "rollout.vllm.*": "rollout/vllm",
     "vllm.*": "rollout/vllm",
+    "rollout.endpoint.*": "rollout/endpoint",
+    "endpoint.*": "rollout/endpoint",
     "rollout.address": "rollout/pool",
     "rollout.dtype": "rollout/pool",
     "rollout.timeout_s": "rollout/pool",

@@ -144,6 +144,7 @@ def test_reject_counts_failing_steps_over_a_resume(serve, here, monkeypatch, cap
     assert main(REJECT.split()) == 130
     assert main([*REJECT.split(), "--resume"]) == 3
     assert "of 2 steps in a row" in capsys.readouterr().err
+    assert '"step": 2' in Path("runs/tiny/reject/metrics.jsonl").read_text().splitlines()[-1], "not one later"
 
 
 def test_nothing_kept_says_what_became_of_it(serve, here, capsys):

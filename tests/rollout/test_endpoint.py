@@ -81,7 +81,7 @@ def test_seeds_differ_by_index_and_sample_and_not_by_how_a_request_is_split(star
 
 
 @pytest.mark.parametrize("in_flight", [1, 3])
-def test_so_many_requests_are_open_at_once(start, in_flight):
+def test_at_most_in_flight_requests_are_open_at_once(start, in_flight):
     def slow(body, n):
         time.sleep(0.05)
         return chat()

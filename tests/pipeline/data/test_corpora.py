@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from pipeline.data.card import lengths
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, write_corpus
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
@@ -151,3 +152,11 @@ def test_failed_verifiers_are_counted_and_have_no_say_in_the_means():
     assert metrics["reward/accuracy"] == pytest.approx(2 / 5)
     assert metrics["rollout/truncated"] == pytest.approx(3 / 6)
     assert metrics["rollout/tokens_mean"] == pytest.approx((4 + 8 + 6 + 4 + 8 + 8) / 6)
+
+
+def test_lengths_are_the_mean_and_nearest_rank_quantiles():
+    """Of 1..n the quantile q is the least number with a share of q at or below it."""
+    for n in (1, 2, 3, 10, 11, 100, 1_000):
+        values = list(range(n, 0, -1))
+        ranks = [next(v for v in range(1, n + 1) if v / n >= q - 1e-12) for q in (0.5, 0.9, 0.99)]
+        assert lengths(values) == [round((n + 1) / 2), *ranks, n]
