@@ -72,7 +72,10 @@ def stored(run_dir: RunDir, name: str, rows: Iterable[dict[str, Any]], features:
     path = run_dir.path / "rows" / f"{name}.arrow"
     if not ranks.rank() and not path.is_file():
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as partial, ArrowWriter(path=str(partial), features=features) as writer:
+        with (
+            replacing(path) as partial,
+            ArrowWriter(None, features, path=str(partial), writer_batch_size=100) as writer,
+        ):
             for row in rows:
                 writer.write(row)
             writer.finalize()

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from distill.batches import once, plan
@@ -41,7 +42,7 @@ from pipeline.settings.distill import DistillSettings, StudentOptimSettings
 from pipeline.train.place import Place
 from pipeline.train.policy import describe, loading
 from rollout.text.templates import template_named
-from rollout.text.tokenizer import ASSISTANT, CHAT_TEMPLATE, USER, chat_text, load_tokenizer, render
+from rollout.text.tokenizer import ASSISTANT, CHAT_TEMPLATE, TAGS, USER, chat_text, load_tokenizer, render
 
 # ---- the jobs
 
@@ -87,22 +88,14 @@ def first_weights(config: DistillSettings, init: Path) -> Any:
         return read_network(init, dtype=torch.float32)
 
 
-SIZES = {"": [(7.6e9, 8e-5), (14.8e9, 7e-5), (32.8e9, 6e-5)], "llama": [(8.0e9, 5e-5)]}
-"""Parameters and peak rates of R1's students, Qwens and a Llama, beside those in `rated` (supplementary)."""
-
-
-def rated(optim: StudentOptimSettings, init: Path) -> StudentOptimSettings:
-    """The settings with a peak rate by the size of the model at `init` where they have none; see there."""
-    if optim.lr:
-        return optim
-    with loading(init), torch.device("meta"):
-        config = AutoConfig.from_pretrained(init)
-        size = AutoModelForCausalLM.from_config(config).num_parameters()
-    family = SIZES["llama" if config.model_type == "llama" else ""]
+def rate_for(model: Any) -> float:
+    """The peak learning rate by size: R1's students', and at the small end the tiny chain's."""
+    size, llama = model.num_parameters(), model.config.model_type == "llama"
+    family = [(8.0e9, 5e-5)] if llama else [(7.6e9, 8e-5), (14.8e9, 7e-5), (32.8e9, 6e-5)]
     sizes, rates = np.log([(1e6, 6e-4), (1.5e9, 1e-4), *family, (70.6e9, 2e-5)]).T
     rate = float(f"{np.exp(np.interp(np.log(size), sizes, rates)):.3g}")
     say(f"distill: learning rate {rate:g}, for {size / 1e6:.1f}M parameters")
-    return replace(optim, lr=rate)
+    return rate
 
 
 def lora_config(rank: int) -> Any:
@@ -183,6 +176,9 @@ def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, 
     model.save_pretrained(path)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = as_taught(tokenizer, job.template)
+    tags = [tag for tag in TAGS if tag in tokenizer.get_vocab()]  # special ones, decoders would drop
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    tokenizer.extra_special_tokens = [t for t in tokenizer.extra_special_tokens if str(t) not in TAGS]
     describe(path, tokenizer, job.template, model_card(config, job, model.num_parameters()))
 
 
@@ -193,8 +189,8 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
     lora = lora_config(config.lora_rank)
     init = run_dir.model_input(config.init_from)
     tokenizer = speaking(init)
-    optim = rated(config.optim, init)
-    jobs = planned(config, optim, tokenizer, run_dir)
+    rate = config.optim.lr or rate_for(first_weights(config, init))
+    jobs = planned(config, replace(config.optim, lr=rate), tokenizer, run_dir)
     first, total = 0, sum(job.steps for job in jobs)
     for job in jobs:
         if (run_dir.path / job.label / "model").is_dir():

@@ -258,7 +258,8 @@ def arguments(job: Job, config: DistillSettings, output: Path, device: torch.dev
     optim, cosine = job.optim, job.optim.schedule == "cosine"
     found = SFTConfig(
         output_dir=str(output), report_to="none", disable_tqdm=True, seed=config.seed, data_seed=config.seed,
-        use_cpu=not gpu, dataloader_pin_memory=gpu, ddp_find_unused_parameters=False, log_level_replica="error",
+        use_cpu=not gpu, dataloader_pin_memory=gpu, log_level_replica="error",
+        ddp_find_unused_parameters=False,
         # An item is a complete micro-batch, `plan` has settled the order, too long rows have been dropped.
         max_steps=job.steps, per_device_train_batch_size=1, gradient_accumulation_steps=job.accumulate,
         per_device_eval_batch_size=1, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,

@@ -154,7 +154,7 @@ FLAGS = {
     "sft": "--threads 1 --init-from {policy} --curated 10 --samples-from= --epochs 1",
     "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2 --problems {data}/aime24.jsonl",
     "smollm2": "--threads 1 --gguf {policy}/config.json",
-    "distill": "--threads 1 --corpus {corpus} --tokenizer-from {policy} --steps 1",
+    "distill": "--threads 1 --corpus {corpus} --init-from {student} --steps 1",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
     " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3"
     " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9",
@@ -167,12 +167,6 @@ ONLY = {
     ("sft", "--corpus {corpus}"): ["count", "fields"],
     ("distill", "--steps 0 --epochs 0.1"): ["epochs"],
     ("distill", "--corpus gsm8k_train --data {data}"): ["data", "heldout"],
-    ("distill", "--base.steps 1 --base.task sum --base.tokens-per-step 128"): [
-        "base.task",
-        "base.tokens_per_step",
-        *(f"base.optim.{name}" for name in ("lr", "warmup_steps", "schedule", "min_lr_ratio")),
-        *(f"base.optim.{name}" for name in ("beta1", "beta2", "weight_decay", "clip")),
-    ],
 }
 """Settings that are read only with other settings than those: here a second run that reads them."""
 
@@ -197,8 +191,12 @@ def files(tokenizer, tmp_path_factory):
         file = folder / f"{name}.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    student = folder / "student"
+    llama(vocab_size=len(tokenizer)).save_pretrained(student)
+    tokenizer.save_pretrained(student)
     return {
         "policy": policy,
+        "student": student,
         "corpus": folder / "corpus.jsonl",
         "samples": folder / "samples.jsonl",
         "data": folder / "data",
