@@ -69,10 +69,8 @@ def planned(
         sizes = [lengths[row] for row in taught]
         steps = steps or max(1, math.ceil(config.epochs * sum(sizes) / config.tokens_per_step))
         batches = plan(sizes, steps * config.micro_batches, room, config.seed)
-        checks = once([lengths[row] for row in held], room)
-        batches, checks = (
-            [[of[i] for i in batch] for batch in all] for of, all in ((taught, batches), (held, checks))
-        )
+        batches = [[taught[i] for i in batch] for batch in batches]
+        checks = [[held[i] for i in batch] for batch in once([lengths[row] for row in held], room)]
         rows = rows.select_columns(["input_ids", "labels"])
         jobs.append(Job(label, template, rows, lengths, batches, checks, config.micro_batches, optim))
     return jobs
@@ -163,16 +161,10 @@ def as_taught(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
 def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, path: Path) -> None:
     """Weights, tokenizer, chat template, sampling (arXiv:2501.12948, Sec. 3) and card of a job's model."""
     ends = model.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]
-    ends = [end for end in dict.fromkeys(ends) if end is not None]
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.95,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=ends if len(ends) > 1 else ends[0],
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ends = dict.fromkeys([tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids |= {"eos_token_id": [end for end in ends if end is not None]}
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, **ids)
     model.save_pretrained(path)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = as_taught(tokenizer, job.template)

@@ -21,15 +21,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from distill.batches import IGNORE
@@ -92,7 +84,7 @@ class Watch(TrainerCallback):
         self.best: dict[str, Any] = {}  # step and sha256 of the best checkpoint
         self.logged, self.started = 0, time.monotonic()
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
         """Start the clock; loading a checkpoint is not part of the first step. It restores the learning rate
         and the intervals that it was saved with, and the job's may be others now."""
         self.logged, self.started = state.global_step, time.monotonic()
@@ -113,7 +105,7 @@ class Watch(TrainerCallback):
         if not self.guard.accepts(float(norm)):
             more["model"].zero_grad(set_to_none=True)
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """After a Ctrl-C on any rank: save and stop."""
         if self.run_dir.interrupted or ranks.world() > 1:
             self.run_dir.interrupted = bool(ranks.largest(self.run_dir.interrupted))
@@ -149,7 +141,7 @@ class Watch(TrainerCallback):
         self.run_dir.log(self.first + state.global_step, self.total, {"heldout/loss": metrics["eval_loss"]})
         self.started = time.monotonic()
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Point the run directory at the checkpoint that Trainer has just finished."""
         ranks.wait()  # each rank has put the state of its random numbers there
         if not ranks.rank():
@@ -280,7 +272,7 @@ def arguments(job: Job, config: DistillSettings, output: Path, device: torch.dev
 
 
 def train(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: Any,
     job: Job,
     run_dir: RunDir,

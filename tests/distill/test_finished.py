@@ -94,7 +94,7 @@ def test_the_pipeline_of_transformers_gets_a_think_block(
         assert "User: 1+2\n\nAssistant: <think>\n" in tokenizer.decode(prompt["input_ids"])
     made = json.loads((student / "generation_config.json").read_text())
     assert (made["do_sample"], made["temperature"], made["top_p"]) == (True, 0.6, 0.95)
-    assert made["eos_token_id"] == tokenizer.eos_token_id
+    assert made["eos_token_id"] == [tokenizer.eos_token_id]
     assert "temperature 0.6" in (student / "README.md").read_text()
 
 

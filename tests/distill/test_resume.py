@@ -70,7 +70,7 @@ def results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 MOMENTS = [("log", 6, True), ("log", 10, True), ("checkpoint", 2, False), ("checkpoint", 2, True)]
-MOMENTS += [("save_model", 1, False), ("save_model", 1, True), ("checkpoint", 5, True)]
+MOMENTS += [("save_model", 1, False), ("save_model", 1, True), ("checkpoint", 3, True)]
 
 
 @pytest.mark.parametrize("patience", [0, 1], ids=["to the end", "early"])
