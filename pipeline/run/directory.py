@@ -29,12 +29,13 @@ from model.checkpoint import not_finite
 from pipeline.data.hub import hub_model, is_model_name
 from pipeline.data.jsonl import json_line
 from pipeline.errors import Stopped, UserError
+from pipeline.run import ranks
 from pipeline.run.checkpoint import go_back, newest_checkpoint, save_checkpoint
 from pipeline.run.environment import environment, peak_rss_bytes
 from pipeline.run.files import damaged, read_json, remove, replacing, sha256, write_atomic
 from pipeline.run.history import changes, note, record_changes, resolved, rollbacks
 from pipeline.run.metrics import MetricsLog, say, truncate_after
-from pipeline.settings.common import StageSettings
+from pipeline.settings.common import ComputeSettings, StageSettings
 from pipeline.table import STAGES, Stage
 
 
@@ -94,6 +95,8 @@ class RunDir:
 
     def note_input(self, name: str, digest: str) -> None:
         """Note an input and its hash in env.json. Raises `UserError`: the run began with another."""
+        if ranks.rank():
+            return
         env = self.environment()
         before = env["inputs"].get(name, digest)
         if before != digest and not self.stage.extends:
@@ -113,7 +116,8 @@ class RunDir:
     def log(self, step: int, total: int, metrics: dict[str, float]) -> None:
         """One step's metrics: to metrics.jsonl and, in one line, to the console."""
         self.went_on = True
-        self.metrics.log(step, total, metrics)
+        if not ranks.rank():
+            self.metrics.log(step, total, metrics)
 
     def samples(self, step: int, records: list[dict[str, Any]]) -> None:
         """Append complete transcripts of step `step`."""
@@ -123,26 +127,29 @@ class RunDir:
     def checkpoint(self, step: int, write: Callable[[Path], None], applied: int | None = None) -> None:
         """Let `write` fill `checkpoint-STEP/`; see `pipeline.run.checkpoint`."""
         self.went_on = True
-        save_checkpoint(self.path, step, write, applied)
+        if not ranks.rank():
+            save_checkpoint(self.path, step, write, applied)
 
     def latest(self) -> tuple[int, Path] | None:
         """Step and folder of the newest checkpoint, checked against its manifest."""
         return newest_checkpoint(self.path)
 
-    def roll_back(self, update: int, applied: int, floor: int, why: str, slower: float) -> int:
+    def roll_back(self, update: int, applied: int, floor: int, why: str, slower: float) -> None:
         """Go back from update `update`, see `go_back`, with `slower` times the learning rate; logs are cut
-        back too. The step to go on after."""
+        back too."""
         self.went_on = True
-        to = go_back(self.path, applied, floor)
-        scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
-        note(self.path, {"update": update, "to": to, "why": why, "lr_scale": scale})
-        before = self.metrics
-        before.file.close()
-        truncate_after(self.path / "samples.jsonl", to)
-        self.metrics = MetricsLog(self.path / "metrics.jsonl", self.stage.name, keep_to=to)
-        self.metrics.elapsed_before = before.elapsed_s
-        say(f"{self.stage.name}: {why}: back to step {to}, learning rate times {scale:g}")
-        return to
+        ranks.wait()  # until the others have read what is replaced here
+        if not ranks.rank():
+            to = go_back(self.path, applied, floor)
+            scale = ([1.0] + [entry["lr_scale"] for entry in self.rollbacks(floor)])[-1] * slower
+            note(self.path, {"update": update, "to": to, "why": why, "lr_scale": scale})
+            before = self.metrics
+            before.file.close()
+            truncate_after(self.path / "samples.jsonl", to)
+            self.metrics = MetricsLog(self.path / "metrics.jsonl", self.stage.name, keep_to=to)
+            self.metrics.elapsed_before = before.elapsed_s
+            say(f"{self.stage.name}: {why}: back to step {to}, learning rate times {scale:g}")
+        ranks.wait()
 
     def rollbacks(self, floor: int = 0) -> list[dict[str, Any]]:
         """See `history.rollbacks`: those to step `floor` or a later one."""
@@ -162,6 +169,8 @@ class RunDir:
         """Let `write` fill `folder`, a finished model; it appears complete or not at all.
         Raises `Stopped`: a tensor has a value that is not finite."""
         self.went_on = True
+        if ranks.rank():
+            return self.path / folder
         with replacing(self.path / folder) as partial:
             partial.mkdir(parents=True)
             write(partial)
@@ -180,7 +189,7 @@ class RunDir:
     def on_sigint(self, signum: int, frame: FrameType | None) -> None:
         """First Ctrl-C: finish the step and save. Second: stop now. SIGUSR1, which `up` and batch systems
         send, counts as a first one however often it comes."""
-        if self.interrupted and signum == signal.SIGINT:
+        if self.interrupted and signum == signal.SIGINT and ranks.world() == 1:  # launchers repeat it
             raise KeyboardInterrupt(f"stopped at once; go on with: {self.command} --resume")
         if not self.interrupted:
             self.interrupted = True
@@ -196,6 +205,14 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
     if not re.fullmatch(r"\w[\w.-]{0,199}", config.name):
         raise UserError(f"--name {config.name!r} must be letters, digits and . _ -, at most 200 (a folder)")
     run = RunDir(stage, config, command)
+    if ranks.world() > 1 and not stage.ranks:
+        raise UserError(f"{stage.name} computes in one process; start it without torchrun or accelerate")
+    ranks.join(isinstance(config, ComputeSettings) and config.device == "cpu")
+    if ranks.rank():
+        begun = ranks.largest(0)  # once rank 0 has the directory ready
+        with listening(run):
+            yield run if begun else None
+        return
     used = (run.path / "config.toml").exists() and not stage.extends
     done = (run.path / "done.json").exists() and not stage.extends
     if used and not config.resume and (done or has_work(run.path)):
@@ -204,6 +221,7 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
     changed = changes(run.path, config) if used and config.resume else {}
     if done and not changed:
         say(f"{stage.name}: {run.path} is already finished")
+        ranks.largest(0)
         yield None
         return
     if done and "steps" not in changed:
@@ -221,9 +239,10 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                 start_again(run)
             before = kept_files(run) if used and config.resume else {}
             begin(run, used and config.resume, changed)
-            handlers = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}
+            ranks.largest(1)
             try:
-                yield run
+                with listening(run):
+                    yield run
                 finish(run)
             except UserError:
                 forget_if_empty(run, used)
@@ -232,8 +251,6 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                         write_atomic(path, data)
                 raise
             finally:
-                for signum, handler in handlers.items():
-                    signal.signal(signum, handler)
                 run.metrics.file.close()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -246,6 +263,17 @@ def stage_in(value: str) -> str:
     """The stage that `value` names, alone or as STAGE/FOLDER; empty where it names none."""
     stage, _, folder = value.partition("/")
     return stage if "/" not in folder and stage in {stage.name for stage in STAGES} else ""
+
+
+@contextmanager
+def listening(run: RunDir) -> Iterator[None]:
+    """Within it, `run` gets the signals."""
+    handlers = {s: signal.signal(s, run.on_sigint) for s in (signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
 
 
 def has_work(path: Path) -> bool:
@@ -271,7 +299,7 @@ def start_again(run: RunDir) -> None:
 
 def forget_if_empty(run: RunDir, used: bool) -> None:
     """Remove a new directory in which nothing was done: the corrected command must not find it in use."""
-    work = {p.name for p in run.path.iterdir()} - {"config.toml", "env.json", "lock", "metrics.jsonl"}
+    work = {p.name for p in run.path.iterdir()} - {"config.toml", "env.json", "lock", "metrics.jsonl", "rows"}
     if not used and not work and not (run.path / "metrics.jsonl").stat().st_size:
         shutil.rmtree(run.path)
         with suppress(OSError):  # not empty: another stage's

@@ -1,6 +1,7 @@
 """Metrics: every key explained once, one JSON line a step, one console line a step with the time left."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ GLOSSARY: dict[str, str] = {
     "rollout/version": "number of optimizer updates in the weights that the engine sampled with",
     "router/max_violation": "largest expert load over the mean, less 1, worst layer (0 = even); /N: layer N",
     "router/idle": "share of experts, over all layers, that got no token in the update",
-    "heldout/loss": "cross-entropy on the solutions of held-out worked documents, nats a token",
+    "heldout/loss": "cross-entropy of the completions of a held-out set, nats a token",
     "heldout/pass@1": "greedy accuracy on a slice of the held-out problems",
     "heldout/tokens_mean": "mean length of those greedy completions, tokens",
     "heldout/format": "share of those greedy completions in format",
@@ -64,7 +65,7 @@ SHORT = {
     "reward/mean": "reward", "reward/accuracy": "acc", "reward/format": "format",
     "reward/language": "lang", "rollout/tokens_mean": "len", "rollout/truncated": "cut",
     "policy/mismatch_kl": "mismatch", "loss/kl_ref": "kl", "router/max_violation": "maxvio",
-    "heldout/pass@1": "heldout", "heldout/loss": "heldout", "data/kept": "kept",
+    "heldout/pass@1": "heldout", "heldout/loss": "heldout loss", "data/kept": "kept",
 }  # fmt: skip
 """The metrics of the console line and their short names."""
 GLOSSARY_FILE = "glossary.json"
@@ -137,5 +138,6 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def say(text: str) -> None:
-    """Print one line on the console at once."""
-    print(text, flush=True)
+    """Print one line on the console at once, on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

@@ -12,45 +12,23 @@ from pipeline.settings.common import (
     StageSettings,
     TemplateSettings,
 )
-from rollout.ranges import Count, Natural, Positive, Settings
+from rollout.ranges import Count, Natural, NotNegative, Positive
 from rollout.text.templates import template_named
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShapeSettings(Settings):
-    """A fresh dense student: a Llama (arXiv:2302.13971), so that every engine can run it."""
+class StudentOptimSettings(AdamWSettings):
+    """AdamW for supervised training of a pretrained student (arXiv:2501.12948, supplementary)."""
 
-    hidden: Count = 128
-    """Width of the residual stream."""
-    layers: Count = 4
-    """Transformer blocks."""
-    heads: Count = 4
-    """Attention heads; divides `hidden`."""
-    intermediate: Count = 384
-    """Width of the gated feed-forward."""
-    initializer_range: Positive = 0.05
-    """Standard deviation of initial weights; at this width 0.05 learns to copy sooner than 0.02."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.hidden % (2 * self.heads):
-            raise ValueError(f"hidden={self.hidden} is no even multiple of heads={self.heads}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseSettings(Settings):
-    """Pretraining of a fresh student, so that it can read before it is taught, as R1's students could."""
-
-    steps: Natural = 0
-    """Updates on generated documents (`pipeline.data.traces`); 0 = fresh weights are taught at once."""
-    tokens_per_step: Count = 1024
-    """Tokens of an update."""
-    task: str = "all"
-    """Mixture or family of `pipeline.data.generators` that the documents are about; train split only."""
-    optim: AdamWSettings = field(
-        default_factory=lambda: AdamWSettings(lr=1e-3, warmup_steps=30, schedule="cosine")
-    )
-    """AdamW and its schedule."""
+    lr: NotNegative = 0.0
+    """Peak learning rate; 0 = by size: the report's for 1.5B (1e-4) to 70B (2e-5) parameters, 6e-4 for a
+    student of a million, and between them by interpolation of logarithms."""
+    warmup_steps: Natural = 10
+    """Optimizer updates over which the rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Shape after the warm-up, cosine (R1) or constant, down to `min_lr_ratio` at the last update."""
+    weight_decay: NotNegative = 0.01
+    """Decoupled decay, on matrices only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +44,8 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
     """Folder with gsm8k_train.jsonl and math_train.jsonl; default: the environment variable R1_DATA."""
     heldout: tuple[str, ...] = ("gsm8k", "math500")
     """Benchmarks whose copies and near copies are dropped from worked solutions."""
-    init_from: str = ""
-    """Dense model to start from: a stage (smollm2), a folder, OWNER/NAME (hub); empty = a fresh `shape`."""
-    tokenizer_from: str = "pretrain"
-    """Stage of this run, or directory, whose tokenizer a fresh student takes."""
-    shape: ShapeSettings = field(default_factory=ShapeSettings)
-    """The fresh student; unused with init_from."""
-    base: BaseSettings = field(default_factory=BaseSettings)
-    """Its pretraining; student and control start from the same result. Unused with init_from."""
+    init_from: str = "student"
+    """Dense model to start from: a stage of this run (student, smollm2), a folder, or OWNER/NAME (hub)."""
     lora_rank: Natural = 0
     """Rank of LoRA adapters (arXiv:2106.09685) on all linear layers, merged at the end; 0 = full training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -98,21 +70,27 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
     """Tokens of an update, prompt and completion, padding not counted."""
     micro_batches: Count = 1
     """Parts that an update is split into, to fit memory; the gradient is that of the complete update."""
+    eval_rows: Natural = 0
+    """Rows held out of the corpus, with all other rows of their questions, for the loss while training; the
+    model is then the checkpoint with the lowest. 0 = none, and the model is the last one."""
+    eval_every: Count = 50
+    """Updates between evaluations, and then between checkpoints too. Unused without eval_rows."""
+    patience: Natural = 0
+    """Evaluations in a row without a lower loss that end the training; 0 = it never ends early. Student and
+    control stop by their own losses, so that their tokens differ. Unused without eval_rows."""
     save_every: Natural = 0
-    """Updates between checkpoints; 0 = at the end of each student and after a Ctrl-C."""
+    """Updates between checkpoints; 0 = at the end of each student and after a Ctrl-C. See eval_every."""
     log_every: Count = 10
     """Updates between lines of the log; the loss is their mean."""
-    optim: AdamWSettings = field(
-        default_factory=lambda: AdamWSettings(lr=3e-3, schedule="cosine", warmup_steps=10, weight_decay=0.01)
-    )
-    """AdamW. A fresh student of a million parameters takes 3e-3, a pretrained one much less (R1: 1e-4)."""
+    optim: StudentOptimSettings = field(default_factory=StudentOptimSettings)
+    """AdamW and its schedule."""
     guard: GuardSettings = field(default_factory=GuardSettings)
     """Against divergence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         template_named(self.plain_template)
-        if "linear" in (self.optim.schedule, self.base.optim.schedule):
+        if self.optim.schedule == "linear":
             raise ValueError("optim.schedule must be cosine or constant here; R1 distills with cosine.")
         room = self.tokens_per_step // self.micro_batches
         if self.max_length > room:

@@ -72,7 +72,7 @@ def examples(
     """
     out: list[Encoded] = []
     most, too_long = min(config.max_length, positions), 0
-    for prompt, completion in encoded(rows, tokenizer, config.template, config):
+    for _, prompt, completion in encoded(rows, tokenizer, config.template, config):
         if len(prompt) + len(completion) <= most:
             ids = np.array(prompt + completion, np.int32)
             out.append((ids, np.arange(len(ids)) >= len(prompt)))

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from distill.student import run
 from pipeline.run.directory import RunDir, open_run
-from pipeline.settings.common import AdamWSettings
-from pipeline.settings.distill import DistillSettings, ShapeSettings
+from pipeline.settings.distill import DistillSettings, StudentOptimSettings
 from pipeline.table import STAGES
 from rollout.text.tokenizer import train_tokenizer
 
@@ -47,14 +48,24 @@ def toy_rows(count: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with corpus.jsonl and tokenizer/, which passes for a model directory."""
+    """A folder with corpus.jsonl and start/, a student before it is taught anything."""
     folder = tmp_path_factory.mktemp("toy")
     rows = toy_rows(200)
     (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = (row["question"] + row["completion"] for row in rows)
-    train_tokenizer(texts, 300).save_pretrained(folder / "tokenizer")
-    (folder / "tokenizer" / "config.json").write_text("{}")
+    tokenizer = train_tokenizer(texts, 300)
+    tokenizer.save_pretrained(folder / "start")
+    small_llama(tokenizer, 32, 64).save_pretrained(folder / "start")
     return folder
+
+
+def small_llama(tokenizer: Any, hidden: int, intermediate: int, **more: Any) -> LlamaForCausalLM:
+    """Fresh weights of two layers, the same each time."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": len(tokenizer)}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "initializer_range": 0.05}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+    return LlamaForCausalLM(LlamaConfig(**shape, **heads, **ends, tie_word_embeddings=True, **more))
 
 
 @pytest.fixture
@@ -65,14 +76,13 @@ def distill(toy: Path, tmp_path: Path) -> Callable[..., Path]:
         chosen: dict[str, Any] = {
             "runs": tmp_path,
             "corpus": (str(toy / "corpus.jsonl"),),
-            "tokenizer_from": str(toy / "tokenizer"),
-            "shape": ShapeSettings(hidden=32, layers=2, heads=2, intermediate=64),
+            "init_from": str(toy / "start"),
             "tokens_per_step": 512,
             "max_length": 128,
             "steps": 6,
             "log_every": 1,
             "threads": 1,
-            "optim": AdamWSettings(lr=1e-2, schedule="cosine", warmup_steps=2),
+            "optim": StudentOptimSettings(lr=1e-2, schedule="cosine", warmup_steps=2),
         }
         config = DistillSettings(**{**chosen, **settings})
         with open_run(STAGE, config, None) as run_dir:

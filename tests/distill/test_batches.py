@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from distill.batches import IGNORE, Example, collate, plan
+from distill.batches import once, plan
 
 CASES = [
     ((50, 110), 300, 2048),
@@ -47,8 +47,10 @@ def test_a_row_beyond_the_budget_is_refused() -> None:
         plan([11], 1, 10, seed=0)
 
 
-def test_only_completions_have_labels() -> None:
-    batch = collate([Example([7, 8], [9, 2]), Example([7], [5, 6, 4, 2])], pad_id=0)
-    assert batch["input_ids"].tolist() == [[7, 8, 9, 2, 0], [7, 5, 6, 4, 2]]
-    assert batch["labels"].tolist() == [[IGNORE, IGNORE, 9, 2, IGNORE], [IGNORE, 5, 6, 4, 2]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1] * 5]
+@pytest.mark.parametrize("budget", [40, 100, 10_000])
+def test_an_evaluation_sees_every_row_once(budget: int) -> None:
+    lengths = [random.Random(4).randint(5, 40) for _ in range(97)]
+    batches = once(lengths, budget)
+    assert sorted(row for batch in batches for row in batch) == list(range(97))
+    assert max(sum(lengths[row] for row in batch) for batch in batches) < budget + 40
+    assert once([], 100) == []

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config
 
@@ -21,8 +22,8 @@ from distill.trainer import Job, StudentTrainer, arguments
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Guard
-from pipeline.settings.common import AdamWSettings, GuardSettings
-from pipeline.settings.distill import DistillSettings, ShapeSettings
+from pipeline.settings.common import GuardSettings
+from pipeline.settings.distill import DistillSettings, StudentOptimSettings
 from rollout.text.tokenizer import encode_example
 
 Distill = Callable[..., Path]
@@ -61,7 +62,7 @@ def stop_after() -> Callable[[int], Callable[[RunDir], None]]:
 
 
 def test_student_and_control_learn_on_equal_budgets_and_load(distill: Distill, toy: Path) -> None:
-    folder = distill(steps=90, shape=ShapeSettings(hidden=64, layers=2, heads=2, intermediate=128))
+    folder = distill(steps=90, init_from=str(toy / "start"))
     rows = metrics(folder)
     student, plain = rows[:90], rows[90:]
     assert [row["step"] for row in rows] == list(range(1, 181))
@@ -88,19 +89,18 @@ def test_student_and_control_learn_on_equal_budgets_and_load(distill: Distill, t
         )
         completion = trace if label == "student" else "<answer>6</answer>"
         mine = encode_example(tokenizer, question, template, completion)
-        theirs = AutoTokenizer.from_pretrained(toy / "tokenizer")
+        theirs = AutoTokenizer.from_pretrained(toy / "start")
         assert mine == encode_example(theirs, question, template, completion)
 
 
 def test_the_first_loss_is_the_mean_over_completion_tokens(distill: Distill, toy: Path) -> None:
     """Against a loop over rows and tokens on the untrained student."""
     folder = distill(steps=1, plain_control=False, micro_batches=2, max_length=100)
-    tokenizer = AutoTokenizer.from_pretrained(toy / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(toy / "start")
     lines = (toy / "corpus.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     pairs = [encode_example(tokenizer, row["question"], "r1", row["completion"]) for row in rows]
-    shape = ShapeSettings(hidden=32, layers=2, heads=2, intermediate=64)
-    net = first_weights(DistillSettings(shape=shape), tokenizer, None).eval()
+    net = first_weights(DistillSettings(), toy / "start").eval()
     total, count = 0.0, 0
     for batch in plan([len(p) + len(c) for p, c in pairs], 2, 256, seed=0):
         for row in batch:
@@ -190,7 +190,7 @@ def test_a_lower_rate_at_a_resume_holds(
     """Trainer would go on with the rate that its checkpoint was saved with."""
     with pytest.raises(KeyboardInterrupt):
         distill(hook=stop_after(3))
-    slow = AdamWSettings(lr=1e-3, schedule="cosine", warmup_steps=2)
+    slow = StudentOptimSettings(lr=1e-3, schedule="cosine", warmup_steps=2)
     rates = [row["optim/lr"] for row in metrics(distill(resume=True, optim=slow))]
     assert rates[4:6] == pytest.approx(rates[10:12]) and rates[3] > 8e-3
 
@@ -235,7 +235,8 @@ def test_trainer_computes_where_the_stage_does_and_on_one_gpu(
         return SimpleNamespace(n_gpu=8)
 
     monkeypatch.setattr("distill.trainer.SFTConfig", config)
-    job = Job("student", "r1", [], [[0]], 1, AdamWSettings(schedule="cosine"))
+    rows = Dataset.from_dict({})
+    job = Job("student", "r1", rows, [], [[0]], [], 1, StudentOptimSettings())
     for device in ("cpu", "cuda"):
         made: Any = arguments(job, DistillSettings(recompute=True), tmp_path, torch.device(device))
         assert made._n_gpu == 1, "Trainer would split a micro-batch over every GPU"
@@ -258,21 +259,21 @@ def test_a_start_that_cannot_be_read_is_one_line(distill: Distill, tmp_path: Pat
     with pytest.raises(UserError, match=r"cannot load the model at .*/t5: .*has no tokenizer\.json"):
         distill(name="odd", init_from=str(tmp_path / "t5"))
     with pytest.raises(UserError, match=r"cannot load the model at .*T5Config") as error:
-        first_weights(DistillSettings(), None, tmp_path / "t5")
+        first_weights(DistillSettings(), tmp_path / "t5")
     assert "\n" not in str(error.value)
     LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
         tmp_path / "cut"
     )
     (tmp_path / "cut/model.safetensors").write_bytes(bytes(9))
     with pytest.raises(UserError, match=r"cannot load the model at .*/cut: .*header"):
-        first_weights(DistillSettings(), None, tmp_path / "cut")
+        first_weights(DistillSettings(), tmp_path / "cut")
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match="micro-batch holds"):
         DistillSettings(max_length=512, tokens_per_step=512, micro_batches=2)
     with pytest.raises(ValueError, match="cosine or constant"):
-        DistillSettings(optim=AdamWSettings(schedule="linear"))
+        DistillSettings(optim=StudentOptimSettings(schedule="linear"))
     with pytest.raises(ValueError, match="unknown template"):
         DistillSettings(template="nope")
 

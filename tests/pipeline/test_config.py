@@ -258,7 +258,7 @@ def test_every_number_has_a_range_and_is_refused_outside_it(entry, tmp_path, mon
         ("grpo --minibatches 3", "the nearest that does is 2"),
         ("sft", "nothing to train on"),
         ("distill --optim.precision fp8", "unknown setting --optim.precision"),
-        ("distill --base.optim.recompute", "unknown setting --base.optim.recompute"),
+        ("distill --optim.recompute", "unknown setting --optim.recompute"),
     ],
 )
 def test_what_ranges_cannot_say(line, says, tmp_path, monkeypatch, capsys):

@@ -120,10 +120,11 @@ def test_a_rollback_goes_to_the_last_checkpoint_from_which_weights_moved_on(open
         for step, applied in ((2, 2), (4, 4), (5, None)):
             run.log(step, 9, {"loss/lm": step})
             run.checkpoint(step, lambda folder: None, applied)
-        assert run.roll_back(8, 4, 0, "too many NaN", 0.5) == 2  # no update came after 4
+        run.roll_back(8, 4, 0, "too many NaN", 0.5)  # no update came after 4
         assert run.latest() == (2, run.path / "checkpoint-2") and run.rollbacks()[-1]["lr_scale"] == 0.5
         assert [row["step"] for row in read_log(run.path / "metrics.jsonl")] == [2]
-        assert run.roll_back(3, 2, 0, "again", 0.5) == 0 and run.latest() is None
+        run.roll_back(3, 2, 0, "again", 0.5)
+        assert run.latest() is None
         assert "too many NaN: back to step 2, learning rate times 0.5" in capsys.readouterr().out
     history = json.loads((run.path / "env.json").read_text())["history"]
     assert [(e["update"], e["to"], e["lr_scale"]) for e in history] == [(8, 2, 0.5), (3, 0, 0.25)]
