@@ -4,28 +4,22 @@ The rows are `pipeline.data.corpus`'s: `completion` is the full text to learn, t
 come from the `reject` stage (the teacher's kept samples) or, here, from the published solutions of GSM8K
 and MATH. `plain_rows` makes the control that shows what the traces teach.
 
-Papers  distillation from the teacher's kept samples    arXiv:2501.12948  Sec. 2.4
-        GSM8K's calculator marks and `####` line        arXiv:2110.14168  Sec. 2, App. C
+Paper  distillation from the teacher's kept samples    arXiv:2501.12948  Sec. 2.4
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from pipeline.data.corpus import Row, tagged
 from pipeline.data.decontaminate import decontaminate
-from pipeline.data.problems import benchmark_rows, problems, read_problems
-from pipeline.settings.common import RowSettings
+from pipeline.data.problems import problems
+from pipeline.data.solutions import worked_steps
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.types import Problem
 
 WORKED = ("gsm8k_train", "math_train")
 """Sources with published solutions."""
-
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
-_HASHES = re.compile(r"^[ \t]*####.*\Z", re.MULTILINE | re.DOTALL)
-_BREAK = re.compile(r"\s*\n\s*")
 
 
 def plain_rows(rows: Iterable[Row]) -> list[Row]:
@@ -42,16 +36,6 @@ def plain_rows(rows: Iterable[Row]) -> list[Row]:
     return plain
 
 
-def read_solutions(source: str, folder: Path | None, settings: RowSettings) -> list[tuple[Problem, str]]:
-    """Problems of `gsm8k_train` or `math_train` with their published solutions, from `folder` or the hub.
-    Raises `UserError`: neither can be read, or too many rows hold no problem."""
-    _, rows = benchmark_rows(source, folder)
-    return [
-        (problem, str(row.get("solution") or row.get("answer") or ""))
-        for problem, row in read_problems(rows, source, replace(settings, fields=""))
-    ]  # the hub's GSM8K has the solution under `answer`
-
-
 def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
     """Published solutions as traces that end in the boxed answer; what has no solution is left out. `tags`
     puts them in R1's format; without, for templates that ask for a box, the solution is as it stands."""
@@ -60,15 +44,6 @@ def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterato
         if steps and problem.answer:
             p, text = problem, tagged(steps, f"\\boxed{{{problem.answer}}}") if tags else steps
             yield Row(p.id, p.question.strip(), text, p.answer, p.language, p.kind, p.source)
-
-
-def worked_steps(solution: str, answer: str) -> str:
-    """A published solution, cleaned: no `<<48/2=24>>`, no `#### 72`, no blank lines, the answer in a box.
-    MATH solutions box their answer already, mostly in mid-sentence."""
-    steps = _BREAK.sub("\n", _HASHES.sub("", _CALCULATOR.sub("", solution)).strip())
-    if steps and last_boxed(steps) is None:
-        steps += f"\nThe answer is $\\boxed{{{answer}}}$."
-    return steps
 
 
 def apart_from(

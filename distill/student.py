@@ -23,12 +23,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from distill.batches import Example, plan
-from distill.corpus import WORKED, apart_from, plain_rows, read_solutions, worked_rows
+from distill.corpus import WORKED, apart_from, plain_rows, worked_rows
 from distill.trainer import Job, Watch, train
 from model.dense import read_network
 from pipeline.data.corpus import Row, read_corpus
 from pipeline.data.pool import encoded
 from pipeline.data.problems import data_folder
+from pipeline.data.solutions import read_solutions
 from pipeline.data.traces import corpus
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir

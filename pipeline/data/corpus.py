@@ -75,9 +75,7 @@ def to_row(row: JsonObject, source: str, index: int) -> Row | None:
     Raises `BadRow`: it has another shape, or null where text belongs."""
     name = first(row, "id", "uuid", "unique_id", "question_id")
     values: JsonObject = {"id": f"{source}/{index}" if name is None else str(name), "source": source}
-    talk = [turn for key in ("messages", "conversations") for turn in turns(json_of(row.get(key)))]
-    asked = next((text for role, text in talk if role == "user"), "")
-    question = asked if asked and not first(row, "question", "problem") else question_of(row)
+    question, talk = asked_in(row)
     spoken = next((text for role, text in turns(row.get("completion")) or talk if role == "assistant"), None)
     if "completion" in row:  # ours and TRL's stand as they are
         own = [field.name for field in fields(Row) if field.name != "id" and field.name in row]
@@ -100,6 +98,14 @@ def to_row(row: JsonObject, source: str, index: int) -> Row | None:
             check_text(*values.values())
             return Row(**values)
     return None
+
+
+def asked_in(row: JsonObject) -> tuple[str, list[tuple[str, str]]]:
+    """The question of a plain row of any shape, its first turn of the user; all turns.
+    Raises `BadRow`: there is none."""
+    talk = [turn for key in ("messages", "conversations") for turn in turns(json_of(row.get(key)))]
+    asked = next((text for role, text in talk if role == "user"), "")
+    return asked if asked and not first(row, "question", "problem") else question_of(row), talk
 
 
 def generations(row: JsonObject, spoken: str | None) -> list[Any]:

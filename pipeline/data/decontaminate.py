@@ -1,8 +1,9 @@
-"""Training problems less the copies and near copies of evaluation problems."""
+"""Training problems less the copies and near copies of evaluation problems; and the other way round, the
+evaluation problems of which a corpus has a copy."""
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rollout.types import Problem
 
@@ -44,3 +45,21 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
         return bool(grams) and 2 * max(shared.values(), default=0) >= len(grams)
 
     return [problem for problem in train if not is_copy(problem)]
+
+
+def copied(questions: Sequence[str], corpus: Iterable[str]) -> set[int]:
+    """Indices of the questions of which `corpus`, questions too, has a copy: one of the same normalised text,
+    or one that has half or more of the question's own word 10-grams. The corpus is read once, and not kept."""
+    exact: dict[str, list[int]] = {}
+    holders: dict[tuple[str, ...], list[int]] = {}
+    grams = [ngrams(question) for question in questions]
+    for index, question in enumerate(questions):
+        exact.setdefault(normalised(question), []).append(index)
+        for gram in grams[index]:
+            holders.setdefault(gram, []).append(index)
+    found = set[int]()
+    for text in corpus:
+        shared = Counter(index for gram in ngrams(text) for index in holders.get(gram, ()))
+        found.update(exact.get(normalised(text), ()))
+        found.update(index for index, count in shared.items() if 2 * count >= len(grams[index]))
+    return found

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pipeline.settings.common import ComputeSettings, GradingSettings, OptimSettings, Sampling, TrainSettings
 from rewards.registry import own_function
 from rewards.reward import check_weights
-from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
+from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Positive, Range, Samples, Share
 from rollout.settings import RolloutSettings
 
 LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
@@ -58,7 +58,7 @@ class GrpoSettings(GeneratingSettings, TrainSettings):
     """Rounds of rollouts."""
     prompts_per_step: Count = 32
     """Distinct prompts per round (R1-Zero: 32)."""
-    group_size: Annotated[int, Range(2)] = 16
+    group_size: Annotated[int, Range(2, MOST_SAMPLES)] = 16
     """Rollouts per prompt, the paper's G; their mean reward is the baseline (R1-Zero: 16)."""
     minibatches: Count = 1
     """Optimizer updates per round; each takes an equal share of the groups (R1-Zero: 16 a round of 8,192)."""
@@ -139,7 +139,7 @@ class RejectSettings(GeneratingSettings):
     """Model that is sampled: a stage of this run, a directory, or OWNER/NAME on the hub."""
     pool: Count = 3_000
     """Problems taken from each source, train split."""
-    samples: Count = 4
+    samples: Samples = 4
     """Completions sampled a problem."""
     keep: Count = 2
     """At most this many completions are kept a problem; they differ."""

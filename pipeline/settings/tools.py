@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.settings.common import AnswerSampling, CodeSettings, TruncatedSampling
-from rollout.ranges import Count, Natural, Range, Seed, Settings, Threads
+from rollout.ranges import Count, Natural, Range, Samples, Seed, Settings, Threads
 from rollout.settings import DtypeName, EngineName, LocalSettings, VllmSettings
 
 
@@ -84,7 +84,7 @@ class GenerateSettings(TruncatedSampling, ModelSettings):
     """JSON lines: {"prompt": text}, taken as it is, or {"token_ids": [..]}."""
     out: Path
     """Where the rollouts go, in order: index, sample, token_ids, logprobs, text, finish_reason."""
-    samples: Count = 1
+    samples: Samples = 1
     """Rollouts per prompt."""
     max_tokens: Count = 256
     """Longest completion, tokens."""

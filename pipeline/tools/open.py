@@ -34,19 +34,21 @@ def check_model(path: Path) -> None:
         raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
 
 
-def open_model(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer | None]:
-    """The engine and, if it has one, the tokenizer of a model. Raises `UserError`: no GPU where one was asked
-    for, no such model, an engine that is not for it or not installed here, or one that is wrong."""
+def open_model(config: ModelSettings, **pool: int) -> tuple[RolloutEngine, Tokenizer | None]:
+    """The engine and, if it has one, the tokenizer of a model; `pool` goes to `open_engine`.
+    Raises `UserError`: no GPU where one was asked for, no such model, an engine that is not for it or not
+    installed here, or one that is wrong."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = str(device_named(config.device))
     with naming(config.model):
-        return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
+        own = config.engine, config.dtype, device, config.vllm, config.local
+        return open_engine(config.model, *own, **pool)
 
 
-def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer]:
+def open_speaker(config: ModelSettings, **pool: int) -> tuple[RolloutEngine, Tokenizer]:
     """As `open_model`, of a model that must have a tokenizer."""
-    engine, tokenizer = open_model(config)
+    engine, tokenizer = open_model(config, **pool)
     if tokenizer is None:
         engine.close()
         raise UserError(f"{config.model} has no tokenizer.json; copy its base model's there")
