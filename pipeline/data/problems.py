@@ -87,9 +87,7 @@ def problems(
     return kept
 
 
-def source_rows(
-    source: str, folder: Path | None, split: Split = "heldout"
-) -> tuple[str, Iterator[Located]]:
+def source_rows(source: str, folder: Path | None, split: Split = "heldout") -> tuple[str, Iterator[Located]]:
     """Name and located rows of a data set of the hub, a benchmark, or a file, in `folder` too.
     Raises `UserError`: the source is none of these, or cannot be read."""
     if source.startswith("hub:"):

@@ -205,8 +205,8 @@ def named_fields(text: str) -> dict[str, str]:
     """`question=body,answer=key` by name; `ValueError` where a name is none of `RowSettings.fields`."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     named = {name.strip(): key.strip() for name, _, key in pairs}
-    names = ("question", "answer", "tests", "solution", "completion", "id", "kind", "language")
-    names += ("subject", "level", "family")
+    names = ["question", "answer", "tests", "solution", "completion", "id", "kind", "language"]
+    names += ["subject", "level", "family"]
     if not named.keys() <= set(names) or not all(named.values()):
         raise ValueError(f"fields={text!r}: write NAME=KEY, with a name of: {', '.join(names)}.")
     return named

@@ -62,14 +62,15 @@ class UpSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class GradeSettings(CodeSettings):
-    """Grade the completions of a JSONL file."""
+    """Grade the completions of a JSONL file, or again those of an evaluation, without its model."""
 
     source: Path
-    """Lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
+    """The folder of a complete evaluation, or lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
     with `input` and `output`; `shown` of them, by default all, stand in the question), or with the keys of a
     public data set (`pipeline.data.shapes`)."""
     out: Path
-    """The same lines with `verdict`, `extracted` and `detail`. Replaced where it exists."""
+    """The same lines with `verdict`, `extracted` and `detail`, replaced where it exists; or a new folder, with
+    scores.json."""
     kind: Literal["math", "code", "general"] | None = None
     """What the completions are; by default code where a line has `tests`, else mathematics."""
     mode: Literal["lenient", "strict"] = "lenient"

@@ -12,7 +12,7 @@ from pipeline.run.files import read_json
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
-from rollout.open import open_engine
+from rollout.open import Workers, open_engine
 from rollout.text.templates import template_named
 
 ERRORS = (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError, StaleWeights, EngineDied)
@@ -34,8 +34,10 @@ def check_model(path: Path) -> None:
         raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
 
 
-def open_model(config: ModelSettings, **pool: int) -> tuple[RolloutEngine, Tokenizer | None]:
-    """The engine and, if it has one, the tokenizer of a model; `pool` goes to `open_engine`.
+def open_model(
+    config: ModelSettings, workers: Workers | None = None
+) -> tuple[RolloutEngine, Tokenizer | None]:
+    """The engine and, if it has one, the tokenizer of a model, or a pool of `workers`.
     Raises `UserError`: no GPU where one was asked for, no such model, an engine that is not for it or not
     installed here, or one that is wrong."""
     if config.threads:
@@ -43,12 +45,12 @@ def open_model(config: ModelSettings, **pool: int) -> tuple[RolloutEngine, Token
     device = str(device_named(config.device))
     with naming(config.model):
         own = config.engine, config.dtype, device, config.vllm, config.local
-        return open_engine(config.model, *own, **pool)
+        return open_engine(config.model, *own, workers)
 
 
-def open_speaker(config: ModelSettings, **pool: int) -> tuple[RolloutEngine, Tokenizer]:
+def open_speaker(config: ModelSettings, workers: Workers | None = None) -> tuple[RolloutEngine, Tokenizer]:
     """As `open_model`, of a model that must have a tokenizer."""
-    engine, tokenizer = open_model(config, **pool)
+    engine, tokenizer = open_model(config, workers)
     if tokenizer is None:
         engine.close()
         raise UserError(f"{config.model} has no tokenizer.json; copy its base model's there")

@@ -112,11 +112,9 @@ def has_tokenizer(path: Path | str) -> bool:
     return any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def render(
-    tokenizer: PreTrainedTokenizerFast, question: str, template_name: str, shots: Shots = ()
-) -> str:
-    """The prompt as text, a prefilled `<think>\\n` included. `shots` are earlier turns of a chat, so that each
-    answer has the model's own markup and end, and come before the question in a text template.
+def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str, shots: Shots = ()) -> str:
+    """The prompt as text, a prefilled `<think>\\n` included. `shots` are earlier turns of a chat, so that the
+    answers have the model's own markup and end, and come before the question in a text template.
     Raises `ValueError`: unknown template, or a chat template is needed and the tokenizer has none that
     works."""
     template = template_named(template_name)

@@ -1,0 +1,69 @@
+"""Scores of parts of a benchmark: by subject and level, and less the questions that the training corpus has."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeline.data.corpus import asked_in
+from pipeline.data.decontaminate import copied
+from pipeline.data.jsonl import JsonObject
+from pipeline.data.problems import data_folder, source_rows
+from pipeline.data.rows import Tally, plain
+from pipeline.errors import UserError
+from pipeline.evaluation.scores import interval
+from pipeline.settings.evaluate import EvaluateSettings
+from rollout.types import Problem
+
+
+def accuracy(rows: Sequence[JsonObject]) -> JsonObject | None:
+    """`pass@1` of these rows, number of questions `n`, and 95 % interval; None of none."""
+    marks = defaultdict[int, list[bool]](list)
+    for row in rows:
+        marks[row["index"]].append(row["verdict"] == "correct")
+    means = [sum(of) / len(of) for of in marks.values()]
+    if not means:
+        return None
+    bounds, _ = interval(means, len(rows) // len(means))
+    return {"pass@1": sum(means) / len(means), "n": len(means), "interval": list(bounds)}
+
+
+def by_label(rows: Sequence[JsonObject]) -> JsonObject:
+    """`by_subject` and `by_level`: `accuracy` by the label's value, where questions have one."""
+    found: JsonObject = {}
+    for label in ("subject", "level"):
+        parts = defaultdict[str, list[JsonObject]](list)
+        for row in rows:
+            if value := row["labels"].get(label):
+                parts[value].append(row)
+        if parts:
+            found[f"by_{label}"] = {value: accuracy(parts[value]) for value in sorted(parts)}
+    return found
+
+
+def copies_in(config: EvaluateSettings, found: Sequence[Problem]) -> JsonObject:
+    """Which of the questions `config.corpus` has copies or near copies of (`copied`), by index; {} without
+    a corpus. Raises `UserError`: one that cannot be read, or holds no question in too many of its rows."""
+    folder, digests, counts = data_folder(config.data), dict[str, str](), [0]
+
+    def questions() -> Iterator[str]:
+        for source in config.corpus:
+            name, rows = source_rows(source, folder)
+            tally, digest = Tally(name, config), hashlib.sha256()
+            for _, question in tally.usable(rows, lambda row, _: asked_in(plain(row, {}))[0]):
+                digest.update(question.encode(errors="backslashreplace") + b"\0")
+                counts[0] += 1
+                yield question
+            tally.settle()
+            if not tally.total:
+                raise UserError(f"{source} has no rows; name what the model was trained on as --corpus")
+            digests[source] = digest.hexdigest()
+
+    copies = sorted(copied([problem.question for problem in found], questions()))
+    return {"corpus": digests, "corpus_rows": counts[0], "copies": copies} if config.corpus else {}
+
+
+def contamination(rows: Sequence[JsonObject], copies: JsonObject) -> dict[str, Any]:
+    """What `copies_in` found and the accuracy `without_copies`, None where all are; {} without a corpus."""
+    others = [row for row in rows if row["index"] not in copies.get("copies", ())]
+    return {"contamination": {**copies, "without_copies": accuracy(others)}} if copies else {}
