@@ -144,7 +144,7 @@ def test_a_folder_of_someone_else_is_left_alone(config, scripted):
     engines = scripted(says)
     config["out"].mkdir()
     (config["out"] / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds no scores of ours"):
+    with pytest.raises(UserError, match="holds no evaluation of ours"):
         evaluate(EvaluateSettings(**config))
     assert not engines and (config["out"] / "thesis.txt").read_text() == "mine"
 
