@@ -1,7 +1,7 @@
 """Open an engine by name. The only file that knows every engine; nothing else in this package imports it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -26,16 +26,6 @@ ENGINES: dict[str, Callable[..., RolloutEngine]] = {
 """Each opens an engine from the arguments of `open_local`. The names are `EngineName`, `auto` apart."""
 
 
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """A pool's engines: their number, CPU threads of each (0 = one), and `RolloutPool`'s `task_prompts`. On
-    GPUs each has its own."""
-
-    number: int = 0
-    threads: int = 0
-    task_prompts: int = 0
-
-
 def open_engine(
     path: Path | str,
     engine: EngineName = "auto",
@@ -43,14 +33,17 @@ def open_engine(
     device: str = "cpu",
     vllm: VllmSettings | None = None,
     local: LocalSettings | None = None,
-    workers: Workers | None = None,
+    workers: int = 0,
+    threads: int = 0,
+    task_prompts: int = 0,
 ) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
     """An engine with the checkpoint's weights, and the checkpoint's tokenizer if it has one.
 
     Args:
         engine: `auto` takes native for the architectures that `model/` implements, else dense.
         device: of the in-process engines; vLLM takes the device that its build is for.
-        workers: engines in processes of their own, on Ray; none = one engine in this process.
+        workers: engines in processes of their own, on Ray, each with `threads` CPU threads (0 = one) and, on
+            GPUs, with its own; `task_prompts` is `RolloutPool`'s. 0 = one engine in this process.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -59,24 +52,23 @@ def open_engine(
         ModuleNotFoundError: engine vllm where vLLM is not installed.
         StaleWeights: vLLM does not compute what our own model does.
     """
-    name, pool = engine_name(path, engine), workers or Workers()
+    name = engine_name(path, engine)
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     settings = RolloutSettings(
         engine=engine,
         dtype=dtype,
         vllm=vllm or VllmSettings(),
         local=local or LocalSettings(),
-        workers=pool.number,
-        worker_cpus=float(max(1, pool.threads)),
+        workers=workers,
+        worker_cpus=float(max(1, threads)),
     )
-    if pool.number and (device.startswith("cuda") if name in LOCAL else not cpu_build()):
+    if workers and (device.startswith("cuda") if name in LOCAL else not cpu_build()):
         settings = replace(settings, worker_gpus=float(settings.vllm.tensor_parallel))
     settings = with_workers(settings, name)
     eos = eos_of(path, tokenizer.eos_token_id if tokenizer else None)
     if settings.workers:
-        size = pool.task_prompts
-        made = RolloutPool(path, settings, open_worker_engine, eos_token_id=eos, task_prompts=size)
-        return made, tokenizer
+        pool = RolloutPool(path, settings, open_worker_engine, eos_token_id=eos, task_prompts=task_prompts)
+        return pool, tokenizer
     return ENGINES[name](path, settings, device=device, tokenizer=tokenizer, eos_token_id=eos), tokenizer
 
 

@@ -1,5 +1,4 @@
-"""Training problems less the copies and near copies of evaluation problems; and the other way round, the
-evaluation problems of which a corpus has a copy."""
+"""Training problems less the near copies of evaluation problems; evaluation problems that a corpus holds."""
 
 import re
 from collections import Counter
@@ -49,7 +48,7 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
 
 def copied(questions: Sequence[str], corpus: Iterable[str]) -> set[int]:
     """Indices of the questions of which `corpus`, questions too, has a copy: one of the same normalised text,
-    or one that has half or more of the question's own word 10-grams. The corpus is read once, and not kept."""
+    or one with half or more of the question's own word 10-grams. The corpus is read once, and not kept."""
     exact: dict[str, list[int]] = {}
     holders: dict[tuple[str, ...], list[int]] = {}
     grams = [ngrams(question) for question in questions]

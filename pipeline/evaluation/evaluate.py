@@ -1,8 +1,9 @@
 """`python -m pipeline evaluate`: one model on one benchmark.
 
-Samples k completions a problem and grades them leniently (the answer counts, not the tags), part by part, into
-a folder that grows meanwhile and can always go on (`pipeline.evaluation.folder`). A part is the same questions
-whatever was killed before and however many workers there are, and is generated together: so are its bits.
+Samples k completions a problem and grades them leniently (the answer counts, not the tags), part by part,
+into a folder that grows meanwhile and can always go on (`pipeline.evaluation.folder`). The questions of a
+part are generated together, and are the same whatever was killed before and however many workers there are:
+so their bits are the same too.
 
 Defaults: arXiv:2501.12948, Sec. 3: temperature 0.6, top-p 0.95, 32,768 tokens; `pipeline.evaluation.prompts`.
 """
@@ -25,7 +26,7 @@ from pipeline.data.jsonl import JsonObject
 from pipeline.data.problems import problems
 from pipeline.evaluation.folder import Folder
 from pipeline.evaluation.generations import read_generations, row_of
-from pipeline.evaluation.parts import copies_in
+from pipeline.evaluation.parts import copies_in, notes_of
 from pipeline.evaluation.prompts import make_prompts, samples_of, worked_shots
 from pipeline.run.environment import environment
 from pipeline.run.files import sha256
@@ -36,7 +37,6 @@ from pipeline.train.place import device_named
 from rewards.reward import Scorer
 from rollout.checkpoint import context_of
 from rollout.engine import RolloutEngine
-from rollout.open import Workers
 from rollout.text.templates import next_question
 from rollout.text.tokenizer import Shots, completion_text, template_hash
 from rollout.types import Graded, Problem, Prompt, Rollout
@@ -65,14 +65,13 @@ def evaluate(
     count, seed = config.limit, config.problems_seed
     found = problems(config.benchmark, count=count, seed=seed, data_dir=config.data, rows=config)
     config = replace(config, samples=samples_of(config, len(found)))
-    shots = worked_shots(config, found)
-    copies = copies_in(config, found)
+    shots, copies = worked_shots(config, found), copies_in(config, found)
     inputs = inputs_of(config, found, shots, model_hash or sha256(config.model))
     folder = Folder(config.out, inputs, replace_changed)
     earlier = folder.earlier()
-    if earlier and all(earlier.get("contamination", {}).get(key) == copies[key] for key in copies):
-        return earlier
-    return complete(config, found, shots, folder, copies, pause)
+    if earlier and copies != notes_of(earlier):
+        return folder.finish([row for row, _ in read_generations(folder.rows)], copies)
+    return earlier or complete(config, found, shots, folder, copies, pause)
 
 
 def inputs_of(
@@ -81,19 +80,18 @@ def inputs_of(
     """Whatever changes the completions; folders with equal inputs hold the same evaluation."""
     sampling = ("temperature", "top_p", "top_k", "max_tokens", "seed", "save_every")
     settings = ("engine", "samples", "template", "dtype", *sampling)
-    inputs: JsonObject = {
+    told: JsonObject = {"shots": len(shots), "shots_sha256": digest(shots)} if shots else {}
+    if config.engine == "vllm":
+        told["vllm"] = {
+            k: getattr(config.vllm, k) for k in ("quantization", "kv_dtype", "context", "seed_each")
+        }
+    return {
         **{"benchmark": config.benchmark, "problems": len(found)},
         "problems_sha256": digest([asdict(problem) for problem in found]),
         **{"model": str(config.model), "model_sha256": model_hash},
         **{name: getattr(config, name) for name in settings},
+        **told,
     }
-    if shots:
-        inputs |= {"shots": len(shots), "shots_sha256": digest(shots)}
-    if config.engine == "vllm":
-        vllm = config.vllm
-        inputs["vllm"] = {"quantization": vllm.quantization, "kv_dtype": vllm.kv_dtype}
-        inputs["vllm"] |= {"context": vllm.context, "seed_each": vllm.seed_each}
-    return inputs
 
 
 def digest(value: object) -> str:
@@ -104,30 +102,14 @@ def digest(value: object) -> str:
 def made_with(config: EvaluateSettings) -> JsonObject:
     """What the bits may depend on beside the inputs: code, packages, machine, threads and batch."""
     env, root = environment(), Path(__file__).parents[2]
-    code = {str(file.relative_to(root)): sha256(file) for top in CODE for file in (root / top).rglob("*.py")}
+    code = sorted((str(f.relative_to(root)), sha256(f)) for top in CODE for f in (root / top).rglob("*.py"))
     threads = config.threads or (1 if config.workers else torch.get_num_threads())
     own = {"device": str(device_named(config.device)), "threads": threads, "max_batch": config.max_batch}
-    seen = {key: env[key] for key in ("commit", "python", "packages", "machine")}
-    return {"code_sha256": digest(sorted(code.items())), **seen, **own}
-
-
-# ---- parts
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """The questions of an evaluation, in parts that are generated together."""
-
-    prompts: Sequence[Prompt]
-    fits: Sequence[int]
-    """Indices of the questions that leave room in the model's context: those that are sampled."""
-    size: int
-    """Of them in a part."""
-
-    @property
-    def ends(self) -> list[int]:
-        """Index of the question after each part's last; what does not fit belongs to the part before it."""
-        return [*self.fits[self.size :: self.size], len(self.prompts)]
+    return {
+        "code_sha256": digest(code),
+        **{k: env[k] for k in ("commit", "python", "packages", "machine")},
+        **own,
+    }
 
 
 def complete(
@@ -145,105 +127,116 @@ def complete(
     scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=config.allow_unsafe_code)
     check_sandbox("evaluate", scorer.pool, found, config.allow_unsafe_code)
     size = max(1, config.save_every // config.samples)
-    pool = Workers(config.workers, config.threads, task_prompts=size)
-    engine, tokenizer = open_speaker(config, pool)
+    engine, tokenizer = open_speaker(config, config.workers, task_prompts=size)
     with closing(engine), scorer:
         with naming(config.model):
             prompts = make_prompts(config, found, tokenizer, shots)
             shown = {p.template for p in prompts if p.problem.kind != "code"}
             names = sorted({p.template for p in prompts})
             templates = {n: template_hash(tokenizer, n, shots if n in shown else ()) for n in names}
-            context = context_of(config.model)
-        fits = [i for i, p in enumerate(prompts) if context is None or len(p.token_ids) <= context - ROOM]
-        plan = Plan(prompts, fits, size)
+            context = context_of(config.model) or 0
+        parts = Parts(config, engine, tokenizer, scorer, prompts, size, context)
         with folder.growing(templates, made_with(config)):
-            ends = [end * config.samples for end in plan.ends]
-            part = folder.resume(ends)
+            done = folder.resume([end * config.samples for end in parts.ends])
             label = f"{config.benchmark}: {config.samples} samples a problem, {'+'.join(templates)}"
-            if part < len(ends):
-                print(f"evaluate {config.model}: {label}", file=sys.stderr, flush=True)
-            arriving = sampled(config, engine, plan, part)
-            with closing(watched(arriving, label, part * size, len(fits), config.samples)) as rollouts:
-                for done in in_parts(rollouts, plan, part, config.samples):
-                    folder.append(graded_rows(done, plan, part, scorer, tokenizer, config))
-                    part += 1
+            print(f"evaluate {config.model}: {label}", file=sys.stderr, flush=True)
+            total = len(parts.fits) * config.samples
+            with closing(
+                watched(parts.sampled(done), label, done * size * config.samples, total)
+            ) as rollouts:
+                for rows in parts.graded(rollouts, done):
+                    folder.append(rows)
                     pause()
-            kept = read_generations(folder.path / "generations.jsonl")
+            kept = read_generations(folder.rows)
             check_errors("evaluate", [graded for _, graded in kept], config.max_error_share)
             return folder.finish([row for row, _ in kept], copies)
 
 
-def sampled(config: EvaluateSettings, engine: RolloutEngine, plan: Plan, part: int) -> Iterator[Rollout]:
-    """The rollouts of all parts from `part` on; `index` counts the questions that fit. In this process one
-    request a part, so that a part is all that shares a batch; of workers, each has a part at a time."""
-    sent = [plan.prompts[i] for i in plan.fits]
-    if not sent:
-        return
-    context = context_of(config.model)
-    room = context - min(len(p.token_ids) for p in sent) if context else config.max_tokens
-    limit = min(config.max_tokens, room)
-    params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
-    marks = {next_question(p.template) for p in sent} if config.shots else set[str]()
-    params = replace(params, stop=tuple(sorted(marks - {""})))
-    pooled = config.workers or config.vllm.data_parallel > 1
-    for first in range(part * plan.size, len(sent), len(sent) if pooled else plan.size):
-        request = sent[first:] if pooled else sent[first : first + plan.size]
-        with naming(config.model):
-            for rollout in engine.generate(request, replace(params, first_index=first)):
-                yield replace(rollout, index=first + rollout.index)
+@dataclass(slots=True)
+class Parts:
+    """The questions of an evaluation, `size` of them in a part, not counting those that are too long."""
+
+    config: EvaluateSettings
+    engine: RolloutEngine
+    tokenizer: Tokenizer
+    scorer: Scorer
+    prompts: Sequence[Prompt]
+    size: int
+    context: int
+    """The model's, tokens; 0 = no limit."""
+
+    @property
+    def fits(self) -> list[int]:
+        """Indices of the questions that leave room in the model's context: those that are sampled."""
+        most = self.context - ROOM if self.context else sys.maxsize
+        return [i for i, prompt in enumerate(self.prompts) if len(prompt.token_ids) <= most]
+
+    @property
+    def ends(self) -> list[int]:
+        """Index of the question after each part's last; one that is too long is of the part before it."""
+        return [*self.fits[self.size :: self.size], len(self.prompts)]
+
+    def sampled(self, part: int) -> Iterator[Rollout]:
+        """The rollouts of all parts from `part` on; `index` counts the questions that fit. In this process a
+        request is one part, so that nothing else shares its batch; of workers each has a part at a time."""
+        config, sent = self.config, [self.prompts[i] for i in self.fits]
+        room = (
+            self.context - min((len(p.token_ids) for p in sent), default=0) if self.context else sys.maxsize
+        )
+        limit = min(config.max_tokens, room)
+        params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
+        marks = {next_question(p.template) for p in sent} if config.shots else set[str]()
+        params = replace(params, stop=tuple(sorted(marks - {""})))
+        pooled = config.workers or config.vllm.data_parallel > 1
+        most = len(sent) if pooled else self.size
+        for first in range(part * self.size, len(sent), max(1, most)):
+            with naming(config.model):
+                own = replace(params, first_index=first)
+                for rollout in self.engine.generate(sent[first : first + most], own):
+                    yield replace(rollout, index=first + rollout.index)
+
+    def graded(self, rollouts: Iterable[Rollout], part: int) -> Iterator[list[JsonObject]]:
+        """The rows of each part from `part` on, in order, once its rollouts are complete.
+        Raises `RuntimeError`: the engine lost a rollout, or returned one twice."""
+        held, arriving = defaultdict[int, list[Rollout]](list), iter(rollouts)
+        ends, fits, samples = [0, *self.ends], self.fits, self.config.samples
+        for number in range(part, len(ends) - 1):
+            due = range(number * self.size, min((number + 1) * self.size, len(fits)))
+            while len(held[number]) < len(due) * samples and (rollout := next(arriving, None)):
+                held[rollout.index // self.size].append(rollout)
+            done = sorted(held.pop(number), key=lambda r: (r.index, r.sample))
+            if [(r.index, r.sample) for r in done] != [(i, s) for i in due for s in range(samples)]:
+                raise RuntimeError(f"the engine lost rollouts of questions {due.start} to {due.stop - 1}")
+            graded = self.scorer.grade_all((r, self.text(r)) for r in done)
+            by_name = {(fits[g.rollout.index], g.rollout.sample): g for g in graded}
+            yield [
+                self.row(index, sample, by_name.get((index, sample)))
+                for index in range(ends[number], ends[number + 1])
+                for sample in range(samples)
+            ]
+
+    def text(self, rollout: Rollout) -> str:
+        """What is graded: up to the next question that a base model goes on to ask itself."""
+        text, mark = completion_text(self.tokenizer, rollout, t := rollout.prompt.template), next_question(t)
+        return text.partition(mark)[0] if self.config.shots and mark else text
+
+    def row(self, index: int, sample: int, graded: Graded | None) -> JsonObject:
+        """A row; None = the question is too long, so it is not right, and says so."""
+        prompt = self.prompts[index]
+        asked = str(self.tokenizer.decode(list(prompt.token_ids), clean_up_tokenization_spaces=False))
+        if graded is not None:
+            return row_of(index, graded, asked)
+        detail = f"prompt longer than the context ({len(prompt.token_ids)} tokens)"
+        nothing = Graded(Rollout(prompt, index, sample, (), (), "length"), "", detail=detail)
+        return row_of(index, nothing, asked) | {"finish_reason": None}
 
 
-def in_parts(rollouts: Iterable[Rollout], plan: Plan, part: int, samples: int) -> Iterator[list[Rollout]]:
-    """The rollouts of each part from `part` on, complete and in order.
-    Raises `RuntimeError`: the engine lost a rollout, or returned one twice."""
-    held = defaultdict[int, list[Rollout]](list)
-    arriving = iter(rollouts)
-    for number in range(part, len(plan.ends)):
-        due = range(number * plan.size, min((number + 1) * plan.size, len(plan.fits)))
-        while len(held[number]) < len(due) * samples and (rollout := next(arriving, None)):
-            held[rollout.index // plan.size].append(rollout)
-        done = sorted(held.pop(number), key=lambda r: (r.index, r.sample))
-        if [(r.index, r.sample) for r in done] != [(i, s) for i in due for s in range(samples)]:
-            raise RuntimeError(f"the engine lost rollouts of questions {due.start} to {due.stop - 1}")
-        yield done
-
-
-def graded_rows(
-    rollouts: Sequence[Rollout],
-    plan: Plan,
-    part: int,
-    scorer: Scorer,
-    tokenizer: Tokenizer,
-    config: EvaluateSettings,
-) -> list[JsonObject]:
-    """A part's rows, in order; questions that do not fit are wrong, and say so."""
-    pairs = []
-    for r in rollouts:
-        text, mark = completion_text(tokenizer, r, r.prompt.template), next_question(r.prompt.template)
-        pairs.append((r, text.partition(mark)[0] if config.shots and mark else text))
-    graded = {(plan.fits[g.rollout.index], g.rollout.sample): g for g in scorer.grade_all(pairs)}
-    rows = []
-    for index in range(([0, *plan.ends])[part], plan.ends[part]):
-        prompt = plan.prompts[index]
-        asked = str(tokenizer.decode(list(prompt.token_ids), clean_up_tokenization_spaces=False))
-        for sample in range(config.samples):
-            if (done := graded.get((index, sample))) is not None:
-                rows.append(row_of(index, done, asked))
-                continue
-            detail = f"prompt longer than the context ({len(prompt.token_ids)} tokens)"
-            nothing = Graded(Rollout(prompt, index, sample, (), (), "length"), "", detail=detail)
-            rows.append(row_of(index, nothing, asked) | {"finish_reason": None})
-    return rows
-
-
-def watched(
-    rollouts: Iterable[Rollout], label: str, done: int, questions: int, samples: int
-) -> Generator[Rollout]:
+def watched(rollouts: Iterable[Rollout], label: str, done: int, total: int) -> Generator[Rollout]:
     """The rollouts; meanwhile a line on stderr with the time left, but nothing where stderr is a log."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        yield from bar.track(rollouts, questions * samples, done * samples, description=label)
+        yield from bar.track(rollouts, total, done, description=label)
 
 
 def main(config: EvaluateSettings) -> None:
@@ -252,6 +245,5 @@ def main(config: EvaluateSettings) -> None:
     low, high = result["interval"]
     figures = f"{result['pass@1']:.1%} of {result['n']}, 95 % interval {low:.1%} to {high:.1%}"
     print(f"{config.benchmark}: {figures}; template {result['template']}", file=sys.stderr)
-    hidden = ("inputs", "templates", "made_with")
-    told = {key: value for key, value in result.items() if key not in hidden}
+    told = {key: result[key] for key in result if key not in ("inputs", "templates", "made_with")}
     print(json.dumps(told, ensure_ascii=False))

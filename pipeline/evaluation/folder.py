@@ -29,46 +29,41 @@ FRESH = {"generations.jsonl", "inputs.json.partial"}
 
 
 class Folder:
-    """The folder of one evaluation. A changed one that replaces finished scores grows beside them."""
+    """The folder of one evaluation, `path`; one that replaces another grows beside it, as `.next`."""
 
     def __init__(self, out: Path, inputs: JsonObject, replace_changed: bool = False) -> None:
-        """
-        Args:
-            inputs: all that the completions depend on, by name.
-            replace_changed: take the place of an evaluation with other inputs, once this one is complete.
-
-        Raises:
-            UserError: `out` holds something else, or an evaluation that differs (the input is named).
-        """
-        self.out = self.path = out
-        self.inputs, self.count = inputs, 0
+        """`inputs` is all that the completions depend on, by name; `replace_changed` takes the place of an
+        evaluation with others, once this one is complete.
+        Raises `UserError`: `out` holds something else, or an evaluation that differs (the input is named)."""
+        self.out, self.path, self.inputs, self.count = out, out, inputs, 0
         self.total = inputs["problems"] * inputs["samples"]
         before = read_record(out)
         changed = difference(inputs, before) if before else ""
         if changed and not replace_changed:
             raise UserError(f"{out} holds an evaluation with {changed}")
-        if replace_changed and (changed or not before):
+        if changed or (replace_changed and not before):
             ahead = out.with_name(out.name + ".next")
-            begun = read_record(ahead)
-            if begun and difference(inputs, begun):
+            if (begun := read_record(ahead)) and difference(inputs, begun):
                 remove(ahead)
-                begun = None
-            self.path = ahead if changed or begun else out
+            self.path = ahead if changed or ahead.exists() else out
 
-    def earlier(self) -> JsonObject | None:
-        """The scores, where they are complete."""
-        if (self.path / "scores.json").exists() and self.path == self.out:
-            return read_json(self.path / "scores.json")
-        return None
+    @property
+    def rows(self) -> Path:
+        """generations.jsonl."""
+        return self.path / "generations.jsonl"
+
+    def earlier(self) -> JsonObject:
+        """The scores, where they are complete, else {}."""
+        return read_json(self.path / "scores.json") if self.path == self.out else {}
 
     @contextmanager
     def growing(self, templates: dict[str, str], made_with: JsonObject) -> Iterator[None]:
-        """Within it completions may be appended, by this process alone. A full disk and a Ctrl-C say what is
-        kept. Raises `UserError`: another process works here, prompts are made otherwise than those before, or
-        nothing can be written."""
+        """Within it completions may be appended, by this process alone. A Ctrl-C says what is kept.
+        Raises `UserError`: the disk is full, which says it too, another process works here, or prompts are
+        made otherwise than those before."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with (self.path / "generations.jsonl").open("ab", buffering=0) as self.file:
+            with self.rows.open("ab", buffering=0) as self.file:
                 try:
                     fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -77,17 +72,9 @@ class Folder:
                 self.record(templates, made_with)
                 yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise UserError(f"the disk is full: {self.kept()}; free some space first") from error
-            if error.errno not in (
-                errno.EACCES,
-                errno.EROFS,
-                errno.ENOTDIR,
-                errno.EEXIST,
-                errno.ENAMETOOLONG,
-            ):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(f"cannot write {self.path}: {error.strerror}; take another --out") from error
+            raise UserError(f"the disk is full: {self.kept()}; free some space first") from error
         except KeyboardInterrupt as stop:
             raise stop if stop.args else KeyboardInterrupt(self.kept()) from None
 
@@ -100,23 +87,20 @@ class Folder:
         before = read_json(self.path / "inputs.json")
         made = before.get("made_with", [])
         if before and before.get("templates") != templates:
-            raise UserError(
-                f"{self.path} has prompts of template_hash {before.get('templates')}, not {templates}: the "
-                "templates changed since; restore them, or take another --out"
-            )
+            which = f"template_hash {before.get('templates')}, not {templates}: the templates changed since"
+            raise UserError(f"{self.path} has prompts of {which}; restore them, or take another --out")
         if made_with not in made:
             if made:
                 differ = ", ".join(key for key, value in made_with.items() if made[-1].get(key) != value)
                 say(f"{self.path}: going on with another {differ} than before, which is recorded")
-            self.made = [*made, made_with]
-            record = {"inputs": self.inputs, "templates": templates, "made_with": self.made}
+            record = {"inputs": self.inputs, "templates": templates, "made_with": [*made, made_with]}
             write_atomic(self.path / "inputs.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
     def resume(self, ends: Sequence[int]) -> int:
         """How many parts are complete, of parts that end after `ends` rows each. What follows them, such as a
         torn line, is cut off."""
         sizes = [0]
-        with (self.path / "generations.jsonl").open("rb") as lines:
+        with self.rows.open("rb") as lines:
             for number, line in enumerate(lines):
                 row = value_of(line) if line.endswith(b"\n") and number < self.total else None
                 place = divmod(number, self.inputs["samples"])
@@ -146,16 +130,14 @@ class Folder:
 
     def finish(self, rows: Sequence[JsonObject], copies: JsonObject) -> JsonObject:
         """Write scores.json, from all rows; the folder then stands at its own name."""
-        record = read_json(self.path / "inputs.json")
-        result = write_scores(self.path, rows, record, copies)
+        result = write_scores(self.path, rows, read_json(self.path / "inputs.json"), copies)
         if self.path != self.out:
             old = self.out.with_name(self.out.name + ".old")
+            remove(old)
             if self.out.exists():
-                remove(old)
                 self.out.rename(old)
             self.path.rename(self.out)
             remove(old)
-            self.path = self.out
         return result
 
 

@@ -1,9 +1,8 @@
-"""Scores of parts of a benchmark: by subject and level, and less the questions that the training corpus has."""
+"""Scores of parts of a benchmark: by subject and level, and without what the training corpus has of it."""
 
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from pipeline.data.corpus import asked_in
 from pipeline.data.decontaminate import copied
@@ -42,28 +41,34 @@ def by_label(rows: Sequence[JsonObject]) -> JsonObject:
 
 
 def copies_in(config: EvaluateSettings, found: Sequence[Problem]) -> JsonObject:
-    """Which of the questions `config.corpus` has copies or near copies of (`copied`), by index; {} without
-    a corpus. Raises `UserError`: one that cannot be read, or holds no question in too many of its rows."""
-    folder, digests, counts = data_folder(config.data), dict[str, str](), [0]
+    """Which of the questions `config.corpus` has `copies` or near copies of, by index; {} without a corpus.
+    Raises `UserError`: one that cannot be read, has no rows, or too many without a question."""
+    rows, digest, folder = 0, hashlib.sha256(), data_folder(config.data)
 
     def questions() -> Iterator[str]:
+        nonlocal rows
         for source in config.corpus:
-            name, rows = source_rows(source, folder)
-            tally, digest = Tally(name, config), hashlib.sha256()
-            for _, question in tally.usable(rows, lambda row, _: asked_in(plain(row, {}))[0]):
+            name, lines = source_rows(source, folder)
+            tally = Tally(name, config)
+            for _, question in tally.usable(lines, lambda row, _: asked_in(plain(row, {}))[0]):
                 digest.update(question.encode(errors="backslashreplace") + b"\0")
-                counts[0] += 1
                 yield question
             tally.settle()
+            rows += tally.total
             if not tally.total:
                 raise UserError(f"{source} has no rows; name what the model was trained on as --corpus")
-            digests[source] = digest.hexdigest()
 
     copies = sorted(copied([problem.question for problem in found], questions()))
-    return {"corpus": digests, "corpus_rows": counts[0], "copies": copies} if config.corpus else {}
+    told = {"corpus": list(config.corpus), "corpus_rows": rows, "corpus_sha256": digest.hexdigest()}
+    return {**told, "copies": copies} if config.corpus else {}
 
 
-def contamination(rows: Sequence[JsonObject], copies: JsonObject) -> dict[str, Any]:
+def notes_of(scores: JsonObject) -> JsonObject:
+    """What `copies_in` found for these scores."""
+    return {key: value for key, value in scores.get("contamination", {}).items() if key != "without_copies"}
+
+
+def contamination(rows: Sequence[JsonObject], copies: JsonObject) -> JsonObject:
     """What `copies_in` found and the accuracy `without_copies`, None where all are; {} without a corpus."""
     others = [row for row in rows if row["index"] not in copies.get("copies", ())]
     return {"contamination": {**copies, "without_copies": accuracy(others)}} if copies else {}

@@ -62,7 +62,7 @@ def template_names(config: EvaluateSettings, tokenizer: Tokenizer) -> tuple[str,
     name = config.template if config.template != "auto" else trained_template(config.model) or "auto"
     code = name
     if name == "auto":
-        name = code = "qa" if config.shots else "raw"
+        name, code = "qa" if config.shots else "raw", "raw"
         if tokenizer.chat_template:  # one that knows thinking, but leaves the tag to the model, gets it
             knows = "</think>" in str(tokenizer.chat_template)
             name = "boxed-think" if knows and not prefill(tokenizer, "boxed") else "boxed"

@@ -65,12 +65,12 @@ class GradeSettings(CodeSettings):
     """Grade the completions of a JSONL file, or again those of an evaluation, without its model."""
 
     source: Path
-    """The folder of a complete evaluation, or lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
-    with `input` and `output`; `shown` of them, by default all, stand in the question), or with the keys of a
-    public data set (`pipeline.data.shapes`)."""
+    """The folder of a complete evaluation; or lines with `completion`, and `answer` (mathematics) or `tests`
+    (code: Python statements, or objects with `input` and `output`; `shown` of them, by default all, stand in
+    the question), or with the keys of a public data set (`pipeline.data.shapes`)."""
     out: Path
-    """The same lines with `verdict`, `extracted` and `detail`, replaced where it exists; or a new folder, with
-    scores.json."""
+    """A new folder, with scores.json; or the same lines with `verdict`, `extracted` and `detail`, replaced
+    where they exist."""
     kind: Literal["math", "code", "general"] | None = None
     """What the completions are; by default code where a line has `tests`, else mathematics."""
     mode: Literal["lenient", "strict"] = "lenient"

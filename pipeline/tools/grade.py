@@ -19,7 +19,7 @@ from pipeline.data.jsonl import BadRow, JsonObject, json_line, object_of, value_
 from pipeline.data.rows import checked, plain
 from pipeline.data.shapes import ANSWERS
 from pipeline.errors import UserError
-from pipeline.evaluation.regrade import regrade
+from pipeline.evaluation.generations import regrade
 from pipeline.settings.tools import GradeSettings
 from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool

@@ -12,7 +12,7 @@ from pipeline.run.files import read_json
 from pipeline.settings.tools import ModelSettings
 from pipeline.train.place import device_named
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
-from rollout.open import Workers, open_engine
+from rollout.open import open_engine
 from rollout.text.templates import template_named
 
 ERRORS = (FileNotFoundError, ModuleNotFoundError, ValueError, FloatingPointError, StaleWeights, EngineDied)
@@ -35,7 +35,7 @@ def check_model(path: Path) -> None:
 
 
 def open_model(
-    config: ModelSettings, workers: Workers | None = None
+    config: ModelSettings, workers: int = 0, task_prompts: int = 0
 ) -> tuple[RolloutEngine, Tokenizer | None]:
     """The engine and, if it has one, the tokenizer of a model, or a pool of `workers`.
     Raises `UserError`: no GPU where one was asked for, no such model, an engine that is not for it or not
@@ -45,12 +45,14 @@ def open_model(
     device = str(device_named(config.device))
     with naming(config.model):
         own = config.engine, config.dtype, device, config.vllm, config.local
-        return open_engine(config.model, *own, workers)
+        return open_engine(config.model, *own, workers, config.threads, task_prompts)
 
 
-def open_speaker(config: ModelSettings, workers: Workers | None = None) -> tuple[RolloutEngine, Tokenizer]:
+def open_speaker(
+    config: ModelSettings, workers: int = 0, task_prompts: int = 0
+) -> tuple[RolloutEngine, Tokenizer]:
     """As `open_model`, of a model that must have a tokenizer."""
-    engine, tokenizer = open_model(config, workers)
+    engine, tokenizer = open_model(config, workers, task_prompts)
     if tokenizer is None:
         engine.close()
         raise UserError(f"{config.model} has no tokenizer.json; copy its base model's there")

@@ -44,7 +44,7 @@ def scripted(tokenizer, monkeypatch):
     def install(says):
         engines = []
 
-        def open_engine(path, engine="auto", dtype="float32", device="cpu", vllm=None, local=None, workers=None):
+        def open_engine(path, engine, dtype, device, vllm, local, workers, threads, task_prompts):
             engines.append(Scripted(tokenizer, says))
             engines[-1].max_batch = local.max_batch
             return engines[-1], tokenizer

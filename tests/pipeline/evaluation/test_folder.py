@@ -248,7 +248,7 @@ def test_what_changed_since_is_named(config, scripted, sums, finished):
         with pytest.raises(UserError, match=words[1]):
             go(config, **{change: words[0]})
     (config["model"] / "weights").write_text("new")
-    with pytest.raises(UserError, match="model_sha256 .*: the model changed since; restore them"):
+    with pytest.raises(UserError, match=r"model_sha256 .*: the model changed since; restore them"):
         go(config)
     (config["model"] / "weights").unlink()
     sums.write_text(sums.read_text().replace('"4"', '"5"'))
@@ -265,7 +265,7 @@ def test_prompts_that_changed_are_refused(config, scripted, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate(EvaluateSettings(**config), pause=stop)
     monkeypatch.setattr("pipeline.evaluation.evaluate.template_hash", lambda *args: "other")
-    with pytest.raises(UserError, match="template_hash .*the templates changed since"):
+    with pytest.raises(UserError, match=r"template_hash .*the templates changed since"):
         go(config)
 
 
