@@ -124,6 +124,7 @@ ELSEWHERE = {
     "rollout.timeout_s": "rollout/pool",
     "rollout.worker_*": "rollout/pool",
     "guard.*": "pipeline/run",
+    "workers": "rollout/pool",
 }
 
 
@@ -157,7 +158,8 @@ FLAGS = {
     "distill": "--threads 1 --corpus {corpus} --tokenizer-from {policy} --steps 1",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
     " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3"
-    " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9",
+    " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9"
+    " --shots 1 --shots-from {data}/gsm8k_train.jsonl --corpus {corpus} --save-every 2",
     "report": "",
 }
 """The micro run of each stage's module."""
@@ -255,7 +257,8 @@ COMMAND_LINES = {
     "up": "report --preset micro --runs {out}",
     "grade": "{corpus} {out}",
     "generate": MODEL + " --prompts {prompts} --out {out} --threads 1",
-    "evaluate": MODEL + " --benchmark {data}/aime24.jsonl --limit 2 --max-batch 4 --out {out} --threads 1",
+    "evaluate": MODEL + " --benchmark {data}/aime24.jsonl --limit 2 --max-batch 4 --out {out} --threads 1"
+    " --samples 1 --shots 1 --shots-from {data}/gsm8k_train.jsonl",
     "chat": MODEL + " --threads 1",
     "serve": MODEL + " --port 0 --threads 1 --api-key key",
 }

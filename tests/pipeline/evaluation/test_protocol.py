@@ -140,7 +140,8 @@ def test_a_base_model_stops_at_the_next_question(settings, scripted, solved, tok
         evaluate(settings(shots=2, shots_from=solved, samples=1, template="raw", out=out))
 
 
-def test_a_chat_model_has_them_as_earlier_turns(settings, scripted, solved):
+def test_a_chat_model_has_them_as_earlier_turns(settings, scripted, solved, monkeypatch):
+    monkeypatch.setattr("pipeline.evaluation.evaluate.context_of", lambda path: 1000)
     engines = scripted(lambda question, sample: "\\boxed{2}")
     evaluate(settings(shots=1, shots_from=solved, samples=1, limit=1))
     assert engines[0].calls[0][1].stop == (), "a turn ends by itself"
@@ -232,7 +233,7 @@ def contaminated(tmp_path):
     rows = [{"id": str(i), "problem": q, "answer": "2"} for i, q in enumerate(questions)]
     corpus = [
         {"question": "what is $1+1$", "completion": "2"},
-        {"messages": [{"role": "user", "content": f"Hear. {LONG.format(3, 99)}"}, {"role": "assistant", "content": "x"}]},
+        {"messages": [{"role": "user", "content": f"Hear. {LONG.format(3, 99)}"}, {"role": "assistant"}]},
         {"question": LONG.format(7, 99).replace("farmer", "man"), "completion": "x"},
     ]  # fmt: skip
     return write(tmp_path / "p.jsonl", rows), write(tmp_path / "corpus.jsonl", corpus)
