@@ -46,9 +46,9 @@ def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[
     return [problem for problem in train if not is_copy(problem)]
 
 
-def copied(questions: Sequence[str], corpus: Iterable[str]) -> set[int]:
-    """Indices of the questions of which `corpus`, questions too, has a copy: one of the same normalised text,
-    or one with half or more of the question's own word 10-grams. The corpus is read once, and not kept."""
+def copied(questions: Sequence[str], corpus: Iterable[str]) -> tuple[set[int], set[int]]:
+    """Indices of the questions of which `corpus`, questions too, has a copy (the same normalised text), and a
+    near copy (half or more of the question's own word 10-grams). The corpus is read once and not kept."""
     exact: dict[str, list[int]] = {}
     holders: dict[tuple[str, ...], list[int]] = {}
     grams = [ngrams(question) for question in questions]
@@ -56,9 +56,9 @@ def copied(questions: Sequence[str], corpus: Iterable[str]) -> set[int]:
         exact.setdefault(normalised(question), []).append(index)
         for gram in grams[index]:
             holders.setdefault(gram, []).append(index)
-    found = set[int]()
+    copies, near = set[int](), set[int]()
     for text in corpus:
         shared = Counter(index for gram in ngrams(text) for index in holders.get(gram, ()))
-        found.update(exact.get(normalised(text), ()))
-        found.update(index for index, count in shared.items() if 2 * count >= len(grams[index]))
-    return found
+        copies.update(exact.get(normalised(text), ()))
+        near.update(index for index, count in shared.items() if 2 * count >= len(grams[index]))
+    return copies, near

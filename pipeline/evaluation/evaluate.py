@@ -82,9 +82,8 @@ def inputs_of(
     settings = ("engine", "samples", "template", "dtype", *sampling)
     told: JsonObject = {"shots": len(shots), "shots_sha256": digest(shots)} if shots else {}
     if config.engine == "vllm":
-        told["vllm"] = {
-            k: getattr(config.vllm, k) for k in ("quantization", "kv_dtype", "context", "seed_each")
-        }
+        own = ("quantization", "kv_dtype", "context", "seed_each")
+        told["vllm"] = {name: getattr(config.vllm, name) for name in own}
     return {
         **{"benchmark": config.benchmark, "problems": len(found)},
         "problems_sha256": digest([asdict(problem) for problem in found]),
@@ -101,15 +100,11 @@ def digest(value: object) -> str:
 
 def made_with(config: EvaluateSettings) -> JsonObject:
     """What the bits may depend on beside the inputs: code, packages, machine, threads and batch."""
-    env, root = environment(), Path(__file__).parents[2]
+    env, root, seen = environment(), Path(__file__).parents[2], ("commit", "python", "packages", "machine")
     code = sorted((str(f.relative_to(root)), sha256(f)) for top in CODE for f in (root / top).rglob("*.py"))
     threads = config.threads or (1 if config.workers else torch.get_num_threads())
     own = {"device": str(device_named(config.device)), "threads": threads, "max_batch": config.max_batch}
-    return {
-        "code_sha256": digest(code),
-        **{k: env[k] for k in ("commit", "python", "packages", "machine")},
-        **own,
-    }
+    return {"code_sha256": digest(code), **{name: env[name] for name in seen}, **own}
 
 
 def complete(
@@ -134,17 +129,15 @@ def complete(
             shown = {p.template for p in prompts if p.problem.kind != "code"}
             names = sorted({p.template for p in prompts})
             templates = {n: template_hash(tokenizer, n, shots if n in shown else ()) for n in names}
-            context = context_of(config.model) or 0
+            context = context_of(config.model) or sys.maxsize
         parts = Parts(config, engine, tokenizer, scorer, prompts, size, context)
         with folder.growing(templates, made_with(config)):
             done = folder.resume([end * config.samples for end in parts.ends])
             label = f"{config.benchmark}: {config.samples} samples a problem, {'+'.join(templates)}"
             print(f"evaluate {config.model}: {label}", file=sys.stderr, flush=True)
-            total = len(parts.fits) * config.samples
-            with closing(
-                watched(parts.sampled(done), label, done * size * config.samples, total)
-            ) as rollouts:
-                for rows in parts.graded(rollouts, done):
+            sampled = watched(parts.sampled(done), label, folder.count, folder.total)
+            with closing(sampled):
+                for rows in parts.graded(sampled, done):
                     folder.append(rows)
                     pause()
             kept = read_generations(folder.rows)
@@ -162,14 +155,12 @@ class Parts:
     scorer: Scorer
     prompts: Sequence[Prompt]
     size: int
-    context: int
-    """The model's, tokens; 0 = no limit."""
+    context: int  # the model's, tokens
 
     @property
     def fits(self) -> list[int]:
         """Indices of the questions that leave room in the model's context: those that are sampled."""
-        most = self.context - ROOM if self.context else sys.maxsize
-        return [i for i, prompt in enumerate(self.prompts) if len(prompt.token_ids) <= most]
+        return [i for i, p in enumerate(self.prompts) if len(p.token_ids) <= self.context - ROOM]
 
     @property
     def ends(self) -> list[int]:
@@ -180,10 +171,7 @@ class Parts:
         """The rollouts of all parts from `part` on; `index` counts the questions that fit. In this process a
         request is one part, so that nothing else shares its batch; of workers each has a part at a time."""
         config, sent = self.config, [self.prompts[i] for i in self.fits]
-        room = (
-            self.context - min((len(p.token_ids) for p in sent), default=0) if self.context else sys.maxsize
-        )
-        limit = min(config.max_tokens, room)
+        limit = min(config.max_tokens, self.context - min((len(p.token_ids) for p in sent), default=0))
         params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
         marks = {next_question(p.template) for p in sent} if config.shots else set[str]()
         params = replace(params, stop=tuple(sorted(marks - {""})))

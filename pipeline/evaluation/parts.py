@@ -41,7 +41,8 @@ def by_label(rows: Sequence[JsonObject]) -> JsonObject:
 
 
 def copies_in(config: EvaluateSettings, found: Sequence[Problem]) -> JsonObject:
-    """Which of the questions `config.corpus` has `copies` or near copies of, by index; {} without a corpus.
+    """Which of the questions `config.corpus` has `copies` of, word by word, and which `near_copies`, such as
+    the same question with other numbers, by index; {} without a corpus.
     Raises `UserError`: one that cannot be read, has no rows, or too many without a question."""
     rows, digest, folder = 0, hashlib.sha256(), data_folder(config.data)
 
@@ -58,9 +59,9 @@ def copies_in(config: EvaluateSettings, found: Sequence[Problem]) -> JsonObject:
             if not tally.total:
                 raise UserError(f"{source} has no rows; name what the model was trained on as --corpus")
 
-    copies = sorted(copied([problem.question for problem in found], questions()))
+    copies, near = copied([problem.question for problem in found], questions())
     told = {"corpus": list(config.corpus), "corpus_rows": rows, "corpus_sha256": digest.hexdigest()}
-    return {**told, "copies": copies} if config.corpus else {}
+    return {**told, "copies": sorted(copies), "near_copies": sorted(near - copies)} if config.corpus else {}
 
 
 def notes_of(scores: JsonObject) -> JsonObject:
@@ -69,6 +70,8 @@ def notes_of(scores: JsonObject) -> JsonObject:
 
 
 def contamination(rows: Sequence[JsonObject], copies: JsonObject) -> JsonObject:
-    """What `copies_in` found and the accuracy `without_copies`, None where all are; {} without a corpus."""
-    others = [row for row in rows if row["index"] not in copies.get("copies", ())]
+    """What `copies_in` found and the accuracy `without_copies` of either kind, None where all are; {} without
+    a corpus."""
+    known = {*copies.get("copies", ()), *copies.get("near_copies", ())}
+    others = [row for row in rows if row["index"] not in known]
     return {"contamination": {**copies, "without_copies": accuracy(others)}} if copies else {}

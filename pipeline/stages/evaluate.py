@@ -9,6 +9,8 @@ with the reason, a model that is not there yet with the command that makes it.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,13 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
         torch.set_num_threads(config.threads)
     made, missing = find_models(config, run_dir)
     sources, unread = find_benchmarks(config)
-    corpus = tuple(str(run_dir.corpus_input(value)) for value in config.corpus)
+    config = replace(config, corpus=tuple(str(run_dir.corpus_input(value)) for value in config.corpus))
     scored: dict[str, dict[str, Any]] = {label: {} for label in made}
     state = {"models": made, "not_made": missing, "not_scored": unread, "scores": scored}
     for label, model in made.items():
         for benchmark, pair in sources.items():
-            scored[label][benchmark] = score_pair(
-                config, run_dir, f"{label}/{benchmark}", model, corpus, *pair
-            )
+            out = run_dir.path / label / benchmark
+            scored[label][benchmark] = score_pair(config, out, model, *pair, run_dir.stop_if_interrupted)
             write_atomic(run_dir.path / "scores.json", json.dumps(state, indent=2, ensure_ascii=False) + "\n")
             run_dir.stop_if_interrupted()
     for stale in (p for p in run_dir.path.iterdir() if p.is_dir() and p.name not in made):
@@ -106,21 +107,19 @@ def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | No
 
 def score_pair(
     config: EvalSettings,
-    run_dir: RunDir,
-    pair_name: str,
+    out: Path,
     model: dict[str, str],
-    corpus: tuple[str, ...],
     source: str,
     limit: int | None,
+    pause: Callable[[], None],
 ) -> dict[str, Any]:
-    """Scores, in folder `pair_name`, of one model on one benchmark; earlier ones where nothing changed."""
-    out = run_dir.path / pair_name
-    own = {"model": Path(model["path"]), "benchmark": source, "out": out, "limit": limit, "corpus": corpus}
+    """Scores in `out` of one model on one benchmark; earlier ones where nothing changed."""
+    own = {"model": Path(model["path"]), "benchmark": source, "out": out, "limit": limit}
     own |= {"problems_seed": config.heldout_seed}
     pair = EvaluateSettings(**shared(config, EvaluateSettings) | own)
     file = out / "scores.json"
     before = file.stat().st_mtime_ns if file.exists() else None
-    result = evaluate(pair, model["sha256"], replace_changed=True, pause=run_dir.stop_if_interrupted)
+    result = evaluate(pair, model["sha256"], replace_changed=True, pause=pause)
     low, high = result["interval"]
     note = "  (kept: nothing changed)" if before == file.stat().st_mtime_ns else ""
     label = f"{out.parent.name:14} {out.name:10}"

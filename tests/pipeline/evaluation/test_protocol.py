@@ -244,7 +244,7 @@ def test_copies_of_the_corpus_are_counted_and_scored_apart(settings, scripted, c
     engines = scripted(lambda question, sample: "The answer is 2." if question.startswith("W") else "3")
     got = evaluate(settings(benchmark=benchmark, corpus=(corpus,), samples=1))
     notes = got["contamination"]
-    assert (notes["copies"], notes["corpus_rows"]) == ([0, 1], 3)
+    assert (notes["copies"], notes["near_copies"], notes["corpus_rows"]) == ([0], [1], 3)
     assert (notes["without_copies"]["pass@1"], notes["without_copies"]["n"]) == (0, 1)
     assert got["pass@1"] == pytest.approx(1 / 3)
     again = evaluate(settings(benchmark=benchmark, corpus=(corpus,), samples=1))
@@ -257,7 +257,7 @@ def test_another_corpus_is_another_note_and_no_other_completion(settings, script
     assert "contamination" not in evaluate(settings(benchmark=benchmark, samples=1))
     before = (settings().out / "generations.jsonl").read_bytes()
     got = evaluate(settings(benchmark=benchmark, corpus=(corpus,), samples=1))
-    assert got["contamination"]["copies"] == [0, 1] and len(engines) == 1
+    assert got["contamination"]["near_copies"] == [1] and len(engines) == 1
     assert (settings().out / "generations.jsonl").read_bytes() == before
     assert "contamination" not in evaluate(settings(benchmark=benchmark, samples=1)) and len(engines) == 1
 
