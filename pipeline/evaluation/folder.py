@@ -38,12 +38,12 @@ class Folder:
         self.out, self.path, self.inputs, self.count = out, out, inputs, 0
         self.total = inputs["problems"] * inputs["samples"]
         before = read_record(out)
-        changed = difference(inputs, before) if before else ""
+        changed = "" if before is None else difference(inputs, before)
         if changed and not replace_changed:
             raise UserError(f"{out} holds an evaluation with {changed}")
-        if changed or (replace_changed and not before):
+        if changed or (replace_changed and before is None):
             ahead = out.with_name(out.name + ".next")
-            if (begun := read_record(ahead)) and difference(inputs, begun):
+            if (begun := read_record(ahead)) is not None and difference(inputs, begun):
                 remove(ahead)
             self.path = ahead if changed or ahead.exists() else out
 
@@ -54,7 +54,8 @@ class Folder:
 
     def earlier(self) -> JsonObject:
         """The scores, where they are complete, else {}."""
-        return read_json(self.path / "scores.json") if self.path == self.out else {}
+        found = read_json(self.path / "scores.json") if self.path == self.out else {}
+        return found if {"pass@1", "interval", "n", "template"} <= found.keys() else {}
 
     @contextmanager
     def growing(self, templates: dict[str, str], made_with: JsonObject) -> Iterator[None]:
@@ -85,7 +86,8 @@ class Folder:
     def record(self, templates: dict[str, str], made_with: JsonObject) -> None:
         """Write inputs.json, or compare: other prompts are refused, another machine or version is added."""
         before = read_json(self.path / "inputs.json")
-        made = before.get("made_with", [])
+        listed = before.get("made_with")
+        made = listed if isinstance(listed, list) and all(isinstance(m, dict) for m in listed) else []
         if before and before.get("templates") != templates:
             which = f"template_hash {before.get('templates')}, not {templates}: the templates changed since"
             raise UserError(f"{self.path} has prompts of {which}; restore them, or take another --out")

@@ -66,7 +66,8 @@ def copies_in(config: EvaluateSettings, found: Sequence[Problem]) -> JsonObject:
 
 def notes_of(scores: JsonObject) -> JsonObject:
     """What `copies_in` found for these scores."""
-    return {key: value for key, value in scores.get("contamination", {}).items() if key != "without_copies"}
+    noted = scores.get("contamination")
+    return {k: v for k, v in noted.items() if k != "without_copies"} if isinstance(noted, dict) else {}
 
 
 def contamination(rows: Sequence[JsonObject], copies: JsonObject) -> JsonObject:

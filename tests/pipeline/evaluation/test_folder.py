@@ -257,6 +257,32 @@ def test_what_changed_since_is_named(config, scripted, sums, finished):
     assert {path.name: path.read_bytes() for path in config["out"].iterdir()} == before
 
 
+DAMAGE = [
+    "",
+    "{",
+    "[]",
+    "null",
+    '{"inputs": 3}',
+    '{"inputs": {}}',
+    '{"inputs": {"samples": "x"}}',
+    b"\xff\xfe",
+]
+
+
+@pytest.mark.parametrize("text", DAMAGE, ids=repr)
+@pytest.mark.parametrize("name", ["inputs.json", "scores.json"])
+def test_damaged_records_are_named_or_made_again(config, scripted, whole, capsys, name, text):
+    scripted(says)
+    go(config)
+    (config["out"] / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in config.items()]
+    if main(["evaluate", *flags]) == 0:
+        assert name == "scores.json" and bytes_of(config["out"]) == whole
+    else:
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert str(config["out"]) in error and error.startswith("error: ")
+
+
 def test_prompts_that_changed_are_refused(config, scripted, monkeypatch):
     def stop():
         raise KeyboardInterrupt
