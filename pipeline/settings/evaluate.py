@@ -43,8 +43,8 @@ class BenchmarkSettings(TruncatedSampling, GradingSettings):
     stages of the run. Questions that are copies or near copies of its own are counted, and scored apart."""
     save_every: Samples = 256
     """Completions that are generated together, graded and saved; a killed run loses at most these. Their
-    rounding depends on what they are computed with, so a resumed folder must keep it. For long completions
-    more are faster: the engine waits for the longest of them."""
+    rounding depends on their company, so a folder keeps it. The engine waits for the longest of them: for
+    long completions more are faster (tiny model, 1,280 completions: 256 take 5 % more than all, 64 79 %)."""
     workers: Annotated[int, Range(0, 4_096)] = 0
     """Engines in processes of their own, on Ray (extra `cluster`), each with `threads` threads and, where the
     device is a GPU, a GPU of its own; any number gives the same bytes. 0 = one engine in this process."""

@@ -99,8 +99,8 @@ class RolloutPool(RolloutEngine):
             eos_token_id: ends a completion; None = the checkpoint's.
             max_staleness: versions by which a rollout may be older than the newest weights.
             trainer: its device, which no worker gets unless it asks for less than a GPU.
-            task_prompts: prompts that a worker generates together, from the request's start on: then the
-                rounding of a rollout does not depend on the number of workers. 0 = by that number.
+            task_prompts: prompts that a worker generates together; a rollout's rounding then does not depend
+                on the number of workers. 0 = by that number.
 
         Raises:
             ModuleNotFoundError: Ray is not installed here.

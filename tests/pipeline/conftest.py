@@ -46,7 +46,7 @@ def scripted(tokenizer, monkeypatch):
 
         def open_engine(path, engine, dtype, device, vllm, local, workers, threads, task_prompts):
             engines.append(Scripted(tokenizer, says))
-            engines[-1].max_batch = local.max_batch
+            engines[-1].max_batch, engines[-1].pool = local.max_batch, (workers, threads, task_prompts)
             return engines[-1], tokenizer
 
         monkeypatch.setattr("pipeline.tools.open.open_engine", open_engine)

@@ -113,6 +113,14 @@ def test_the_folder_grows_part_by_part(config, scripted, whole):
     assert bytes_of(folder) == whole
 
 
+def test_a_pool_gets_all_parts_at_once_and_their_size(config, scripted, whole):
+    engines = scripted(says)
+    go(config, workers=3, threads=1)
+    assert engines[0].pool == (3, 1, 2) and asked(engines[0]) == [(["a", "b", "c", "code"], 0)]
+    rows = (config["out"] / "generations.jsonl").read_bytes()
+    assert rows == whole["generations.jsonl"], "whatever the order they come back in"
+
+
 @pytest.mark.parametrize("cut", [0, 1, 300, -40, -1, None], ids=str)
 def test_whatever_was_written_goes_on(config, scripted, whole, cut):
     """Cut anywhere, also in the middle of a row: what is complete stays, the rest is sampled again."""
