@@ -10,13 +10,11 @@ as each student's token ids, and training reads those files where they lie.
     rows/corpus.arrow           the rows of all sources
     rows/{student,plain}.arrow  input_ids, labels (the prompt's are IGNORE), question (a hash of its words)
 
-Papers  distillation from the teacher's kept samples    arXiv:2501.12948  Sec. 2.4
-        GSM8K's calculator marks and `####` line        arXiv:2110.14168  Sec. 2, App. C
+Paper  distillation from the teacher's kept samples    arXiv:2501.12948  Sec. 2.4
 """
 
 import hashlib
 import random
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,13 +28,13 @@ from distill.batches import IGNORE
 from pipeline.data.corpus import Row, corpus_rows, tagged
 from pipeline.data.decontaminate import decontaminate
 from pipeline.data.pool import encoded
-from pipeline.data.problems import benchmark_rows, data_folder, problems, read_problems
+from pipeline.data.problems import data_folder, problems
+from pipeline.data.solutions import read_solutions, worked_steps
 from pipeline.errors import UserError
 from pipeline.run import ranks
 from pipeline.run.directory import RunDir
 from pipeline.run.files import replacing
 from pipeline.run.metrics import say
-from pipeline.settings.common import RowSettings
 from pipeline.settings.distill import DistillSettings
 from rewards.maths.extract import last_boxed, outside_think
 from rollout.text.templates import template_named
@@ -48,10 +46,6 @@ TEXTS = Features({field.name: Value("large_string") for field in fields(Row)})
 IDS = Features(
     {"input_ids": List(Value("int32")), "labels": List(Value("int32")), "question": Value("int64")}
 )
-
-_CALCULATOR = re.compile(r"<<[^<>]*>>")
-_HASHES = re.compile(r"^[ \t]*####.*\Z", re.MULTILINE | re.DOTALL)
-_BREAK = re.compile(r"\s*\n\s*")
 
 
 def traces(config: DistillSettings, run_dir: RunDir) -> Iterator[Row]:
@@ -137,16 +131,6 @@ def solutions(config: DistillSettings, source: str) -> Iterator[Row]:
     return worked_rows(apart, tags=template_named(config.template).think == "open")
 
 
-def read_solutions(source: str, folder: Path | None, settings: RowSettings) -> list[tuple[Problem, str]]:
-    """Problems of `gsm8k_train` or `math_train` with their published solutions, from `folder` or the hub.
-    Raises `UserError`: neither can be read, or too many rows hold no problem."""
-    _, rows = benchmark_rows(source, folder)
-    return [
-        (problem, str(row.get("solution") or row.get("answer") or ""))
-        for problem, row in read_problems(rows, source, replace(settings, fields=""))
-    ]  # the hub's GSM8K has the solution under `answer`
-
-
 def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
     """Published solutions as traces that end in the boxed answer; what has no solution is left out. `tags`
     puts them in R1's format; without, for templates that ask for a box, the solution is as it stands."""
@@ -155,15 +139,6 @@ def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterato
         if steps and problem.answer:
             p, text = problem, tagged(steps, f"\\boxed{{{problem.answer}}}") if tags else steps
             yield Row(p.id, p.question.strip(), text, p.answer, p.language, p.kind, p.source)
-
-
-def worked_steps(solution: str, answer: str) -> str:
-    """A published solution, cleaned: no `<<48/2=24>>`, no `#### 72`, no blank lines, the answer in a box.
-    MATH solutions box their answer already, mostly in mid-sentence."""
-    steps = _BREAK.sub("\n", _HASHES.sub("", _CALCULATOR.sub("", solution)).strip())
-    if steps and last_boxed(steps) is None:
-        steps += f"\nThe answer is $\\boxed{{{answer}}}$."
-    return steps
 
 
 def apart_from(

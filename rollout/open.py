@@ -35,12 +35,17 @@ def open_engine(
     device: str = "cpu",
     vllm: VllmSettings | None = None,
     local: LocalSettings | None = None,
+    workers: int = 0,
+    threads: int = 0,
+    task_prompts: int = 0,
 ) -> tuple[RolloutEngine, PreTrainedTokenizerFast | None]:
     """An engine with the checkpoint's weights, and the checkpoint's tokenizer if it has one.
 
     Args:
         engine: `auto` takes native for the architectures that `model/` implements, else dense.
         device: of the in-process engines; vLLM takes the device that its build is for.
+        workers: engines in processes of their own, on Ray, each with `threads` CPU threads (0 = one) and, on
+            GPUs, with its own; `task_prompts` is `RolloutPool`'s. 0 = one engine in this process.
 
     Raises:
         FileNotFoundError: no checkpoint there.
@@ -52,12 +57,20 @@ def open_engine(
     name = engine_name(path, engine)
     tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
     settings = RolloutSettings(
-        engine=engine, dtype=dtype, vllm=vllm or VllmSettings(), local=local or LocalSettings()
+        engine=engine,
+        dtype=dtype,
+        vllm=vllm or VllmSettings(),
+        local=local or LocalSettings(),
+        workers=workers,
+        worker_cpus=float(max(1, threads)),
     )
+    if workers and (device.startswith("cuda") if name in LOCAL else not cpu_build()):
+        settings = replace(settings, worker_gpus=float(settings.vllm.tensor_parallel))
     settings = with_workers(settings, name)
     eos = eos_of(path, tokenizer.eos_token_id if tokenizer else None)
     if settings.workers:
-        return RolloutPool(path, settings, open_worker_engine, eos_token_id=eos), tokenizer
+        pool = RolloutPool(path, settings, open_worker_engine, eos_token_id=eos, task_prompts=task_prompts)
+        return pool, tokenizer
     return ENGINES[name](path, settings, device=device, tokenizer=tokenizer, eos_token_id=eos), tokenizer
 
 

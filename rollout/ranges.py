@@ -39,6 +39,8 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
+MOST_SAMPLES = 65_536  # of a prompt: more only fill the memory
+Samples = Annotated[int, Range(1, MOST_SAMPLES)]
 Threads = Annotated[int, Range(0, 1_024)]  # OpenMP crashes the process where it cannot start them all
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Positive = Annotated[float, Range(0, open_low=True)]

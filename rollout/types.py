@@ -43,6 +43,8 @@ class Problem:
     """The language that the question is asked in and the answer should be reasoned in."""
     shown: int = 0
     """Code only: how many of `tests`, from the first on, the question shows."""
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+    """What evaluations report by: `subject`, `level`, and `family`, of questions that are variants of one."""
 
 
 @dataclass(frozen=True, slots=True)

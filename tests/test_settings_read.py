@@ -126,6 +126,7 @@ ELSEWHERE = {
     "rollout.timeout_s": "rollout/pool",
     "rollout.worker_*": "rollout/pool",
     "guard.*": "pipeline/run",
+    "workers": "rollout/pool",
 }
 
 
@@ -164,7 +165,8 @@ FLAGS = {
     " --prompts-per-step 2 --minibatches 1 --eval-problems 2 --problems generator:sum {data}/aime24.jsonl",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
     " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3"
-    " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9",
+    " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9"
+    " --shots 1 --shots-from {data}/gsm8k_train.jsonl --corpus {corpus} --save-every 2",
     "report": "",
 }
 """The micro run of each stage's module."""
@@ -260,7 +262,8 @@ COMMAND_LINES = {
     "up": "report --preset micro --runs {out}",
     "grade": "{corpus} {out}",
     "generate": MODEL + " --prompts {prompts} --out {out} --threads 1",
-    "evaluate": MODEL + " --benchmark {data}/aime24.jsonl --limit 2 --max-batch 4 --out {out} --threads 1",
+    "evaluate": MODEL + " --benchmark {data}/aime24.jsonl --limit 2 --max-batch 4 --out {out} --threads 1"
+    " --samples 1 --shots 1 --shots-from {data}/gsm8k_train.jsonl",
     "chat": MODEL + " --threads 1",
     "serve": MODEL + " --port 0 --threads 1 --api-key key",
 }

@@ -111,8 +111,7 @@ def to_row(row: JsonObject, source: str, index: int, left: Counter[str]) -> Row 
     leaves out is counted in `left`. Raises `BadRow`: it has another shape, or null where text belongs."""
     name = first(row, "id", "uuid", "unique_id", "question_id")
     values: JsonObject = {"id": f"{source}/{index}" if name is None else str(name), "source": source}
-    asked, spoken = exchange(row, left)
-    question = asked if asked and not first(row, "question", "problem") else question_of(row)
+    question, spoken = asked_in(row, left)
     spoken = next((text for role, text in turns(row.get("completion")) if role == "assistant"), spoken)
     if "completion" in row:  # ours and TRL's stand as they are
         own = [field.name for field in fields(Row) if field.name != "id" and field.name in row]
@@ -135,6 +134,13 @@ def to_row(row: JsonObject, source: str, index: int, left: Counter[str]) -> Row 
             check_text(*values.values())
             return Row(**values)
     return None
+
+
+def asked_in(row: JsonObject, left: Counter[str]) -> tuple[str, str | None]:
+    """The question of a plain row of any shape, and the answer of its conversation; see `exchange`.
+    Raises `BadRow`: there is no question."""
+    asked, spoken = exchange(row, left)
+    return asked if asked and not first(row, "question", "problem") else question_of(row), spoken
 
 
 def generations(row: JsonObject, spoken: str | None) -> list[Any]:

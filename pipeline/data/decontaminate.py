@@ -1,4 +1,4 @@
-"""Training problems less the copies and near copies of evaluation problems."""
+"""Training problems less the near copies of evaluation problems; evaluation problems that a corpus holds."""
 
 import re
 from collections import Counter
@@ -67,3 +67,21 @@ def without_copies(
             f"all {len(train)} problems are copies of {', '.join(read)}: take others, or --heldout"
         )
     return kept, line + "".join(unread.values())
+
+
+def copied(questions: Sequence[str], corpus: Iterable[str]) -> tuple[set[int], set[int]]:
+    """Indices of the questions of which `corpus`, questions too, has a copy (the same normalised text), and a
+    near copy (half or more of the question's own word 10-grams). The corpus is read once and not kept."""
+    exact: dict[str, list[int]] = {}
+    holders: dict[tuple[str, ...], list[int]] = {}
+    grams = [ngrams(question) for question in questions]
+    for index, question in enumerate(questions):
+        exact.setdefault(normalised(question), []).append(index)
+        for gram in grams[index]:
+            holders.setdefault(gram, []).append(index)
+    copies, near = set[int](), set[int]()
+    for text in corpus:
+        shared = Counter(index for gram in ngrams(text) for index in holders.get(gram, ()))
+        copies.update(exact.get(normalised(text), ()))
+        near.update(index for index, count in shared.items() if 2 * count >= len(grams[index]))
+    return copies, near

@@ -48,7 +48,8 @@ class Item:
         name = hashlib.sha256(f"{self.family}|{self.language}|{self.question}".encode()).hexdigest()[:12]
         answer = "" if self.kind == "code" else self.answer
         at, source = f"{self.family}/{name}", f"generator:{self.family}"
-        return Problem(at, self.kind, self.question, answer, self.tests, source, self.language)
+        told = answer, self.tests, source, self.language
+        return Problem(at, self.kind, self.question, *told, labels={"subject": self.family})
 
 
 def split_of(key: str) -> Split:

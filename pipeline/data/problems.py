@@ -75,23 +75,8 @@ def problems(
         raise UserError(f"{source}: count {count} must be at least 1")
     if kind == "generator":
         return generate(rest, count or GENERATED, split, seed)
-    folder = data_folder(data_dir)
-    if kind == "hub":
-        hub = parse_hub(source)
-        stem, found = hub.path, hub_rows(hub)
-    elif source in BENCHMARKS:
-        stem, found = benchmark_rows(source, folder, split)
-        rows = replace(rows, fields="")
-    elif source.endswith(FORMATS) or Path(source).exists():
-        path = next((p for p in (Path(source), (folder or Path()) / source) if p.exists()), None)
-        if path is None:
-            raise UserError(f"no file {source}{f', nor in {folder}' if folder else ''}")
-        stem, found = path.name.partition(".")[0], located(path)
-    else:
-        raise UserError(
-            f"unknown problem set {source!r}; take a FILE.jsonl, generator:tiny, hub:OWNER/NAME:SPLIT "
-            f"or one of: {', '.join([*ALIASES, *BENCHMARKS])}"
-        )
+    stem, found = source_rows(source, data_folder(data_dir), split)
+    rows = replace(rows, fields="") if source in BENCHMARKS else rows
     # A benchmark is scored on all of its problems; one whose gold no rule can check is a verifier failure.
     check = split == "train" or source not in BENCHMARKS
     kept = [problem for problem, _ in read_problems(found, stem, rows, count, check=check)]
@@ -100,6 +85,25 @@ def problems(
     if split == "train" and count == len(kept) and (more := sum(1 for _ in found)):
         print(f"{source}: the first {count:,} problems of {count + more:,} rows are used; --pool takes more")
     return kept
+
+
+def source_rows(source: str, folder: Path | None, split: Split = "heldout") -> tuple[str, Iterator[Located]]:
+    """Name and located rows of a data set of the hub, a benchmark, or a file, in `folder` too.
+    Raises `UserError`: the source is none of these, or cannot be read."""
+    if source.startswith("hub:"):
+        hub = parse_hub(source)
+        return hub.path, hub_rows(hub)
+    if source in BENCHMARKS:
+        return benchmark_rows(source, folder, split)
+    if source.endswith(FORMATS) or Path(source).exists():
+        path = next((p for p in (Path(source), (folder or Path()) / source) if p.exists()), None)
+        if path is None:
+            raise UserError(f"no file {source}{f', nor in {folder}' if folder else ''}")
+        return path.name.partition(".")[0], located(path)
+    raise UserError(
+        f"unknown problem set {source!r}; take a FILE.jsonl, generator:tiny, hub:OWNER/NAME:SPLIT "
+        f"or one of: {', '.join([*ALIASES, *BENCHMARKS])}"
+    )
 
 
 def read_problems(

@@ -15,6 +15,12 @@ T = TypeVar("T")
 FEW = 3
 """Bad rows that any share allows, in files of twice as many rows or more; and how many a message names."""
 LANGUAGES = {"english": "en", "chinese": "zh", "eng": "en", "zho": "zh", "zh-cn": "zh"}
+LABELS = {
+    "subject": ("subfield", "subject", "type", "topic", "category"),
+    "level": ("level", "difficulty"),
+    "family": ("family", "original_id"),
+}
+"""Keys of MATH (type, level), OlympiadBench (subfield, difficulty), MMLU-Pro, GSM-Symbolic (original_id)."""
 ALL_ROWS = RowSettings()
 
 
@@ -73,10 +79,20 @@ def to_problem(row: Any, source: str, index: int, fields: dict[str, str]) -> Pro
             raise BadRow(f"{key} {value!r} must be one of {', '.join(known)}")
     named = first(row, "source", "data_source")
     origin = named if isinstance(named, str) else source
-    check_text(identity, asked.question, asked.answer, origin, *map(str, asked.tests))
+    labels = labels_of(row, fields)
+    check_text(identity, asked.question, asked.answer, origin, *labels.values(), *map(str, asked.tests))
     check_python(asked.tests)
     of, spoken = cast(Kind, kind), cast(Language, language)
-    return Problem(identity, of, asked.question, asked.answer, asked.tests, origin, spoken, asked.shown)
+    told = asked.question, asked.answer, asked.tests, origin, spoken, asked.shown
+    return Problem(identity, of, *told, labels)
+
+
+def labels_of(row: JsonObject, fields: dict[str, str]) -> dict[str, str]:
+    """Subject, level and family of a plain row, by what `fields` names or public sets call them; those that
+    are text or a number."""
+    found = {name: row[name] if name in fields else first(row, *keys) for name, keys in LABELS.items()}
+    said = {name: str(value).strip() for name, value in found.items() if type(value) in (str, int, float)}
+    return {name: value.removeprefix("Level ") for name, value in said.items() if value}
 
 
 def check_python(tests: Tests) -> None:

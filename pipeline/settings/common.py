@@ -184,7 +184,8 @@ class RowSettings(Settings):
 
     fields: str = ""
     """Keys of rows whose shape is not known (`pipeline.data.shapes`): NAME=KEY, separated by commas, as in
-    question=body,answer=meta.key. NAME: question, answer, tests, solution, completion, id, kind, language."""
+    question=body,answer=meta.key. NAME: question, answer, tests, solution, completion, id, kind, language,
+    subject, level, family."""
     max_bad_rows: NotNegative = 0.01
     """Rows of a source that may be unusable (damaged, no answer that can be checked): they are left out and
     counted; more are an error. Below 1 a share, which allows 3 of 6 rows and more; from 1 on a number."""
@@ -207,7 +208,8 @@ def named_fields(text: str) -> dict[str, str]:
     """`question=body,answer=key` by name; `ValueError` where a name is none of `RowSettings.fields`."""
     pairs = [part.partition("=") for part in text.split(",") if part.strip()]
     named = {name.strip(): key.strip() for name, _, key in pairs}
-    names = ("question", "answer", "tests", "solution", "completion", "id", "kind", "language")
+    names = ["question", "answer", "tests", "solution", "completion", "id", "kind", "language"]
+    names += ["subject", "level", "family"]
     if not named.keys() <= set(names) or not all(named.values()):
         raise ValueError(f"fields={text!r}: write NAME=KEY, with a name of: {', '.join(names)}.")
     return named

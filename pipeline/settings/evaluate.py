@@ -13,7 +13,7 @@ from pipeline.settings.common import (
     TruncatedSampling,
 )
 from pipeline.settings.tools import ModelSettings
-from rollout.ranges import Count, Natural, NotNegative, Range, Seed
+from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Range, Samples, Seed
 from rollout.settings import DtypeName, EngineName, VllmSettings
 
 LABELLED = r"\w[\w.-]*=.+"
@@ -24,11 +24,30 @@ LABELLED = r"\w[\w.-]*=.+"
 class BenchmarkSettings(TruncatedSampling, GradingSettings):
     """What stage and command have in common."""
 
-    samples: Count = 1
-    """Completions per problem, k. The paper: 4 to 64."""
+    samples: Annotated[int, Range(0, MOST_SAMPLES)] = 0
+    """Completions per problem, k. 0 = 1 where temperature is 0; else 4 to 64 by the size of the set
+    (arXiv:2501.12948, Sec. 3): AIME 64, AMC 32, HumanEval 8, other benchmarks 4, own sets the power of two
+    that makes at most 2,000 completions."""
     template: str = "auto"
     """Prompt template. auto = the one the model was trained with, if its pipeline.json has it; else boxed if
-    the tokenizer has a chat template, else raw."""
+    the tokenizer has a chat template (boxed-think if that knows thinking and leaves the tag to the model),
+    else raw, or qa with `shots`."""
+    shots: Annotated[int, Range(0, 64)] = 0
+    """Worked examples before each question, for base models; a reasoning model does better without any
+    (arXiv:2501.12948, Sec. 5). Earlier turns of a chat, or text that ends where the next question begins."""
+    shots_from: str = ""
+    """Where they come from: problems with a worked solution, as `benchmark`. Empty = the benchmark's own
+    training set (gsm8k: gsm8k_train; math500: math_train)."""
+    corpus: tuple[str, ...] = ()
+    """What the model was trained on: files of rows or of problems, hub:OWNER/NAME:SPLIT, or (in the stage)
+    stages of the run. Questions that are copies or near copies of its own are counted, and scored apart."""
+    save_every: Samples = 256
+    """Completions that are generated together, graded and saved; a killed run loses at most these. Their
+    rounding depends on their company, so a folder keeps it. The engine waits for the longest of them: for
+    long completions more are faster (tiny model, 1,280 completions: 256 take 5 % more than all, 64 79 %)."""
+    workers: Annotated[int, Range(0, 4_096)] = 0
+    """Engines in processes of their own, on Ray (extra `cluster`), each with `threads` threads and, where the
+    device is a GPU, a GPU of its own; any number gives the same bytes. 0 = one engine in this process."""
     data: Path | None = None
     """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
     max_batch: Natural = 0
@@ -60,9 +79,6 @@ class EvalSettings(BenchmarkSettings, ComputeSettings):
     """Of a generator's problems; the same for all runs, whatever their seed, so that runs compare."""
     extra_limit: Natural = 20
     """At most this many problems of each extra benchmark, from its start; 0 = all."""
-    completions: Natural = 0
-    """Completions of each benchmark: one with few problems has more samples a problem, up to 64 (the paper:
-    4 to 64, by the size of the set). 0 = `samples` everywhere."""
     temperature: NotNegative = 0.0
     """Divides the logits; 0 = greedy. The paper: 0.6 with several samples (arXiv:2501.12948, Sec. 3)."""
     max_tokens: Count = 256
@@ -99,7 +115,7 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     """math500, aime24, aime25, gsm8k, humaneval, mbpp, ..., heldout, generator:TASK, hub:OWNER/NAME:SPLIT, or
     a FILE.jsonl."""
     out: Path
-    """Folder for generations.jsonl and scores.json; new, or one that has these same scores."""
+    """Folder for generations.jsonl and scores.json; new, or of this same evaluation, which then goes on."""
     limit: Annotated[int, Range(1)] | None = None
     """At most this many problems, from the start; of a generator, how many (default 320)."""
     max_tokens: Count = 32_768

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pipeline.settings.common import ComputeSettings, GradingSettings, OptimSettings, Sampling, TrainSettings
 from rewards.registry import own_function
 from rewards.reward import check_weights
-from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Share
+from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Positive, Range, Samples, Share
 from rollout.settings import RolloutSettings
 
 LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
@@ -58,7 +58,7 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     """Rounds of rollouts."""
     prompts_per_step: Count = 32
     """Distinct prompts per round (R1-Zero: 32)."""
-    group_size: Count = 16
+    group_size: Annotated[int, Range(1, MOST_SAMPLES)] = 16
     """Rollouts per prompt; they share its prefill."""
     minibatches: Count = 1
     """Optimizer updates per round; each takes an equal share of the groups (R1-Zero: 16 a round of 8,192)."""
@@ -99,7 +99,7 @@ class RoundSettings(GeneratingSettings, TrainSettings):
 class GrpoSettings(RoundSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
 
-    group_size: Annotated[int, Range(2)] = 16
+    group_size: Annotated[int, Range(2, MOST_SAMPLES)] = 16
     """Rollouts per prompt, the paper's G; their mean reward is the baseline (R1-Zero: 16)."""
     dynamic_sampling: bool = False
     """Sample until the step has its number of groups whose rewards differ (DAPO, Sec. 3.2)."""
@@ -167,7 +167,7 @@ class RejectSettings(GeneratingSettings):
     endpoint, the name of a model that the API at OPENAI_BASE_URL serves (take template boxed for most)."""
     pool: Count = 3_000
     """Problems taken from each source, train split."""
-    samples: Count = 4
+    samples: Samples = 4
     """Completions sampled a problem."""
     keep: Count = 2
     """At most this many completions are kept a problem; they differ."""

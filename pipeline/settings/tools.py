@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.settings.common import AnswerSampling, CodeSettings, TruncatedSampling
-from rollout.ranges import Count, Natural, Range, Seed, Settings, Threads
+from rollout.ranges import Count, Natural, Range, Samples, Seed, Settings, Threads
 from rollout.settings import DtypeName, EndpointSettings, EngineName, LocalSettings, VllmSettings
 
 
@@ -66,14 +66,15 @@ class UpSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class GradeSettings(CodeSettings):
-    """Grade the completions of a JSONL file."""
+    """Grade the completions of a JSONL file, or again those of an evaluation, without its model."""
 
     source: Path
-    """Lines with `completion`, and `answer` (mathematics) or `tests` (code: Python statements, or objects
-    with `input` and `output`; `shown` of them, by default all, stand in the question), or with the keys of a
-    public data set (`pipeline.data.shapes`)."""
+    """The folder of a complete evaluation; or lines with `completion`, and `answer` (mathematics) or `tests`
+    (code: Python statements, or objects with `input` and `output`; `shown` of them, by default all, stand in
+    the question), or with the keys of a public data set (`pipeline.data.shapes`)."""
     out: Path
-    """The same lines with `verdict`, `extracted` and `detail`. Replaced where it exists."""
+    """A new folder, with scores.json; or the same lines with `verdict`, `extracted` and `detail`, replaced
+    where they exist."""
     kind: Literal["math", "code", "general"] | None = None
     """What the completions are; by default code where a line has `tests`, else mathematics."""
     mode: Literal["lenient", "strict"] = "lenient"
@@ -88,7 +89,7 @@ class GenerateSettings(TruncatedSampling, ModelSettings):
     """JSON lines: {"prompt": text}, taken as it is, or {"token_ids": [..]}."""
     out: Path
     """Where the rollouts go, in order: index, sample, token_ids, logprobs, text, finish_reason."""
-    samples: Count = 1
+    samples: Samples = 1
     """Rollouts per prompt."""
     max_tokens: Count = 256
     """Longest completion, tokens."""

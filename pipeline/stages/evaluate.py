@@ -9,6 +9,8 @@ with the reason, a model that is not there yet with the command that makes it.
 """
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,6 @@ from pipeline.settings.evaluate import EvalSettings, EvaluateSettings
 from pipeline.table import STAGES
 from pipeline.train.place import device_named
 
-MOST_SAMPLES = 64
-"""Of a problem, where `completions` sets their number (arXiv:2501.12948, Sec. 3)."""
-
 
 def run(config: EvalSettings, run_dir: RunDir) -> None:
     """The stage."""
@@ -43,11 +42,13 @@ def run(config: EvalSettings, run_dir: RunDir) -> None:
         if tokens := tokens_of(Path(model["path"])):
             model["tokens"] = tokens
     sources, unread = find_benchmarks(config)
+    config = replace(config, corpus=tuple(str(run_dir.corpus_input(value)) for value in config.corpus))
     scored: dict[str, dict[str, Any]] = {label: {} for label in made}
     state = {"models": made, "not_made": missing, "not_scored": unread, "scores": scored}
     for label, model in made.items():
         for benchmark, pair in sources.items():
-            scored[label][benchmark] = score_pair(config, run_dir.path / label / benchmark, model, *pair)
+            out = run_dir.path / label / benchmark
+            scored[label][benchmark] = score_pair(config, out, model, *pair, run_dir.stop_if_interrupted)
             write_atomic(run_dir.path / "scores.json", json.dumps(state, indent=2, ensure_ascii=False) + "\n")
             run_dir.stop_if_interrupted()
     for stale in (p for p in run_dir.path.iterdir() if p.is_dir() and p.name not in made):
@@ -88,10 +89,10 @@ def tokens_of(model: Path) -> dict[str, int]:
     return {key: n for key, n in found.items() if isinstance(n, int)} if isinstance(found, dict) else {}
 
 
-def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None, int]], dict[str, str]]:
-    """Source, limit and samples a problem of each benchmark that can be read, and the reason for each extra
-    one that cannot. Raises `UserError`: one of the required ones cannot be read, or two have one label."""
-    found: dict[str, tuple[str, int | None, int]] = {}
+def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | None]], dict[str, str]]:
+    """Source and limit of each benchmark that can be read, and the reason for each extra one that cannot.
+    Raises `UserError`: one of the required ones cannot be read, or two have one label."""
+    found: dict[str, tuple[str, int | None]] = {}
     unread: dict[str, str] = {}
     for entry in config.benchmarks + config.extra_benchmarks:
         label, equals, source = entry.partition("=")
@@ -104,8 +105,8 @@ def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | No
         limit = config.heldout_count if generated else (config.extra_limit or None) if extra else None
         try:
             seed, data = config.heldout_seed, config.data
-            n = len(problems(source, count=limit, seed=seed, data_dir=data, rows=config))
-            found[label] = source, limit, max(config.samples, min(MOST_SAMPLES, config.completions // n))
+            problems(source, count=limit, seed=seed, data_dir=data, rows=config)
+            found[label] = source, limit
         except UserError as error:
             if not extra:
                 raise
@@ -114,15 +115,20 @@ def find_benchmarks(config: EvalSettings) -> tuple[dict[str, tuple[str, int | No
 
 
 def score_pair(
-    config: EvalSettings, out: Path, model: dict[str, Any], source: str, limit: int | None, samples: int
+    config: EvalSettings,
+    out: Path,
+    model: dict[str, Any],
+    source: str,
+    limit: int | None,
+    pause: Callable[[], None],
 ) -> dict[str, Any]:
     """Scores in `out` of one model on one benchmark; earlier ones where nothing changed."""
-    own = {"model": Path(model["path"]), "benchmark": source, "out": out, "limit": limit, "samples": samples}
+    own = {"model": Path(model["path"]), "benchmark": source, "out": out, "limit": limit}
     own |= {"problems_seed": config.heldout_seed}
     pair = EvaluateSettings(**shared(config, EvaluateSettings) | own)
     file = out / "scores.json"
     before = file.stat().st_mtime_ns if file.exists() else None
-    result = evaluate(pair, model["sha256"], replace_changed=True)
+    result = evaluate(pair, model["sha256"], replace_changed=True, pause=pause)
     low, high = result["interval"]
     note = "  (kept: nothing changed)" if before == file.stat().st_mtime_ns else ""
     label = f"{out.parent.name:14} {out.name:10}"

@@ -1,4 +1,4 @@
-"""`python -m pipeline grade IN.jsonl OUT.jsonl`: grade finished completions.
+"""`python -m pipeline grade IN.jsonl OUT.jsonl`: grade finished completions, or an evaluation again.
 
 Every input line is answered by one output line, in order, whatever it holds: the line's own keys and
 `verdict` (correct, incorrect, error), `extracted` and `detail`. No torch here.
@@ -19,6 +19,7 @@ from pipeline.data.jsonl import BadRow, JsonObject, json_line, object_of, value_
 from pipeline.data.rows import checked, plain
 from pipeline.data.shapes import ANSWERS
 from pipeline.errors import UserError
+from pipeline.evaluation.generations import regrade
 from pipeline.settings.tools import GradeSettings
 from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool
@@ -147,7 +148,10 @@ def _problem(row: JsonObject, kind: str | None) -> tuple[Problem, str]:
 
 
 def main(config: GradeSettings) -> None:
-    """The command; its last line on stdout is the number of lines by verdict."""
+    """The command; its last line on stdout is the number of lines by verdict, of a folder more."""
+    if config.source.is_dir():
+        print(json.dumps(regrade(config)))
+        return
     try:
         unsafe = config.allow_unsafe_code
         counts = grade_file(config.source, config.out, config.kind, config.mode, unsafe)

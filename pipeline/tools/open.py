@@ -36,16 +36,20 @@ def check_model(path: Path, engine: EngineName = "auto") -> None:
         raise UserError(f"no model at {path}: no config.json there; --model needs a checkpoint")
 
 
-def open_model(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer | None]:
-    """The engine and, if it has one, the tokenizer of a model. Raises `UserError`: no GPU where one was asked
-    for, no such model, an engine that is not for it or not installed here, or one that is wrong."""
+def open_model(
+    config: ModelSettings, workers: int = 0, task_prompts: int = 0
+) -> tuple[RolloutEngine, Tokenizer | None]:
+    """The engine and, if it has one, the tokenizer of a model, or a pool of `workers`.
+    Raises `UserError`: no GPU where one was asked for, no such model, an engine that is not for it or not
+    installed here, or one that is wrong."""
     if config.threads:
         torch.set_num_threads(config.threads)
     device = str(device_named(config.device))
     if config.engine == "endpoint":
         return open_served(str(config.model), config.endpoint)
     with naming(config.model):
-        return open_engine(config.model, config.engine, config.dtype, device, config.vllm, config.local)
+        own = config.engine, config.dtype, device, config.vllm, config.local
+        return open_engine(config.model, *own, workers, config.threads, task_prompts)
 
 
 def open_served(model: str, settings: EndpointSettings) -> tuple[RolloutEngine, Tokenizer]:
@@ -55,9 +59,11 @@ def open_served(model: str, settings: EndpointSettings) -> tuple[RolloutEngine, 
         return ENGINES["endpoint"](model, RolloutSettings(endpoint=settings)), byte_tokenizer()
 
 
-def open_speaker(config: ModelSettings) -> tuple[RolloutEngine, Tokenizer]:
+def open_speaker(
+    config: ModelSettings, workers: int = 0, task_prompts: int = 0
+) -> tuple[RolloutEngine, Tokenizer]:
     """As `open_model`, of a model that must have a tokenizer."""
-    engine, tokenizer = open_model(config)
+    engine, tokenizer = open_model(config, workers, task_prompts)
     if tokenizer is None:
         engine.close()
         raise UserError(f"{config.model} has no tokenizer.json; copy its base model's there")

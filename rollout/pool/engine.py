@@ -90,6 +90,7 @@ class RolloutPool(RolloutEngine):
         eos_token_id: Eos = None,
         max_staleness: int = 1,
         trainer: torch.device | None = None,
+        task_prompts: int = 0,
     ) -> None:
         """
         Args:
@@ -98,6 +99,8 @@ class RolloutPool(RolloutEngine):
             eos_token_id: ends a completion; None = the checkpoint's.
             max_staleness: versions by which a rollout may be older than the newest weights.
             trainer: its device, which no worker gets unless it asks for less than a GPU.
+            task_prompts: prompts that a worker generates together; a rollout's rounding then does not depend
+                on the number of workers. 0 = by that number.
 
         Raises:
             ModuleNotFoundError: Ray is not installed here.
@@ -108,12 +111,12 @@ class RolloutPool(RolloutEngine):
             import ray
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "rollout.workers needs Ray, which is not installed: pip install '.[cluster]', "
-                "or set rollout.workers = 0"
+                "workers need Ray, which is not installed: pip install '.[cluster]', or set workers = 0"
             ) from error
         self.ray: Any = ray
         self.path, self.settings, self.opener = Path(path), settings, opener
         self.eos_token_id, self.max_staleness = eos_token_id, max_staleness
+        self.task_prompts = task_prompts
         self.dtype = DTYPES["float32" if settings.dtype == "auto" else settings.dtype]
         self.context, self.vocab_size = context_and_vocabulary(self.path, settings.vllm.context)
         self.version, self.counts, self.closed = 0, Counts(), False
@@ -209,7 +212,8 @@ class RolloutPool(RolloutEngine):
                 member.task = member.stream = None
 
     def _tasks(self, prompts: list[Prompt], n: int) -> Iterator[Task]:
-        size = max(1, -(-len(prompts) // (TASKS_PER_WORKER * len(self.members))))
+        share = max(1, -(-len(prompts) // (TASKS_PER_WORKER * len(self.members))))
+        size = self.task_prompts or share
         for first in range(0, len(prompts), size):
             own = prompts[first : first + size]
             yield Task(first, own, {(first + i, s) for i in range(len(own)) for s in range(n)})

@@ -17,6 +17,7 @@ R1_ZERO = (
     "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
     "<answer> answer here </answer>. User: {question}. Assistant:"
 )
+BOXED = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,21 @@ TEMPLATES: dict[str, Template] = {
         Template("r1-zero-short", "User: {question}\nAssistant:"),  # tiny models have no room for more
         Template("r1", "{question}", chat=True, think="open"),
         Template("plain", "{question}", chat=True, think="closed"),
-        Template(
-            "boxed",
-            "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}.",
-            chat=True,
-        ),
+        Template("boxed", BOXED, chat=True),
+        # For reasoning models whose chat template leaves the tag to them: R1's README forces it.
+        Template("boxed-think", BOXED, chat=True, think="open"),
         Template("raw", "{question}"),
+        Template("qa", "Question: {question}\nAnswer:"),  # base models, with worked examples before it
     )
 }
+
+
+def next_question(name: str) -> str:
+    """What begins the next question where worked examples stand before it in a text template; "" where
+    nothing marks it, and in a chat, whose turns end by themselves."""
+    template = template_named(name)
+    before = "" if template.chat else template.text.partition("{question}")[0]
+    return f"\n{before.split()[-1]}" if before.split() else ""
 
 
 def template_named(name: str) -> Template:

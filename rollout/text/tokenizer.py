@@ -12,6 +12,7 @@ character by character. Only templates write control tokens. The tags are tokens
 """
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -30,6 +31,8 @@ SPECIAL_TOKENS = (BOS, EOS, PAD, USER, ASSISTANT)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 """Single tokens, but ordinary text: the format reward reads them, so decoding keeps them."""
 
+Shots = Sequence[tuple[str, str]]
+"""Questions with worked answers, before the one that is asked."""
 GUARD = "\ufdd0"
 """Stands within the text of a control token that is data until it is encoded; no character, so in no text."""
 _OPENED = re.compile(r"<think>\s*\Z")
@@ -109,19 +112,24 @@ def has_tokenizer(path: Path | str) -> bool:
     return any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
-def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str) -> str:
-    """The prompt as text, a prefilled `<think>\\n` included. Raises `ValueError`: unknown template, or a chat
-    template is needed and the tokenizer has none that works."""
+def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str, shots: Shots = ()) -> str:
+    """The prompt as text, a prefilled `<think>\\n` included. `shots` are earlier turns of a chat, so that the
+    answers have the model's own markup and end, and come before the question in a text template.
+    Raises `ValueError`: unknown template, or a chat template is needed and the tokenizer has none that
+    works."""
     template = template_named(template_name)
     text = template.text.format(question=question)
+    worked = [(template.text.format(question=asked), answer) for asked, answer in shots]
     if not template.chat:
-        return text
+        return "".join(f"{asked} {answer}\n\n" for asked, answer in worked) + text
     if not tokenizer.chat_template:
         raise ValueError(
             f"template {template_name!r} needs a chat template and this tokenizer has none; "
             f"use one of: {', '.join(t.name for t in TEMPLATES.values() if not t.chat)}"
         )
-    chat = chat_text(tokenizer, [{"role": "user", "content": text}])
+    turns = [text for pair in worked for text in pair] + [text]
+    roles = itertools.cycle(("user", "assistant"))
+    chat = chat_text(tokenizer, [{"role": r, "content": t} for r, t in zip(roles, turns, strict=False)])
     if template.think == "open" and not opening(chat):
         return _CLOSED.sub("", chat) + THINK
     return chat.removesuffix(opening(chat)) if template.think == "closed" else chat
@@ -186,9 +194,12 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     return str(tokenizer.decode([i for i in ids if i not in hidden], clean_up_tokenization_spaces=False))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast, question: str, template_name: str, shots: Shots = ()
+) -> list[int]:
     """Token ids of the rendered prompt, with the tokenizer's own leading token exactly once."""
-    text = render(tokenizer, as_data(tokenizer, question), template_name)
+    data = [(as_data(tokenizer, asked), as_data(tokenizer, answer)) for asked, answer in shots]
+    text = render(tokenizer, as_data(tokenizer, question), template_name, data)
     return encode_text(tokenizer, text, add_special_tokens=not TEMPLATES[template_name].chat)
 
 
@@ -199,9 +210,11 @@ def encode_raw(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=not written)
 
 
-def make_prompt(tokenizer: PreTrainedTokenizerFast, problem: Problem, template_name: str) -> Prompt:
+def make_prompt(
+    tokenizer: PreTrainedTokenizerFast, problem: Problem, template_name: str, shots: Shots = ()
+) -> Prompt:
     """The problem as the model sees it."""
-    token_ids = tuple(encode_prompt(tokenizer, problem.question, template_name))
+    token_ids = tuple(encode_prompt(tokenizer, problem.question, template_name, shots))
     return Prompt(problem=problem, template=template_name, token_ids=token_ids)
 
 
@@ -237,8 +250,8 @@ def encode_example(
     return encode_prompt(tokenizer, question, template_name), [*ids, tokenizer.eos_token_id]
 
 
-def template_hash(tokenizer: PreTrainedTokenizerFast, template_name: str) -> str:
+def template_hash(tokenizer: PreTrainedTokenizerFast, template_name: str, shots: Shots = ()) -> str:
     """sha256 of what the template makes of a fixed question, so that a changed prompt shows in the record."""
-    ids = encode_prompt(tokenizer, "probe 1+1=?\nprobe", template_name)
+    ids = encode_prompt(tokenizer, "probe 1+1=?\nprobe", template_name, shots)
     done = [tokenizer.decode(ids), prefill(tokenizer, template_name)]
     return hashlib.sha256(json.dumps(done, ensure_ascii=False).encode()).hexdigest()

@@ -44,11 +44,9 @@ def scripted(tokenizer, monkeypatch):
     def install(says):
         engines = []
 
-        def open_engine(
-            path, engine="auto", dtype="float32", device="cpu", vllm=None, local=None, endpoint=None
-        ):
+        def open_engine(path, engine, dtype, device, vllm, local, workers, threads, task_prompts):
             engines.append(Scripted(tokenizer, says))
-            engines[-1].max_batch = local.max_batch
+            engines[-1].max_batch, engines[-1].pool = local.max_batch, (workers, threads, task_prompts)
             return engines[-1], tokenizer
 
         monkeypatch.setattr("pipeline.tools.open.open_engine", open_engine)

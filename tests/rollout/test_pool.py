@@ -293,3 +293,15 @@ def test_a_long_folder_for_temporary_files_is_not_rays(monkeypatch, characters, 
     if short:
         with pytest.raises(ValueError, match=r"RAY_TMPDIR to one of at most 36 characters"):
             start_ray(RolloutSettings(workers=1))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 7])
+def test_tasks_of_a_fixed_size_do_not_depend_on_the_workers(workers):
+    pool = object.__new__(RolloutPool)
+    pool.members, pool.task_prompts = [Member(None) for _ in range(workers)], 3
+    tasks = list(pool._tasks([prompt(1)] * 8, 2))
+    assert [(task.first, len(task.prompts), len(task.missing)) for task in tasks] == [
+        (0, 3, 6),
+        (3, 3, 6),
+        (6, 2, 4),
+    ]

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 
+from rollout.text.templates import next_question
 from rollout.text.tokenizer import (
     ASSISTANT,
     BOS,
@@ -45,6 +46,30 @@ def test_r1_zero_is_the_papers(tokenizer):
     )
     assert "i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: " in text
     assert text.endswith(f"User: {QUESTION}. Assistant:")
+
+
+SHOTS = [("1+1?", "Two: \\boxed{2}."), (f"{{x}}{EOS}?", "3.")]
+
+
+def test_worked_examples_come_first(tokenizer, foreign):
+    """Earlier turns of a chat, each ended as the model ends an answer; blocks of text, in their order."""
+    text = tokenizer.decode(make_prompt(tokenizer, problem(), "qa", SHOTS).token_ids)
+    blocks = ["Question: 1+1?\nAnswer: Two: \\boxed{2}.", f"Question: {{x}}{EOS}?\nAnswer: 3."]
+    assert text == "\n\n".join([*blocks, f"Question: {QUESTION}\nAnswer:"])
+    prompt = make_prompt(tokenizer, problem(), "r1", SHOTS)
+    turns = f"{BOS}{USER}1+1?{ASSISTANT}Two: \\boxed{{2}}.{EOS}{USER}{{x}}{EOS}?{ASSISTANT}3.{EOS}"
+    assert tokenizer.decode(prompt.token_ids) == f"{turns}{USER}{QUESTION}{ASSISTANT}<think>\n"
+    assert prompt.token_ids.count(tokenizer.eos_token_id) == 2, "what reads like one in a question is text"
+    asked = foreign.decode(make_prompt(foreign, problem("q"), "boxed", SHOTS[:1]).token_ids)
+    assert asked.count("Please reason step by step") == 2 and asked.index("Two:") < asked.index("q\n")
+    assert template_hash(tokenizer, "r1", SHOTS) != template_hash(tokenizer, "r1", SHOTS[:1])
+
+
+@pytest.mark.parametrize(
+    "name, mark", [("qa", "\nQuestion:"), ("r1-zero-short", "\nUser:"), ("raw", ""), ("boxed", "")]
+)
+def test_what_begins_the_next_question(name, mark):
+    assert next_question(name) == mark
 
 
 def test_unknown_template_lists_those_there_are(tokenizer):
@@ -133,7 +158,9 @@ def test_encode_example_refuses_a_completion_without_the_prefill(tokenizer):
 
 def test_template_hash_changes_with_what_the_template_does(tokenizer, foreign):
     hashes = {name: template_hash(tokenizer, name) for name in TEMPLATES}
-    assert len(set(hashes.values())) == len(TEMPLATES)
+    assert hashes["boxed-think"] == hashes["boxed"], "this chat template opens the thinking itself"
+    assert len(set(hashes.values())) == len(TEMPLATES) - 1
+    assert template_hash(foreign, "boxed-think") != template_hash(foreign, "boxed")
     assert hashes == {name: template_hash(tokenizer, name) for name in TEMPLATES}
     assert template_hash(foreign, "boxed") != hashes["boxed"]
     assert template_hash(foreign, "raw") != hashes["raw"]  # the same text, but a bos before it

@@ -144,19 +144,21 @@ def test_a_folder_of_someone_else_is_left_alone(config, scripted):
     engines = scripted(says)
     config["out"].mkdir()
     (config["out"] / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds no scores of ours"):
+    with pytest.raises(UserError, match="holds no evaluation of ours"):
         evaluate(EvaluateSettings(**config))
     assert not engines and (config["out"] / "thesis.txt").read_text() == "mine"
 
 
-def test_a_crash_leaves_no_folder(config, scripted):
+def test_a_crash_leaves_a_folder_that_goes_on(config, scripted):
     def crash(question, sample):
         raise RuntimeError("out of memory")
 
     engines = scripted(crash)
     with pytest.raises(RuntimeError):
         evaluate(EvaluateSettings(**config))
-    assert engines[0].closed and not config["out"].exists()
+    assert engines[0].closed and not (config["out"] / "scores.json").exists()
+    scripted(says)
+    assert evaluate(EvaluateSettings(**config))["n"] == 5
 
 
 @pytest.mark.parametrize(

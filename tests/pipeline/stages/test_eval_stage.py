@@ -78,7 +78,7 @@ def test_finished_scores_stay_until_new_ones_are_complete(run, stub, scripted, t
     assert run() == 0
     pair = tmp_path / "runs/t/eval/base/sums"
     before = {file.name: file.read_bytes() for file in pair.iterdir()}
-    assert set(before) == {"generations.jsonl", "scores.json"}
+    assert set(before) == {"inputs.json", "generations.jsonl", "scores.json"}
 
     def broken(question, sample):
         raise FloatingPointError("logits are NaN")
@@ -90,6 +90,7 @@ def test_finished_scores_stay_until_new_ones_are_complete(run, stub, scripted, t
     scripted(lambda question, sample: "wrong")
     assert run() == 0
     assert (pair / "generations.jsonl").read_bytes() != before["generations.jsonl"]
+    assert [folder.name for folder in pair.parent.iterdir()] == ["sums"], "the new ones took their place"
 
 
 def test_no_model_at_all_is_an_error_that_says_what_to_make(run, capsys):
@@ -120,13 +121,13 @@ def test_a_small_benchmark_has_more_samples_a_problem(run, stub, scripted, tmp_p
     scripted(lambda question, sample: RIGHT)
     stub("runs/t/pretrain/model", template="r1-zero-short")
     (tmp_path / "math500.jsonl").write_text(json.dumps({"id": "a", "problem": "1+1?", "answer": "2"}))
-    assert run("--samples", "4", "--completions", "100") == 0
-    assert {name: s["k"] for name, s in state(tmp_path)["scores"]["base"].items()} == {
-        "sums": 20,
-        "math500": 64,
-    }
-    assert run("--samples", "4", "--completions", "10") == 0
-    assert {s["k"] for s in state(tmp_path)["scores"]["base"].values()} == {4, 10}
+    assert run("--temperature", "0.6") == 0
+    ks = {name: s["k"] for name, s in state(tmp_path)["scores"]["base"].items()}
+    assert ks == {"sums": 64, "math500": 4}
+    assert run("--samples", "3", "--temperature", "0.6") == 0
+    assert {s["k"] for s in state(tmp_path)["scores"]["base"].values()} == {3}
+    assert run() == 0
+    assert {s["k"] for s in state(tmp_path)["scores"]["base"].values()} == {1}, "greedy"
 
 
 def test_a_model_of_the_hub_is_scored_and_known_by_its_revision(

@@ -36,7 +36,7 @@ def test_everything_reaches_the_engine(asked, monkeypatch, tmp_path, device, gpu
         model=tmp_path, engine="vllm", dtype="bfloat16", device=device, threads=2, vllm=vllm, local=local
     )
     assert open_model(settings) == ("engine", None)
-    assert asked == [(tmp_path, "vllm", "bfloat16", want, vllm, local, 2)]
+    assert asked == [(tmp_path, "vllm", "bfloat16", want, vllm, local, 0, 2, 0, 2)]
 
 
 def test_zero_threads_are_torchs_own_choice(asked, tmp_path):
