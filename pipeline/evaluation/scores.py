@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.evaluation.intervals import families, interval, variance
 from rewards.maths.grade import first_equal
 
+
 def pass_at(k: int, n: int, c: int) -> float:
     """Chance that k of n samples, taken without replacement, hold one of the c right ones.
     Raises `ValueError`: k is not in 1..n or c not in 0..n."""

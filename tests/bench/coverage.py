@@ -20,7 +20,11 @@ SUMMARY = "coverage of the 95 % intervals, by simulation"
 DRAWS, DRAWS_AT_P = 20_000, 2_000
 EDGES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 SPREADS = (0.1, 1.0, 5.0, math.inf)
-FAMILIES = {"30 of 5": [5] * 30, "100 of 5": [5] * 100, "100 of 1 to 13": [1 + 7 * i % 13 for i in range(100)]}
+FAMILIES = {
+    "30 of 5": [5] * 30,
+    "100 of 5": [5] * 100,
+    "100 of 1 to 13": [1 + 7 * i % 13 for i in range(100)],
+}
 
 
 def beta(rng: np.random.Generator, mean: np.ndarray, spread: float) -> np.ndarray:
@@ -109,5 +113,7 @@ def run() -> dict[str, Any]:
         claims.append({"claim": f"{name}: lowest mean", "value": min(means), "at_least": low, "unit": "%"})
         claims.append({"claim": f"{name}: highest mean", "value": max(means), "at_most": high, "unit": "%"})
     worst = min(row["worst"] for row in single)
-    claims.append({"claim": "one p between 0.01 and 0.5: lowest", "value": worst, "at_least": 91.0, "unit": "%"})
+    claims.append(
+        {"claim": "one p between 0.01 and 0.5: lowest", "value": worst, "at_least": 91.0, "unit": "%"}
+    )
     return {"draws": DRAWS, "draws_at_p": DRAWS_AT_P, "claims": claims, "rows": rows, "differences": pairs}
