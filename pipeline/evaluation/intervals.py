@@ -1,13 +1,11 @@
-"""How sure a score is, and whether two scores differ: 95 % intervals and an exact paired test. Pure functions.
+"""How sure a score is, and whether two differ: 95 % intervals and an exact paired test. Pure functions.
 
 The interval is over questions: a benchmark's questions are a sample of those it could have asked, and more
-samples of one question do not average that out (arXiv:2411.00640, Sec. 2). One sample a question gives 0 or 1:
-Wilson's score interval (J. Am. Stat. Assoc. 22, 1927). Several samples, or questions in families, give means
-that spread less or more than that: Wilson's interval with the effective number of questions and a t quantile
-in part (survey statistics: Korn and Graubard 1998; Franco et al., J. Surv. Stat. Methodol. 7, 2019, who find
-this form best near 0 and 1, and that the variance is too small there as it is estimated: hence `weight`).
-
-Coverage by simulation, docs/results/bench-coverage.json (`make bench ARGS=coverage`).
+samples of one question do not average that out (arXiv:2411.00640). One sample a question gives 0 or 1:
+Wilson's interval (J. Am. Stat. Assoc. 22, 1927). Means of several samples spread less, those of questions in
+families more: Wilson's with the effective number of questions (survey statistics: Korn and Graubard 1998;
+Franco et al., J. Surv. Stat. Methodol. 7, 2019, find this form best near 0 and 1, and the variance estimated
+too small there). Coverage by simulation: docs/results/bench-coverage.json (`make bench ARGS=coverage`).
 """
 
 import math
@@ -24,8 +22,8 @@ T95 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060)
 
 
 def t95(df: float) -> float:
-    """Student's t, 97.5 % point: the series in 1/df of Abramowitz and Stegun 26.7.5, from 9 degrees of freedom
-    right to 1e-4; fewer (at least 1) are rounded down."""
+    """Student's t, 97.5 % point: the series in 1/df of Abramowitz and Stegun 26.7.5, right to 1e-4 from 9
+    degrees of freedom; fewer, at least 1, are rounded down."""
     if df < 9:
         return T95[int(df) - 1]
     z = Z95
@@ -75,16 +73,16 @@ def interval(
 ) -> tuple[tuple[float, float], str]:
     """95 % interval of the mean of each question's share of right samples, and its method.
 
-    `wilson`: one sample a question, or fewer than 10 questions (then n of 0 or 1 each, the widest there is).
-    `wilson-effective`: several samples. `wilson-clustered`: questions in families. `wilson-families`: fewer
-    than 10 families (by effective number), each of which counts as one question. With the binomial variance
-    b = p (1 - p) / m of m independent questions or families, and v the variance as estimated,
+    `wilson`: one sample a question, or fewer than 10 questions (n of 0 or 1 each: the widest).
+    `wilson-effective`: several samples. `wilson-clustered`: families. `wilson-families`: fewer than 10 of them
+    (by effective number), each of which counts as one question. With the variance b = p (1 - p) / m of m independent
+    questions or families, and v as `variance` estimates it,
 
-        D = weight + (1 - weight) v / b,   weight = exp(-r / 3),   interval = Wilson at m / D
+        D = w + (1 - w) v / b,   w = exp(-r / 3),   interval = Wilson's of p m / D in m / D,
 
-    where r, the rarer of "not all wrong" and "not all right" questions, says how much v rests on: near 0 and
-    1 it rests on few, and misses what they did not show. v / b is at most 1, and at least half of what samples
-    that are independent of their question would have.
+    r being the rarer of "not all wrong" and "not all right" questions: near 0 and 1, v rests on those few and
+    misses what they did not show. v / b is at most 1, and at least half of what chance alone would give. Mean
+    coverage over p, simulated: 94 to 96 % for n = 30, 100, 500; from p = 0.01, at single p, above 91 %.
 
     Args:
         means: share of right samples of each question.

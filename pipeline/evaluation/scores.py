@@ -55,7 +55,8 @@ def percent(share: float | None) -> str:
 
 def families_of(rows: Sequence[dict[str, Any]]) -> list[str] | None:
     """The family of each question, by one row of each: its own where it has none; `None` where none has."""
-    found = [(row.get("labels") or {}).get("family") for row in rows]
+    labels = [row.get("labels") for row in rows]
+    found = [of.get("family") if isinstance(of, dict) else None for of in labels]
     if not any(found):
         return None
     return [f"family {name}" if name else f"question {i}" for i, name in enumerate(found)]

@@ -34,7 +34,7 @@ LOSS_PLOTS = {"pretrain": ("pretrain",), "fine-tuning": ("sft", "sft2", "distill
 
 SCORE_GLOSSARY = {
     "pass@1": "accuracy: mean over questions of the share of right samples (greedy: share of right answers)",
-    "95 % interval": "over questions: Wilson, for several samples a question with the effective number of questions",
+    "95 % interval": "over questions: Wilson's, of several samples with the effective number of questions",
     "format": "share of completions in R1's form: one think block, then one answer block, nothing else",
     "language": "mean share of words in the question's language",
     "tokens": "mean completion length, tokens",
