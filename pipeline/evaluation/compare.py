@@ -6,6 +6,7 @@ samples. Test and interval (`pipeline.evaluation.intervals`) are paired over que
 they are two methods, so near p = 0.05 one may say what the other does not.
 """
 
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -45,12 +46,12 @@ def refuse_others(names: tuple[str, str], scores: list[JsonObject], questions: l
     """Raises `UserError`: the two are not of the same problems, or not of as many samples."""
     inputs, ks = [s["inputs"] for s in scores], [s["k"] for s in scores]
     if inputs[0]["problems_sha256"] != inputs[1]["problems_sha256"]:
-        of = [
-            f"{name} has {i['benchmark']}, {len(q)} questions" for name, i, q in zip(names, inputs, questions)
-        ]
-        asked = [[(rows[0]["question"], rows[0]["answer"]) for rows in some] for some in questions]
-        where = [f", at first in question {i}" for i, (x, y) in enumerate(zip(*asked)) if x != y][:1]
-        raise UserError(f"other problems are not comparable: {'; '.join(of)}{''.join(where)}")
+        pairs = zip(names, inputs, questions, strict=True)
+        of = (f"{name} has {of['benchmark']}, {len(some)} questions" for name, of, some in pairs)
+        asked = ([(rows[0]["question"], rows[0]["answer"]) for rows in some] for some in questions)
+        differ = (i for i, (x, y) in enumerate(zip(*asked, strict=False)) if x != y)
+        where = "".join(f", at first in question {i}" for i in itertools.islice(differ, 1))
+        raise UserError(f"other problems are not comparable: {'; '.join(of)}{where}")
     if ks[0] != ks[1]:
         way = f"evaluate one of them again with --samples {max(ks)}"
         raise UserError(f"{names[0]} has {ks[0]} samples a problem, {names[1]} has {ks[1]}; {way}")

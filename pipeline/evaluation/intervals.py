@@ -74,9 +74,9 @@ def interval(
     """95 % interval of the mean of each question's share of right samples, and its method.
 
     `wilson`: one sample a question, or fewer than 10 questions (n of 0 or 1 each: the widest).
-    `wilson-effective`: several samples. `wilson-clustered`: families. `wilson-families`: fewer than 10 of them
-    (by effective number), each of which counts as one question. With the variance b = p (1 - p) / m of m independent
-    questions or families, and v as `variance` estimates it,
+    `wilson-effective`: several samples. `wilson-clustered`: families. `wilson-families`: fewer than 10 of
+    them (by effective number), each of which counts as one question. With b = p (1 - p) / m, the variance of
+    m independent questions or families, and v, that of `variance`,
 
         D = w + (1 - w) v / b,   w = exp(-r / 3),   interval = Wilson's of p m / D in m / D,
 

@@ -171,7 +171,7 @@ def test_with_several_it_is_scipys_permutation_test(gains, p):
 
 
 def test_a_large_comparison_agrees_with_the_normal_law():
-    """1,319 questions of 16 samples: the exact p-value and that of the sum's normal law, sd = sqrt(sum d^2)."""
+    """1,319 questions: the exact p-value and that of the normal law of the sum, sd = sqrt(sum d^2)."""
     gains = [(i * 7) % 11 - 5 + (i % 40 == 0) * 3 for i in range(1319)]
     z = abs(sum(gains)) / math.sqrt(sum(g * g for g in gains))
     assert sign_flip(gains) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)

@@ -41,7 +41,7 @@ def test_majority_counts_values_however_they_are_written():
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
 def test_majority_is_a_random_pick_among_the_tied_for_every_pattern_of_votes(k):
-    """All votes of k samples for 1 (right), 2 or 3, or for nothing; the pick over all orders of breaking a tie."""
+    """All votes of k samples for 1 (right), 2, 3 or nothing; the mean over all orders of breaking a tie."""
     for answers in itertools.product(("1", "2", "3", None), repeat=k):
         picks = []
         for order in itertools.permutations("123"):  # of candidates: the first with most votes wins
