@@ -12,8 +12,6 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-
 from pipeline.data.jsonl import JsonObject
 from pipeline.errors import UserError
 from pipeline.evaluation.intervals import difference_interval, sign_flip
