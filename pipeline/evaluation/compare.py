@@ -9,7 +9,6 @@ they are two methods, so near p = 0.05 one may say what the other does not.
 import itertools
 import json
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 from pipeline.data.jsonl import JsonObject
@@ -28,16 +27,9 @@ LONGEST = 6_000
 """Characters of a transcript on the page; of a longer one its two ends."""
 Questions = list[list[JsonObject]]
 """The samples of each question."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A question with more right samples of one than of the other."""
-
-    right: tuple[int, int]
-    """Right samples of A and of B."""
-    rows: tuple[JsonObject, JsonObject]
-    """One of each: the better one's first right sample, the other's first that is not."""
+Change = tuple[tuple[int, int], tuple[JsonObject, JsonObject]]
+"""Right samples of A and of B to a question, and one of each: the better one's first that is right, the other's
+first that is not."""
 
 
 def refuse_others(names: tuple[str, str], scores: list[JsonObject], questions: list[Questions]) -> None:
@@ -65,10 +57,10 @@ def paired(a: Questions, b: Questions) -> tuple[dict[str, Any], list[Change]]:
     sums = Counter[int | str]()
     for family, gain in zip(families or list(map(str, range(n))), gains, strict=True):
         sums[family] += gain
-    changed = []
+    changed = list[Change]()
     for i in sorted((i for i in range(n) if gains[i]), key=gains.__getitem__):
         first = marks[0][i].index(gains[i] < 0), marks[1][i].index(gains[i] > 0)
-        changed.append(Change(right[i], (a[i][first[0]], b[i][first[1]])))
+        changed.append((right[i], (a[i][first[0]], b[i][first[1]])))
     low, high = difference_interval([gain / k for gain in gains], families)
     result = {"n": n, "a": sum(x for x, _ in right) / (n * k), "b": sum(y for _, y in right) / (n * k)}
     result |= {"difference": sum(gains) / (n * k), "interval": [low, high]}
@@ -84,7 +76,7 @@ def in_words(result: dict[str, Any]) -> str:
     return f"{gain}: {says}. {result['changed']} of {result['n']} questions changed."
 
 
-def transcript(label: str, row: JsonObject, right: int, k: int) -> dict[str, Any]:
+def shown_sample(label: str, row: JsonObject, right: int, k: int) -> dict[str, Any]:
     """What the page shows of a sample."""
     text = row["text"]
     if len(text) > LONGEST:
@@ -105,14 +97,16 @@ def main(config: CompareSettings) -> None:
     rows = [(f"{x}: {name}", s) for x, name, s in zip("AB", names, scores, strict=True)]
     console = print_scores(benchmark, rows)
     console.print(in_words(result))
-    for change in changed[:SHOWN]:
-        x, y = (f"{r} of {k}" if k > 1 else ("wrong", "right")[r] for r in change.right)
-        asked = " ".join(change.rows[0]["question"].split())[:90]
-        console.print(f"  {x} -> {y}  {change.rows[0]['id']}: {asked}")
+    for right, (row, _) in changed[:SHOWN]:
+        x, y = (f"{r} of {k}" if k > 1 else ("wrong", "right")[r] for r in right)
+        console.print(f"  {x} -> {y}  {row['id']}: {' '.join(row['question'].split())[:90]}")
     if len(changed) > SHOWN:
         console.print(f"  and {len(changed) - SHOWN} more: --out FILE.html shows all, with transcripts")
     if config.out:
-        pages = [(c, [transcript(*of, k) for of in zip("AB", c.rows, c.right, strict=True)]) for c in changed]
+        pages = [
+            (right, [shown_sample(*of, k) for of in zip("AB", some, right, strict=True)])
+            for right, some in changed
+        ]
         given = {
             "title": f"A and B on {benchmark}",
             "lead": in_words(result),

@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.evaluation.intervals import difference_interval, interval
 
 SUMMARY = "coverage of the 95 % intervals, by simulation"
-DRAWS, DRAWS_AT_P = 20_000, 2_000
+RUNS, RUNS_AT_P = 20_000, 2_000
 EDGES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 SPREADS = (0.1, 1.0, 5.0, math.inf)
 FAMILIES = {
@@ -44,38 +44,38 @@ def benchmarks(
 
 
 def coverage(
-    seed: int, draws: int, p: float | None, k: int, sizes: list[int], between: float, within: float
+    seed: int, runs: int, p: float | None, k: int, sizes: list[int], between: float, within: float
 ) -> float:
-    """Share of `draws` benchmarks, in %, whose interval holds p; None = a new p in (0, 1) for each."""
+    """Share of `runs` simulated benchmarks, in %, whose interval holds p; None = a new p in (0, 1) for each."""
     rng = np.random.default_rng(seed)
     grouped = len(sizes) != sum(sizes)
     clusters = np.repeat(np.arange(len(sizes)), sizes).tolist() if grouped else None
     held = 0
-    for start in range(0, draws, 500):
-        truth = rng.random(min(500, draws - start)) if p is None else np.full(min(500, draws - start), p)
+    for start in range(0, runs, 500):
+        truth = rng.random(min(500, runs - start)) if p is None else np.full(min(500, runs - start), p)
         rows = benchmarks(rng, truth, sizes, k, between, within).tolist()
         for row, t in zip(rows, truth.tolist(), strict=True):
             low, high = interval(row, k, clusters)[0]
             held += low <= t + 1e-12 and t - 1e-12 <= high
-    return 100 * held / draws
+    return 100 * held / runs
 
 
-def paired_coverage(seed: int, draws: int, n: int, k: int, alike: float) -> float:
+def paired_coverage(seed: int, runs: int, n: int, k: int, alike: float) -> float:
     """The same of `difference_interval`: two models, the second with a new p of its own for each benchmark; a
     share `alike` of the questions has one chance of success for both."""
     rng = np.random.default_rng(seed)
     held = 0
-    for _ in range(draws):
+    for _ in range(runs):
         p, q = rng.random(2)
         a, b = beta(rng, np.full(n, p), 1.0), beta(rng, np.full(n, q), 1.0)
         b = np.where(rng.random(n) < alike, a, b)
         truth = (1 - alike) * (q - p)
         low, high = difference_interval(((rng.binomial(k, b) - rng.binomial(k, a)) / k).tolist())
         held += low - 1e-12 <= truth <= high + 1e-12
-    return 100 * held / draws
+    return 100 * held / runs
 
 
-def table(draws: int, draws_at_p: int) -> Iterator[dict[str, Any]]:
+def table(runs: int, runs_at_p: int) -> Iterator[dict[str, Any]]:
     """A row for each kind of benchmark: its mean coverage, and that at each p of the edges."""
     kinds: list[tuple[int, str, list[int], float, float]] = []
     for n in (30, 100, 500):
@@ -84,19 +84,19 @@ def table(draws: int, draws_at_p: int) -> Iterator[dict[str, Any]]:
     kinds += [(k, name, FAMILIES[name], s, 1.0) for k in (1, 4) for name in FAMILIES for s in (1.0, 5.0)]
     for number, (k, name, sizes, between, within) in enumerate(kinds):
         of = (k, sizes, between, within)
-        at = {p: coverage(1000 * number + 1 + i, draws_at_p, p, *of) for i, p in enumerate(EDGES)}
-        whole = coverage(1000 * number, draws, None, *of)
+        at = {p: coverage(1000 * number + 1 + i, runs_at_p, p, *of) for i, p in enumerate(EDGES)}
+        whole = coverage(1000 * number, runs, None, *of)
         spread = "inf" if math.isinf(between) else between
         yield {"families": name, "n": sum(sizes), "k": k, "spread": spread, "mean": whole, "at": at}
 
 
 def run() -> dict[str, Any]:
     """Coverage of all kinds of benchmarks, and of differences of two models."""
-    rows = list(table(DRAWS, DRAWS_AT_P))
+    rows = list(table(RUNS, RUNS_AT_P))
     for row in rows:
         row["worst"] = min(row["at"].values())
     pairs = [
-        {"n": n, "k": k, "alike": alike, "mean": paired_coverage(n + k, DRAWS // 2, n, k, alike)}
+        {"n": n, "k": k, "alike": alike, "mean": paired_coverage(n + k, RUNS // 2, n, k, alike)}
         for n in (30, 100, 500)
         for k in (1, 16)
         for alike in (0.2, 0.8)
@@ -116,4 +116,4 @@ def run() -> dict[str, Any]:
     claims.append(
         {"claim": "one p between 0.01 and 0.5: lowest", "value": worst, "at_least": 91.0, "unit": "%"}
     )
-    return {"draws": DRAWS, "draws_at_p": DRAWS_AT_P, "claims": claims, "rows": rows, "differences": pairs}
+    return {"runs": RUNS, "runs_at_p": RUNS_AT_P, "claims": claims, "rows": rows, "differences": pairs}
