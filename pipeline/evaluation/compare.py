@@ -23,13 +23,12 @@ from pipeline.settings.evaluate import CompareSettings
 
 SHOWN = 20
 """Changed questions in the terminal; the page has all."""
-LONGEST = 6_000
+LONGEST = 3_900
 """Characters of a transcript on the page; of a longer one its two ends."""
 Questions = list[list[JsonObject]]
 """The samples of each question."""
 Change = tuple[tuple[int, int], tuple[JsonObject, JsonObject]]
-"""Right samples of A and of B to a question, and one of each: the better one's first that is right, the other's
-first that is not."""
+"""Right samples of A and of B, and one of each: the better one's first right, the other's first wrong one."""
 
 
 def refuse_others(names: tuple[str, str], scores: list[JsonObject], questions: list[Questions]) -> None:
@@ -107,12 +106,7 @@ def main(config: CompareSettings) -> None:
             (right, [shown_sample(*of, k) for of in zip("AB", some, right, strict=True)])
             for right, some in changed
         ]
-        given = {
-            "title": f"A and B on {benchmark}",
-            "lead": in_words(result),
-            "left_out": [],
-            "changed": pages,
-        }
         tables = [(benchmark, rows, list(incomparable(rows)))]
-        write_atomic(config.out, render("scores.html.j2", tables=tables, **given))
+        given = {"title": f"A and B on {benchmark}", "lead": in_words(result), "tables": tables}
+        write_atomic(config.out, render("scores.html.j2", **given, changed=pages, left_out=[]))
     print(json.dumps(result))

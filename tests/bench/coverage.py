@@ -46,7 +46,7 @@ def benchmarks(
 def coverage(
     seed: int, runs: int, p: float | None, k: int, sizes: list[int], between: float, within: float
 ) -> float:
-    """Share of `runs` simulated benchmarks, in %, whose interval holds p; None = a new p in (0, 1) for each."""
+    """Share of `runs` simulated benchmarks, in %, whose interval holds p; None = a new p for each."""
     rng = np.random.default_rng(seed)
     grouped = len(sizes) != sum(sizes)
     clusters = np.repeat(np.arange(len(sizes)), sizes).tolist() if grouped else None

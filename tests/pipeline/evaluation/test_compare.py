@@ -58,12 +58,12 @@ def test_several_samples_are_compared_by_question(tmp_path, run):
 def test_families_are_one_comparison_each(tmp_path, run):
     names = [f"f{i // 5}" for i in range(40)]
     won = [[i < 30] for i in range(40)]
-    none = [[False]] * 40
+    none = [[i >= 38] for i in range(40)]
     alone = [evaluation(tmp_path / "alone" / name, of) for name, of in (("a", none), ("b", won))]
     tied = [evaluation(tmp_path / "tied" / name, of, names) for name, of in (("a", none), ("b", won))]
     free, grouped = (json.loads(run("compare", *of)[1].splitlines()[-1]) for of in (alone, tied))
-    assert free["p_value"] == pytest.approx(2 / 2**30) and grouped["p_value"] == pytest.approx(2 / 2**6)
-    assert grouped["interval"][0] < free["interval"][0] < 0.75
+    assert free["p_value"] < 1e-6 and grouped["p_value"] == pytest.approx(4 / 2**7), "5 six times, and -2"
+    assert grouped["interval"][0] < free["interval"][0] < 0.7
 
 
 @pytest.mark.parametrize(
@@ -96,14 +96,14 @@ def test_what_differs_beside_the_model_is_said(tmp_path, run):
 def test_the_page_has_both_transcripts_of_what_changed_and_escapes_them(tmp_path, run):
     a, b = evaluation(tmp_path / "a", PLAIN), evaluation(tmp_path / "b", BETTER)
     rows = (b / "generations.jsonl").read_text().splitlines()
-    rows[16] = json.dumps(row(16, 0, False, text="x" * (LONGEST + 77)))
+    rows[16] = json.dumps(row(16, 0, False, text="x" * (LONGEST + 70) + "the end"))
     (b / "generations.jsonl").write_text("\n".join(rows) + "\n")
     assert run("compare", a, b, "--out", tmp_path / "page.html")[0] == 0
     page = (tmp_path / "page.html").read_text()
     assert page.count("<details>") == page.count("</details>") == 12
     assert page.count("✓ right") == page.count("✗ wrong") == 12
     assert "I think &lt;b&gt;27&lt;/b&gt;" in page and "<b>27</b>" not in page
-    assert "[… 77 characters …]" in page
+    assert "[… 77 characters …]" in page and "the end" in page
     assert not re.search(r'(?:src|href)="?https?:|<script', page), "no network, no script"
     assert page.index("What is 16?") < page.index("What is 19?"), "what was lost comes first"
 

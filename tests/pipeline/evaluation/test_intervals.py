@@ -96,6 +96,14 @@ def test_an_effective_interval_by_hand():
     assert (low, high) == pytest.approx(wilson(20 / d, 40 / d, d * 1.959964 + (1 - d) * 2.022691), abs=1e-6)
 
 
+def test_near_0_the_few_that_are_not_all_wrong_prove_little():
+    """27 questions of 0 and 3 of 1/2: r = 3, v = 30 / 29 x 27 / 40 / 30^2, b = 0.05 x 0.95 / 30."""
+    w = math.exp(-1)
+    d = w + (1 - w) * (30 / 29 * 0.675 / 900) / (0.05 * 0.95 / 30)
+    expected = wilson(1.5 / d, 30 / d, d * 1.959964 + (1 - d) * 2.045230)
+    assert interval([0.0] * 27 + [0.5] * 3, 16)[0] == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("k", [2, 16])
 def test_more_samples_never_widen_and_equal_means_have_a_width(k):
     for share in (0.0, 0.5, 1.0):
