@@ -5,7 +5,7 @@ samples of one question do not average that out (arXiv:2411.00640). One sample a
 Wilson's interval (J. Am. Stat. Assoc. 22, 1927). Means of several samples spread less, those of questions in
 families more: Wilson's with the effective number of questions (survey statistics: Korn and Graubard 1998;
 Franco et al., J. Surv. Stat. Methodol. 7, 2019, find this form best near 0 and 1, and the variance estimated
-too small there). Coverage by simulation: docs/results/bench-coverage.json (`make bench ARGS=coverage`).
+too small there). Coverage by simulation: `make bench ARGS=coverage`.
 """
 
 import math

@@ -116,7 +116,7 @@ def test_more_samples_never_widen_and_equal_means_have_a_width(k):
 @pytest.mark.parametrize("k", [1, 4, 64])
 @pytest.mark.parametrize("spread", [0.1, 1.0, math.inf])
 def test_mean_coverage_over_p(k, spread):
-    """The complete table is docs/results/bench-coverage.json; 1,000 simulations know it to 0.7 points."""
+    """The complete table is that of `make bench ARGS=coverage`; 1,000 simulations know it to 0.7 points."""
     assert 93 < coverage(1, 1000, None, k, [1] * 30, spread, math.inf) < 97.5
 
 
