@@ -6,7 +6,13 @@ Makefile, `--help` and README are held to this table by tests.
 from dataclasses import dataclass
 
 from pipeline.settings.distill import DistillSettings, SmolLM2Settings
-from pipeline.settings.evaluate import EvalSettings, EvaluateSettings, ReportSettings
+from pipeline.settings.evaluate import (
+    CompareSettings,
+    EvalSettings,
+    EvaluateSettings,
+    LeaderboardSettings,
+    ReportSettings,
+)
 from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings
 from pipeline.settings.supervised import PretrainSettings, SftSettings, StudentSettings
 from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
@@ -89,6 +95,10 @@ COMMANDS = (
     Command("generate", GenerateSettings, "pipeline.tools.generate", "completions from any checkpoint"),
     Command("evaluate", EvaluateSettings, "pipeline.evaluation.evaluate",
             "score one checkpoint on one benchmark"),
+    Command("compare", CompareSettings, "pipeline.evaluation.compare",
+            "two evaluations question by question: a paired test, what changed", True),
+    Command("leaderboard", LeaderboardSettings, "pipeline.evaluation.leaderboard",
+            "all evaluations below a folder as one table", True),
     Command("chat", ChatSettings, "pipeline.tools.chat", "talk to a model in the terminal"),
     Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )

@@ -33,6 +33,7 @@ from rollout.ranges import Settings
 from rollout.types import SamplingParams
 from tests.conftest import ROOT
 from tests.layout import PACKAGES
+from tests.pipeline.evaluation.made_up import evaluation
 from tests.small import llama, random_policy
 
 CHECKS = {"rollout.ranges", "pipeline.arguments"}
@@ -209,6 +210,7 @@ def files(tokenizer, tmp_path_factory):
         "corpus": folder / "corpus.jsonl",
         "samples": folder / "samples.jsonl",
         "data": folder / "data",
+        "scored": evaluation(folder / "scored", [[True], [False]]),
     }
 
 
@@ -264,6 +266,8 @@ COMMAND_LINES = {
     "generate": MODEL + " --prompts {prompts} --out {out} --threads 1",
     "evaluate": MODEL + " --benchmark {data}/aime24.jsonl --limit 2 --max-batch 4 --out {out} --threads 1"
     " --samples 1 --shots 1 --shots-from {data}/gsm8k_train.jsonl",
+    "compare": "{scored} {scored} --out {out}",
+    "leaderboard": "{scored} --out {out} --json {out}",
     "chat": MODEL + " --threads 1",
     "serve": MODEL + " --port 0 --threads 1 --api-key key",
 }

@@ -100,7 +100,11 @@ def show_help(*args: str, planted: str = "") -> subprocess.CompletedProcess[str]
 def test_help_shows_every_setting_at_once(entry):
     done = show_help(entry.name, "--help")
     assert done.returncode == 0, done.stderr
-    positional = ("stages", "source", "out") if getattr(entry, "positional", False) else ()
+    positional = (
+        ("stages", "source", "out", "first", "second", "folder")
+        if getattr(entry, "positional", False)
+        else ()
+    )
     needed = {f"--{name}" for name in positional}
     missing = [flag for flag in known_flags(entry.settings) if flag not in done.stdout and flag not in needed]
     assert not missing, f"--help of {entry.name} leaves out {missing}"

@@ -5,9 +5,8 @@ Sec. 3), `pass@j` the unbiased estimate from k >= j samples (arXiv:2107.03374, E
 accuracy of the majority answer (arXiv:2203.11171). A sample whose verifier failed counts as not right,
 and the failures are counted beside it, so the true score lies at most that much higher.
 
-The 95 % interval is over questions, whose choice more samples do not average out. One sample a
-question, greedy or not, gives 0 or 1: Wilson's interval. Several give a mean a question: the normal
-interval over those means; where they do not differ at all that would have no width, so Wilson again.
+The 95 % interval is over questions, and over their families where rows have `labels` with a `family`
+(`pipeline.evaluation.intervals`).
 
 Format is R1's think/answer format whatever the template: under `boxed`, which does not ask for it, a
 low rate is no fault.
@@ -18,10 +17,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.evaluation.intervals import families, interval, variance
 from rewards.maths.grade import first_equal
-
-Z95 = 1.959964
-"""The normal distribution's 97.5 % point."""
 
 
 def pass_at(k: int, n: int, c: int) -> float:
@@ -46,28 +43,6 @@ def majority(votes: Sequence[tuple[str | None, bool]]) -> float:
     return sum(answer in right for answer in tied) / len(tied)
 
 
-def wilson(right: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, `right` of `n`."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = right / n, Z95 * Z95
-    centre, spread = p + zz / (2 * n), Z95 * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
-    low, high = (centre - spread) / (1 + zz / n), (centre + spread) / (1 + zz / n)
-    # The bounds hold p; at 0 and n of n they touch it, and rounding must not push them past.
-    return max(0.0, min(p, low)), min(1.0, max(p, high))
-
-
-def interval(means: Sequence[float], samples: int) -> tuple[tuple[float, float], str]:
-    """95 % interval of the mean of each question's share of right samples; `wilson` or `normal`, as above."""
-    n = len(means)
-    mean = sum(means) / n
-    variance = sum((m - mean) ** 2 for m in means) / (n - 1) if n > 1 else 0.0
-    if samples == 1 or variance < 1e-12:
-        return wilson(sum(means), n), "wilson"
-    half = Z95 * math.sqrt(variance / n)
-    return (max(0.0, mean - half), min(1.0, mean + half)), "normal"
-
-
 def mean_of(values: Sequence[float]) -> float | None:
     """The mean, `None` of nothing."""
     return sum(values) / len(values) if values else None
@@ -76,6 +51,15 @@ def mean_of(values: Sequence[float]) -> float | None:
 def percent(share: float | None) -> str:
     """`0.873` -> `87.3 %`; `None` -> a dash."""
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def families_of(rows: Sequence[dict[str, Any]]) -> list[str] | None:
+    """The family of each question, by one row of each: its own where it has none; `None` where none has."""
+    labels = [row.get("labels") for row in rows]
+    found = [of.get("family") if isinstance(of, dict) else None for of in labels]
+    if not any(found):
+        return None
+    return [f"family {name}" if name else f"question {i}" for i, name in enumerate(found)]
 
 
 def rounds(k: int) -> list[int]:
@@ -87,8 +71,9 @@ def scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All scores of one benchmark, as in scores.json, from the rows of generations.jsonl.
 
     Returns:
-        `pass@1`, `interval`, `interval_method`, `n` questions, `k` samples each; `pass@j` by powers of two;
-        `pass@k` and `cons@k` at j = k (`cons@k` over the mathematics, `None` without any); `format_rate`,
+        `pass@1`, `interval`, `interval_method`, `stderr` (cluster-robust, `None` of one question), `n`
+        questions, `k` samples each; `pass@j` by powers of two; `pass@k` and `cons@k` at j = k (`cons@k` over
+        the mathematics, `None` without any); `format_rate`,
         `language_consistency`, `mean_tokens`, `truncation_rate` over the sampled completions;
         `verifier_failures` and `prompts_too_long` (not sampled) as counts of samples and questions.
 
@@ -105,13 +90,16 @@ def scores(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     marked = [[(r["extracted"] or None, r["verdict"] == "correct") for r in g] for g in by_question.values()]
     right = [sum(correct for _, correct in group) for group in marked]
     means = [c / k for c in right]
-    bounds, method = interval(means, k)
+    of = families_of([group[0] for group in by_question.values()])
+    bounds, method = interval(means, k, of)
+    error = math.sqrt(variance(families(means, of)))
     ballots = [v for v, g in zip(marked, by_question.values(), strict=True) if g[0]["kind"] != "code"]
     sampled = [row for row in rows if row["finish_reason"] is not None]
     return {
         "pass@1": sum(means) / len(means),
         "interval": list(bounds),
         "interval_method": method,
+        "stderr": error if math.isfinite(error) else None,
         "n": len(means),
         "k": k,
         **{f"pass@{j}": sum(pass_at(j, k, c) for c in right) / len(right) for j in rounds(k) if j > 1},

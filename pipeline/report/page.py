@@ -1,18 +1,14 @@
-"""The report page: one HTML file for people. No network, no script, all text escaped."""
+"""The report page of a run."""
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import tomli_w
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from pipeline.data.jsonl import read_log
-from pipeline.evaluation.scores import percent
-from pipeline.report.plots import LIGHT, Box, Series, chain_plot, line_plot
+from pipeline.report.plots import Box, Series, chain_plot, line_plot
 from pipeline.report.summary import StageRecord
-from pipeline.run.metrics import GLOSSARY, duration
+from pipeline.report.template import render, split_thought
+from pipeline.run.metrics import GLOSSARY
 from pipeline.table import STAGES
 
 TITLES = {
@@ -38,7 +34,7 @@ LOSS_PLOTS = {"pretrain": ("pretrain", "student"), "fine-tuning": ("sft", "sft2"
 
 SCORE_GLOSSARY = {
     "pass@1": "accuracy: mean over questions of the share of right samples (greedy: share of right answers)",
-    "95 % interval": "over questions: Wilson for one sample a question, normal over their means for several",
+    "95 % interval": "over questions: Wilson's, of several samples with the effective number of questions",
     "format": "share of completions in R1's form: one think block, then one answer block, nothing else",
     "language": "mean share of words in the question's language",
     "tokens": "mean completion length, tokens",
@@ -58,9 +54,6 @@ def build_page(
 ) -> str:
     """The page: `state` is eval's scores.json, `transcripts` are `read_transcripts`'."""
     main = main_benchmark(state)
-    files = FileSystemLoader(Path(__file__).parent)
-    env = Environment(loader=files, autoescape=True, undefined=StrictUndefined)
-    env.filters |= {"percent": percent, "duration": duration, "toml": tomli_w.dumps}
     scores = {label: by_benchmark.get(main) for label, by_benchmark in state["scores"].items()}
     boxes, edges = chain_of(state["models"], scores, records)
     known = {key: line for r in records for key, line in r.glossary.items()}
@@ -71,8 +64,9 @@ def build_page(
     plots = [(key, line_plot(key, unit, curves(rl, key), low, high)) for key, unit, low, high in kinds]
     chain = {f"chain_{name}": chain_plot(boxes, edges, name == "tall") for name in ("wide", "tall")}
     given = {"name": name, "state": state, "records": records, "summary": summary, "transcripts": transcripts}
-    looks = {"light": LIGHT, "titles": TITLES, "colors": COLORS}
-    return env.get_template("page.html.j2").render(
+    looks = {"titles": TITLES, "colors": COLORS}
+    return render(
+        "page.html.j2",
         **{**given, **looks, **chain, "main": main, "scores": scores, "rl_stages": rl},
         tables=[table(state, name) for name in benchmarks(state)],
         rl=[{"key": key, "what": known[key], "svg": svg} for key, svg in plots if svg],
@@ -135,9 +129,6 @@ def loss_plots(records: Iterable[StageRecord]) -> Iterator[dict[str, Any]]:
             yield {"key": f"{name}: loss", "what": GLOSSARY["loss/lm"], "stages": some, "svg": svg}
 
 
-_THINK = re.compile(r"\A(\s*(?:<think>)?.*?</think>)(.*)\Z", re.DOTALL)
-
-
 def read_transcripts(files: dict[str, Path], count: int) -> list[dict[str, Any]]:
     """At most `count` problems as several models answered them: first samples, not chosen by outcome. `files`
     are generations.jsonl by the model's label, all of one benchmark; the problems are evenly spaced."""
@@ -149,9 +140,7 @@ def read_transcripts(files: dict[str, Path], count: int) -> list[dict[str, Any]]
     for index in (common[i * len(common) // count] for i in range(count)):
         answers = []
         for label, row in ((label, by_index[index]) for label, by_index in rows.items()):
-            split = _THINK.match(row["text"])
-            think, rest = split.groups() if split else ("", row["text"])
-            answers.append({"label": label, "think": think, "rest": rest, **row})
+            answers.append({"label": label, **split_thought(row["text"]), **row})
         shown.append({"question": answers[0]["question"], "answer": answers[0]["answer"], "answers": answers})
     return shown
 

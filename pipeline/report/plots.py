@@ -20,16 +20,11 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.evaluation.scores import percent
+from pipeline.report.template import LIGHT
 
 POINTS = 120
 """Longest series that is plotted point by point; a longer one is averaged down to at most this."""
 
-LIGHT = {
-    "paper": "#fbfaf7", "card": "#ffffff", "ink": "#1d1c1a", "soft": "#5f5d57", "faint": "#e6e3dc",
-    "accent": "#1f5fae", "s0": "#6b7280", "s1": "#c2570c", "s2": "#7c4fc4", "s3": "#2563b0", "s4": "#8a8478",
-    "s5": "#b83280", "s6": "#157f5b", "s7": "#0e7490", "s8": "#8a6d1a",
-}  # fmt: skip
-"""The page's colours by the name of their CSS variable; each has a value of its own."""
 NAMES = {color: name for name, color in LIGHT.items()}
 
 STYLE: Any = {

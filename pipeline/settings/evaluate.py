@@ -1,4 +1,5 @@
-"""Settings of the stages `eval` and `report`, and of the command `evaluate` (one model on one benchmark)."""
+"""Settings of the stages `eval` and `report`, and of the commands
+`evaluate` (one model on one benchmark), `compare` and `leaderboard`."""
 
 import re
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pipeline.settings.common import (
     TruncatedSampling,
 )
 from pipeline.settings.tools import ModelSettings
-from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Range, Samples, Seed
+from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Range, Samples, Seed, Settings
 from rollout.settings import DtypeName, EngineName, VllmSettings
 
 LABELLED = r"\w[\w.-]*=.+"
@@ -124,6 +125,30 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     """Of the sampling."""
     problems_seed: Seed = 1
     """Of a generator's problems."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings(Settings):
+    """Compare two evaluations of one benchmark, question by question."""
+
+    first: Path
+    """A: the --out folder of `evaluate`, or runs/NAME/eval/LABEL/BENCHMARK."""
+    second: Path
+    """B: another, of the same problems and as many samples of each."""
+    out: Path | None = None
+    """A page, FILE.html, with the questions that changed, and both models' transcripts side by side."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeaderboardSettings(Settings):
+    """A table of all evaluations below a folder."""
+
+    folder: Path
+    """A run, the folder of all runs, or any that has `--out` folders of `evaluate` below it."""
+    out: Path | None = None
+    """The table as a page, FILE.html."""
+    json: Path | None = None
+    """The scores in the shape of lm-evaluation-harness's results, an object for each model by its path."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import math
-import random
 
 import pytest
 
-from pipeline.evaluation.scores import interval, majority, pass_at, rounds, scores, wilson
+from pipeline.evaluation.scores import majority, pass_at, rounds, scores
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -41,51 +39,15 @@ def test_majority_counts_values_however_they_are_written():
     assert majority([("x = 5", True), ("$5$", True), ("6", False), ("6.0", False), ("six", False)]) == 0
 
 
-def test_majority_is_a_random_pick_among_the_tied():
-    rng = random.Random(0)
-    for _ in range(50):
-        votes = [(a := rng.choice("1234"), a == "1") for _ in range(rng.randint(1, 6))]
-        counts = {a: sum(v == a for v, _ in votes) for a, _ in votes}
-        tied = [a for a in counts if counts[a] == max(counts.values())]
-        assert majority(votes) == pytest.approx(tied.count("1") / len(tied))
-
-
-@pytest.mark.parametrize("right, n", [(0, 10), (3, 10), (10, 10), (161, 320)])
-def test_wilson_bounds_are_where_the_score_test_just_fails(right, n):
-    """Wilson's defining property: |p - bound| = z sqrt(bound (1 - bound) / n)."""
-    low, high = wilson(right, n)
-    p = right / n
-    assert 0 <= low <= p <= high <= 1
-    for bound in (low, high):
-        if 0 < bound < 1:
-            assert abs(p - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / n), rel=1e-9)
-
-
-def test_wilson_in_numbers():
-    assert wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)  # the textbook example
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-def test_the_interval_says_its_method():
-    assert interval([1, 0, 1, 1], 1) == (wilson(3, 4), "wilson")
-    (low, high), method = interval([0.25, 0.5, 0.75], 4)
-    assert method == "normal" and (low + high) / 2 == pytest.approx(0.5)
-    assert high - low == pytest.approx(2 * 1.959964 * 0.25 / math.sqrt(3))
-    assert interval([1.0, 1.0], 4) == (wilson(2, 2), "wilson"), "equal means have a width too"
-    assert interval([1.0, 0.9], 4)[0][1] == 1.0
-
-
-def test_the_interval_covers_as_often_as_it_says():
-    """95 % intervals of simulated benchmarks with a known accuracy hold it 92 to 98 times in 100."""
-    rng = random.Random(0)
-    for k in (1, 8):
-        held = 0
-        for _ in range(600):
-            rates = [rng.betavariate(2, 1) for _ in range(80)]  # mean 2/3
-            means = [sum(rng.random() < r for _ in range(k)) / k for r in rates]
-            low, high = interval(means, k)[0]
-            held += low <= 2 / 3 <= high
-        assert 0.92 < held / 600 < 0.98, k
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5])
+def test_majority_is_a_random_pick_among_the_tied_for_every_pattern_of_votes(k):
+    """All votes of k samples for 1 (right), 2, 3 or nothing; the mean over all orders of breaking a tie."""
+    for answers in itertools.product(("1", "2", "3", None), repeat=k):
+        picks = []
+        for order in itertools.permutations("123"):  # of candidates: the first with most votes wins
+            most = max(order, key=answers.count)
+            picks.append(most == "1" and answers.count(most) > 0)
+        assert majority([(a, a == "1") for a in answers]) == pytest.approx(sum(picks) / len(picks)), answers
 
 
 def test_rounds_are_the_powers_of_two_and_k():
@@ -134,6 +96,18 @@ def test_a_table_worked_by_hand():
 def test_nothing_sampled_has_no_style():
     got = scores([sample(0, False, None, sampled=False)])
     assert got["pass@1"] == 0 and got["format_rate"] is None and got["mean_tokens"] is None
+
+
+def test_families_of_questions_widen_the_interval_and_the_standard_error():
+    alone = [sample(i, i % 12 < 6, "1") for i in range(72)]
+    together = [row | {"labels": {"family": f"f{row['index'] // 6}"}} for row in alone]
+    free, tied = scores(alone), scores(together)
+    assert (free["interval_method"], tied["interval_method"]) == ("wilson", "wilson-clustered")
+    assert free["stderr"] == pytest.approx((0.25 / 71) ** 0.5)
+    assert tied["stderr"] == pytest.approx((0.25 / 11) ** 0.5)
+    assert tied["interval"][0] < free["interval"][0] < 0.5 < free["interval"][1] < tied["interval"][1]
+    assert scores([row | {"labels": {}} for row in alone]) == free
+    assert scores([sample(0, True, "1")])["stderr"] is None
 
 
 def test_scores_need_equally_many_samples():

@@ -6,7 +6,7 @@ import json
 import math
 import random
 
-from pipeline.evaluation.scores import interval
+from pipeline.evaluation.intervals import interval
 
 CHAIN = {
     # stage: models by label and where they lie, steps, accuracy, seconds

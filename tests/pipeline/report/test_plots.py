@@ -112,7 +112,7 @@ def test_every_colour_is_a_variable_of_the_page_in_light_and_dark():
     assert not re.search(r"#[0-9a-f]{6}", svg) and len(set(LIGHT.values())) == len(LIGHT)
     used = set(re.findall(r"var\(--(\w+)\)", svg))
     assert {"s0", "s8", "ink", "soft", "faint", "card", "accent"} == used
-    page = (Path(plots.__file__).parent / "page.html.j2").read_text(encoding="utf-8")
+    page = (Path(plots.__file__).parent / "base.html.j2").read_text(encoding="utf-8")
     dark = page[page.index("prefers-color-scheme: dark") :]
     assert all(f"--{name}: #" in dark for name in LIGHT)
 
