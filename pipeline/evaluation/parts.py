@@ -10,20 +10,22 @@ from pipeline.data.jsonl import JsonObject
 from pipeline.data.problems import data_folder, source_rows
 from pipeline.data.rows import Tally, plain
 from pipeline.errors import UserError
-from pipeline.evaluation.scores import interval
+from pipeline.evaluation.intervals import interval
+from pipeline.evaluation.scores import families_of
 from pipeline.settings.evaluate import EvaluateSettings
 from rollout.types import Problem
 
 
 def accuracy(rows: Sequence[JsonObject]) -> JsonObject | None:
     """`pass@1` of these rows, number of questions `n`, and 95 % interval; None of none."""
-    marks = defaultdict[int, list[bool]](list)
+    groups = defaultdict[int, list[JsonObject]](list)
     for row in rows:
-        marks[row["index"]].append(row["verdict"] == "correct")
-    means = [sum(of) / len(of) for of in marks.values()]
+        groups[row["index"]].append(row)
+    means = [sum(row["verdict"] == "correct" for row in of) / len(of) for of in groups.values()]
     if not means:
         return None
-    bounds, _ = interval(means, len(rows) // len(means))
+    families = families_of([of[0] for of in groups.values()])
+    bounds, _ = interval(means, len(rows) // len(means), families)
     return {"pass@1": sum(means) / len(means), "n": len(means), "interval": list(bounds)}
 
 

@@ -51,9 +51,9 @@ ADVICE = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Stands for the unknown tokenizer of a served model: a token a byte, and messages as they are sent."""
+    """Stands for the unknown tokenizer of a served model: a token a byte, and messages as JSON."""
     tokenizer = train_tokenizer([], 265)
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.chat_template = "{{ messages | tojson }}"
     return tokenizer
 
 
@@ -112,6 +112,7 @@ class EndpointEngine(RolloutEngine):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError("engine endpoint needs openai: pip install -e '.[endpoint]'") from error
         self.model, self.settings = str(model), settings.endpoint
+        self.tokenizer = byte_tokenizer()
         self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
         key = (
             os.environ.get("OPENAI_API_KEY", "").strip() or "none"
@@ -193,8 +194,11 @@ class EndpointEngine(RolloutEngine):
         """One rollout; what is strange about it goes into `odd`. Its seed is a hash of (seed, index, sample),
         of 31 bits, which every server takes."""
         name = f"{params.seed} {params.first_index + index} {sample}".encode()
-        question = template_named(prompt.template).text.format(question=prompt.problem.question)
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
+        text = self.tokenizer.decode(list(prompt.token_ids), clean_up_tokenization_spaces=False)
+        messages = [{"role": "user", "content": text}]
+        if template_named(prompt.template).chat:  # a think tag may follow, which is the server's to open
+            messages, _ = json.JSONDecoder().raw_decode(text)
+        body: dict[str, Any] = {"model": self.model, "messages": messages}
         body |= {"temperature": params.temperature, "top_p": params.top_p}
         if self.settings.send_seed:
             body["seed"] = int.from_bytes(hashlib.sha256(name).digest()[:4], "little") >> 1
