@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from model.cache import PAGE, DecodeStep, Group
 from model.config import ModelConfig
 from model.kernels.attend import attend
+from model.kernels.cpu.attention import CausalAttention
 from model.kernels.cpu.linear import Linear
 from model.kernels.layout import Layout
 from model.layers import RMSNorm
@@ -78,12 +79,18 @@ class Attention(nn.Module):
         if cache is not None and layout.slots is not None:
             cache.index_copy_(0, layout.slots, torch.cat([c, k_rot], dim=-1).flatten(0, 1))
         kv = self.kv_b_proj(c).unflatten(-1, (self.heads, -1))  # b s h n+v
-        q, q_rot = q.split([self.nope, self.rotary], dim=-1)
-        q = torch.cat([q, self.rope.rotate(q_rot, rotations.unsqueeze(-2))], dim=-1)  # b s h n+r
-        k, v = kv.split([self.nope, self.value], dim=-1)
-        k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1)  # b s h n+r
-        q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # b s .. -> N ..
-        o = attend(q, k, v, layout.packed, self.scale).unflatten(0, x.shape[:2])  # b s h v
+        if layout.buckets is not None:
+            turns = rotations.expand(*x.shape[:2], -1)  # b s r/2
+            flat = (tensor.flatten(0, 1) for tensor in (q, kv, k_rot, turns))  # b s .. -> N ..
+            o = CausalAttention.apply(*flat, self.rope, self.scale, layout.buckets)  # N h v
+            o = o.unflatten(0, x.shape[:2])  # b s h v
+        else:
+            q, q_rot = q.split([self.nope, self.rotary], dim=-1)
+            q = torch.cat([q, self.rope.rotate(q_rot, rotations.unsqueeze(-2))], dim=-1)  # b s h n+r
+            k, v = kv.split([self.nope, self.value], dim=-1)
+            k = torch.cat([k, k_rot.unsqueeze(-2).expand_as(q_rot)], dim=-1)  # b s h n+r
+            q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # b s .. -> N ..
+            o = attend(q, k, v, layout.packed, self.scale).unflatten(0, x.shape[:2])  # b s h v
         return self.o_proj(o.flatten(-2))
 
     def decode(self, x: Tensor, rotations: Tensor, step: DecodeStep, cache: Tensor) -> Tensor:

@@ -55,6 +55,13 @@ class Rope:
             pairs = wide.unflatten(-1, (2, -1)).transpose(-1, -2).contiguous()
         return torch.view_as_real(torch.view_as_complex(pairs) * rotations).flatten(-2).to(x.dtype)
 
+    def rotate_back(self, dy: Tensor, rotations: Tensor) -> Tensor:
+        """The gradient of `rotate` by `x`, from that by its result `dy` (.. r)."""
+        wide = dy if dy.dtype in (torch.float32, torch.float64) else dy.float()
+        pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous()) * rotations.conj()
+        parts = torch.view_as_real(pairs)  # .. r/2 2
+        return (parts if self.interleave else parts.transpose(-1, -2)).flatten(-2).to(dy.dtype)
+
 
 def softmax_scale(config: ModelConfig) -> float:
     """What attention scores are multiplied with: 1 / sqrt(head), times YaRN's mscale squared."""

@@ -152,7 +152,7 @@ class Transformer(Policy):
         rotations = self.rope.first(s, device) if packed is None else self.rope(packed.positions)
         learning = self.training and torch.is_grad_enabled()  # rollouts and evaluation are not counted
         balance = learning and self.balance_alpha > 0
-        return Layout(rotations, packed or Packed.of([s] * b, device), learning, balance)
+        return Layout.of(rotations, packed or Packed.of([s] * b, device), learning, balance)
 
     def new_cache(self, rows: int, max_tokens: int, **options: Any) -> LatentCache:
         """An empty cache for `rows` of up to `max_tokens`; `options` as in `LatentCache`."""
@@ -180,7 +180,7 @@ class Transformer(Policy):
         device = self.norm.weight.device
         tokens = torch.tensor([i for prompt in first for i in prompt], device=device)[None]  # 1 N
         packed = Packed.of(lengths.tolist(), device)
-        layout = Layout(self.rope(packed.positions), packed, slots=cache.slots(rows))
+        layout = Layout.of(self.rope(packed.positions), packed)._replace(slots=cache.slots(rows))
         x = self.embed_tokens(tokens)
         for layer, part in zip(self.layers, self._caches(cache), strict=True):
             x = layer(x, layout, cache=part)

@@ -23,8 +23,7 @@ from model.kernels.blockwise import BlockwiseAttention
 from model.kernels.packed import Packed
 
 CPU_BLOCKS = range(128, 1025)
-"""Longest sequences for which a CPU computes in blocks; for shorter and longer ones SDPA is faster, and for
-values that are smaller than keys (latent attention) at every length."""
+"""Longest sequences for which a CPU computes in blocks; for shorter and longer ones SDPA is faster."""
 CUDNN_FROM = 3072
 """Mean length from which cuDNN, a sequence at a time, beats `varlen_attn` on an H100 (docs/LOG.md)."""
 ORDER = [
@@ -65,7 +64,7 @@ def attend(
         if few and torch.cuda.get_device_capability(q.device) >= (9, 0):
             return _each(q, k, v, packed.lengths, scale)
         return _varlen(q, k, v, packed, scale, window)
-    if fused and window is None and (gpu or e < d or longest not in CPU_BLOCKS):
+    if fused and window is None and (gpu or (e == d and longest not in CPU_BLOCKS)):
         return _each(q, k, v, packed.lengths, scale)
     out: Tensor = BlockwiseAttention.apply(q, k, v, packed.lengths, scale, window, softcap)
     return out
@@ -86,9 +85,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, packed: Packed, scale: float, windo
 def _each(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float) -> Tensor:
     """SDPA for each sequence; in one call if they are of one length."""
     gpu, size = q.device.type == "cuda", v.shape[-1]
-    v = F.pad(v, (0, q.shape[-1] - size))
     if gpu:
-        k, v = _repeated(q, k, v)
+        k, v = _repeated(q, k, F.pad(v, (0, q.shape[-1] - size)))
     if len(set(lengths)) == 1:
         rows = [[x.unflatten(0, (len(lengths), -1)) for x in (q, k, v)]]
     else:

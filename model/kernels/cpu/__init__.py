@@ -1,1 +1,1 @@
-"""Kernels for CPUs: experts for few tokens, linear layers."""
+"""Kernels for CPUs: attention without blocks above the diagonal, experts, linear layers."""
