@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.kernels.cpu.experts import all_at_once
+from model.kernels.cpu.experts import ByExpert, all_at_once
 from model.kernels.layout import Layout
 from model.layers import MLP
 
 BF16_PAD_FROM = 512
 """Tokens of a batch from which bf16 rows of experts are padded; smaller ones would be mostly padding."""
+BY_EXPERT_FROM = 32
+"""Token-expert pairs an expert, on average, from which a CPU computes experts one at a time."""
 
 
 class Gate(nn.Module):
@@ -207,6 +209,10 @@ class Plan(NamedTuple):
         slots = torch.empty_like(order).index_copy_(0, order, at)
         return cls(rows, pair.div(k, rounding_mode="floor"), pair, slots.view(t, k))
 
+    def gates(self, g: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gate value of each row (m 1), from those of the pairs `g` (t k); 0 for padding."""
+        return F.pad(g.flatten(), (0, 1))[self.pair, None].to(dtype)
+
 
 class Experts(nn.Module):
     """The routed experts, stacked: `gate_up_proj` (e 2i d) and `down_proj` (e d i).
@@ -224,15 +230,19 @@ class Experts(nn.Module):
         """sum_i g_i expert_i(u) for tokens `u` (t d), chosen experts `ids` (t k), gate values `g` (t k)."""
         if (quick := all_at_once(u, ids, g, self.gate_up_proj, self.down_proj)) is not None:
             return quick
-        return self.sorted(u, g, Plan.of(ids, len(self.down_proj), alignment(u)))
+        plan = Plan.of(ids, len(self.down_proj), alignment(u))
+        if one_at_a_time(u, len(plan.token), len(self.down_proj)):
+            gates, counts = plan.gates(g, u.dtype), plan.rows.tolist()
+            y: Tensor = ByExpert.apply(u, gates, self.gate_up_proj, self.down_proj, counts, plan.token)
+            return y
+        return self.side_by_side(u, g, plan)
 
-    def sorted(self, u: Tensor, g: Tensor, plan: Plan) -> Tensor:
-        """`forward` of tokens sorted by expert."""
-        g = F.pad(g.flatten(), (0, 1))[plan.pair, None].to(u.dtype)  # m 1
+    def side_by_side(self, u: Tensor, g: Tensor, plan: Plan) -> Tensor:
+        """`forward` in two products of all experts."""
         h = self.grouped(Dispatch.apply(u, plan.token, plan.slots), self.gate_up_proj, plan.rows)  # m 2i
         # The gate value goes in here and not after down_proj, where rows are d wide.
-        y = self.grouped(WeightedSwiGLU.apply(h, g), self.down_proj, plan.rows)  # m d
-        return Combine.apply(y, plan.token, plan.slots)
+        a = WeightedSwiGLU.apply(h, plan.gates(g, u.dtype))
+        return Combine.apply(self.grouped(a, self.down_proj, plan.rows), plan.token, plan.slots)
 
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """Rows `x` (m i), `rows` (e) of them an expert, each times its expert's weight (e o i)^T: (m o).
@@ -251,6 +261,11 @@ def alignment(u: Tensor) -> int:
     multiples of 64 leave few sizes. fp32 kernels exist for all."""
     few_sizes = u.device.type == "cpu" and u.dtype == torch.bfloat16
     return 64 if few_sizes and len(u) >= BF16_PAD_FROM else 1
+
+
+def one_at_a_time(u: Tensor, pairs: int, experts: int) -> bool:
+    """Whether experts run one after the other: on a CPU, if each has enough pairs to pay for its calls."""
+    return u.device.type == "cpu" and pairs >= BY_EXPERT_FROM * experts
 
 
 class MoE(nn.Module):

@@ -125,7 +125,7 @@ class Fp8Experts(Experts):
 
     def forward(self, u: Tensor, ids: Tensor, g: Tensor) -> Tensor:
         """As `Experts.forward`, by grouped products alone; they take any number of rows."""
-        return self.sorted(u, g, Plan.of(ids, len(self.down_proj), 1))
+        return self.side_by_side(u, g, Plan.of(ids, len(self.down_proj), 1))
 
     def grouped(self, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """As `Experts.grouped`, in FP8."""

@@ -13,6 +13,7 @@ def training_bytes(
     moments: str = "float32",
     reference: bool = False,
     recompute: bool = False,
+    device: str = "cuda",
 ) -> dict[str, int]:
     """What one process holds on its device while it trains; raises as `model.sizes.flops.shape`.
 
@@ -23,10 +24,11 @@ def training_bytes(
         precision, moments: as `pipeline.settings.common.OptimSettings` has them.
         reference: a frozen copy of the policy stays beside it.
         recompute: layers keep their input alone, but for the one whose backward runs.
+        device: `cuda` or `cpu`, whose kernels keep less.
     """
     of = shape(config)
     weights, own = of.parameters.total, 4 if precision == "float32" else 2
-    layers = [kept.bytes(own) for kept in of.kept]
+    layers = [kept.bytes(own, device) for kept in of.kept]
     a_token = own * of.width * len(layers) + max(layers) if recompute else sum(layers)
     return {
         "weights": own * weights,

@@ -27,7 +27,8 @@ def native_shape(c: ModelConfig) -> Shape:
     # Of what a layer keeps, the part of its norms and its attention:
     around = 4 * d + 2 * (rank or 0) + 2 * c.kv_lora_rank + c.qk_rope_head_dim + 4 * queries + values
     of_dense = Kept(around + 4 * c.intermediate_size, 0)
-    of_experts = Kept(around + k * (d + 3 * i) + 4 * shared * i, 2 * e, casts=d)
+    # A CPU that computes one expert at a time neither keeps their inputs nor what goes into `down_proj`.
+    of_experts = Kept(around + 2 * k * i + 4 * shared * i, 2 * e, casts=d, on_gpus=k * (d + i))
     return Shape(
         parameters=Parameters(active + (trunk - dense) * resting + mtp, active, mtp),
         width=d,

@@ -26,10 +26,13 @@ class Kept(NamedTuple):
     fp32: int
     casts: int = 0
     """fp32 copies, which a network in fp32 does without."""
+    on_gpus: int = 0
+    """In its own dtype, by kernels of GPUs alone."""
 
-    def bytes(self, itemsize: int) -> int:
+    def bytes(self, itemsize: int, device: str = "cuda") -> int:
         """All of them; a number in the network's dtype has `itemsize` bytes."""
-        return itemsize * self.own + 4 * (self.fp32 + (self.casts if itemsize < 4 else 0))
+        own = self.own + (self.on_gpus if device == "cuda" else 0)
+        return itemsize * own + 4 * (self.fp32 + (self.casts if itemsize < 4 else 0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,6 +43,8 @@ class Need:
     """vLLM frees them while the trainer works. While vLLM works there are no gradients and activations."""
     teacher: Any = None
     """Config of another frozen model beside it."""
+    device: str = "cuda"
+    """Its type decides what layers keep for the backward."""
 
     def beside(self, rollout: RolloutSettings, gpu: int) -> Self:
         """With the engine of `rollout` on the same GPU, which has `gpu` bytes (0: a CPU)."""
@@ -59,6 +61,7 @@ class Need:
             moments=self.optim.moments,
             reference=self.reference,
             recompute=self.optim.recompute,
+            device=self.device,
         )
         own = 4 if self.optim.precision == "float32" else 2
         parts["teacher"] = own * shape(self.teacher).parameters.total if self.teacher else 0
@@ -126,7 +129,7 @@ def check_memory(
     gpu = torch.cuda.mem_get_info(place.device)[1] if on_gpu else 0
     config = config_of(model) if isinstance(model, Path) else model
     teacher = config_of(reference) if isinstance(reference, Path) else None
-    need = Need(config, optim, tokens, reference is True, teacher=teacher)
+    need = Need(config, optim, tokens, reference is True, device=place.device.type, teacher=teacher)
     need = need.beside(rollout, gpu) if rollout else need
     try:
         total = need.total()

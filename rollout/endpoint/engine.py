@@ -194,7 +194,7 @@ class EndpointEngine(RolloutEngine):
         """One rollout; what is strange about it goes into `odd`. Its seed is a hash of (seed, index, sample),
         of 31 bits, which every server takes."""
         name = f"{params.seed} {params.first_index + index} {sample}".encode()
-        text = self.tokenizer.decode(list(prompt.token_ids), clean_up_tokenization_spaces=False)
+        text = str(self.tokenizer.decode(list(prompt.token_ids), clean_up_tokenization_spaces=False))
         messages = [{"role": "user", "content": text}]
         if template_named(prompt.template).chat:  # a think tag may follow, which is the server's to open
             messages, _ = json.JSONDecoder().raw_decode(text)

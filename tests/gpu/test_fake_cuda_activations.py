@@ -96,8 +96,8 @@ def test_layers_keep_what_the_sizes_say(name, device, dtype, recompute):
         (few, _), (many, config) = (kept(name, layers, *options) for layers in (FEW, MANY))
     a_layer = (many - few) / (MANY - FEW)
     precision = "float32" if dtype == torch.float32 else "bfloat16"
-    said = training_bytes(config, tokens=tokens, precision=precision, recompute=recompute)
+    said = training_bytes(config, tokens=tokens, precision=precision, recompute=recompute, device=device)
     if recompute:  # the inputs of all layers, and all of the one whose backward runs
-        said["activations"] -= tokens * max(of.bytes(dtype.itemsize) for of in shape(config).kept)
+        said["activations"] -= tokens * max(of.bytes(dtype.itemsize, device) for of in shape(config).kept)
     layers = len(shape(config).kept)
     assert a_layer == pytest.approx(said["activations"] / layers, rel=0.15)

@@ -39,8 +39,10 @@ def one_by_one(experts, u, ids, g):
     return torch.stack(out)
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "one at a time"])
 @pytest.mark.parametrize("align", [1, 64])
-def test_experts_equal_a_loop_over_tokens(align, monkeypatch):
+def test_experts_equal_a_loop_over_tokens(align, turns, monkeypatch):
+    monkeypatch.setattr(moe, "one_at_a_time", lambda u, pairs, experts: turns)
     monkeypatch.setattr(moe, "alignment", lambda u: align)
     experts, u, ids, g = made()
     ours, want = experts(u, ids, g), one_by_one(experts, u, ids, g)
@@ -52,6 +54,12 @@ def test_experts_equal_a_loop_over_tokens(align, monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
 
 
+def test_experts_run_one_at_a_time_where_each_has_work():
+    assert moe.one_at_a_time(torch.zeros(1), 32 * 5, 5)
+    assert not moe.one_at_a_time(torch.zeros(1), 32 * 5 - 1, 5)
+    assert not moe.one_at_a_time(torch.zeros(1, device="meta"), 10**6, 5)
+
+
 def test_rows_are_filled_up_on_a_cpu_in_bf16_alone():
     """A GPU would wait for the host to count them."""
     many = torch.zeros(moe.BF16_PAD_FROM, 1, dtype=torch.bfloat16)
@@ -60,7 +68,9 @@ def test_rows_are_filled_up_on_a_cpu_in_bf16_alone():
     assert moe.alignment(many.to("meta")) == 1
 
 
-def test_bf16_experts_are_near_fp64():
+@pytest.mark.parametrize("turns", [False, True], ids=["all at once", "one at a time"])
+def test_bf16_experts_are_near_fp64(turns, monkeypatch):
+    monkeypatch.setattr(moe, "one_at_a_time", lambda u, pairs, experts: turns)
     experts, u, ids, g = made()
     want = experts(u, ids, g)
     wide = torch.autograd.grad(want.square().sum(), [u, g, *experts.parameters()])

@@ -135,10 +135,11 @@ def test_the_small_presets_need_less_than_a_gigabyte(preset):
             assert need.total() < 1e9
 
 
-def test_a_cpu_is_asked_for_what_it_takes(monkeypatch):
+def test_a_cpu_is_asked_for_what_its_own_layers_keep(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1_000)
-    need = Need(MOONLIGHT_16B, OptimSettings(), 4096).total() / 1e9
-    with pytest.raises(UserError, match=f"needs at least {need:.1f} GB"):
+    on_cpu, on_gpu = (Need(MOONLIGHT_16B, OptimSettings(), 4096, device=d) for d in ("cpu", "cuda"))
+    assert on_cpu.total() < on_gpu.total()
+    with pytest.raises(UserError, match=f"needs at least {on_cpu.total() / 1e9:.1f} GB"):
         check_memory(MOONLIGHT_16B, CPU, OptimSettings(), 4096)
 
 
