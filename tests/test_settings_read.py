@@ -154,7 +154,7 @@ FLAGS = {
     "sft": "--threads 1 --init-from {policy} --curated 10 --samples-from= --epochs 1",
     "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2 --problems {data}/aime24.jsonl",
     "smollm2": "--threads 1 --gguf {policy}/config.json",
-    "distill": "--threads 1 --corpus {corpus} --init-from {student} --steps 1",
+    "distill": "--threads 1 --corpus {corpus} --init-from {student} --steps 1 --optim.lr 1e-3",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
     " --data {data} --seed 3 --engine native --dtype bfloat16 --template r1 --samples 2 --max-batch 3"
     " --max-tokens 5 --temperature 0.5 --top-p 0.9 --top-k 7 --allow-unsafe-code --max-error-share 0.9",
