@@ -182,8 +182,10 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
     lora = lora_config(config.lora_rank)
     init = run_dir.model_input(config.init_from)
     tokenizer = speaking(init)
-    rate = config.optim.lr or rate_for(first_weights(config, init))
-    jobs = planned(config, replace(config.optim, lr=rate), tokenizer, run_dir)
+    optim = config.optim
+    if not optim.lr:
+        optim = replace(optim, lr=rate_for(first_weights(config, init)))
+    jobs = planned(config, optim, tokenizer, run_dir)
     first, total = 0, sum(job.steps for job in jobs)
     for job in jobs:
         if (run_dir.path / job.label / "model").is_dir():

@@ -161,7 +161,7 @@ FLAGS = {
     "sft": "--threads 1 --init-from {policy} --curated 10 --samples-from= --epochs 1",
     "reject": "--threads 1 --init-from {policy} --pool 4 --samples 2 --problems {data}/aime24.jsonl",
     "smollm2": "--threads 1 --gguf {policy}/config.json",
-    "distill": "--threads 1 --corpus {corpus} --init-from {dense} --steps 1",
+    "distill": "--threads 1 --corpus {corpus} --init-from {dense} --steps 1 --optim.lr 1e-3",
     "on_policy": "--threads 1 --init-from {dense} --teacher {policy} --steps 2 --pool 8 --divergence jsd"
     " --prompts-per-step 2 --minibatches 1 --eval-problems 2 --problems generator:sum {data}/aime24.jsonl",
     "eval": "--threads 1 --models a={policy} --heldout-count 2 --extra-benchmarks {data}/aime24.jsonl"
