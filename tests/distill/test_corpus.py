@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.corpus import apart_from, plain_rows, read_solutions, worked_rows, worked_steps
+from distill.corpus import apart_from, plain_rows, worked_rows
 from pipeline.data.corpus import Row
 from pipeline.data.rows import ALL_ROWS
+from pipeline.data.solutions import read_solutions, worked_steps
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
 from rewards.maths.extract import final_answer
