@@ -88,6 +88,15 @@ STAGES = (
           "summary.json and report.html of the whole run", ("eval",), extends=True),
 )
 
+
+def chain() -> set[str]:
+    """Names of the stages of `r1`: the report and all that it may read, directly or not."""
+    found = {"report"}
+    for stage in reversed(STAGES):
+        found |= set(stage.after) if stage.name in found else set()
+    return found
+
+
 COMMANDS = (
     Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True),
     Command("grade", GradeSettings, "pipeline.tools.grade",

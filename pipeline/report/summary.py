@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.data.jsonl import read_log
 from pipeline.run.files import read_json, read_toml
 from pipeline.run.metrics import GLOSSARY, GLOSSARY_FILE
-from pipeline.table import STAGES
+from pipeline.table import STAGES, chain
 
 KEYS = ("pass@1", "n", "interval", "format_rate", "language_consistency", "mean_tokens")
 """What summary.json holds of each model's scores on a benchmark."""
@@ -32,11 +32,11 @@ class StageRecord:
 
 
 def read_stages(folder: Path) -> list[StageRecord]:
-    """The stages of the run that were begun, in the chain's order, without the report."""
+    """The stages of the chain that were begun, in its order, without the report."""
     found = []
     for stage in STAGES:
         path = folder / stage.name
-        if stage.name == "report" or not (path / "config.toml").is_file():
+        if stage.name not in chain() - {"report"} or not (path / "config.toml").is_file():
             continue
         done, env = read_json(path / "done.json"), read_json(path / "env.json")
         config = read_toml(path / "config.toml")

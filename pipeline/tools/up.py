@@ -1,9 +1,8 @@
 """`python -m pipeline up STAGE`: make a stage and, first, the stages that it needs. `make STAGE` calls it.
 
-The graph is `Stage.after` in the stage table, less the stages that a preset has no config for; `r1` is what
-`report` needs. The configs alone do not define it: `report` reads the scores of `eval` without a setting for
-it, and `eval` scores the models that exist. A test holds the two together: what a config names (`init_from`,
-...) is in `after`.
+The graph is `Stage.after` in the stage table, less the stages that a preset has no config for. The configs
+alone do not define it: `report` reads the scores of `eval` without a setting for it, and `eval` scores the
+models that exist. A test holds the two together: what a config names (`init_from`, ...) is in `after`.
 
 A stage is made when its done.json exists. Age does not count. Each stage runs in a process of its own, which
 returns its memory and passes on its exit code. One whose engine is vLLM runs in the environment that has it.
@@ -29,7 +28,7 @@ from pipeline.run.metrics import say
 from pipeline.settings.evaluate import EvalSettings
 from pipeline.settings.rollouts import GeneratingSettings
 from pipeline.settings.tools import UpSettings
-from pipeline.table import STAGES, Stage
+from pipeline.table import STAGES, Stage, chain
 
 TABLE = {stage.name: stage for stage in STAGES}
 ALL = ("r1", "all")
@@ -82,11 +81,10 @@ def stages_of(preset: str) -> list[Stage]:
     return [stage for stage in STAGES if Path("configs", preset, f"{stage.name}.toml").is_file()]
 
 
-def needs(stage: Stage, here: list[Stage], all_of_them: bool = False) -> list[Stage]:
-    """What must be made before `stage` in a preset with the stages `here`; or all that it can read."""
+def needs(stage: Stage, here: list[Stage]) -> list[Stage]:
+    """What must be made before `stage` in a preset with the stages `here`."""
     before = [other for other in here if other.name in stage.after]
-    public = [] if all_of_them else [other for other in before if other.public]
-    return public or before
+    return [other for other in before if other.public] or before
 
 
 def plan(up: UpSettings, flags: list[str]) -> list[Step]:
@@ -103,15 +101,14 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
     for file in sorted(run.glob("*/config.toml")) if up.seed is not None else ():
         if (begun := read_toml(file).get("seed")) != up.seed:
             raise UserError(f"{file} has seed {begun}, not {up.seed}; take another --name")
-    last = [stage for stage in here if stage.name == "report"] or here
-    planned = [*(last if complete else ()), *(TABLE[goal] for goal in goals)]
+    planned = [TABLE[goal] for goal in goals]
+    planned += [stage for stage in here if complete and stage.name in chain() and stage not in planned]
     shared = ["--name", up.name, "--runs", str(up.runs)]
     shared += [] if up.seed is None else ["--seed", str(up.seed)]
     files = {stage: Path("configs", up.preset, f"{stage.name}.toml") for stage in here}
     for stage in planned:  # one that samples a served model needs no other's
         if stage.name not in goals or engine_of(load(stage, files[stage], [*shared, *flags])) != "endpoint":
-            before = needs(stage, here, all_of_them=bool(complete))
-            planned += [other for other in before if other not in planned]
+            planned += [other for other in needs(stage, here) if other not in planned]
     steps = []
     for stage in (s for s in here if s in planned):
         goal = stage.name in goals
