@@ -15,6 +15,6 @@ def run(config: StudentSettings, run_dir: RunDir) -> None:
     speaker = run_dir.model_input(config.tokenizer_from)
     with loading(speaker):
         tokenizer = load_tokenizer(speaker)
-    own = {"max_position_embeddings": max(2048, config.max_length), "tie_word_embeddings": True}
-    shape = LlamaConfig(**shape_of(config, tokenizer, LlamaConfig), **own)
+    own = shape_of(config, tokenizer, LlamaConfig) | {"tie_word_embeddings": True}
+    shape = LlamaConfig(**own, max_position_embeddings=max(2048, config.max_length))
     pretrain(config, run_dir, tokenizer, shape, lambda: DensePolicy(LlamaForCausalLM(shape)))
