@@ -1,7 +1,5 @@
 """Stage `student`: a small dense Llama, pretrained on the base's documents, for `distill` to teach."""
 
-from typing import Any
-
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.dense import DensePolicy
@@ -17,6 +15,6 @@ def run(config: StudentSettings, run_dir: RunDir) -> None:
     speaker = run_dir.model_input(config.tokenizer_from)
     with loading(speaker):
         tokenizer = load_tokenizer(speaker)
-    own: dict[str, Any] = {"max_position_embeddings": max(2048, config.max_length), "tie_word_embeddings": True}
-    shape = LlamaConfig(**shape_of(config, tokenizer, LlamaConfig), **own)
+    own = shape_of(config, tokenizer, LlamaConfig) | {"tie_word_embeddings": True}
+    shape = LlamaConfig(**own, max_position_embeddings=max(2048, config.max_length))
     pretrain(config, run_dir, tokenizer, shape, lambda: DensePolicy(LlamaForCausalLM(shape)))
