@@ -36,8 +36,8 @@ LENGTHS = [(2, 3), (1, 7), (5, 1), (3, 4), (2, 9)]
 
 def rows() -> list[tuple[list[int], list[int]]]:
     """Random ids, an eos in each prompt and at each end."""
-    draw = torch.Generator().manual_seed(0)
-    some = [torch.randint(2, 300, (p + c,), generator=draw).tolist() for p, c in LENGTHS]
+    rng = torch.Generator().manual_seed(0)
+    some = [torch.randint(2, 300, (p + c,), generator=rng).tolist() for p, c in LENGTHS]
     return [([1, *ids[1:p]], [*ids[p:-1], 1]) for ids, (p, _) in zip(some, LENGTHS, strict=True)]
 
 
