@@ -111,7 +111,7 @@ LINES = [
     ("up", "STAGE"),
     ("up nope", "nope"),
     ("up zero --preset nope", "nope"),
-    ("up zero --jobs 0", "jobs"),
+    ("up zero --jobs -1", "jobs"),
     ("up zero --typo 3", "--typo"),
     ("up zero --name a/b", "name"),
     ("up zero --seed x", "--seed"),
