@@ -28,6 +28,7 @@ from pipeline.stages.grpo import RoundTrainer, train_rounds
 from pipeline.train.learner import sampling_metrics
 from pipeline.train.losses import Terms
 from pipeline.train.pack import Batch, Micro, pack, rollout_weights
+from pipeline.train.place import device_named
 from pipeline.train.policy import loading
 from pipeline.train.rollouts import example
 from rollout import local
@@ -52,6 +53,7 @@ class Student(RoundTrainer):
 
     def __init__(self, config: OnPolicySettings, run_dir: RunDir) -> None:
         """Raises `UserError`, for a teacher of another vocabulary too."""
+        device_named(config.device)  # refuse it before a model is opened
         start, path = run_dir.model_input(config.init_from), run_dir.model_input(config.teacher)
         with loading(start):
             own = load_tokenizer(start)

@@ -83,7 +83,7 @@ STAGES = (
           ("grpo2", "student", "distill", "on_policy", "student_rl", "distill_rl"), extends=True),
     Stage("eval", EvalSettings, "pipeline.stages.evaluate",
           "score every model of the chain on every benchmark",
-          ("pretrain", "zero", "sft", "grpo", "sft2", "grpo2", "smollm2", "distill"), extends=True),
+          ("pretrain", "zero", "sft", "grpo", "reject", "sft2", "grpo2", "smollm2", "distill"), extends=True),
     Stage("report", ReportSettings, "pipeline.stages.report",
           "summary.json and report.html of the whole run", ("eval",), extends=True),
 )

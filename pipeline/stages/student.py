@@ -6,12 +6,14 @@ from model.dense import DensePolicy
 from pipeline.run.directory import RunDir
 from pipeline.settings.supervised import StudentSettings
 from pipeline.stages.pretrain import pretrain, shape_of
+from pipeline.train.place import device_named
 from pipeline.train.policy import loading
 from rollout.text.tokenizer import load_tokenizer
 
 
 def run(config: StudentSettings, run_dir: RunDir) -> None:
     """Train from fresh weights; leave `model/`."""
+    device_named(config.device)  # refuse it before a model is opened
     speaker = run_dir.model_input(config.tokenizer_from)
     with loading(speaker):
         tokenizer = load_tokenizer(speaker)

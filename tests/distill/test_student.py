@@ -82,7 +82,8 @@ def test_student_and_control_learn_on_equal_budgets_and_load(distill: Distill, t
     for label, template in (("student", "r1"), ("plain", "plain")):
         model = AutoModelForCausalLM.from_pretrained(folder / label / "model")
         tokenizer = AutoTokenizer.from_pretrained(folder / label / "model")
-        assert json.loads((folder / label / "model" / "pipeline.json").read_text()) == {"template": template}
+        about = json.loads((folder / label / "model" / "pipeline.json").read_text())
+        assert about == {"template": template, "tokens": {"trained": about["tokens"]["trained"]}}
         assert (folder / label / "model" / "README.md").read_text().startswith("# tiny: distilled")
         assert (
             model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id

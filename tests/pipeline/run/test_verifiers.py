@@ -86,7 +86,7 @@ def test_a_verifier_that_always_fails_stops_an_evaluation_with_exit_code_3(tmp_p
     (tmp_path / "broken.jsonl").write_text("\n".join(map(json.dumps, rows)))
     scripted(lambda question, sample: "```python\nx = 1\n```")
     line = ["evaluate", "--model", stub(template="r1"), "--benchmark", tmp_path / "broken.jsonl"]
-    line += ["--out", tmp_path / "out", "--max-tokens", "40"]
+    line += ["--out", tmp_path / "out", "--max-tokens", "40", "--samples", "1"]
     assert main([*map(str, line)]) == 3
     said = capsys.readouterr().err
     assert "stopped: evaluate: the verifier failed for 100% of 3 rollouts" in said and "never asked" in said

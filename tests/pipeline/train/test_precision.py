@@ -56,7 +56,7 @@ def test_float32_has_the_bits_of_a_plain_loop_that_knows_no_precisions():
         assert p.data_ptr() == q.data_ptr() and p.is_contiguous()  # no copy: AdamW makes none either
         assert p.grad is None and q.grad is None
     assert not any(isinstance(m, fp8.Fp8Linear | fp8.Fp8Experts) for m in it.policy.modules())
-    assert set(it.state_dict()) == {"policy", "adamw", "updates", "guard"}
+    assert set(it.state_dict()) == {"policy", "adamw", "updates", "early", "guard"}
 
 
 @pytest.mark.parametrize("precision", HALF)
