@@ -89,14 +89,6 @@ STAGES = (
 )
 
 
-def chain() -> set[str]:
-    """Names of the stages of `r1`: the report and all that it may read, directly or not."""
-    found = {"report"}
-    for stage in reversed(STAGES):
-        found |= set(stage.after) if stage.name in found else set()
-    return found
-
-
 COMMANDS = (
     Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True),
     Command("grade", GradeSettings, "pipeline.tools.grade",
@@ -112,3 +104,11 @@ COMMANDS = (
     Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )
 # fmt: on
+
+
+def recipe() -> set[str]:
+    """Names of the stages of `r1`: the report and all that it may read, directly or not."""
+    found = {"report"}
+    for stage in reversed(STAGES):
+        found |= set(stage.after) if stage.name in found else set()
+    return found

@@ -37,7 +37,7 @@ FLAGS = {
     "on_policy": f"--init-from {{base}} {RL}",
     "distill": "--init-from {base} --max-length 256 --tokens-per-step 512 --micro-batches 2 --steps 2",
     "eval": "--models base={base} zero=zero dev1=sft dev2=grpo dev3=sft2 r1=grpo2 student=distill/student"
-    " --benchmarks sums=generator:sum --heldout-count 2 --samples 1 --completions 4 --max-tokens 6"
+    " --benchmarks sums=generator:sum --heldout-count 2 --samples 1 --max-tokens 6"
     " --engine auto",
     "report": "--transcript-models base r1",
 }

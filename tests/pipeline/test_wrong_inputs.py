@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from tests.pipeline import typed, wrong
+from tests.pipeline import typed, wrong, wrong_scores
 from tests.pipeline.evaluation.made_up import evaluation
 from tests.small import llama, random_policy
 
@@ -284,12 +284,12 @@ def test_grade_answers_every_line(here, run, what):
     assert {row["verdict"] for row in rows} <= {"error"}
 
 
-@pytest.mark.parametrize("damage", wrong.EVALUATIONS)
+@pytest.mark.parametrize("damage", wrong_scores.EVALUATIONS)
 def test_a_damaged_evaluation_is_named(here, run, damage):
     for name in ("right", "wrong"):
         evaluation(here / "ev" / name, [[True], [False]] * 3)
     assert run("compare ev/right ev/wrong --out page.html") == (CORRECT, "")
-    wrong.EVALUATIONS[damage](here / "ev" / "wrong")
+    wrong_scores.EVALUATIONS[damage](here / "ev" / "wrong")
     for line in ("compare ev/right ev/wrong", "compare ev/wrong ev/right"):
         refused(run(line), "ev/wrong")
     assert run("leaderboard ev --json all.json") == (CORRECT, "")

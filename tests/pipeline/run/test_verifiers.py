@@ -90,5 +90,5 @@ def test_a_verifier_that_always_fails_stops_an_evaluation_with_exit_code_3(tmp_p
     assert main([*map(str, line)]) == 3
     said = capsys.readouterr().err
     assert "stopped: evaluate: the verifier failed for 100% of 3 rollouts" in said and "never asked" in said
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "scores.json").exists()
     assert main([*map(str, line), "--max-error-share", "1"]) == 0

@@ -385,20 +385,3 @@ def test_sigterm_ends_the_running_stage_too(here):
     process.terminate()
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM and len(calls()) == 1, out
-
-
-def test_ctrl_c_to_up_alone_reaches_a_real_stage_which_saves(tmp_path):
-    """The real thing: `pretrain` of the micro preset saves where it is, and `--resume` finds it."""
-    line = ["up", "zero", "--preset", "micro", "--runs", str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([REAL_PYTHON, "-m", "pipeline", *line], cwd=ROOT, **pipes) as process:
-        metrics = tmp_path / "micro/pretrain/metrics.jsonl"
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert "Ctrl-C: finishing this step" in out and "everything is saved" in out and "Traceback" not in out
-    assert (tmp_path / "micro/pretrain/latest").exists() and not (tmp_path / "micro/zero").exists()
