@@ -71,7 +71,9 @@ def evaluate(
     folder = Folder(config.out, inputs, replace_changed)
     earlier = folder.earlier()
     if earlier and copies != notes_of(earlier):
-        return folder.finish([row for row, _ in read_generations(folder.rows)], copies)
+        return folder.finish(
+            [row for row, _ in read_generations(folder.rows, len(found), config.samples)], copies
+        )
     return earlier or complete(config, found, shots, folder, copies, pause)
 
 
@@ -142,7 +144,7 @@ def complete(
                 for rows in parts.graded(sampled, done):
                     folder.append(rows)
                     pause()
-            kept = read_generations(folder.rows)
+            kept = read_generations(folder.rows, len(found), config.samples)
             check_errors("evaluate", [graded for _, graded in kept], config.max_error_share)
             return folder.finish([row for row, _ in kept], copies)
 
