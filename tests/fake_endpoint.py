@@ -60,6 +60,16 @@ class FakeEndpoint:
                 self.at_once -= 1
 
 
+def send(handler: BaseHTTPRequestHandler, status: int, headers: dict[str, str], data: bytes) -> None:
+    """Send a reply."""
+    handler.send_response(status)
+    own = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+    for name, value in (own | headers).items():
+        handler.send_header(name, value)
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
 @contextmanager
 def running(fake: FakeEndpoint) -> Iterator[str]:
     """The address of `fake` while it runs."""
@@ -71,16 +81,7 @@ def running(fake: FakeEndpoint) -> Iterator[str]:
             if found is None:
                 fake.ended.wait()
                 return
-            status, headers, data = found
-            self.send_response(status)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(data)),
-                **headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            send(self, *found)
 
         do_GET = do_POST
 

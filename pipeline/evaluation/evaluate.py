@@ -36,6 +36,7 @@ from pipeline.tools.open import check_model, naming, open_speaker
 from pipeline.train.place import device_named
 from rewards.reward import Scorer
 from rollout.checkpoint import context_of
+from rollout.endpoint.engine import address
 from rollout.engine import RolloutEngine
 from rollout.text.templates import next_question
 from rollout.text.tokenizer import Shots, completion_text, template_hash
@@ -43,6 +44,8 @@ from rollout.types import Graded, Problem, Prompt, Rollout
 
 ROOM = 16
 """Tokens that a prompt must leave free in the model's context."""
+IN_LINE = 4
+"""Requests to an endpoint that are in line for each one in flight: it idles while the last of them end."""
 CODE = ("model", "rollout", "rewards", "pipeline")
 """Packages that an evaluation runs."""
 
@@ -71,7 +74,9 @@ def evaluate(
     folder = Folder(config.out, inputs, replace_changed)
     earlier = folder.earlier()
     if earlier and copies != notes_of(earlier):
-        return folder.finish([row for row, _ in read_generations(folder.rows)], copies)
+        return folder.finish(
+            [row for row, _ in read_generations(folder.rows, len(found), config.samples)], copies
+        )
     return earlier or complete(config, found, shots, folder, copies, pause)
 
 
@@ -105,6 +110,7 @@ def made_with(config: EvaluateSettings) -> JsonObject:
     code = sorted((str(f.relative_to(root)), sha256(f)) for top in CODE for f in (root / top).rglob("*.py"))
     threads = config.threads or (1 if config.workers else torch.get_num_threads())
     own = {"device": str(device_named(config.device)), "threads": threads, "max_batch": config.max_batch}
+    own |= {"address": address()} if config.engine == "endpoint" else {}
     return {"code_sha256": digest(code), **{name: env[name] for name in seen}, **own}
 
 
@@ -124,6 +130,9 @@ def complete(
     scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=config.allow_unsafe_code)
     check_sandbox("evaluate", scorer.pool, found, config.allow_unsafe_code)
     size = max(1, config.save_every // config.samples)
+    window = len(found) if config.workers or config.vllm.data_parallel > 1 else size
+    if config.engine == "endpoint":
+        size, window = 1, max(size, IN_LINE * config.endpoint.in_flight // config.samples)
     engine, tokenizer = open_speaker(config, config.workers, task_prompts=size)
     with closing(engine), scorer:
         with naming(config.model):
@@ -132,7 +141,7 @@ def complete(
             names = sorted({p.template for p in prompts})
             templates = {n: template_hash(tokenizer, n, shots if n in shown else ()) for n in names}
             context = (config.engine != "endpoint" and context_of(config.model)) or sys.maxsize
-        parts = Parts(config, engine, tokenizer, scorer, prompts, size, context)
+        parts = Parts(config, engine, tokenizer, scorer, prompts, size, window, context)
         with folder.growing(templates, made_with(config)):
             done = folder.resume([end * config.samples for end in parts.ends])
             label = f"{config.benchmark}: {config.samples} samples a problem, {'+'.join(templates)}"
@@ -142,7 +151,7 @@ def complete(
                 for rows in parts.graded(sampled, done):
                     folder.append(rows)
                     pause()
-            kept = read_generations(folder.rows)
+            kept = read_generations(folder.rows, len(found), config.samples)
             check_errors("evaluate", [graded for _, graded in kept], config.max_error_share)
             return folder.finish([row for row, _ in kept], copies)
 
@@ -157,6 +166,8 @@ class Parts:
     scorer: Scorer
     prompts: Sequence[Prompt]
     size: int
+    window: int  # questions of a request: in this process a part, so that nothing else shares its batch; of
+    # workers, which have a part at a time, all; of an endpoint enough to keep its requests in flight
     context: int  # the model's, tokens
 
     @property
@@ -170,19 +181,16 @@ class Parts:
         return [*self.fits[self.size :: self.size], len(self.prompts)]
 
     def sampled(self, part: int) -> Iterator[Rollout]:
-        """The rollouts of all parts from `part` on; `index` counts the questions that fit. In this process a
-        request is one part, so that nothing else shares its batch; of workers each has a part at a time."""
+        """The rollouts of all parts from `part` on; `index` counts the questions that fit."""
         config, sent = self.config, [self.prompts[i] for i in self.fits]
         limit = min(config.max_tokens, self.context - min((len(p.token_ids) for p in sent), default=0))
         params = config.params(n=config.samples, seed=config.seed, max_tokens=limit)
         marks = {next_question(p.template) for p in sent} if config.shots else set[str]()
         params = replace(params, stop=tuple(sorted(marks - {""})))
-        pooled = config.workers or config.vllm.data_parallel > 1
-        most = len(sent) if pooled else self.size
-        for first in range(part * self.size, len(sent), max(1, most)):
+        for first in range(part * self.size, len(sent), self.window):
             with naming(config.model):
                 own = replace(params, first_index=first)
-                for rollout in self.engine.generate(sent[first : first + most], own):
+                for rollout in self.engine.generate(sent[first : first + self.window], own):
                     yield replace(rollout, index=first + rollout.index)
 
     def graded(self, rollouts: Iterable[Rollout], part: int) -> Iterator[list[JsonObject]]:

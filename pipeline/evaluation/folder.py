@@ -170,6 +170,8 @@ def read_record(folder: Path) -> JsonObject | None:
         return None
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else {"a file"}
     record = read_json(folder / ("inputs.json" if "inputs.json" in names else "scores.json"))
+    if "graded_again" in record:
+        raise UserError(f"{folder} holds completions graded again, not an evaluation; take another --out")
     if isinstance(inputs := record.get("inputs"), dict):
         return inputs
     begun = folder / "generations.jsonl"

@@ -7,10 +7,11 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.data.jsonl import JsonObject, located, write_jsonl
+from pipeline.data.jsonl import JsonObject, write_jsonl
 from pipeline.errors import UserError
 from pipeline.evaluation.folder import write_scores
 from pipeline.evaluation.parts import notes_of
+from pipeline.evaluation.saved import read_rows
 from pipeline.run.files import damaged, read_json, replacing, write_atomic
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.tools import GradeSettings
@@ -45,11 +46,10 @@ def marks(graded: Graded, mode: Mode) -> JsonObject:
     return {"extracted": answer, **said}
 
 
-def read_generations(file: Path) -> list[tuple[JsonObject, Graded]]:
-    """Each row and the completion that it holds, less its tokens.
-    Raises `UserError`: the file cannot be read, or a row is none of ours."""
+def read_generations(file: Path, n: int, k: int) -> list[tuple[JsonObject, Graded]]:
+    """Each row and the completion that it holds, less its tokens. Raises `UserError`: as `read_rows`."""
     found = []
-    for where, row in located(file):
+    for number, row in enumerate(read_rows(file, n, k), 1):
         try:
             tests = (
                 [StdioTest(**t) if isinstance(t, dict) else t for t in row["tests"]]
@@ -58,13 +58,14 @@ def read_generations(file: Path) -> list[tuple[JsonObject, Graded]]:
             )
             asked = row["id"], row["kind"], row["question"], row["answer"], tuple(tests)
             prompt = Prompt(
-                Problem(*asked, row["source"], row["language"], row.get("shown", 0), row["labels"]), "", ()
+                Problem(*asked, row["source"], row["language"], row.get("shown", 0), dict(row["labels"])),
+                "",
+                (),
             )
             rollout = Rollout(prompt, row["index"], row["sample"], (), (), row["finish_reason"])
             graded = Graded(rollout, row["text"], row["parts"], 0.0, row["verdict"], row["detail"])
-        except (KeyError, TypeError) as error:
-            way = "evaluate again into another --out"
-            raise UserError(f"{where} is no complete row of an evaluation ({error}); {way}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(file, f"row {number}: {error}") from error
         found.append((row, graded))
     return found
 
@@ -81,16 +82,12 @@ def regrade(config: GradeSettings) -> dict[str, Any]:
         raise UserError(f"grade: {what}")
     record, old = read_json(source / "inputs.json"), read_json(source / "scores.json")
     try:
-        expected = record["inputs"]["problems"] * record["inputs"]["samples"]
+        n, k = record["inputs"]["problems"], record["inputs"]["samples"]
     except (KeyError, TypeError):
         raise UserError(
             f"grade: {source} is no folder of an evaluation: no inputs.json that is one"
         ) from None
-    rows, new = read_generations(source / "generations.jsonl"), list[JsonObject]()
-    if len(rows) != expected:
-        raise UserError(
-            f"grade: {source} has {len(rows)} of {expected} completions; finish the evaluation first"
-        )
+    rows, new = read_generations(source / "generations.jsonl", n, k), list[JsonObject]()
     with Scorer({"accuracy": 1.0}, mode=config.mode, allow_unsafe_code=unsafe) as scorer:
         check_sandbox("grade", scorer.pool, [g.rollout.prompt.problem for _, g in rows], unsafe)
         for first in range(0, len(rows), AT_ONCE):
@@ -106,8 +103,6 @@ def regrade(config: GradeSettings) -> dict[str, Any]:
             write_jsonl(partial / "generations.jsonl", new)
             write_atomic(partial / "inputs.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
             result = write_scores(partial, new, record, notes_of(old))
-    except ValueError as error:
-        raise damaged(source / "generations.jsonl", error) from error
     except OSError as error:
         raise UserError(f"grade: cannot write {out}: {error.strerror}") from error
     print(f"grade: {changed} of {len(new)} verdicts changed", file=sys.stderr)

@@ -11,6 +11,7 @@ from pipeline.run.files import damaged, read_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Whole = Annotated[int, Field(ge=0)]
+AGAIN = "its `evaluate` command, given again, goes on"
 NAMES = ("benchmark", "problems_sha256", "model")
 
 
@@ -32,7 +33,7 @@ ROW = shape(
     "row of generations.jsonl",
     **{"index": Whole, "sample": Whole, "id": str, "question": str, "answer": str | None, "text": str},
     **{"verdict": Literal["correct", "incorrect", "error"], "detail": str, "tokens": Whole},
-    finish_reason=str | None,
+    **{"finish_reason": str | None, "extracted": str | None, "kind": str, "parts": dict[str, float]},
 )
 
 
@@ -41,7 +42,7 @@ def read_scores(folder: Path) -> JsonObject:
     file = folder / "scores.json"
     if not file.is_file():
         if (folder / "generations.jsonl").is_file():
-            raise UserError(f"{folder} is not finished: its `evaluate` command, given again, goes on")
+            raise UserError(f"{folder} is not finished: {AGAIN}")
         below = ", ".join(sorted(str(f.parent) for f in folder.glob("*/scores.json"))[:8])
         way = f"one of {below}" if below else "an --out folder of `evaluate`"
         raise UserError(f"{folder} is no evaluation, it has no scores.json; name {way}")
@@ -50,17 +51,27 @@ def read_scores(folder: Path) -> JsonObject:
     return found
 
 
-def read_questions(folder: Path, scores: JsonObject) -> list[list[JsonObject]]:
-    """The samples of each question, in order, n k. Raises `UserError`: generations.jsonl is damaged, or does
-    not hold the samples that the scores are of."""
-    file, rows = folder / "generations.jsonl", list[JsonObject]()
+def read_rows(file: Path, n: int, k: int) -> list[JsonObject]:
+    """The rows of generations.jsonl, the k samples of each of n questions, in order.
+    Raises `UserError`: the file cannot be read, or holds anything else."""
+    rows = list[JsonObject]()
     for place, row in located(file):
         check(ROW, row, file, f"{place.removeprefix(f'{file}:')}: ")
         rows.append(row)
-    n, k = scores["n"], scores["k"]
     rows.sort(key=lambda row: (row["index"], row["sample"]))
     if [(row["index"], row["sample"]) for row in rows] != [(i, j) for i in range(n) for j in range(k)]:
-        raise damaged(file, f"{len(rows)} rows, which are not {k} samples of each of {n} questions")
+        what = f"{len(rows)} rows, which are not {k} samples of each of {n} questions"
+        if not (file.parent / "scores.json").exists():
+            raise UserError(f"{file} has {what}: {AGAIN}")
+        raise damaged(file, what)
+    return rows
+
+
+def read_questions(folder: Path, scores: JsonObject) -> list[list[JsonObject]]:
+    """The samples of each question, in order, n k. Raises `UserError`: as `read_rows`, or generations.jsonl
+    does not hold the samples that the scores are of."""
+    file, n, k = folder / "generations.jsonl", scores["n"], scores["k"]
+    rows = read_rows(file, n, k)
     right = sum(row["verdict"] == "correct" for row in rows)
     if abs(right / (n * k) - scores["pass@1"]) > 1e-9:
         raise damaged(file, f"{right} of {n * k} are right, where scores.json has {scores['pass@1']:.4f}")

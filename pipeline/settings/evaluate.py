@@ -45,7 +45,8 @@ class BenchmarkSettings(TruncatedSampling, GradingSettings):
     save_every: Samples = 256
     """Completions that are generated together, graded and saved; a killed run loses at most these. Their
     rounding depends on their company, so a folder keeps it. The engine waits for the longest of them: for
-    long completions more are faster (tiny model, 1,280 completions: 256 take 5 % more than all, 64 79 %)."""
+    long completions more are faster (tiny model, 1,280 completions: 256 take 5 % more than all, 64 79 %).
+    Of an endpoint each question is saved."""
     workers: Annotated[int, Range(0, 4_096)] = 0
     """Engines in processes of their own, on Ray (extra `cluster`), each with `threads` threads and, where the
     device is a GPU, a GPU of its own; any number gives the same bytes. 0 = one engine in this process."""
@@ -125,6 +126,13 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     """Of the sampling."""
     problems_seed: Seed = 1
     """Of a generator's problems."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.workers and self.engine == "endpoint":
+            raise ValueError(
+                f"workers={self.workers} must be 0 with engine endpoint: set endpoint.in_flight."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import queue
 import reprlib
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -38,9 +39,11 @@ REASONS: dict[str, FinishReason] = {
 }
 NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "exceeded_current_quota_error")
 """Codes of a status 429 that no waiting mends."""
+LONGEST = 16 << 20
+"""Bytes of an answer."""
 ADVICE = {
     0: "check OPENAI_BASE_URL and the server, or raise endpoint.timeout_s",
-    400: "choose another value; endpoint.send_seed false sends no seed",
+    400: "choose another value; endpoint.no-send-seed sends no seed",
     401: "set OPENAI_API_KEY",
     402: "the quota is used up: add to it, or take another OPENAI_API_KEY",
     404: "take a model that it has; OPENAI_BASE_URL mostly ends in /v1",
@@ -58,11 +61,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def address() -> str:
-    """Where requests go, without credentials. Raises `ValueError`: no address."""
+    """Where requests go, without credentials. Raises `ValueError`: no address, or none of the web."""
     url = os.environ.get("OPENAI_BASE_URL")
     if not url and not os.environ.get("OPENAI_API_KEY"):
         raise ValueError("engine endpoint needs OPENAI_BASE_URL, such as http://127.0.0.1:8000/v1.")
     parts = urlsplit(url or "https://api.openai.com/v1")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("it must begin with http://HOST or https://HOST")
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
@@ -73,6 +78,18 @@ def no_quota(response: Any) -> bool:
         response.headers["x-should-retry"] = "false"
         return True
     return bool(response.status_code == 402)
+
+
+def read_bounded(response: Any) -> None:
+    """Read a response as its `read` does, but for no longer than its timeout, which alone is one for each
+    piece: a server may send spaces forever to keep the connection. Raises `ValueError`: it is longer."""
+    pieces, size, end = [], 0, time.monotonic() + response.request.extensions["timeout"]["read"]
+    for piece in response.iter_bytes():
+        pieces.append(piece)
+        size += len(piece)
+        if size > LONGEST or time.monotonic() > end:
+            raise ValueError(f"without an end, {size} bytes so far")
+    response._content = b"".join(pieces)
 
 
 def completion(text: str) -> tuple[str, int | None, str]:
@@ -121,7 +138,7 @@ class EndpointEngine(RolloutEngine):
             if not (key.isascii() and key.isprintable()):
                 raise ValueError("the key is not printable ASCII")
             self.address = address()
-            http = openai.DefaultHttpxClient(event_hooks={"response": [no_quota]})
+            http = openai.DefaultHttpxClient(event_hooks={"response": [read_bounded, no_quota]})
             retries, timeout = self.settings.retries, self.settings.timeout_s
             self.client = openai.OpenAI(api_key=key, http_client=http, max_retries=retries, timeout=timeout)
         except Exception as error:  # of the client, its transport, or the encoding
@@ -130,7 +147,8 @@ class EndpointEngine(RolloutEngine):
     def died(self, error: Any, body: dict[str, Any]) -> EngineDied:
         """What happened to a request, and what to do, in one line."""
         status = getattr(error, "status_code", 0)
-        said = " ".join(str(getattr(error, "message", error)).split())[:300]
+        said, key = str(getattr(error, "message", error)), self.client.api_key
+        said = " ".join((said.replace(key, "KEY") if len(key) > 5 else said).split())[:300]
         what = f"failed after {self.settings.retries} retries"
         if status and no_quota(error.response):
             status, what = 402, "refuses more requests"

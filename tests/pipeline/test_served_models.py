@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,35 @@ def test_evaluate_scores_a_served_model(serve, here, capsys):
     assert main(EVALUATE.split()) == 0 and len(fake.bodies) == asked == 12, "the scores in the folder hold"
 
 
+def test_requests_overlap_whatever_is_saved_together(serve, here):
+    """One slow question of twelve: meanwhile all others are asked, and what came before it is saved."""
+    seen = []
+
+    def says(body, n):
+        if body["messages"][0]["content"].startswith("3+3"):
+            while len(fake.bodies) < 12:
+                time.sleep(0.01)
+            seen.append(len(Path("scores/generations.jsonl").read_text().splitlines()))
+        return solve(body, n)
+
+    fake = serve(says)
+    assert main([*EVALUATE.split(), "--save-every", "2", "--endpoint.in-flight", "3"]) == 0
+    assert len(fake.bodies) == 12 and max(seen) == 4
+
+
+def test_what_was_sampled_is_kept_question_by_question(serve, here, capsys):
+    """A server fails in the middle, and another goes on: that is recorded."""
+    one = [*EVALUATE.split(), "--endpoint.in-flight", "1", "--endpoint.retries", "0"]
+    fake = serve(lambda body, n: error(500, "broken") if n >= 7 else solve(body, n))
+    assert main(one) == 2 and "broken" in capsys.readouterr().err
+    assert len(Path("scores/generations.jsonl").read_text().splitlines()) == 6
+    again = serve(solve)
+    assert main(one) == 0 and len(again.bodies) == 6
+    assert "another address than before" in capsys.readouterr().out
+    made = json.loads(Path("scores/inputs.json").read_text())["made_with"]
+    assert len({m["address"] for m in made}) == 2 and len(fake.bodies) == 8
+
+
 def test_generate_has_no_token_ids_to_give(serve, here):
     serve(lambda body, n: chat(f"said {body['messages'][0]['content']}"))
     Path("prompts.jsonl").write_text('{"prompt": "hello"}\n')
@@ -197,6 +227,7 @@ def test_generate_has_no_token_ids_to_give(serve, here):
     ("line", "says"),
     [
         ("chat --model m --engine endpoint", "see generate"),
+        (f"{EVALUATE} --workers 2", "workers=2 must be 0 with engine endpoint"),
         ("serve --model m --engine endpoint --port 0", "see generate"),
         (
             "generate --model m --engine endpoint --prompts ids.jsonl --out o.jsonl",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -143,7 +143,7 @@ FAULTS = {
     "quota": (error(429, "You exceeded it", code="insufficient_quota"), 1, ["quota is used up"]),
     "quota by type": (error(429, "Exceeded", type="insufficient_quota", code="429"), 1, ["quota is used up"]),
     "balance": (error(402, "Insufficient Balance"), 1, ["quota is used up", "Insufficient Balance"]),
-    "key": (error(401, "no such key"), 1, ["refuses the key", "OPENAI_API_KEY"]),
+    "key": (error(401, "no such key: secret"), 1, ["refuses the key", "such key: KEY", "OPENAI_API_KEY"]),
     "model": (error(404, "no such model"), 1, ["has no model m, but m, other"]),
     "server": (error(500, "out of memory"), 2, ["failed after 1 retries", "out of memory", "see the server"]),
     "page of a proxy": ((502, HTML, b"<html>bad gateway</html>"), 2, ["failed after 1 retries", "502"]),
@@ -162,7 +162,7 @@ FAULTS = {
     "garbage for gzip": ((200, {"Content-Encoding": "gzip"}, b"no gzip"), 2, ["after 1 retries"]),
     "param is a list": (error(400, "what?", param=[1]), 1, ["refuses [1]: ", "what?"]),
     "no answer": (None, 2, ["timed out", "raise endpoint.timeout_s"]),
-    "seed": (error(422, "extra input", param="seed"), 1, ["refuses seed=", "endpoint.send_seed false"]),
+    "seed": (error(422, "extra input", param="seed"), 1, ["refuses seed=", "endpoint.no-send-seed"]),
     "temperature": (error(400, "Unsupported value: 'temperature'"), 1, ["refuses temperature=0.6"]),
     "context": (error(400, "max_tokens is too large: 50"), 1, ["refuses max_tokens=50", "too large"]),
 }  # fmt: skip
@@ -180,6 +180,26 @@ def test_each_fault_is_one_line_and_what_was_sampled_is_kept(start, name):
     assert kept == [0, 1] and len(fake.bodies) == 2 + requests
     assert all(part in text for part in says) and "\n" not in text and len(text) < 600, text
     assert engine.address in text and "secret" not in text
+
+
+@pytest.mark.parametrize("pause", [0.1, 0.0])
+def test_an_answer_without_end_is_given_up(start, monkeypatch, pause):
+    """Spaces, as some servers send to keep the connection open: for longer than timeout_s, or too many."""
+
+    def send(self, status, headers, data):
+        self.send_response(status)
+        self.end_headers()
+        with suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b" " * (1 << 20))
+                time.sleep(pause)
+
+    _, engine = start(lambda body, n: (200, {}, b""), timeout_s=0.5 if pause else 60, retries=0)
+    monkeypatch.setattr("tests.fake_endpoint.send", send)
+    began = time.monotonic()
+    with pytest.raises(EngineDied, match=r"answers without an end, \d+ bytes so far; see the server"):
+        list(engine.generate(prompts("a"), ONCE))
+    assert time.monotonic() - began < 3
 
 
 def test_a_fault_that_passes_costs_nothing(start):
@@ -233,7 +253,8 @@ def ask_once() -> None:
     [
         ("", "", "needs OPENAI_BASE_URL"),
         ("http://127.0.0.1:9/v1", "", "Connection error"),
-        ("127.0.0.1:9/v1", "", "Connection error"),
+        ("me:hid@127.0.0.1:9/v1", "", "cannot be used: it must begin with http://HOST or https://HOST$"),
+        ("ftp://127.0.0.1/v1", "", "it must begin with http"),
         ("http://[bad", "", "OPENAI_BASE_URL"),
         (
             "http://127.0.0.1:9/v1",

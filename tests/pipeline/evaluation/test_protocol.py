@@ -262,6 +262,18 @@ def test_another_corpus_is_another_note_and_no_other_completion(settings, script
     assert "contamination" not in evaluate(settings(benchmark=benchmark, samples=1)) and len(engines) == 1
 
 
+def test_another_corpus_is_no_score_of_fewer_questions(settings, scripted, contaminated):
+    """Rows that were lost since: named, where two of three questions would give a score too."""
+    benchmark, corpus = contaminated
+    scripted(lambda question, sample: "The answer is 2.")
+    evaluate(settings(benchmark=benchmark, samples=1))
+    rows = (settings().out / "generations.jsonl").read_text().splitlines(keepends=True)
+    for left in (rows[:2], rows[:1] + rows[2:], rows[::-1][:2]):
+        (settings().out / "generations.jsonl").write_text("".join(left))
+        with pytest.raises(UserError, match="2 rows, which are not 1 samples of each of 3 questions"):
+            evaluate(settings(benchmark=benchmark, corpus=(corpus,), samples=1))
+
+
 def test_a_corpus_that_cannot_be_read_is_named(settings, scripted, tmp_path, capsys):
     engines = scripted(lambda question, sample: "2")
     empty = write(tmp_path / "empty.jsonl", [])

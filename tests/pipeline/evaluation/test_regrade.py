@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -60,17 +61,25 @@ def test_what_cannot_be_graded_again_is_named(folder, tmp_path, capsys):
 
     refused("--kind is for lines", "--kind", "math")
     (folder / "generations.jsonl").write_text("".join(rows[:7]))
-    refused("has 7 of 10 completions; finish the evaluation first")
+    refused("7 rows, which are not 2 samples of each of 5 questions")
     lost = [json.dumps({k: v for k, v in json.loads(row).items() if k != "tests"}) + "\n" for row in rows]
     (folder / "generations.jsonl").write_text("".join(lost))
-    refused("is no complete row of an evaluation ('tests')")
+    refused("row 9: 'tests'")
     (folder / "generations.jsonl").write_text("".join(rows[:9] + rows[:1]))
-    refused("every question needs equally many samples")
+    refused("10 rows, which are not 2 samples")
     (folder / "inputs.json").unlink()
     refused("is no folder of an evaluation")
     new.mkdir()
     (new / "mine").touch()
     assert main(["grade", str(folder), str(new)]) == 2 and "name a new folder" in capsys.readouterr().err
+
+
+def test_a_graded_folder_is_no_evaluation_to_go_on_with(folder, tmp_path, sums):
+    new = tmp_path / "new"
+    assert main(["grade", str(folder), str(new), "--mode", "strict"]) == 0
+    own = json.loads((folder / "inputs.json").read_text())["inputs"]
+    with pytest.raises(UserError, match="holds completions graded again"):
+        evaluate(EvaluateSettings(model=Path(own["model"]), benchmark=str(sums), out=new, samples=2))
 
 
 # ---- agreement with labels from elsewhere
