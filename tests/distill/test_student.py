@@ -228,22 +228,23 @@ def test_the_models_context_and_vocabulary_bound_the_rows(
     """Rotary positions go on past the context and learned ones do not; no embedding has more rows."""
     tokenizer = load_tokenizer(toy / "start")
     rows = (json.loads(line) for line in (toy / "corpus.jsonl").open())
-    sizes = [len(sum(encode_example(tokenizer, r["question"], "r1", r["completion"]), [])) for r in rows]
-    for context in (60, 5):
+    pairs = (encode_example(tokenizer, row["question"], "r1", row["completion"]) for row in rows)
+    sizes = [len(prompt) + len(completion) for prompt, completion in pairs]
+    for context in (40, 5):
         shape = {"n_positions": context, "n_embd": 32, "n_layer": 1, "n_head": 2}
         start = tmp_path / str(context)
         GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(start)
         tokenizer.save_pretrained(start)
-    distill(init_from=str(tmp_path / "60"), steps=1, plain_control=False)
-    fit = sum(size <= 60 for size in sizes)
+    distill(init_from=str(tmp_path / "40"), steps=1, plain_control=False)
+    fit = sum(size <= 40 for size in sizes)
     assert 0 < fit < 200 and f"student: {fit} rows" in capsys.readouterr().out
-    with pytest.raises(UserError, match="none of 200 rows of .* fits the model's context of 5 tokens"):
+    with pytest.raises(UserError, match=r"none of 200 rows of .* fits the model's context of 5 tokens"):
         distill(name="short", init_from=str(tmp_path / "5"))
     small = len(tokenizer) - 40
     few = LlamaConfig(vocab_size=small, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    LlamaForCausalLM(few).save_pretrained(tmp_path / "60")
+    LlamaForCausalLM(few).save_pretrained(tmp_path / "40")
     with pytest.raises(UserError, match=f"beyond the model's vocabulary of {small}; take") as error:
-        distill(name="small", init_from=str(tmp_path / "60"))
+        distill(name="small", init_from=str(tmp_path / "40"))
     assert str(error.value).count("beyond") == 1
 
 
