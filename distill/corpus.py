@@ -36,7 +36,9 @@ from pipeline.run.directory import RunDir
 from pipeline.run.files import replacing
 from pipeline.run.metrics import say
 from pipeline.settings.distill import DistillSettings
+from pipeline.train.policy import loading
 from rewards.maths.extract import last_boxed, outside_think
+from rollout.checkpoint import context_and_vocabulary
 from rollout.text.templates import template_named
 from rollout.types import Problem
 
@@ -88,21 +90,25 @@ def texts(config: DistillSettings, run_dir: RunDir) -> Dataset:
 
 
 def tokenized(
-    label: str, template: str, rows: Iterable[Row], tokenizer: Any, config: DistillSettings
+    label: str, template: str, rows: Iterable[Row], tokenizer: Any, config: DistillSettings, init: Path
 ) -> Iterator[dict[str, Any]]:
-    """Rows as token ids; too long ones are dropped and counted. The lengths go to the console."""
-    longest, every, sizes = config.max_completion or config.max_length, 0, list[int]()
-    for row, prompt, completion in encoded(rows, tokenizer, template, config):
+    """Rows as token ids; those too long for the settings or for the model at `init` are dropped and counted.
+    The lengths go to the console."""
+    with loading(init):
+        most, vocabulary = context_and_vocabulary(init, config.max_length)
+    longest, every, sizes = config.max_completion or most, 0, list[int]()
+    for row, prompt, completion in encoded(rows, tokenizer, template, config, vocabulary):
         size, every = len(prompt) + len(completion), every + 1
-        if size <= config.max_length and len(completion) <= longest:
+        if size <= most and len(completion) <= longest:
             sizes.append(size)
             words = f"{config.seed} {' '.join(row.question.lower().split())}"
             key = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7])
             labels = [IGNORE] * len(prompt) + completion
             yield {"input_ids": prompt + completion, "labels": labels, "question": key}
     if not sizes:
-        where = ", ".join(config.corpus)
-        raise UserError(f"none of {every} rows of {where} fits max_length={config.max_length}; raise it")
+        where, limit = ", ".join(config.corpus), f"max_length={config.max_length}; raise it"
+        limit = limit if most == config.max_length else f"the model's context of {most} tokens"
+        raise UserError(f"none of {every} rows of {where} fits {limit}")
     dropped = f"; dropped {every - len(sizes)} too long ones" if len(sizes) < every else ""
     middle, most = np.quantile(sizes, [0.5, 0.9])
     spread = f"mean {np.mean(sizes):.0f}, median {middle:.0f}, 90 % at most {most:.0f}, longest {max(sizes)}"

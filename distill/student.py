@@ -48,7 +48,7 @@ from rollout.text.tokenizer import ASSISTANT, CHAT_TEMPLATE, TAGS, USER, chat_te
 
 
 def planned(
-    config: DistillSettings, optim: StudentOptimSettings, tokenizer: Any, run_dir: RunDir
+    config: DistillSettings, optim: StudentOptimSettings, tokenizer: Any, run_dir: RunDir, init: Path
 ) -> list[Job]:
     """What is trained, in this order: the student; its control, if asked for. The first `eval_rows` rows by
     the hash of their question, and all others of the same questions, are held out of both."""
@@ -58,7 +58,7 @@ def planned(
     for label, template in learned:
         some: Iterable[Row] = (Row(**row) for row in corpus)
         some = plain_rows(some) if label == "plain" else some
-        rows = stored(run_dir, label, tokenized(label, template, some, tokenizer, config), IDS)
+        rows = stored(run_dir, label, tokenized(label, template, some, tokenizer, config, init), IDS)
         lengths = pc.list_value_length(rows.data["input_ids"]).to_pylist()
         keys = rows.data["question"].to_numpy()
         if config.eval_rows and not jobs:
@@ -185,7 +185,7 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
     optim = config.optim
     if not optim.lr:
         optim = replace(optim, lr=rate_for(first_weights(config, init)))
-    jobs = planned(config, optim, tokenizer, run_dir)
+    jobs = planned(config, optim, tokenizer, run_dir, init)
     first, total = 0, sum(job.steps for job in jobs)
     for job in jobs:
         if (run_dir.path / job.label / "model").is_dir():

@@ -88,6 +88,8 @@ class Watch(TrainerCallback):
         """Start the clock; loading a checkpoint is not part of the first step. It restores the learning rate
         and the intervals that it was saved with, and the job's may be others now."""
         self.logged, self.started = state.global_step, time.monotonic()
+        if not ranks.rank():
+            self.run_dir.metrics.begin(self.first + self.logged)
         state.compute_steps(args, state.max_steps)
         if state.best_global_step:  # its folder by the path of then
             state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")

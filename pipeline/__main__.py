@@ -43,10 +43,11 @@ def run_stage(stage: Stage, argv: list[str]) -> int:
     config = load(stage, file, argv)
 
     from pipeline.run.directory import open_run  # after --help: it reads versions and hashes
+    from pipeline.run.ranks import together
 
     kept = [arg for arg in argv if arg not in ("--resume", "--no-resume")]
     again = command_line(stage.name, *(["--config", str(file)] if file else []), *kept)
-    with open_run(stage, config, again) as run_dir:
+    with together(again), open_run(stage, config, again) as run_dir:
         if run_dir is not None:
             import_module(stage.module).run(config, run_dir)
     return 0

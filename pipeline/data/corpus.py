@@ -69,12 +69,14 @@ def corpus_rows(source: Path | str, rows: RowSettings = ALL_ROWS) -> Iterator[Ro
         if row:
             found = True
             yield row
+        else:
+            left["traces that are not complete, or not right,"] += 1
     tally.settle()
     if left:
         told = ", ".join(f"{what} of {number}" for what, number in sorted(left.items()))
         print(f"{source}: left out {told} of its {tally.total} rows")
     if not found:
-        raise UserError(f"{source} has no rows with a complete trace")
+        raise UserError(f"{source} has no rows with a complete trace: thinking, </think>, an answer")
 
 
 def sampled(rows: Iterable[Row], count: int, rng: random.Random) -> list[Row]:
@@ -158,8 +160,9 @@ def canonical(text: str) -> tuple[str, str] | None:
     """A trace in R1's format, and its answer; None of one that is not complete."""
     text = MARKS.sub(lambda mark: f"<{'' if mark[1] else '/'}think>" if mark[2] else "", text)
     thought, _, rest = text.strip().removeprefix("<think>").partition("</think>")
-    trace = tagged(thought.strip(), rest.strip())
-    return (trace, rest.strip()) if split_blocks(trace) and rest.strip() else None
+    rest = re.sub(r"<answer>(.*)</answer>", r"\1", rest.strip(), flags=re.DOTALL).strip()
+    trace = tagged(thought.strip(), rest)
+    return (trace, rest) if split_blocks(trace) and rest else None
 
 
 def write_corpus(path: Path, rows: Iterable[Row]) -> None:

@@ -67,16 +67,20 @@ def fitting(
 
 
 def encoded(
-    rows: Iterable[Row], tokenizer: Tokenizer, template: str, settings: RowSettings
+    rows: Iterable[Row], tokenizer: Tokenizer, template: str, settings: RowSettings, vocabulary: int
 ) -> Iterator[tuple[Row, list[int], list[int]]]:
-    """Each row that the template fits, with its prompt and completion ids; others are left out and counted.
-    Raises `UserError`: they are more than `settings` allows."""
+    """Each row that the template and the model's `vocabulary` fit, with its prompt and completion ids; others
+    are left out and counted. Raises `UserError`: they are more than `settings` allows."""
 
     def ids(row: Row, _: int) -> tuple[Row, list[int], list[int]]:
         try:
-            return row, *encode_example(tokenizer, row.question, template, row.completion)
+            prompt, completion = encode_example(tokenizer, row.question, template, row.completion)
         except ValueError as error:
             raise BadRow(f"does not fit template {template}: {error}") from error
+        if max(prompt + completion) >= vocabulary:
+            agree = "take a checkpoint whose tokenizer and weights agree"
+            raise BadRow(f"has token ids beyond the model's vocabulary of {vocabulary}; {agree}")
+        return row, prompt, completion
 
     tally = Tally("the corpus", settings)
     yield from (found for _, found in tally.usable(((f"the row {row.id!r}", row) for row in rows), ids))

@@ -119,13 +119,13 @@ class Tally:
 
     def __init__(self, source: str, settings: RowSettings) -> None:
         self.source, self.most = source, settings.max_bad_rows
-        self.total, self.count, self.named = 0, 0, list[str]()
+        self.total, self.count, self.named = 0, 0, dict[str, list[str]]()
 
     def bad(self, where: str, why: str) -> None:
         """Count a bad row."""
         self.count += 1
-        if len(self.named) < FEW:
-            self.named.append(f"{where}: {why}")
+        if self.count <= FEW:
+            self.named.setdefault(why, []).append(where)
 
     def usable(self, rows: Iterable[Located], convert: Callable[[Any, int], T]) -> Iterator[tuple[str, T]]:
         """Each row's place and what `convert` makes of row and index; `BadRow`s are counted."""
@@ -140,12 +140,13 @@ class Tally:
 
     def settle(self) -> None:
         """Say how many rows were left out. Raises `UserError`: they are all rows, or more than the bound."""
+        named = [f"{', '.join(places)}: {why}" for why, places in self.named.items()]
         few = min(FEW, self.total // 2) if self.most else 0
         most = self.most if self.most >= 1 else max(self.most * self.total, few)
         if self.count and self.count > min(most, self.total - 1):
             more = f" ({self.count} bad rows of {self.total})" if self.count > 1 else ""
             advice = f"; --max-bad-rows {self.count} leaves them out" if self.count < self.total else ""
-            advice = advice or "; --fields names keys that are called otherwise" * (": no " in self.named[0])
-            raise UserError("; ".join(self.named) + more + advice)
+            advice = advice or "; --fields names keys that are called otherwise" * (": no " in named[0])
+            raise UserError("; ".join(named) + more + advice)
         if self.count:
-            print(f"{self.source}: left out {self.count} of {self.total} rows; the first: {self.named[0]}")
+            print(f"{self.source}: left out {self.count} of {self.total} rows; the first: {named[0]}")

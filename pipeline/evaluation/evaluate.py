@@ -144,7 +144,8 @@ def complete(
         parts = Parts(config, engine, tokenizer, scorer, prompts, size, window, context)
         with folder.growing(templates, made_with(config)):
             done = folder.resume([end * config.samples for end in parts.ends])
-            label = f"{config.benchmark}: {config.samples} samples a problem, {'+'.join(templates)}"
+            times = f"{config.samples} sample{'s' * (config.samples > 1)} a problem"
+            label = f"{config.benchmark}: {times}, {'+'.join(templates)}"
             print(f"evaluate {config.model}: {label}", file=sys.stderr, flush=True)
             sampled = watched(parts.sampled(done), label, folder.count, folder.total)
             with closing(sampled):

@@ -245,7 +245,8 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                     yield run
                 finish(run)
             except UserError:
-                forget_if_empty(run, used)
+                if ranks.world() == 1:  # the others may still read there
+                    forget_if_empty(run, used)
                 if not run.went_on:
                     for path, data in before.items():
                         write_atomic(path, data)

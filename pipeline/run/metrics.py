@@ -105,9 +105,9 @@ class MetricsLog:
         """Accept the metrics of `glossary`, name: one line, too. Its new lines go to `GLOSSARY_FILE`."""
         self.own |= {key: line for key, line in glossary.items() if explained(key) not in GLOSSARY}
 
-    def begin(self) -> None:
-        """The first step starts now; time before it, such as loading, is not counted in it."""
-        self.loop_began = time.monotonic()
+    def begin(self, done: int | None = None) -> None:
+        """The step after `done` starts now; time before it, such as loading, is not counted in it."""
+        self.loop_began, self.first = time.monotonic(), self.first if done is None else done
 
     @property
     def elapsed_s(self) -> float:

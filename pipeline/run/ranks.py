@@ -5,9 +5,13 @@ on goes through the functions here, which every rank calls in the same order.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+from pipeline.errors import Stopped
 
 
 def rank() -> int:
@@ -27,6 +31,18 @@ def join(cpu: bool) -> None:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+@contextmanager
+def together(command: str) -> Iterator[None]:
+    """Within it, a process that finds another one gone raises `Stopped`; only the other knows the reason."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        why = "another process of this run has ended; its own line has the reason"
+        raise Stopped(f"rank {rank()}: {why}. Mend that, then: {command} --resume") from error
 
 
 def wait() -> None:

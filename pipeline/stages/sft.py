@@ -62,7 +62,7 @@ def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
 
 
 def examples(
-    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings, positions: int
+    rows: list[Row], tokenizer: PreTrainedTokenizerFast, config: SftSettings, positions: int, vocabulary: int
 ) -> list[Encoded]:
     """Rows encoded, 5 bytes a token; scored is the completion, its end included. A row that is longer than
     `max_length` or the model's `positions` is left out and counted.
@@ -72,7 +72,7 @@ def examples(
     """
     out: list[Encoded] = []
     most, too_long = min(config.max_length, positions), 0
-    for _, prompt, completion in encoded(rows, tokenizer, config.template, config):
+    for _, prompt, completion in encoded(rows, tokenizer, config.template, config, vocabulary):
         if len(prompt) + len(completion) <= most:
             ids = np.array(prompt + completion, np.int32)
             out.append((ids, np.arange(len(ids)) >= len(prompt)))
@@ -117,7 +117,8 @@ def tuned(config: SftSettings, run_dir: RunDir) -> tuple[Policy, PreTrainedToken
     policy, tokenizer = load_policy(start, place.device)
     rows = gather(config, run_dir)
     run_dir.record_rows("the corpus of this stage", rows)
-    encoded = examples(rows, tokenizer, config, policy.config.max_position_embeddings)
+    shape = policy.config
+    encoded = examples(rows, tokenizer, config, shape.max_position_embeddings, shape.vocab_size)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     updates = sum(1 for _ in epoch_batches(encoded, config, place.micro_tokens(config)))
     packed = epoch_batches(encoded, config, place.micro_tokens(config))  # one at a time: weights take memory

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -89,6 +90,28 @@ def test_two_processes_do_what_one_does(distill: Callable[..., Path], toy: Path,
     assert not any(
         torch.equal(mine[name], start) for name, start in load_file(toy / "start/model.safetensors").items()
     )
+
+
+@pytest.mark.parametrize("how", ["refused", "killed"])
+def test_a_process_that_is_left_alone_stops_by_name(how: str, toy: Path, tmp_path: Path) -> None:
+    """Not with a page of a collective's own; what the one that ended says is found among the lines."""
+    config = tmp_path / "teach.toml"
+    config.write_text(TEACH.format(toy=toy, runs=tmp_path).replace("steps = 40", "steps = 4000"))
+    ranks = start(config, "one", *(["--eval-rows", "900"] if how == "refused" else []))
+    log = tmp_path / "one/distill/metrics.jsonl"
+    while not (log.is_file() and log.read_text()) and all(process.poll() is None for process in ranks):
+        time.sleep(0.05)
+    if how == "killed":
+        ranks[1].kill()
+    said = [process.communicate()[0] for process in ranks]
+    codes = [process.returncode for process in ranks]
+    assert codes == ([2, 3] if how == "refused" else [3, -9]) or codes == [2, 2], said
+    assert not any("Traceback" in text for text in said)
+    if how == "refused":
+        assert "eval_rows=900 of 200 rows leave none to learn" in said[0]
+    else:
+        assert "stopped: rank 0: another process of this run has ended" in said[0]
+        assert f"--config {config} --name one --resume" in said[0]
 
 
 def test_other_stages_say_that_they_compute_in_one_process(tmp_path: Path) -> None:

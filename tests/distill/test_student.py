@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,15 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+)
 
 from distill.batches import plan
 from distill.student import first_weights, lora_config
@@ -24,7 +33,7 @@ from pipeline.run.directory import RunDir
 from pipeline.run.guard import Guard
 from pipeline.settings.common import GuardSettings
 from pipeline.settings.distill import DistillSettings, StudentOptimSettings
-from rollout.text.tokenizer import encode_example
+from rollout.text.tokenizer import encode_example, load_tokenizer
 
 Distill = Callable[..., Path]
 
@@ -212,6 +221,49 @@ def test_too_long_rows_are_counted(distill: Distill, capsys: pytest.CaptureFixtu
     assert "too long ones" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"none of 200 rows of .* fits"):
         distill(name="none", max_length=5, steps=1)
+
+
+def test_the_models_context_and_vocabulary_bound_the_rows(
+    distill: Distill, toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rotary positions go on past the context and learned ones do not; no embedding has more rows."""
+    tokenizer = load_tokenizer(toy / "start")
+    rows = (json.loads(line) for line in (toy / "corpus.jsonl").open())
+    pairs = (encode_example(tokenizer, row["question"], "r1", row["completion"]) for row in rows)
+    sizes = [len(prompt) + len(completion) for prompt, completion in pairs]
+    for context in (40, 5):
+        shape = {"n_positions": context, "n_embd": 32, "n_layer": 1, "n_head": 2}
+        start = tmp_path / str(context)
+        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape)).save_pretrained(start)
+        tokenizer.save_pretrained(start)
+    distill(init_from=str(tmp_path / "40"), steps=1, plain_control=False)
+    fit = sum(size <= 40 for size in sizes)
+    assert 0 < fit < 200 and f"student: {fit} rows" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"none of 200 rows of .* fits the model's context of 5 tokens"):
+        distill(name="short", init_from=str(tmp_path / "5"))
+    small = len(tokenizer) - 40
+    few = LlamaConfig(vocab_size=small, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(few).save_pretrained(tmp_path / "40")
+    with pytest.raises(UserError, match=f"beyond the model's vocabulary of {small}; take") as error:
+        distill(name="small", init_from=str(tmp_path / "40"))
+    assert str(error.value).count("beyond") == 1
+
+
+def test_the_clock_of_each_student_starts_with_its_own_updates(
+    distill: Distill, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither preparation nor the other student's saving is time of a step."""
+    real, late = StudentTrainer.__init__, [0.0]
+    monkeypatch.setattr("pipeline.run.metrics.time.monotonic", lambda: time.perf_counter() + late[0])
+
+    def slow(self: StudentTrainer, *args: Any, **more: Any) -> None:
+        real(self, *args, **more)
+        late[0] += 5_000.0
+
+    monkeypatch.setattr(StudentTrainer, "__init__", slow)
+    distill(steps=2)
+    said = [line for line in capsys.readouterr().out.splitlines() if "s/step" in line]
+    assert len(said) == 4 and all(float(line.split(" s/step")[0].split()[-1]) < 1_000 for line in said)
 
 
 def test_bfloat16_trains_float32_weights(distill: Distill) -> None:

@@ -39,6 +39,7 @@ def hub(monkeypatch):
     "row",
     [
         {"problem": " 1+1? ", "generation": TRACE},
+        {"problem": "1+1?", "generation": TAGGED},
         {"question": "1+1?", "generations": ["I give up", TRACE, TRACE.replace("2", "3")]},
         {
             "problem": "1+1?",
@@ -78,9 +79,12 @@ def test_a_public_trace_becomes_ours_whatever_its_shape(hub, row):
         {"problem": "1+1?", "generations": [TRACE], "correctness_math_verify": [False]},
     ],
 )
-def test_a_trace_that_is_not_complete_or_not_right_is_left_out(hub, row):
+def test_a_trace_that_is_not_complete_or_not_right_is_left_out_and_counted(hub, row, capsys):
     hub(row, {"uuid": "good", "problem": "1+1?", "generation": TRACE})
     assert [found.id for found in read_corpus("hub:me/traces:train")] == ["good"]
+    assert (
+        "left out traces that are not complete, or not right, of 1 of its 2 rows" in capsys.readouterr().out
+    )
     hub(row)
     with pytest.raises(UserError, match="hub:me/traces:train has no rows with a complete trace"):
         read_corpus("hub:me/traces:train")

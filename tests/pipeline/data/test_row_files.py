@@ -80,6 +80,7 @@ def test_bad_rows_are_left_out_and_counted_up_to_a_share_or_a_number(tmp_path, c
             problems(str(file), rows=RowSettings(max_bad_rows=most))
         text = str(error.value)
         assert "rows.jsonl:601: not a line of JSON" in text and text.count("rows.jsonl:") == 3
+        assert text.count("not a line of JSON") == 1, "a reason is given once"
         assert "(7 bad rows of 807); --max-bad-rows 7 leaves them out" in text and "\n" not in text
 
 
