@@ -88,7 +88,6 @@ STAGES = (
           "summary.json and report.html of the whole run", ("eval",), extends=True),
 )
 
-
 COMMANDS = (
     Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True),
     Command("grade", GradeSettings, "pipeline.tools.grade",
