@@ -81,12 +81,9 @@ def regrade(config: GradeSettings) -> dict[str, Any]:
         )
         raise UserError(f"grade: {what}")
     record, old = read_json(source / "inputs.json"), read_json(source / "scores.json")
-    try:
-        n, k = record["inputs"]["problems"], record["inputs"]["samples"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"grade: {source} is no folder of an evaluation: no inputs.json that is one"
-        ) from None
+    if not isinstance(inputs := record.get("inputs"), dict) or not {"problems", "samples"} <= inputs.keys():
+        raise UserError(f"grade: {source} is no folder of an evaluation: no inputs.json that is one")
+    n, k = inputs["problems"], inputs["samples"]
     rows, new = read_generations(source / "generations.jsonl", n, k), list[JsonObject]()
     with Scorer({"accuracy": 1.0}, mode=config.mode, allow_unsafe_code=unsafe) as scorer:
         check_sandbox("grade", scorer.pool, [g.rollout.prompt.problem for _, g in rows], unsafe)

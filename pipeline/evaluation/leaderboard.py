@@ -49,13 +49,14 @@ def read_all(top: Path) -> tuple[dict[str, Scored], list[str]]:
 
 def incomparable(rows: Scored) -> Iterator[str]:
     """In what the evaluations of a benchmark differ beside the model, with those of each value."""
-    for key in ("problems", "template", "k", "temperature", "top_p", "max_tokens"):
+    for key in ("problems", "template", "k", "grading", "top_k", "temperature", "top_p", "max_tokens"):
         values = defaultdict[object, list[str]](list)
         for label, s in rows:
-            own = {
-                "problems": s["inputs"]["problems_sha256"][:8],
-                "template": s["template_hash"][:8],
+            own = {"problems": s["inputs"]["problems_sha256"][:8], "template": s["template_hash"][:8]}
+            own |= {
                 "k": s["k"],
+                "top_k": str(s["inputs"].get("top_k", 0)),
+                "grading": "strict" if "strict" in str(s.get("graded_again")) else "lenient",
             }
             values[(own | s["sampling"]).get(key)].append(label)
         if len(values) > 1:

@@ -131,9 +131,7 @@ class EndpointEngine(RolloutEngine):
         self.model, self.settings = str(model), settings.endpoint
         self.tokenizer = byte_tokenizer()
         self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
-        key = (
-            os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-        )  # local servers read none, the client does
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # the client needs one
         try:
             if not (key.isascii() and key.isprintable()):
                 raise ValueError("the key is not printable ASCII")
