@@ -89,7 +89,7 @@ STAGES = (
 )
 
 
-def stages_of_r1() -> set[str]:
+def chain() -> set[str]:
     """Names of the stages of `r1`: the report and all that it may read, directly or not."""
     found = {"report"}
     for stage in reversed(STAGES):

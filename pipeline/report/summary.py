@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.data.jsonl import read_log
 from pipeline.run.files import read_json, read_toml
 from pipeline.run.metrics import GLOSSARY, GLOSSARY_FILE
-from pipeline.table import STAGES, stages_of_r1
+from pipeline.table import STAGES, chain
 
 KEYS = ("pass@1", "n", "interval", "format_rate", "language_consistency", "mean_tokens")
 """What summary.json holds of each model's scores on a benchmark."""
@@ -36,7 +36,7 @@ def read_stages(folder: Path) -> list[StageRecord]:
     found = []
     for stage in STAGES:
         path = folder / stage.name
-        if stage.name not in stages_of_r1() - {"report"} or not (path / "config.toml").is_file():
+        if stage.name not in chain() - {"report"} or not (path / "config.toml").is_file():
             continue
         done, env = read_json(path / "done.json"), read_json(path / "env.json")
         config = read_toml(path / "config.toml")

@@ -28,7 +28,7 @@ from pipeline.run.metrics import say
 from pipeline.settings.evaluate import EvalSettings
 from pipeline.settings.rollouts import GeneratingSettings
 from pipeline.settings.tools import UpSettings
-from pipeline.table import STAGES, Stage, stages_of_r1
+from pipeline.table import STAGES, Stage, chain
 
 TABLE = {stage.name: stage for stage in STAGES}
 ALL = ("r1", "all")
@@ -102,7 +102,7 @@ def plan(up: UpSettings, flags: list[str]) -> list[Step]:
         if (begun := read_toml(file).get("seed")) != up.seed:
             raise UserError(f"{file} has seed {begun}, not {up.seed}; take another --name")
     planned = [TABLE[goal] for goal in goals]
-    planned += [stage for stage in here if complete and stage.name in stages_of_r1() and stage not in planned]
+    planned += [stage for stage in here if complete and stage.name in chain() and stage not in planned]
     shared = ["--name", up.name, "--runs", str(up.runs)]
     shared += [] if up.seed is None else ["--seed", str(up.seed)]
     files = {stage: Path("configs", up.preset, f"{stage.name}.toml") for stage in here}
