@@ -52,12 +52,9 @@ def incomparable(rows: Scored) -> Iterator[str]:
     for key in ("problems", "template", "k", "grading", "top_k", "temperature", "top_p", "max_tokens"):
         values = defaultdict[object, list[str]](list)
         for label, s in rows:
-            own = {"problems": s["inputs"]["problems_sha256"][:8], "template": s["template_hash"][:8]}
-            own |= {
-                "k": s["k"],
-                "top_k": str(s["inputs"].get("top_k", 0)),
-                "grading": "strict" if "strict" in str(s.get("graded_again")) else "lenient",
-            }
+            of, graded = s["inputs"], "strict" if "strict" in str(s.get("graded_again")) else "lenient"
+            own = {"problems": of["problems_sha256"][:8], "template": s["template_hash"][:8], "k": s["k"]}
+            own |= {"grading": graded, "top_k": str(of.get("top_k", 0))}
             values[(own | s["sampling"]).get(key)].append(label)
         if len(values) > 1:
             of = "; ".join(f"{value} in {', '.join(labels)}" for value, labels in values.items())

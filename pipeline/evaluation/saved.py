@@ -11,7 +11,7 @@ from pipeline.run.files import damaged, read_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Whole = Annotated[int, Field(ge=0)]
-AGAIN = "its `evaluate` command, given again, goes on"
+UNFINISHED = "is not finished: its `evaluate` command, given again, goes on"
 NAMES = ("benchmark", "problems_sha256", "model")
 
 
@@ -42,7 +42,7 @@ def read_scores(folder: Path) -> JsonObject:
     file = folder / "scores.json"
     if not file.is_file():
         if (folder / "generations.jsonl").is_file():
-            raise UserError(f"{folder} is not finished: {AGAIN}")
+            raise UserError(f"{folder} {UNFINISHED}")
         below = ", ".join(sorted(str(f.parent) for f in folder.glob("*/scores.json"))[:8])
         way = f"one of {below}" if below else "an --out folder of `evaluate`"
         raise UserError(f"{folder} is no evaluation, it has no scores.json; name {way}")
@@ -60,10 +60,8 @@ def read_rows(file: Path, n: int, k: int) -> list[JsonObject]:
         rows.append(row)
     rows.sort(key=lambda row: (row["index"], row["sample"]))
     if [(row["index"], row["sample"]) for row in rows] != [(i, j) for i in range(n) for j in range(k)]:
-        what = f"{len(rows)} rows, which are not {k} samples of each of {n} questions"
-        if not (file.parent / "scores.json").exists():
-            raise UserError(f"{file} has {what}: {AGAIN}")
-        raise damaged(file, what)
+        error = damaged(file, f"{len(rows)} rows, which are not {k} samples of each of {n} questions")
+        raise error if (file.parent / "scores.json").exists() else UserError(f"{file.parent} {UNFINISHED}")
     return rows
 
 
