@@ -61,9 +61,7 @@ def corpus_card(
     ]
     for table in tables:
         table.insert(1, ["---"] * len(table[0]))
-    lines = [
-        [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in table] for table in tables
-    ]
+    lines = [[" | ".join(str(c).replace("|", "\\|") for c in line) for line in table] for table in tables]
     text = "\n\n".join("\n".join(f"| {line} |" for line in table) for table in lines)
     most = len(str(len(rows))) - 3
     size = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")[min(4, max(0, most))]

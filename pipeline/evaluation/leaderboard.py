@@ -94,11 +94,8 @@ def harness_results(found: dict[str, Scored]) -> dict[str, dict[str, Any]]:
         model = models.setdefault(inputs["model"], about)
         task = f"{benchmark}@{label}" if benchmark in model.get("results", {}) else benchmark
         scores = {f"{key},none": s[key] for key in ("pass@k", "cons@k") if s[key] is not None}
-        error = s.get("stderr")
-        exact = {
-            "exact_match,none": s["pass@1"],
-            "exact_match_stderr,none": "N/A" if error is None else error,
-        }
+        error = "N/A" if s.get("stderr") is None else s["stderr"]
+        exact = {"exact_match,none": s["pass@1"], "exact_match_stderr,none": error}
         for key, value in {
             **{"results": {"alias": task, **exact, **scores}, "versions": inputs["problems_sha256"][:8]},
             **{"n-shot": inputs.get("shots", 0), "n-samples": {"original": s["n"], "effective": s["n"]}},

@@ -12,7 +12,6 @@ from pipeline.run.files import damaged, read_json
 Share = Annotated[float, Field(ge=0, le=1)]
 Whole = Annotated[int, Field(ge=0)]
 UNFINISHED = "is not finished: its `evaluate` command, given again, goes on"
-NAMES = ("benchmark", "problems_sha256", "model")
 
 
 def shape(name: str, **keys: Any) -> Any:
@@ -27,7 +26,7 @@ SCORES = shape(
     **{"interval": Annotated[list[Share], Field(min_length=2, max_length=2)], "verifier_failures": Whole},
     **{"mean_tokens": Annotated[float, Field(ge=0)] | None, "template_hash": str},
     **{"truncation_rate": Share | None, "sampling": dict[str, float]},
-    **{"inputs": shape("inputs", **dict.fromkeys(NAMES, str)), "cons@k": Share | None},
+    **{"inputs": shape("inputs", benchmark=str, problems_sha256=str, model=str), "cons@k": Share | None},
 )
 ROW = shape(
     "row of generations.jsonl",
@@ -68,8 +67,7 @@ def read_rows(file: Path, n: int, k: int) -> list[JsonObject]:
 def read_questions(folder: Path, scores: JsonObject) -> list[list[JsonObject]]:
     """The samples of each question, in order, n k. Raises `UserError`: as `read_rows`, or generations.jsonl
     does not hold the samples that the scores are of."""
-    file, n, k = folder / "generations.jsonl", scores["n"], scores["k"]
-    rows = read_rows(file, n, k)
+    rows = read_rows(file := folder / "generations.jsonl", n := scores["n"], k := scores["k"])
     right = sum(row["verdict"] == "correct" for row in rows)
     if abs(right / (n * k) - scores["pass@1"]) > 1e-9:
         raise damaged(file, f"{right} of {n * k} are right, where scores.json has {scores['pass@1']:.4f}")

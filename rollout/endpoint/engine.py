@@ -242,9 +242,8 @@ class EndpointEngine(RolloutEngine):
                 break
             except ValueError as error:
                 if not left:
-                    raise EngineDied(
-                        f"the endpoint {self.address} answers {error}; {ADVICE[500]}."
-                    ) from error
+                    said = f"the endpoint {self.address} answers {error}; {ADVICE[500]}."
+                    raise EngineDied(said) from error
         return self.answer(body, limit, more)
 
     def close(self) -> None:
