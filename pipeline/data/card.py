@@ -61,12 +61,9 @@ def corpus_card(
     ]
     for table in tables:
         table.insert(1, ["---"] * len(table[0]))
-    lines = [
-        [" | ".join(str(cell).replace("|", "\\|") for cell in line) for line in table] for table in tables
-    ]
+    lines = [[" | ".join(str(c).replace("|", "\\|") for c in line) for line in table] for table in tables]
     text = "\n\n".join("\n".join(f"| {line} |" for line in table) for table in lines)
-    size = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")[
-        min(4, max(0, len(str(len(rows))) - 3))
-    ]
+    most = len(str(len(rows))) - 3
+    size = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M")[min(4, max(0, most))]
     said = ", ".join(f"{column} {n:,}" for column, n in zip(COLUMNS, [*sizes.values()][-1], strict=True))
     return CARD.format(", ".join(sorted(groups["language"])), size, text, toml), f"{[*sizes][-1]}: {said}"

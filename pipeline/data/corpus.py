@@ -32,8 +32,6 @@ THOUGHTS = {"deepseek_reasoning": "deepseek_solution", "reasoning_content": "con
 """Keys of thinking and of its answer (OpenThoughts-114k, distilled instructions)."""
 MARKS = re.compile(r"<\|(?:(begin)|end)_of_(?:(thought)|solution)\|>")
 """OpenThoughts-114k's around thinking and answer."""
-
-
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 """Of the turns of a conversation."""
 

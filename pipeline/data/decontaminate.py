@@ -61,12 +61,10 @@ def without_copies(
         except UserError as error:
             unread[name] = f"; not compared with {name} ({str(error).removeprefix(f'{name}: ')[:60]})"
     kept, read = decontaminate(train, heldout), [name for name in benchmarks if name not in unread]
-    line = f"{len(train) - len(kept)} copies of {', '.join(read) or 'no benchmark'} are left out"
+    names = ", ".join(read) or "no benchmark"
     if train and not kept:
-        raise UserError(
-            f"all {len(train)} problems are copies of {', '.join(read)}: take others, or --heldout"
-        )
-    return kept, line + "".join(unread.values())
+        raise UserError(f"all {len(train)} problems are copies of {names}: take others, or --heldout")
+    return kept, f"{len(train) - len(kept)} copies of {names} are left out" + "".join(unread.values())
 
 
 def copied(questions: Sequence[str], corpus: Iterable[str]) -> tuple[set[int], set[int]]:

@@ -30,8 +30,6 @@ from rollout.types import Problem
 ALIASES = {"heldout": "generator:tiny"}
 GENERATED = 320
 """Problems of a generator when no count is given: a standard error below 2.8 points."""
-
-
 BENCHMARKS = {
     "math500": Hub("HuggingFaceH4/MATH-500", "test"),
     "aime24": Hub("HuggingFaceH4/aime_2024", "train"),
@@ -136,18 +134,14 @@ def data_folder(chosen: Path | None) -> Path | None:
 def benchmark_rows(name: str, folder: Path | None, split: Split = "heldout") -> tuple[str, Iterator[Located]]:
     """Name and located rows of a benchmark: of its local file, or else of its hub data set."""
     local = FILES.get(name, f"{name}.jsonl")
-    row_split = ("train" if split == "train" else "test") if name == "mbpp" else None
+    part = ("train" if split == "train" else "test") if name == "mbpp" else None
     for file in (folder / local, folder / f"{name}.jsonl") if folder else ():
         if file.is_file():
             rows = located(file)
-            if row_split:
-                rows = (
-                    of
-                    for of in rows
-                    if not isinstance(of[1], dict) or of[1].get("split", row_split) == row_split
-                )
+            if part:
+                rows = (r for r in rows if not isinstance(r[1], dict) or r[1].get("split", part) == part)
             return file.stem, rows
-    hub = replace(BENCHMARKS[name], split=row_split or BENCHMARKS[name].split)
+    hub = replace(BENCHMARKS[name], split=part or BENCHMARKS[name].split)
     try:
         return name, hub_rows(hub)
     except UserError as error:

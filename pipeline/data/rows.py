@@ -91,7 +91,8 @@ def labels_of(row: JsonObject, fields: dict[str, str]) -> dict[str, str]:
     """Subject, level and family of a plain row, by what `fields` names or public sets call them; those that
     are text or a number."""
     found = {name: row[name] if name in fields else first(row, *keys) for name, keys in LABELS.items()}
-    said = {name: str(value).strip() for name, value in found.items() if type(value) in (str, int, float)}
+    known = {name: v for name, v in found.items() if type(v) in (str, int, float) and v == v}  # no NaN
+    said = {name: f"{v:g}" if isinstance(v, float) else str(v).strip() for name, v in known.items()}
     return {name: value.removeprefix("Level ") for name, value in said.items() if value}
 
 

@@ -102,10 +102,7 @@ def main(config: CompareSettings) -> None:
     if len(changed) > SHOWN:
         console.print(f"  and {len(changed) - SHOWN} more: --out FILE.html shows all, with transcripts")
     if config.out:
-        pages = [
-            (right, [shown_sample(*of, k) for of in zip("AB", some, right, strict=True)])
-            for right, some in changed
-        ]
+        pages = [(r, [shown_sample(*of, k) for of in zip("AB", two, r, strict=True)]) for r, two in changed]
         tables = [(benchmark, rows, list(incomparable(rows)))]
         given = {"title": f"A and B on {benchmark}", "lead": in_words(result), "tables": tables}
         write_atomic(config.out, render("scores.html.j2", **given, changed=pages, left_out=[]))

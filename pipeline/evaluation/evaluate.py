@@ -28,6 +28,7 @@ from pipeline.evaluation.folder import Folder
 from pipeline.evaluation.generations import read_generations, row_of
 from pipeline.evaluation.parts import copies_in, notes_of
 from pipeline.evaluation.prompts import make_prompts, samples_of, worked_shots
+from pipeline.evaluation.saved import read_rows
 from pipeline.run.environment import environment
 from pipeline.run.files import sha256
 from pipeline.run.verifiers import check_errors, check_sandbox
@@ -44,8 +45,6 @@ from rollout.types import Graded, Problem, Prompt, Rollout
 
 ROOM = 16
 """Tokens that a prompt must leave free in the model's context."""
-IN_LINE = 4
-"""Requests to an endpoint that are in line for each one in flight: it idles while the last of them end."""
 CODE = ("model", "rollout", "rewards", "pipeline")
 """Packages that an evaluation runs."""
 
@@ -74,9 +73,7 @@ def evaluate(
     folder = Folder(config.out, inputs, replace_changed)
     earlier = folder.earlier()
     if earlier and copies != notes_of(earlier):
-        return folder.finish(
-            [row for row, _ in read_generations(folder.rows, len(found), config.samples)], copies
-        )
+        return folder.finish(read_rows(folder.rows, len(found), config.samples), copies)
     return earlier or complete(config, found, shots, folder, copies, pause)
 
 
@@ -131,8 +128,8 @@ def complete(
     check_sandbox("evaluate", scorer.pool, found, config.allow_unsafe_code)
     size = max(1, config.save_every // config.samples)
     window = len(found) if config.workers or config.vllm.data_parallel > 1 else size
-    if config.engine == "endpoint":
-        size, window = 1, max(size, IN_LINE * config.endpoint.in_flight // config.samples)
+    if config.engine == "endpoint":  # nothing shares a batch, so that only idle requests count
+        size, window = 1, max(size, 4 * config.endpoint.in_flight // config.samples)
     engine, tokenizer = open_speaker(config, config.workers, task_prompts=size)
     with closing(engine), scorer:
         with naming(config.model):
@@ -167,8 +164,7 @@ class Parts:
     scorer: Scorer
     prompts: Sequence[Prompt]
     size: int
-    window: int  # questions of a request: in this process a part, so that nothing else shares its batch; of
-    # workers, which have a part at a time, all; of an endpoint enough to keep its requests in flight
+    window: int  # questions of a request; of more than a part, workers have a part at a time
     context: int  # the model's, tokens
 
     @property
@@ -243,6 +239,8 @@ def main(config: EvaluateSettings) -> None:
     result = evaluate(config)
     low, high = result["interval"]
     figures = f"{result['pass@1']:.1%} of {result['n']}, 95 % interval {low:.1%} to {high:.1%}"
+    if too_long := result["prompts_too_long"]:
+        figures += f"; {too_long} prompts are longer than the context and count as wrong"
     print(f"{config.benchmark}: {figures}; template {result['template']}", file=sys.stderr)
     told = {key: result[key] for key in result if key not in ("inputs", "templates", "made_with")}
     print(json.dumps(told, ensure_ascii=False))

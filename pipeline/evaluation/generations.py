@@ -51,17 +51,11 @@ def read_generations(file: Path, n: int, k: int) -> list[tuple[JsonObject, Grade
     found = []
     for number, row in enumerate(read_rows(file, n, k), 1):
         try:
-            tests = (
-                [StdioTest(**t) if isinstance(t, dict) else t for t in row["tests"]]
-                if row["kind"] == "code"
-                else ()
-            )
-            asked = row["id"], row["kind"], row["question"], row["answer"], tuple(tests)
-            prompt = Prompt(
-                Problem(*asked, row["source"], row["language"], row.get("shown", 0), dict(row["labels"])),
-                "",
-                (),
-            )
+            given = row["tests"] if row["kind"] == "code" else ()
+            tests = tuple(StdioTest(**test) if isinstance(test, dict) else test for test in given)
+            about = row["source"], row["language"], row.get("shown", 0), dict(row["labels"])
+            problem = Problem(row["id"], row["kind"], row["question"], row["answer"], tests, *about)
+            prompt = Prompt(problem, "", ())
             rollout = Rollout(prompt, row["index"], row["sample"], (), (), row["finish_reason"])
             graded = Graded(rollout, row["text"], row["parts"], 0.0, row["verdict"], row["detail"])
         except (KeyError, TypeError, ValueError) as error:
@@ -76,17 +70,12 @@ def regrade(config: GradeSettings) -> dict[str, Any]:
     Raises `UserError`: no complete evaluation, a folder that is in use, or one that cannot be written."""
     source, out, unsafe = config.source, config.out, config.allow_unsafe_code
     if config.kind is not None or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        what = (
-            f"{out} exists; name a new folder" if config.kind is None else "--kind is for lines, not a folder"
-        )
+        what = "--kind is for lines, not a folder" if config.kind else f"{out} exists; name a new folder"
         raise UserError(f"grade: {what}")
     record, old = read_json(source / "inputs.json"), read_json(source / "scores.json")
-    try:
-        n, k = record["inputs"]["problems"], record["inputs"]["samples"]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"grade: {source} is no folder of an evaluation: no inputs.json that is one"
-        ) from None
+    if not isinstance(inputs := record.get("inputs"), dict) or not {"problems", "samples"} <= inputs.keys():
+        raise UserError(f"grade: {source} is no folder of an evaluation: no inputs.json that is one")
+    n, k = inputs["problems"], inputs["samples"]
     rows, new = read_generations(source / "generations.jsonl", n, k), list[JsonObject]()
     with Scorer({"accuracy": 1.0}, mode=config.mode, allow_unsafe_code=unsafe) as scorer:
         check_sandbox("grade", scorer.pool, [g.rollout.prompt.problem for _, g in rows], unsafe)

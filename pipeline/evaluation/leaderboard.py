@@ -49,14 +49,12 @@ def read_all(top: Path) -> tuple[dict[str, Scored], list[str]]:
 
 def incomparable(rows: Scored) -> Iterator[str]:
     """In what the evaluations of a benchmark differ beside the model, with those of each value."""
-    for key in ("problems", "template", "k", "temperature", "top_p", "max_tokens"):
+    for key in ("problems", "template", "k", "grading", "top_k", "temperature", "top_p", "max_tokens"):
         values = defaultdict[object, list[str]](list)
         for label, s in rows:
-            own = {
-                "problems": s["inputs"]["problems_sha256"][:8],
-                "template": s["template_hash"][:8],
-                "k": s["k"],
-            }
+            of, graded = s["inputs"], "strict" if "strict" in str(s.get("graded_again")) else "lenient"
+            own = {"problems": of["problems_sha256"][:8], "template": s["template_hash"][:8], "k": s["k"]}
+            own |= {"grading": graded, "top_k": str(of.get("top_k", 0))}
             values[(own | s["sampling"]).get(key)].append(label)
         if len(values) > 1:
             of = "; ".join(f"{value} in {', '.join(labels)}" for value, labels in values.items())
@@ -96,11 +94,8 @@ def harness_results(found: dict[str, Scored]) -> dict[str, dict[str, Any]]:
         model = models.setdefault(inputs["model"], about)
         task = f"{benchmark}@{label}" if benchmark in model.get("results", {}) else benchmark
         scores = {f"{key},none": s[key] for key in ("pass@k", "cons@k") if s[key] is not None}
-        error = s.get("stderr")
-        exact = {
-            "exact_match,none": s["pass@1"],
-            "exact_match_stderr,none": "N/A" if error is None else error,
-        }
+        error = "N/A" if s.get("stderr") is None else s["stderr"]
+        exact = {"exact_match,none": s["pass@1"], "exact_match_stderr,none": error}
         for key, value in {
             **{"results": {"alias": task, **exact, **scores}, "versions": inputs["problems_sha256"][:8]},
             **{"n-shot": inputs.get("shots", 0), "n-samples": {"original": s["n"], "effective": s["n"]}},

@@ -11,8 +11,7 @@ from pipeline.run.files import damaged, read_json
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Whole = Annotated[int, Field(ge=0)]
-AGAIN = "its `evaluate` command, given again, goes on"
-NAMES = ("benchmark", "problems_sha256", "model")
+UNFINISHED = "is not finished: its `evaluate` command, given again, goes on"
 
 
 def shape(name: str, **keys: Any) -> Any:
@@ -27,7 +26,7 @@ SCORES = shape(
     **{"interval": Annotated[list[Share], Field(min_length=2, max_length=2)], "verifier_failures": Whole},
     **{"mean_tokens": Annotated[float, Field(ge=0)] | None, "template_hash": str},
     **{"truncation_rate": Share | None, "sampling": dict[str, float]},
-    **{"inputs": shape("inputs", **dict.fromkeys(NAMES, str)), "cons@k": Share | None},
+    **{"inputs": shape("inputs", benchmark=str, problems_sha256=str, model=str), "cons@k": Share | None},
 )
 ROW = shape(
     "row of generations.jsonl",
@@ -42,7 +41,7 @@ def read_scores(folder: Path) -> JsonObject:
     file = folder / "scores.json"
     if not file.is_file():
         if (folder / "generations.jsonl").is_file():
-            raise UserError(f"{folder} is not finished: {AGAIN}")
+            raise UserError(f"{folder} {UNFINISHED}")
         below = ", ".join(sorted(str(f.parent) for f in folder.glob("*/scores.json"))[:8])
         way = f"one of {below}" if below else "an --out folder of `evaluate`"
         raise UserError(f"{folder} is no evaluation, it has no scores.json; name {way}")
@@ -60,18 +59,15 @@ def read_rows(file: Path, n: int, k: int) -> list[JsonObject]:
         rows.append(row)
     rows.sort(key=lambda row: (row["index"], row["sample"]))
     if [(row["index"], row["sample"]) for row in rows] != [(i, j) for i in range(n) for j in range(k)]:
-        what = f"{len(rows)} rows, which are not {k} samples of each of {n} questions"
-        if not (file.parent / "scores.json").exists():
-            raise UserError(f"{file} has {what}: {AGAIN}")
-        raise damaged(file, what)
+        error = damaged(file, f"{len(rows)} rows, which are not {k} samples of each of {n} questions")
+        raise error if (file.parent / "scores.json").exists() else UserError(f"{file.parent} {UNFINISHED}")
     return rows
 
 
 def read_questions(folder: Path, scores: JsonObject) -> list[list[JsonObject]]:
     """The samples of each question, in order, n k. Raises `UserError`: as `read_rows`, or generations.jsonl
     does not hold the samples that the scores are of."""
-    file, n, k = folder / "generations.jsonl", scores["n"], scores["k"]
-    rows = read_rows(file, n, k)
+    rows = read_rows(file := folder / "generations.jsonl", n := scores["n"], k := scores["k"])
     right = sum(row["verdict"] == "correct" for row in rows)
     if abs(right / (n * k) - scores["pass@1"]) > 1e-9:
         raise damaged(file, f"{right} of {n * k} are right, where scores.json has {scores['pass@1']:.4f}")

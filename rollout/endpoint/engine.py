@@ -39,8 +39,7 @@ REASONS: dict[str, FinishReason] = {
 }
 NO_QUOTA = ("insufficient_quota", "billing_hard_limit_reached", "exceeded_current_quota_error")
 """Codes of a status 429 that no waiting mends."""
-LONGEST = 16 << 20
-"""Bytes of an answer."""
+LONGEST = 16 << 20  # bytes of an answer
 ADVICE = {
     0: "check OPENAI_BASE_URL and the server, or raise endpoint.timeout_s",
     400: "choose another value; endpoint.no-send-seed sends no seed",
@@ -83,13 +82,12 @@ def no_quota(response: Any) -> bool:
 def read_bounded(response: Any) -> None:
     """Read a response as its `read` does, but for no longer than its timeout, which alone is one for each
     piece: a server may send spaces forever to keep the connection. Raises `ValueError`: it is longer."""
-    pieces, size, end = [], 0, time.monotonic() + response.request.extensions["timeout"]["read"]
+    data, end = bytearray(), time.monotonic() + response.request.extensions["timeout"]["read"]
     for piece in response.iter_bytes():
-        pieces.append(piece)
-        size += len(piece)
-        if size > LONGEST or time.monotonic() > end:
-            raise ValueError(f"without an end, {size} bytes so far")
-    response._content = b"".join(pieces)
+        data += piece
+        if len(data) > LONGEST or time.monotonic() > end:
+            raise ValueError(f"without an end, {len(data)} bytes so far")
+    response._content = bytes(data)
 
 
 def completion(text: str) -> tuple[str, int | None, str]:
@@ -131,9 +129,7 @@ class EndpointEngine(RolloutEngine):
         self.model, self.settings = str(model), settings.endpoint
         self.tokenizer = byte_tokenizer()
         self.limit = "max_tokens"  # newer models of OpenAI call it max_completion_tokens
-        key = (
-            os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-        )  # local servers read none, the client does
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # the client needs one
         try:
             if not (key.isascii() and key.isprintable()):
                 raise ValueError("the key is not printable ASCII")
@@ -246,9 +242,8 @@ class EndpointEngine(RolloutEngine):
                 break
             except ValueError as error:
                 if not left:
-                    raise EngineDied(
-                        f"the endpoint {self.address} answers {error}; {ADVICE[500]}."
-                    ) from error
+                    said = f"the endpoint {self.address} answers {error}; {ADVICE[500]}."
+                    raise EngineDied(said) from error
         return self.answer(body, limit, more)
 
     def close(self) -> None:

@@ -39,6 +39,6 @@ def evaluation(
     made = {"template": "r1", "template_hash": "cd" * 32}
     sampling = {"temperature": 0.6, "top_p": 0.95, "max_tokens": 256, "seed": 0}
     made |= {"sampling": {key: inputs.pop(key, value) for key, value in sampling.items()}}
-    made |= {"template_hash": inputs.pop("template_hash", made["template_hash"])}
+    made |= {key: inputs.pop(key) for key in ("template_hash", "graded_again") if key in inputs}
     (folder / "scores.json").write_text(json.dumps({**scores(rows), **made, "inputs": given | inputs}))
     return folder

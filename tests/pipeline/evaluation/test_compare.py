@@ -86,8 +86,10 @@ def test_what_is_not_comparable_is_refused_by_name(tmp_path, run, other, says):
 
 def test_what_differs_beside_the_model_is_said(tmp_path, run):
     a = evaluation(tmp_path / "a", PLAIN)
-    b = evaluation(tmp_path / "b", PLAIN, template_hash="ef" * 32, max_tokens=64)
+    graded = {"graded_again": {"mode": "strict", "changed": 0}}
+    b = evaluation(tmp_path / "b", PLAIN, template_hash="ef" * 32, max_tokens=64, top_k=5, **graded)
     _, out, _ = run("compare", a, b)
+    assert "other grading: lenient in A" in out and "other top_k: 0 in A" in out
     assert "other template: cdcdcdcd in A" in out and "other max_tokens: 256 in A" in out
     result = json.loads(out.splitlines()[-1])
     assert (result["p_value"], result["changed"]) == (1.0, 0) and result["interval"][0] < 0

@@ -221,7 +221,9 @@ def test_ctrl_c_says_what_is_kept(config, scripted, whole, capsys):
     assert "4 of 10 completions are kept in" in capsys.readouterr().err
     scripted(says)
     assert main(["evaluate", *flags]) == 0
-    assert "going on after 4 of 10" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "going on after 4 of 10" in said.out
+    assert "; 1 prompts are longer than the context and count as wrong" in said.err
     assert bytes_of(config["out"]) == whole
 
 

@@ -168,6 +168,7 @@ def test_a_benchmark_has_its_own_training_set(settings, name, other):
 SHAPES = [
     ({"subject": "Algebra", "level": 3}, {"subject": "Algebra", "level": "3"}),  # MATH-500
     ({"type": "Geometry", "level": "Level 5"}, {"subject": "Geometry", "level": "5"}),  # MATH
+    ({"difficulty": 5.0, "family": float("nan")}, {"level": "5"}),  # a table's numbers, one missing
     ({"subfield": "Combinatorics", "subject": "Math", "difficulty": "Competition"},
      {"subject": "Combinatorics", "level": "Competition"}),  # OlympiadBench
     ({"original_id": 17, "instance": 3}, {"family": "17"}),  # GSM-Symbolic
