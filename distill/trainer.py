@@ -8,9 +8,11 @@ Trainer checkpoints lie in LABEL/checkpoint-N. The stage's own checkpoint holds 
 its hash, so that metrics, pointer and weights are always of the same step.
 """
 
+import errno
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.run import ranks
 from pipeline.run.checkpoint import way_out
 from pipeline.run.directory import RunDir
-from pipeline.run.files import read_json, remove, sha256, write_atomic
+from pipeline.run.files import is_full, read_json, remove, sha256, write_atomic
 from pipeline.run.guard import Guard
 from pipeline.run.usage import Usage
 from pipeline.settings.distill import DistillSettings, StudentOptimSettings
@@ -225,6 +227,15 @@ class StudentTrainer(SFTTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=items)
         return loss, None, None
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        """TRL's; a full disk is an error of the disk, which torch's writer does not name."""
+        try:
+            super()._save_checkpoint(*args)
+        except Exception as error:
+            if is_full(error, Path(self.args.output_dir)):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card per checkpoint: the finished model gets ours."""
