@@ -233,7 +233,7 @@ class StudentTrainer(SFTTrainer):
         try:
             super()._save_checkpoint(*args)
         except Exception as error:
-            if is_full(error, Path(self.args.output_dir)):
+            if is_full(error, Path(str(self.args.output_dir))):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
             raise
 
@@ -293,10 +293,11 @@ def train(
     watch: Watch,
     lora: Any,
     device: torch.device,
-) -> Any:
-    """Train `model` on the job's batches, from its newest checkpoint if there is one, and return it, with the
-    weights of the lowest held-out loss where there are evaluations. After a Ctrl-C all is saved and
-    `KeyboardInterrupt` raised. `lora` is a `peft.LoraConfig` or None; the adapters are merged at the end."""
+) -> tuple[Any, int, int | None]:
+    """Train `model` on the job's batches, from its newest checkpoint if there is one. Returns it, with the
+    weights of the lowest held-out loss where there are evaluations; the updates made; and of which update the
+    weights are, None = the last. After a Ctrl-C all is saved and `KeyboardInterrupt` raised. `lora` is a
+    `peft.LoraConfig` or None; the adapters are merged at the end."""
     checkpoint, stopper = (
         resume_point(job, run_dir, watch),
         EarlyStoppingCallback(config.patience or sys.maxsize),
@@ -319,4 +320,5 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     run_dir.stop_if_interrupted()
     trained: Any = trainer.model
-    return trained.merge_and_unload() if lora is not None else trained
+    trained = trained.merge_and_unload() if lora is not None else trained
+    return trained, trainer.state.global_step, trainer.state.best_global_step if job.checks else None
