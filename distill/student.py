@@ -107,16 +107,17 @@ def lora_config(rank: int) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def model_card(config: DistillSettings, job: Job, parameters: int) -> str:
+def model_card(config: DistillSettings, job: Job, best: int | None, parameters: int) -> str:
     """What it is, from what, and how it was trained."""
     taught = "worked traces" if job.label == "student" else "answers without reasoning (the control)"
     held = f", {sum(map(len, job.checks)):,} of them held out" if job.checks else ""
+    of = f"; the weights are those of update {best}, of the lowest held-out loss" if best else ""
     return (
         f"# {config.name}: distilled {job.label}\n\n"
         f"{parameters:,} parameters, dense, from the checkpoint {config.init_from}; supervised training on "
         f"{taught}.\n\n"
         f"- corpus: {', '.join(config.corpus)}; {len(job.rows):,} rows{held}\n"
-        f"- {job.steps:,} updates, {job.tokens:,} tokens of prompt and completion, seed {config.seed}\n"
+        f"- {job.steps:,} updates, {job.tokens:,} tokens of prompt and completion, seed {config.seed}{of}\n"
         f"- AdamW, learning rate {job.optim.lr:g}, {job.optim.schedule}; arithmetic {config.dtype}\n"
         f"- prompt template: {job.template}; sample at temperature 0.6, top-p 0.95\n\n"
         "Trained by r1-pipeline with TRL's SFTTrainer after arXiv:2501.12948, Sec. 2.4. A research artefact, "
@@ -158,7 +159,9 @@ def as_taught(tokenizer: PreTrainedTokenizerFast, name: str) -> str:
 # ---- the stage
 
 
-def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, path: Path) -> None:
+def save_student(
+    model: Any, tokenizer: Any, job: Job, best: int | None, config: DistillSettings, path: Path
+) -> None:
     """Weights, tokenizer, chat template, sampling (arXiv:2501.12948, Sec. 3) and card of a job's model."""
     ends = model.generation_config.eos_token_id
     ends = dict.fromkeys([tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])])
@@ -171,7 +174,7 @@ def save_student(model: Any, tokenizer: Any, job: Job, config: DistillSettings, 
     tags = [tag for tag in TAGS if tag in tokenizer.get_vocab()]  # special ones, decoders would drop
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     tokenizer.extra_special_tokens = [t for t in tokenizer.extra_special_tokens if str(t) not in TAGS]
-    card = model_card(config, job, model.num_parameters())
+    card = model_card(config, job, best, model.num_parameters())
     describe(path, tokenizer, job.template, card, tokens={"trained": job.tokens})
 
 
@@ -192,19 +195,20 @@ def run(config: DistillSettings, run_dir: RunDir) -> None:
             say(f"distill: {job.label} is already trained")
         else:
 
-            def taught(job: Job = job, first: int = first) -> Any:
+            def taught(job: Job = job, first: int = first) -> tuple[Any, int, int | None]:
                 job = replace(job, optim=slowed(job.optim, run_dir, first))
                 guard = Guard(config.guard, job.optim.clip, first, run_dir.era)
                 model = first_weights(config, init)
                 size = f"{model.num_parameters() / 1e6:.2f}M parameters"
                 say(f"distill: {job.label}: {size}, {job.steps} updates, {job.tokens:,} tokens")
                 watch = Watch(job, run_dir, first, total, Usage(model.config, place.device), guard)
-                model = train(model, tokenizer, job, run_dir, config, watch, lora, place.device)
+                trained = train(model, tokenizer, job, run_dir, config, watch, lora, place.device)
                 guard.check_trained(f"distill: {job.label}")
-                return model
+                return trained
 
-            model = guarded(run_dir, config.guard, taught)
-            save = partial(save_student, model, tokenizer, job, config)
+            model, ended, best = guarded(run_dir, config.guard, taught)
+            made = replace(job, batches=job.batches[: ended * job.accumulate])
+            save = partial(save_student, model, tokenizer, made, best, config)
             run_dir.save_model(save, f"{job.label}/model")
             run_dir.stop_if_interrupted()
         first += job.steps

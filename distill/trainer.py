@@ -8,9 +8,11 @@ Trainer checkpoints lie in LABEL/checkpoint-N. The stage's own checkpoint holds 
 its hash, so that metrics, pointer and weights are always of the same step.
 """
 
+import errno
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +31,7 @@ from pipeline.errors import UserError
 from pipeline.run import ranks
 from pipeline.run.checkpoint import way_out
 from pipeline.run.directory import RunDir
-from pipeline.run.files import read_json, remove, sha256, write_atomic
+from pipeline.run.files import is_full, read_json, remove, sha256, write_atomic
 from pipeline.run.guard import Guard
 from pipeline.run.usage import Usage
 from pipeline.settings.distill import DistillSettings, StudentOptimSettings
@@ -226,6 +228,15 @@ class StudentTrainer(SFTTrainer):
             loss = self.compute_loss(model, self._prepare_inputs(inputs), num_items_in_batch=items)
         return loss, None, None
 
+    def _save_checkpoint(self, *args: Any) -> None:
+        """TRL's; a full disk is an error of the disk, which torch's writer does not name."""
+        try:
+            super()._save_checkpoint(*args)
+        except Exception as error:
+            if is_full(error, Path(str(self.args.output_dir))):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+            raise
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card per checkpoint: the finished model gets ours."""
 
@@ -282,10 +293,11 @@ def train(
     watch: Watch,
     lora: Any,
     device: torch.device,
-) -> Any:
-    """Train `model` on the job's batches, from its newest checkpoint if there is one, and return it, with the
-    weights of the lowest held-out loss where there are evaluations. After a Ctrl-C all is saved and
-    `KeyboardInterrupt` raised. `lora` is a `peft.LoraConfig` or None; the adapters are merged at the end."""
+) -> tuple[Any, int, int | None]:
+    """Train `model` on the job's batches, from its newest checkpoint if there is one. Returns it, with the
+    weights of the lowest held-out loss where there are evaluations; the updates made; and of which update the
+    weights are, None = the last. After a Ctrl-C all is saved and `KeyboardInterrupt` raised. `lora` is a
+    `peft.LoraConfig` or None; the adapters are merged at the end."""
     checkpoint, stopper = (
         resume_point(job, run_dir, watch),
         EarlyStoppingCallback(config.patience or sys.maxsize),
@@ -308,4 +320,5 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     run_dir.stop_if_interrupted()
     trained: Any = trainer.model
-    return trained.merge_and_unload() if lora is not None else trained
+    trained = trained.merge_and_unload() if lora is not None else trained
+    return trained, trainer.state.global_step, trainer.state.best_global_step if job.checks else None

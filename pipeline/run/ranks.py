@@ -41,7 +41,7 @@ def together(command: str) -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        why = "another process of this run has ended; its own line has the reason"
+        why = "another process of this run has ended; its own line, or the system's log, has the reason"
         raise Stopped(f"rank {rank()}: {why}. Mend that, then: {command} --resume") from error
 
 

@@ -144,9 +144,7 @@ def print_table(state: dict[str, Any]) -> None:
     table = Table(title="accuracy (pass@1) with its 95 % interval over the questions")
     spent = {label: model.get("tokens", {}) for label, model in state["models"].items()}
     counts = ("trained", "sampled") if any(spent.values()) else ()
-    table.caption = "trained, sampled: tokens of the model's own stage, not of the one it began with" * bool(
-        counts
-    )
+    table.caption = "tokens trained on, sampled: of the model's own stage alone" if counts else None
     numbers = ("accuracy", "95 % interval", "n", "format", "language", "tokens", "cut", "failed", *counts)
     for column in ("model", "benchmark", *numbers):
         table.add_column(column, justify="right" if column in numbers else "left")

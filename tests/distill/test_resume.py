@@ -83,6 +83,11 @@ def test_a_kill_changes_no_bit(distill: Distill, rising: None, patience: int) ->
     assert taught == [*range(1, steps + 1), *range(13, 13 + steps)]
     best = load_file(whole / "student/checkpoint-4/model.safetensors")
     assert all(torch.equal(best[name], weights[f"student/{name}"]) for name in best)
+    told = [row["data/tokens"] for row in metrics if row["step"] == steps and "data/tokens" in row]
+    about = json.loads((whole / "student/model/pipeline.json").read_text())
+    assert about["tokens"] == {"trained": told[0]}, "those of the updates that were made"
+    card = (whole / "student/model/README.md").read_text()
+    assert f"{steps} updates" in card and "those of update 4, of the lowest held-out loss" in card
     for number, moment in enumerate(MOMENTS):
         cut = f"cut{number}"
         with pytest.raises(Killed):

@@ -24,6 +24,7 @@ from transformers import (
     LlamaForCausalLM,
     T5Config,
 )
+from trl import SFTTrainer
 
 from distill.batches import plan
 from distill.student import first_weights, lora_config
@@ -214,6 +215,24 @@ def test_a_damaged_checkpoint_is_refused(
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match="corrupted"):
         distill(resume=True)
+
+
+def test_a_disk_that_fills_is_named_and_the_run_goes_on(
+    distill: Distill, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch.save raises on a full tmpfs."""
+
+    def save(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 39168 vs 39056")
+
+    with monkeypatch.context() as full:
+        full.setattr(SFTTrainer, "_save_checkpoint", save)
+        with pytest.raises(RuntimeError):
+            distill(name="room", steps=2)
+        full.setattr("pipeline.run.files.shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+        with pytest.raises(UserError, match="the disk is full"):
+            distill(steps=2)
+    assert metrics(distill(steps=2, resume=True))[-1]["step"] == 4
 
 
 def test_too_long_rows_are_counted(distill: Distill, capsys: pytest.CaptureFixture[str]) -> None:
