@@ -51,7 +51,7 @@ def test_twice_and_killed_ten_times_gives_the_same_bytes(real, tmp_path):
         if child == 0:
             evaluate(real("killed"))
             os._exit(0)
-        time.sleep(rng.uniform(0, seconds / 2))
+        time.sleep(rng.uniform(seconds / 4, 3 * seconds / 4))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         sizes.add(rows.stat().st_size if rows.exists() else 0)
