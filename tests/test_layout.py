@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -29,6 +30,12 @@ def test_the_product_keeps(rule):
 
 def test_the_tests_files_are_small():
     assert len(TESTS) > 80 and list(files_are_small(TESTS)) == []
+
+
+def test_files_of_tests_have_different_names():
+    """Of two with one name pytest collects the first alone, and fails."""
+    names = Counter(path.rpartition("/")[2] for path in TESTS if "/test_" in path)
+    assert [name for name, times in names.items() if times > 1] == []
 
 
 # ---- each rule finds what breaks it
