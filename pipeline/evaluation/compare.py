@@ -47,7 +47,7 @@ def refuse_others(names: tuple[str, str], scores: list[JsonObject], questions: l
 
 
 def paired(a: Questions, b: Questions) -> tuple[dict[str, Any], list[Change]]:
-    """The result for programs (see above), and what changed, the worst for B first."""
+    """The result for programs (see above), and what changed, the most first, the worse for B before."""
     n, k = len(a), len(a[0])
     marks = [[[row["verdict"] == "correct" for row in rows] for rows in some] for some in (a, b)]
     right = [(sum(x), sum(y)) for x, y in zip(*marks, strict=True)]
@@ -57,7 +57,7 @@ def paired(a: Questions, b: Questions) -> tuple[dict[str, Any], list[Change]]:
     for family, gain in zip(families or list(map(str, range(n))), gains, strict=True):
         sums[family] += gain
     changed = list[Change]()
-    for i in sorted((i for i in range(n) if gains[i]), key=gains.__getitem__):
+    for i in sorted((i for i in range(n) if gains[i]), key=lambda i: (-abs(gains[i]), gains[i])):
         first = marks[0][i].index(gains[i] < 0), marks[1][i].index(gains[i] > 0)
         changed.append((right[i], (a[i][first[0]], b[i][first[1]])))
     low, high = difference_interval([gain / k for gain in gains], families)

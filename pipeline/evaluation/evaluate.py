@@ -150,7 +150,7 @@ def complete(
                     folder.append(rows)
                     pause()
             kept = read_generations(folder.rows, len(found), config.samples)
-            check_errors("evaluate", [graded for _, graded in kept], config.max_error_share)
+            check_errors(folder.path, [graded for _, graded in kept], config.max_error_share)
             return folder.finish([row for row, _ in kept], copies)
 
 

@@ -38,7 +38,8 @@ def by_label(rows: Sequence[JsonObject]) -> JsonObject:
             if value := row["labels"].get(label):
                 parts[value].append(row)
         if parts:
-            found[f"by_{label}"] = {value: accuracy(parts[value]) for value in sorted(parts)}
+            order = sorted(parts, key=lambda value: (value.isdigit() * len(value), value))  # "2" before "10"
+            found[f"by_{label}"] = {value: accuracy(parts[value]) for value in order}
     return found
 
 

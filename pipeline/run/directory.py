@@ -17,7 +17,7 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -224,11 +224,8 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         ranks.largest(0)
         yield None
         return
-    if done and "steps" not in changed:
-        raise UserError(f"{run.path} is finished, with another {min(changed)}; take another --name")
-    if done and changed["steps"][1] < changed["steps"][0]:
-        most = f"{changed['steps'][0]} steps; more of them go on"
-        raise UserError(f"{run.path} is finished, with {most}, for fewer take another --name")
+    if done:
+        check_extension(run.path, changed)
     try:
         run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -258,6 +255,15 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
             advice = f"free some space, then: {command} --resume"
             raise UserError(f"the disk is full ({run.path}); {advice}") from error
         raise
+
+
+def check_extension(path: Path, changed: Mapping[str, Any]) -> None:
+    """Raise `UserError`: settings have changed since the stage was finished, other than to more steps."""
+    if "steps" not in changed:
+        raise UserError(f"{path} is finished, with another {min(changed)}; take another --name")
+    if changed["steps"][1] < changed["steps"][0]:
+        most = f"{changed['steps'][0]} steps; more of them go on"
+        raise UserError(f"{path} is finished, with {most}, for fewer take another --name")
 
 
 def stage_in(value: str) -> str:

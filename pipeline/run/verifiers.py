@@ -1,6 +1,7 @@
 """What a stage says and checks of its verifiers: what confines programs here, how many verdicts failed."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from pipeline.errors import Stopped, UserError
 from pipeline.run.metrics import say
@@ -23,11 +24,12 @@ def check_sandbox(stage: str, pool: WorkerPool, problems: Iterable[Problem], all
     say(f"{stage}: programs are confined by {active_sandbox(pool)}")
 
 
-def check_errors(stage: str, graded: Sequence[Graded], most: float) -> None:
-    """Stopped: the verifier failed for a larger share of the rollouts than `most`."""
+def check_errors(out: Path, graded: Sequence[Graded], most: float) -> None:
+    """Stopped: the verifier failed for a larger share of the completions in `out` than `most`."""
     share, why = error_share(graded)
     if share > most:
         raise Stopped(
-            f"{stage}: the verifier failed for {share:.0%} of {len(graded)} rollouts, more than "
-            f"max_error_share={most:g}; most often: {why}"
+            f"evaluate: the verifier failed for {share:.0%} of {len(graded)} rollouts, more than "
+            f"max_error_share={most:g}; most often: {why}. They are kept: once that is mended, "
+            f"`grade {out} NEW_FOLDER` grades them again"
         )

@@ -77,7 +77,7 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
     """Updates between evaluations, and then between checkpoints too. Unused without eval_rows."""
     patience: Natural = 0
     """Evaluations in a row without a lower loss that end the training; 0 = it never ends early. Student and
-    control stop by their own losses, so that their tokens differ. Unused without eval_rows."""
+    control stop by their own losses, so that their tokens differ. Needs eval_rows."""
     save_every: Natural = 0
     """Updates between checkpoints; 0 = at the end of each student and after a Ctrl-C. See eval_every."""
     log_every: Count = 10
@@ -92,6 +92,8 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
         template_named(self.plain_template)
         if self.optim.schedule == "linear":
             raise ValueError("optim.schedule must be cosine or constant here; R1 distills with cosine.")
+        if self.patience and not self.eval_rows:
+            raise ValueError(f"patience={self.patience} needs held-out rows to look at: set eval_rows too.")
         room = self.tokens_per_step // self.micro_batches
         if self.max_length > room:
             held = f"a micro-batch holds (tokens_per_step / micro_batches = {room})"

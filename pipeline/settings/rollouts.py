@@ -181,5 +181,5 @@ class RejectSettings(GeneratingSettings):
     )
     """Benchmarks whose copies and near copies are removed from the problems, generated ones apart; those that
     cannot be read are named."""
-    prompts_per_step: Count = 500
-    """Problems between lines of the log; a killed run loses at most these."""
+    prompts_per_step: Natural = 0
+    """Problems between lines of the log; a killed run loses at most these. 0 = 500, of a served model 32."""

@@ -26,6 +26,9 @@ from pipeline.train.policy import save_policy
 from pipeline.train.supervised import HeldOut, train_loop
 from rollout.text.tokenizer import train_tokenizer
 
+ASIDE = 1_000_003
+"""Between the seeds of the stop rule's problems and of an evaluation's, which are small numbers."""
+
 
 def batches(config: DocumentSettings, tokenizer: Tokenizer, micro_tokens: int) -> Iterator[Batch]:
     """Update `n` always gets the same documents, so a resumed run reads on where it stopped."""
@@ -46,9 +49,9 @@ def batches(config: DocumentSettings, tokenizer: Tokenizer, micro_tokens: int) -
 
 
 def held_out(config: DocumentSettings, tokenizer: Tokenizer, micro_tokens: int) -> Batch:
-    """Worked documents about held-out problems, their solutions scored."""
+    """Worked documents about held-out problems, others than the evaluation's, their solutions scored."""
     rng, docs = random.Random(f"held out/{config.seed}"), list[Encoded]()
-    known = items(config.task, 4 * config.stop.documents, "heldout", config.seed)
+    known = items(config.task, 4 * config.stop.documents, "heldout", config.seed + ASIDE)
     for item in [item for item in known if item.steps][: config.stop.documents]:
         parts = document("untagged", item, rng).partition(SOLUTION)
         asked = tokenizer.encode(parts[0] + parts[1], add_special_tokens=False)

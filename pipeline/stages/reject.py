@@ -66,32 +66,19 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
         state = {"fates": fates, "watch": watch.state_dict()}
         write_atomic(folder / "state.json", json.dumps(state) + "\n")
 
-    steps = -(-len(pool) // config.prompts_per_step)
+    size = config.prompts_per_step or (32 if config.rollout.engine == "endpoint" else 500)
+    steps = -(-len(pool) // size)
     run_dir.metrics.begin()
     try:
         for step in range(done + 1, steps + 1):
-            part = pool[(step - 1) * config.prompts_per_step : step * config.prompts_per_step]
+            part = pool[(step - 1) * size : step * size]
             prompts = [make_prompt(tokenizer, p, config.template) for p in part]
             params = config.params(n=config.samples, seed=config.seed * 1_000_003 + step)
             rollouts = sample_groups(engine, prompts, params)
             texts = [completion_text(tokenizer, r, config.template) for r in rollouts]
             graded = scorer.grade_all(zip(rollouts, texts, strict=True))
-            groups = [graded[i : i + config.samples] for i in range(0, len(graded), config.samples)]
-            found = [keepers(group, config.min_language) for group in groups]
-            rows.extend(row for group in found for row in group[: config.keep])
-            fates.update(fate(g, config.min_language) for g in graded)
-            fates["repeated"] += fates.pop("right", 0) - sum(map(len, found))
-            fates["more than keep"] += sum(max(0, len(group) - config.keep) for group in found)
-            fates["kept"] = len(rows)
             run_dir.samples(step, [transcript(g, None) for g in graded[:: max(1, len(graded) // 20)]])
-            metrics = {
-                "data/kept": sum(map(len, found)) / len(graded),
-                "reward/accuracy": mean([float(g.verdict == "correct") for g in graded]),
-                "reward/language": mean([g.parts["language"] for g in graded]),
-                "rollout/tokens_mean": mean([len(r.token_ids) for r in rollouts]),
-                "rollout/truncated": mean([float(r.finish_reason == "length") for r in rollouts]),
-            }
-            run_dir.log(step, steps, metrics)
+            run_dir.log(step, steps, keep(graded, config, rows, fates))
             watch.look(step, graded)
             watch.check()
             run_dir.checkpoint(step, save)
@@ -116,6 +103,26 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     write_atomic(run_dir.path / "README.md", card)
     write_corpus(run_dir.path / "corpus.jsonl", rows)
     print(f"reject: {len(rows)} rows kept -> {run_dir.path / 'corpus.jsonl'}; {sizes}")
+
+
+def keep(
+    graded: Sequence[Graded], config: RejectSettings, rows: list[Row], fates: Counter[str]
+) -> dict[str, float]:
+    """Add what is kept of a step's completions to `rows`, and count them all in `fates`; the metrics."""
+    groups = [graded[i : i + config.samples] for i in range(0, len(graded), config.samples)]
+    found = [keepers(group, config.min_language) for group in groups]
+    rows.extend(row for group in found for row in group[: config.keep])
+    fates.update(fate(g, config.min_language) for g in graded)
+    fates["repeated"] += fates.pop("right", 0) - sum(map(len, found))
+    fates["more than keep"] += sum(max(0, len(group) - config.keep) for group in found)
+    fates["kept"] = len(rows)
+    return {
+        "data/kept": sum(map(len, found)) / len(graded),
+        "reward/accuracy": mean([float(g.verdict == "correct") for g in graded]),
+        "reward/language": mean([g.parts["language"] for g in graded]),
+        "rollout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
+        "rollout/truncated": mean([float(g.rollout.finish_reason == "length") for g in graded]),
+    }
 
 
 def blocks_of(g: Graded) -> tuple[str, str] | None:

@@ -48,13 +48,23 @@ class HeldOut:
         """After step `step`: the loss, where it is due; once it is low enough, the rate decays."""
         if learner.early is not None or step % self.settings.every:
             return {}
-        parts = self.batch.micro_batches(learner.device)
-        loss = sum(-float(p.ahead(1)[2] @ score(learner.policy, p, 1.0)) for p in parts)
+        loss = self.loss(learner)
         if loss <= self.settings.loss:
             learner.decay_now()
             end = f"the rate falls now, and update {learner.total_updates} is the last"
             say(f"held-out loss {loss:.3g}: {end}")
         return {"heldout/loss": loss}
+
+    def loss(self, learner: Learner) -> float:
+        """Of the documents now, nats a token."""
+        parts = self.batch.micro_batches(learner.device)
+        return sum(-float(p.ahead(1)[2] @ score(learner.policy, p, 1.0)) for p in parts)
+
+    def warn(self, learner: Learner) -> None:
+        """Say so, where the policy ends without having learned enough."""
+        if learner.early is None and (loss := self.loss(learner)) > self.settings.loss:
+            bound = f"above stop.loss={self.settings.loss:g} after {learner.updates} updates"
+            say(f"held-out loss {loss:.3g}, still {bound}: it has not learned enough; raise steps")
 
 
 def train_loop(
@@ -97,3 +107,5 @@ def train_loop(
             save_state(run_dir, step, learner.state_dict(), learner.guard.applied)
         run_dir.stop_if_interrupted(lambda at=step: save_state(run_dir, at, learner.state_dict()))  # type: ignore[misc]
     learner.guard.check_trained(run_dir.stage.name)
+    if held_out:
+        held_out.warn(learner)

@@ -53,6 +53,7 @@ LINES = [
     ("distill --config teach.toml --corpus corpus.jsonl --init-from dense --epochs 0", "epochs"),
     ("distill --config teach.toml --corpus corpus.jsonl --init-from nowhere", "nowhere"),
     ("distill --config teach.toml --corpus corpus.jsonl --init-from dense --eval-rows 9999", "eval_rows"),
+    ("distill --config teach.toml --corpus corpus.jsonl --init-from dense --patience 2", "eval_rows"),
     ("distill --config teach.toml --corpus corpus.jsonl --init-from dense --lora-rank 100000", "lora"),
     ("eval --config empty.toml --models native", "native"),
     ("eval --config empty.toml --models ..=native", ".."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -27,11 +28,12 @@ def test_errors_above_the_share_stop_with_the_most_frequent_reason():
     assert error_share([]) == error_share(graded("", "")) == (0.0, "")
     some = graded("", "died", "time", "died")
     assert error_share(some) == (0.75, "died")
-    check_errors("reject", some, 0.75)
+    check_errors(Path("scores"), some, 0.75)
     with pytest.raises(
-        Stopped, match=r"^reject: .*75% of 4 rollouts.*max_error_share=0\.5; most often: died$"
+        Stopped,
+        match=r"^evaluate: .*75% of 4 rollouts.*max_error_share=0\.5; most often: died\. .*`grade scores ",
     ):
-        check_errors("reject", some, 0.5)
+        check_errors(Path("scores"), some, 0.5)
 
 
 def test_the_layers_are_said_once_and_only_where_there_is_code(capsys):
@@ -91,4 +93,5 @@ def test_a_verifier_that_always_fails_stops_an_evaluation_with_exit_code_3(tmp_p
     said = capsys.readouterr().err
     assert "stopped: evaluate: the verifier failed for 100% of 3 rollouts" in said and "never asked" in said
     assert not (tmp_path / "out" / "scores.json").exists()
+    assert main(["grade", str(tmp_path / "out"), str(tmp_path / "again")]) == 0, "as the message says"
     assert main([*map(str, line), "--max-error-share", "1"]) == 0

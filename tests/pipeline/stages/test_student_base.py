@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.dense import DensePolicy
+from pipeline.__main__ import main
 from pipeline.data.generators import items
 from pipeline.data.traces import RESULT, worked
 from pipeline.settings.common import OptimSettings
 from pipeline.settings.supervised import StopSettings, StudentSettings
-from pipeline.stages.pretrain import held_out
+from pipeline.stages.pretrain import ASIDE, held_out
 from pipeline.train.learner import Learner, learning_rate
 from pipeline.train.supervised import HeldOut
 from tests.small import llama
 
+MICRO = Path(__file__).parents[3] / "configs/micro/student.toml"
 STOP = StopSettings(loss=1.0, every=3, documents=6)
 OPTIM = OptimSettings(lr=1.0, schedule="linear", min_lr_ratio=0.0, decay_steps=4)
 CONFIG = StudentSettings(task="sum", stop=STOP, optim=OPTIM, seed=4)
@@ -25,7 +28,7 @@ CONFIG = StudentSettings(task="sum", stop=STOP, optim=OPTIM, seed=4)
 def plain_loss(net, tokenizer):
     """Mean over the tokens of solutions, each after its problem alone, by transformers; and the problems."""
     total, scored, seen = 0.0, 0, []
-    for item in [i for i in items(CONFIG.task, 24, "heldout", CONFIG.seed) if i.steps][:6]:
+    for item in [i for i in items(CONFIG.task, 24, "heldout", CONFIG.seed + ASIDE) if i.steps][:6]:
         asked = tokenizer.encode(f"Problem: {item.question}\nSolution:\n", add_special_tokens=False)
         text = f"{worked(item.steps, item.language)}\n{RESULT[item.language].format(item.answer)}"
         ids = [*asked, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
@@ -69,3 +72,22 @@ def test_the_rule_cannot_outlast_the_steps(learned):
     learner.updates = 98
     learner.decay_now()
     assert learner.total_updates == 100
+
+
+def test_an_end_without_having_learned_enough_is_said(learned, tokenizer, capsys):
+    learner, expected, _ = learned
+    for factor, early, said in ((0.99, None, 1), (1.01, None, 0), (0.99, 34, 0)):
+        rule = dataclasses.replace(STOP, loss=expected * factor)
+        learner.early = early
+        HeldOut(held_out(CONFIG, tokenizer, 64), rule).warn(learner)
+        assert capsys.readouterr().out.count("still above stop.loss=") == said
+
+
+def test_a_stage_that_ends_so_says_it(tokenizer, tmp_path, capsys):
+    base = tmp_path / "base"
+    llama(vocab_size=len(tokenizer)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    line = ["student", "--config", str(MICRO), "--runs", str(tmp_path), "--tokenizer-from", str(base)]
+    assert main([*line, "--threads", "1", "--steps", "6", "--stop.loss", "0.001"]) == 0
+    out = capsys.readouterr().out
+    assert "still above stop.loss=0.001 after 6 updates" in out and "raise steps" in out
