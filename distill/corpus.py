@@ -26,9 +26,9 @@ from datasets.arrow_writer import ArrowWriter
 
 from distill.batches import IGNORE
 from pipeline.data.corpus import Row, corpus_rows, tagged
-from pipeline.data.decontaminate import decontaminate
+from pipeline.data.decontaminate import apart
 from pipeline.data.pool import encoded
-from pipeline.data.problems import data_folder, problems
+from pipeline.data.problems import data_folder
 from pipeline.data.solutions import read_solutions, worked_steps
 from pipeline.errors import UserError
 from pipeline.run import ranks
@@ -51,7 +51,12 @@ IDS = Features(
 
 
 def traces(config: DistillSettings, run_dir: RunDir) -> Iterator[Row]:
-    """The rows of every source of the corpus, one after the other."""
+    """The rows of every source of the corpus, one after the other, that hold no problem of a benchmark."""
+    yield from apart(every_row(config, run_dir), config, run_dir)
+
+
+def every_row(config: DistillSettings, run_dir: RunDir) -> Iterator[Row]:
+    """The rows of every source."""
     for source in config.corpus:
         worked = source in WORKED
         found = solutions(config, source) if worked else corpus_rows(run_dir.corpus_input(source), config)
@@ -129,12 +134,8 @@ def plain_rows(rows: Iterable[Row]) -> Iterator[Row]:
 
 def solutions(config: DistillSettings, source: str) -> Iterator[Row]:
     """GSM8K's or MATH's training solutions as traces in the form that the template asks for."""
-    folder = data_folder(config.data)
-    solved = read_solutions(source, folder, config)
-    apart = apart_from(solved, config.heldout, folder)
-    if copies := len(solved) - len(apart):
-        say(f"distill: {source}: left out {copies} near copies of {', '.join(config.heldout)}")
-    return worked_rows(apart, tags=template_named(config.template).think == "open")
+    solved = read_solutions(source, data_folder(config.data), config)
+    return worked_rows(solved, tags=template_named(config.template).think == "open")
 
 
 def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterator[Row]:
@@ -145,12 +146,3 @@ def worked_rows(solved: Iterable[tuple[Problem, str]], *, tags: bool) -> Iterato
         if steps and problem.answer:
             p, text = problem, tagged(steps, f"\\boxed{{{problem.answer}}}") if tags else steps
             yield Row(p.id, p.question.strip(), text, p.answer, p.language, p.kind, p.source)
-
-
-def apart_from(
-    solved: list[tuple[Problem, str]], heldout: Iterable[str], folder: Path | None
-) -> list[tuple[Problem, str]]:
-    """`solved` less what is a copy or near copy of a problem of the `heldout` benchmarks."""
-    tests = [problem for name in heldout for problem in problems(name, data_dir=folder)]
-    kept = {problem.id for problem in decontaminate([problem for problem, _ in solved], tests)}
-    return [pair for pair in solved if pair[0].id in kept]

@@ -175,9 +175,8 @@ ONLY = {
     ("zero", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("on_policy", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("sft", "--samples-from {samples}"): ["max_samples"],
-    ("sft", "--corpus {corpus}"): ["count", "fields"],
+    ("sft", "--corpus {corpus}"): ["count", "fields", "data", "heldout"],
     ("distill", "--steps 0 --epochs 0.1"): ["epochs"],
-    ("distill", "--corpus gsm8k_train --data {data}"): ["data", "heldout"],
 }
 """Settings that are read only with other settings than those: here a second run that reads them."""
 

@@ -1,20 +1,45 @@
-"""Training problems less the near copies of evaluation problems; evaluation problems that a corpus holds."""
+"""Training data less what holds an evaluation problem; evaluation problems that a corpus holds.
+
+A text holds a problem with the same normalised text, and one of which it has half or more of the problem's
+own word 10-grams, or all of its words where it has fewer: a copy in an instruction, a conversation or a
+few-shot prompt is found, and the same problem with other numbers. (GPT-3's training set: 13-grams,
+arXiv:2005.14165, App. C.)
+"""
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from pipeline.data.problems import problems
+from pipeline.data.problems import data_folder, problems
 from pipeline.errors import UserError
+from pipeline.run.directory import RunDir
+from pipeline.run.metrics import say
+from pipeline.settings.common import HeldoutSettings
 from rollout.types import Problem
 
 NGRAM = 10
-"""Words of the n-grams by which near copies are found."""
+"""Words of the n-grams."""
+GENERATED = "generator:"
+"""In the source of problems that are held out by construction (`pipeline.data.generators`)."""
 
 # Spacing, maths delimiters and sentence marks; signs, operators and decimal points make another problem.
 _LOOSE = re.compile(r"\\[,;: ]|\\(?:left|right)\b|[\s${}\"'“”‘’,;:?。，？：；]|\.(?!\d)")
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
+_SYMBOL = re.compile(rf"\d+\.\d+|{_WORD.pattern}|[^\w\s]")
+
+
+class Questioning(Protocol):
+    """A problem or a row of a corpus."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+T = TypeVar("T", bound=Questioning)
 
 
 def normalised(text: str) -> str:
@@ -28,58 +53,84 @@ def ngrams(text: str) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1))
 
 
+def symbols(text: str) -> str:
+    """Words, signs and operators, each between spaces."""
+    return f" {' '.join(_SYMBOL.findall(_LOOSE.sub(' ', text.casefold())))} "
+
+
+class Questions:
+    """Evaluation problems, to find those that a text holds."""
+
+    def __init__(self, questions: Sequence[str]) -> None:
+        self.exact: dict[str, list[int]] = {}
+        self.holders: dict[tuple[str, ...], list[int]] = {}
+        self.sizes, self.short = list[int](), list[tuple[int, str]]()
+        for index, question in enumerate(questions):
+            grams, text = ngrams(question), symbols(question)
+            self.exact.setdefault(normalised(question), []).append(index)
+            self.sizes.append(len(grams))
+            for gram in grams:
+                self.holders.setdefault(gram, []).append(index)
+            if not grams and text.strip():
+                self.short.append((index, text))
+
+    def held_by(self, text: str) -> tuple[set[int], set[int]]:
+        """Indices of the problems that `text` is a copy of, and of those that it holds in another way."""
+        copies = set(self.exact.get(normalised(text), ()))
+        shared = Counter(index for gram in ngrams(text) for index in self.holders.get(gram, ()))
+        near = {index for index, count in shared.items() if 2 * count >= self.sizes[index]}
+        if self.short:
+            whole = symbols(text)
+            near.update(index for index, question in self.short if question in whole)
+        return copies, near - copies
+
+
 def decontaminate(train: Iterable[Problem], heldout: Iterable[Problem]) -> list[Problem]:
-    """The training problems that are no copy, or near copy, of an evaluation problem. Dropped is a problem
-    with the same normalised text as an evaluation problem, and one that has half or more of its own word
-    10-grams in common with a single one (the same problem with other numbers)."""
-    exact: set[str] = set()
-    holders: dict[tuple[str, ...], list[int]] = {}
-    for index, problem in enumerate(heldout):
-        exact.add(normalised(problem.question))
-        for gram in ngrams(problem.question):
-            holders.setdefault(gram, []).append(index)
-
-    def is_copy(problem: Problem) -> bool:
-        if normalised(problem.question) in exact:
-            return True
-        grams = ngrams(problem.question)
-        shared = Counter(index for gram in grams for index in holders.get(gram, ()))
-        return bool(grams) and 2 * max(shared.values(), default=0) >= len(grams)
-
-    return [problem for problem in train if not is_copy(problem)]
-
-
-def without_copies(
-    train: Sequence[Problem], benchmarks: Sequence[str], folder: Path | None
-) -> tuple[list[Problem], str]:
-    """`train` less the copies of problems of `benchmarks`, and one line on it, which also names those that
-    cannot be read. Raises `UserError`: nothing is left."""
-    heldout, unread = list[Problem](), dict[str, str]()
-    for name in benchmarks:
-        try:
-            heldout += problems(name, data_dir=folder)
-        except UserError as error:
-            unread[name] = f"; not compared with {name} ({str(error).removeprefix(f'{name}: ')[:60]})"
-    kept, read = decontaminate(train, heldout), [name for name in benchmarks if name not in unread]
-    names = ", ".join(read) or "no benchmark"
-    if train and not kept:
-        raise UserError(f"all {len(train)} problems are copies of {names}: take others, or --heldout")
-    return kept, f"{len(train) - len(kept)} copies of {names} are left out" + "".join(unread.values())
+    """The training problems that hold no evaluation problem."""
+    questions = Questions([problem.question for problem in heldout])
+    return [problem for problem in train if not any(questions.held_by(problem.question))]
 
 
 def copied(questions: Sequence[str], corpus: Iterable[str]) -> tuple[set[int], set[int]]:
-    """Indices of the questions of which `corpus`, questions too, has a copy (the same normalised text), and a
-    near copy (half or more of the question's own word 10-grams). The corpus is read once and not kept."""
-    exact: dict[str, list[int]] = {}
-    holders: dict[tuple[str, ...], list[int]] = {}
-    grams = [ngrams(question) for question in questions]
-    for index, question in enumerate(questions):
-        exact.setdefault(normalised(question), []).append(index)
-        for gram in grams[index]:
-            holders.setdefault(gram, []).append(index)
-    copies, near = set[int](), set[int]()
+    """Indices of the questions of which `corpus`, questions too, has a copy, and of those that it holds in
+    another way. The corpus is read once and not kept."""
+    index, copies, near = Questions(questions), set[int](), set[int]()
     for text in corpus:
-        shared = Counter(index for gram in ngrams(text) for index in holders.get(gram, ()))
-        copies.update(exact.get(normalised(text), ()))
-        near.update(index for index, count in shared.items() if 2 * count >= len(grams[index]))
+        same, held = index.held_by(text)
+        copies |= same
+        near |= held
     return copies, near
+
+
+def apart(items: Iterable[T], config: HeldoutSettings, run_dir: RunDir) -> Iterator[T]:
+    """`items` less what holds a problem of the benchmarks `config.heldout`. Generated ones pass, and a
+    benchmark is only read where there are others. What was left out, and which benchmarks could not be read,
+    is said on the console and noted in env.json. Raises `UserError`: nothing is left."""
+    questions, told, total, kept = None, "", 0, 0
+    for item in items:
+        if GENERATED not in item.source:
+            if questions is None:
+                questions, told = read_benchmarks(config.heldout, data_folder(config.data))
+            total += 1
+            if any(questions.held_by(item.question)):
+                continue
+            kept += 1
+        yield item
+    if total:
+        told = f"{total - kept} of {total} problems hold one of {told}"
+        if not kept:
+            raise UserError(f"all {told}: take others, or --heldout")
+        say(f"{run_dir.stage.name}: left out: {told}")
+        run_dir.note("decontamination", told)
+
+
+def read_benchmarks(names: Sequence[str], folder: Path | None) -> tuple[Questions, str]:
+    """The problems of the benchmarks, and which those are; also those that cannot be read, and why."""
+    found, unread = list[str](), dict[str, str]()
+    for name in names:
+        try:
+            found += [problem.question for problem in problems(name, data_dir=folder)]
+        except UserError as error:
+            unread[name] = f"; not compared with {name} ({str(error).removeprefix(f'{name}: ')[:60]})"
+    read = ", ".join(name for name in names if name not in unread) or "no benchmark"
+    return Questions(found), read + "".join(unread.values())

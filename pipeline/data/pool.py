@@ -9,10 +9,12 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.data.corpus import Row
+from pipeline.data.decontaminate import apart
 from pipeline.data.jsonl import BadRow
 from pipeline.data.problems import problems
 from pipeline.data.rows import Tally
 from pipeline.errors import UserError
+from pipeline.run.directory import RunDir
 from pipeline.settings.common import RowSettings
 from pipeline.settings.rollouts import GeneratingSettings
 from rollout.checkpoint import context_of
@@ -20,13 +22,18 @@ from rollout.text.tokenizer import encode_example, encode_prompt
 from rollout.types import Problem
 
 
-def pooled(config: GeneratingSettings, tokenizer: Tokenizer, model: Path | None, seed: int) -> list[Problem]:
-    """Training problems of all sources, one after the other, for the model directory `model`, if any.
-    Raises `UserError`: a source cannot be read, or none of its problems fits the model's context."""
+def pooled(
+    config: GeneratingSettings, tokenizer: Tokenizer, model: Path | None, seed: int, run_dir: RunDir
+) -> list[Problem]:
+    """Training problems of all sources, one after the other, for the model directory `model`, if any; their
+    hash is recorded. Raises `UserError`: a source cannot be read, or none of its problems is left or fits the
+    model's context."""
     data, most = config.data, config.pool
     load = partial(problems, count=most, split="train", seed=seed, data_dir=data, rows=config)
-    found = [problem for source in config.problems for problem in load(source)]
-    return fitting([hold_back(problem, config.hold_back) for problem in found], config, tokenizer, model)
+    found = apart([problem for source in config.problems for problem in load(source)], config, run_dir)
+    kept = fitting([hold_back(problem, config.hold_back) for problem in found], config, tokenizer, model)
+    run_dir.record_rows(f"the problems of {', '.join(config.problems)}", kept)
+    return kept
 
 
 def hold_back(problem: Problem, share: float) -> Problem:

@@ -40,10 +40,10 @@ def curated(item: Item) -> str:
     return tagged("\n".join(lines), item.answer)
 
 
-def curated_rows(task: str, count: int, seed: int, source: str) -> list[Row]:
+def curated_rows(task: str, count: int, seed: int) -> list[Row]:
     """Cold-start traces of `count` different train-split problems."""
     made = [(item, item.problem()) for item in items(task, count, "train", seed)]
-    return [Row(p.id, p.question, curated(i), i.answer, p.language, p.kind, source) for i, p in made]
+    return [Row(p.id, p.question, curated(i), i.answer, p.language, p.kind, p.source) for i, p in made]
 
 
 def drill(rng: random.Random) -> str:

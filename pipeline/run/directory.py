@@ -101,8 +101,13 @@ class RunDir:
         before = env["inputs"].get(name, digest)
         if before != digest and not self.stage.extends:
             raise UserError(f"{name} changed since this run began; restore it, or take another --name")
-        env["inputs"][name] = digest
-        write_atomic(self.path / "env.json", json.dumps(env, indent=2) + "\n")
+        self.note("inputs", env["inputs"] | {name: digest})
+
+    def note(self, name: str, value: object) -> None:
+        """Note something in env.json, in place of an older note."""
+        if not ranks.rank():
+            noted = self.environment() | {name: value}
+            write_atomic(self.path / "env.json", json.dumps(noted, indent=2) + "\n")
 
     def environment(self) -> dict[str, Any]:
         """What env.json has; raises `UserError` where it is damaged."""

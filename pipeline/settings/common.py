@@ -196,6 +196,20 @@ class RowSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldoutSettings(Settings):
+    """What everything has that trains on problems or their worked answers."""
+
+    data: Path | None = None
+    """Folder of local data files; default: the environment variable R1_DATA."""
+    heldout: tuple[str, ...] = (
+        *("math500", "aime24", "aime25", "amc23", "gsm8k", "olympiadbench", "minerva_math"),
+        *("humaneval", "mbpp"),
+    )
+    """Benchmarks: what holds one of their problems, in other words around it or with other numbers too, is
+    left out, generated problems apart. Those that cannot be read are named."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GradingSettings(TemplateSettings, RowSettings, CodeSettings):
     """What everything has that asks a model problems and grades its answers."""
 

@@ -8,6 +8,7 @@ from pipeline.settings.common import (
     AdamWSettings,
     ComputeSettings,
     GuardSettings,
+    HeldoutSettings,
     RowSettings,
     StageSettings,
     TemplateSettings,
@@ -32,7 +33,7 @@ class StudentOptimSettings(AdamWSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
+class DistillSettings(TemplateSettings, RowSettings, HeldoutSettings, ComputeSettings):
     """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
 
     corpus: tuple[str, ...] = ("reject",)
@@ -40,10 +41,6 @@ class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
     traces (`hub:OWNER/NAME[:CONFIG]:SPLIT`), or the worked solutions of gsm8k_train, math_train."""
     count: Natural = 0
     """Traces used, sampled at random by `seed`, before too long ones are dropped; 0 = all."""
-    data: Path | None = None
-    """Folder with gsm8k_train.jsonl and math_train.jsonl; default: the environment variable R1_DATA."""
-    heldout: tuple[str, ...] = ("gsm8k", "math500")
-    """Benchmarks whose copies and near copies are dropped from worked solutions."""
     init_from: str = "student"
     """Dense model to start from: a stage of this run (student, smollm2), a folder, or OWNER/NAME (hub)."""
     lora_rank: Natural = 0

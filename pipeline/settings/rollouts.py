@@ -2,10 +2,16 @@
 
 import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings.common import ComputeSettings, GradingSettings, OptimSettings, Sampling, TrainSettings
+from pipeline.settings.common import (
+    ComputeSettings,
+    GradingSettings,
+    HeldoutSettings,
+    OptimSettings,
+    Sampling,
+    TrainSettings,
+)
 from rewards.registry import own_function
 from rewards.reward import check_weights
 from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Positive, Range, Samples, Share
@@ -27,7 +33,7 @@ def check_loss(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(Sampling, GradingSettings, ComputeSettings):
+class GeneratingSettings(Sampling, GradingSettings, HeldoutSettings, ComputeSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
@@ -37,8 +43,6 @@ class GeneratingSettings(Sampling, GradingSettings, ComputeSettings):
     hold_back: Share = 0.5
     """Share of the asserts in a question's text (MBPP) that training does not show, rounded up, one always
     shown; all are graded, so a program that only knows the shown ones fails. 0 = the public protocol."""
-    data: Path | None = None
-    """Folder of local data files; default: the environment variable R1_DATA."""
     rollout: RolloutSettings = field(default_factory=RolloutSettings)
     """The engine that generates, in the trainer's process or in workers."""
 
@@ -175,11 +179,5 @@ class RejectSettings(GeneratingSettings):
     """Rows of general data (no arithmetic, no code) that are added, to keep other skills alive."""
     min_language: Share = 0.99
     """Least share of words in the question's language."""
-    heldout: tuple[str, ...] = (
-        *("math500", "aime24", "aime25", "amc23", "gsm8k", "olympiadbench", "minerva_math"),
-        *("humaneval", "mbpp"),
-    )
-    """Benchmarks whose copies and near copies are removed from the problems, generated ones apart; those that
-    cannot be read are named."""
     prompts_per_step: Natural = 0
     """Problems between lines of the log; a killed run loses at most these. 0 = 500, of a served model 32."""

@@ -3,7 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pipeline.settings.common import OptimSettings, RowSettings, TemplateSettings, TrainSettings
+from pipeline.settings.common import (
+    HeldoutSettings,
+    OptimSettings,
+    RowSettings,
+    TemplateSettings,
+    TrainSettings,
+)
 from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Settings, Share
 
 
@@ -118,7 +124,7 @@ class StudentSettings(DocumentSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftSettings(TemplateSettings, RowSettings, SupervisedSettings):
+class SftSettings(TemplateSettings, RowSettings, HeldoutSettings, SupervisedSettings):
     """SFT on completions; prompts have no weight. Cosine to a tenth (arXiv:2501.12948, appendix)."""
 
     init_from: str = "pretrain"

@@ -77,8 +77,7 @@ class RoundTrainer(ABC):
         tokens = min(self.place.micro_tokens(config), config.group_size * config.max_tokens)
         check_memory(start, self.place, config.optim, tokens, reference=reference, rollout=config.rollout)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
-        self.problems = pooled(config, self.tokenizer, start, config.seed)
-        run_dir.record_rows(f"the problems of {', '.join(config.problems)}", self.problems)
+        self.problems = pooled(config, self.tokenizer, start, config.seed, run_dir)
         self.heldout_problems = []
         if config.eval_every:
             count = config.eval_problems

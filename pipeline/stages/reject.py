@@ -11,15 +11,12 @@ from pathlib import Path
 
 from pipeline.data.card import corpus_card
 from pipeline.data.corpus import Row, canonical, readable, split_blocks, tagged, write_corpus
-from pipeline.data.decontaminate import without_copies
 from pipeline.data.jsonl import read_log
 from pipeline.data.pool import pooled
-from pipeline.data.problems import data_folder
 from pipeline.data.traces import curated_rows
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.files import read_json, write_atomic
-from pipeline.run.metrics import say
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import RejectSettings
 from pipeline.tools.open import open_served
@@ -43,12 +40,7 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
     else:
         start = run_dir.model_input(config.init_from)
         policy, tokenizer = load_policy(start, place.device)
-    pool = pooled(config, tokenizer, start, config.seed + 2)
-    apart = "generated problems are held out by construction"
-    if not all(source.startswith("generator:") for source in config.problems):
-        pool, apart = without_copies(pool, config.heldout, data_folder(config.data))
-        say(f"reject: {apart}")
-    run_dir.record_rows(f"the problems of {', '.join(config.problems)}", pool)
+    pool = pooled(config, tokenizer, start, config.seed + 2, run_dir)
     watch = Watch(run_dir, config.max_error_share)
     scorer = Scorer({"accuracy": 1.0}, allow_unsafe_code=config.allow_unsafe_code)
     check_sandbox("reject", scorer.pool, pool, config.allow_unsafe_code)
@@ -94,8 +86,10 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
         why = ", ".join(f"{n} {name}" for name, n in fates.most_common() if n)
         way = f"train {config.init_from} longer, or take another --template or model"
         raise UserError(f"reject kept nothing of {len(pool)} problems ({why}): {way}")
-    rows += curated_rows("general", config.general, config.seed + 2, "general")
-    digest = run_dir.environment()["inputs"].get(str(start), start and start.name)
+    rows += curated_rows("general", config.general, config.seed + 2)
+    env = run_dir.environment()
+    digest = env["inputs"].get(str(start), start and start.name)
+    apart = env.get("decontamination", "generated problems are held out by construction")
     teacher = f"{config.init_from}, {f'sha256 {digest}' if start else f'served at {address()}'}"
     facts = {"teacher": teacher, "problems": len(pool), "benchmarks": apart, "run with": run_dir.command}
     toml = (run_dir.path / "config.toml").read_text()

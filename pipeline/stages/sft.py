@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, tagged, write_corpus
+from pipeline.data.decontaminate import apart
 from pipeline.data.jsonl import read_log
 from pipeline.data.pool import encoded
 from pipeline.data.traces import curated_rows
@@ -33,12 +34,13 @@ def gather(config: SftSettings, run_dir: RunDir) -> list[Row]:
     """The corpus: curated traces, RL samples, rows of a file, in this order."""
     rows: list[Row] = []
     if config.curated:
-        rows += curated_rows(config.curated_task, config.curated, config.seed + 1, "curated")
+        rows += curated_rows(config.curated_task, config.curated, config.seed + 1)
     if config.samples_from:
         path = run_dir.file_input(config.samples_from, "samples.jsonl")
         rows += kept_samples(read_log(path), config)
     if config.corpus:
         rows += read_corpus(run_dir.corpus_input(config.corpus), config.count, config.seed, config)
+    rows = list(apart(rows, config, run_dir))
     if not rows:
         stage = run_dir.stage.name
         raise UserError(f"{stage}: no rows are left after filtering; train {config.samples_from} longer")
@@ -54,7 +56,7 @@ def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
         good = s["verdict"] == "correct" and s["parts"].get("language", 0) >= 0.99
         if good and blocks and readable(blocks[0]) and s["question"] not in seen:
             seen.add(s["question"])
-            text, source = tagged(*blocks), f"samples:{config.samples_from}"
+            text, source = tagged(*blocks), f"samples:{s.get('source', config.samples_from)}"
             rows.append(Row(s["id"], s["question"], text, blocks[1], s["language"], s["kind"], source))
         if config.max_samples and len(rows) == config.max_samples:
             break

@@ -49,7 +49,7 @@ def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
 def transcript(graded: Graded, advantage: float | None) -> dict[str, Any]:
     """A line of samples.jsonl."""
     rollout, problem = graded.rollout, graded.rollout.prompt.problem
-    asked = {name: getattr(problem, name) for name in ("id", "question", "kind", "language")}
+    asked = {name: getattr(problem, name) for name in ("id", "question", "kind", "language", "source")}
     return asked | {
         "text": graded.text,
         "verdict": graded.verdict,

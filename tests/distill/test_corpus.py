@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.corpus import apart_from, plain_rows, worked_rows
+from distill.corpus import plain_rows, worked_rows
 from pipeline.data.corpus import Row
 from pipeline.data.rows import ALL_ROWS
 from pipeline.data.solutions import read_solutions, worked_steps
@@ -30,11 +30,9 @@ MATH = {"id": "m/0", "problem": "What is $2+2$?", "answer": "4", "solution": BOX
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Both training files, and a benchmark that holds the MATH problem in other clothes."""
+    """Both training files."""
     (tmp_path / "gsm8k_train.jsonl").write_text(json.dumps(GSM8K) + "\n")
     (tmp_path / "math_train.jsonl").write_text(json.dumps(MATH) + "\n")
-    test = {**MATH, "id": "t/0", "problem": "what is  $2 + 2$ ?"}
-    (tmp_path / "math500.jsonl").write_text(json.dumps(test) + "\n")
     return tmp_path
 
 
@@ -60,11 +58,6 @@ def test_a_trace_grades_as_its_own_answer(folder: Path, source: str) -> None:
 def test_a_problem_without_a_solution_teaches_nothing(folder: Path) -> None:
     ((problem, _),) = read_solutions("gsm8k_train", folder, ALL_ROWS)
     assert list(worked_rows([(problem, "")], tags=False)) == []
-
-
-def test_copies_of_benchmark_problems_are_left_out(folder: Path) -> None:
-    assert apart_from(read_solutions("math_train", folder, ALL_ROWS), ["math500"], folder) == []
-    assert len(apart_from(read_solutions("gsm8k_train", folder, ALL_ROWS), ["math500"], folder)) == 1
 
 
 def test_a_bad_line_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,7 @@ def run_stage(name, runs, *flags):
 def patched():
     """So few updates learn nothing; `reject` keeps what it samples all the same."""
     with pytest.MonkeyPatch.context() as patch:
-        row = reject.curated_rows("general", 1, 0, "general")[0]
+        row = reject.curated_rows("general", 1, 0)[0]
         patch.setattr(reject, "keepers", lambda group, least: [row])
         yield
 

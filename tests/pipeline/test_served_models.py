@@ -66,7 +66,7 @@ def test_reject_keeps_what_a_served_teacher_solves_and_describes_it(serve, here,
     fake = serve(solve)
     assert main(REJECT.split()) == 0
     folder = here / "runs/tiny/reject"
-    rows = [row for row in read_corpus(folder / "corpus.jsonl") if row.source != "general"]
+    rows = [row for row in read_corpus(folder / "corpus.jsonl") if row.source != "generator:general"]
     assert [row.question for row in rows] == [f"{n}+{n}=?" for n in (1, 1, 2, 2, 4, 4, 5, 5, 6, 6)]
     assert (
         rows[0].completion.startswith("<think>\nAdd 1+1, way ") and rows[0].answer == "So it is $\\boxed{2}$."
@@ -75,11 +75,11 @@ def test_reject_keeps_what_a_served_teacher_solves_and_describes_it(serve, here,
     assert {b["model"] for b in fake.bodies} == {"org/teacher"}
     assert fake.bodies[0]["messages"][0]["content"].endswith("within \\boxed{}.")
     out = capsys.readouterr().out
-    assert "reject: 1 copies of math500 are left out" in out and "completion, characters: mean " in out
+    assert "reject: left out: 1 of" in out and "completion, characters: mean " in out
     card = (folder / "README.md").read_text()
     for part in (
         "language: [en", "size_categories: [n<1K]", "data_files: corpus.jsonl", "| problems | 5 |",
-        "| benchmarks | 1 copies of math500 are left out |", "org/teacher, served at http://127.0.0.1",
+        "| benchmarks | 1 of 6 problems hold one of math500 |", "org/teacher, served at http://127.0.0.1",
         'problems = [\n    "sums.jsonl",\n]', "samples = 3\n",
         "| kept | 10 |", "| more than keep | 5 |", "| source reject:sums | 10 |", "| kind math | ",
     ):  # fmt: skip
@@ -155,7 +155,7 @@ def test_nothing_kept_says_what_became_of_it(serve, here, capsys):
     assert "kept nothing of 5 problems (15 wrong)" in said and "--template" in said
     Path("math500.jsonl").write_text(Path("sums.jsonl").read_text())
     assert main([*REJECT.split(), "--name", "b"]) == 2
-    assert "all 6 problems are copies of math500" in capsys.readouterr().err
+    assert "all 6 of 6 problems hold one of math500" in capsys.readouterr().err
 
 
 def test_benchmarks_that_cannot_be_read_are_named_and_the_run_goes_on(serve, here, capsys):
@@ -163,7 +163,8 @@ def test_benchmarks_that_cannot_be_read_are_named_and_the_run_goes_on(serve, her
     assert main([*REJECT.split(), "--heldout", "math500", "nonsense", "aime24"]) == 0
     said = capsys.readouterr().out
     assert (
-        "1 copies of math500 are left out; not compared with nonsense (unknown problem set 'nonsense'" in said
+        "1 of 6 problems hold one of math500; not compared with nonsense (unknown problem set 'nonsense'"
+        in said
     )
     assert "; not compared with aime24 (" in said
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.decontaminate import decontaminate
 from pipeline.data.problems import BENCHMARKS, FILES, order, problems
 from pipeline.errors import UserError
 from pipeline.settings.common import RowSettings
@@ -224,48 +223,7 @@ def test_reference_programs_pass_the_tests_as_we_pose_them():
             assert run_tests("def wrong(*_):\n    return None", problem.tests).value == 0
 
 
-@needs_data
-def test_decontamination_finds_what_the_published_list_says():
-    """contamination.jsonl was computed apart from us, as a share of the longer of the two problems."""
-    listed = [json.loads(line) for line in (SHARED / "contamination.jsonl").read_text().splitlines()]
-    want = {
-        p["train_id"]
-        for p in listed
-        if (p["train_file"], p["eval_file"]) == ("math_train.jsonl", "math500.jsonl")
-    }
-    train = problems("math_train", data_dir=SHARED)
-    kept = {p.id for p in decontaminate(train, problems("math500", data_dir=SHARED))}
-    dropped = {p.id for p in train} - kept
-    assert len(want) > 20
-    assert want <= dropped and len(dropped - want) <= len(want) // 4, (want - dropped, dropped - want)
-
-
-# ---- near copies and order
-
-
-def test_copies_are_dropped_and_other_problems_kept():
-    story = "With {} apples Tom goes to the big market in the old town every morning, come rain or shine"
-    heldout = [question("What is $3 + 4$?"), question(story.format(5))]
-    copies = [question("what is 3+4 ?"), question(story.format(5)), question(story.format(8))]
-    others = [
-        question("What is 3-4?"),
-        question("What is 3 + 4.5?"),
-        question("With 5 apples Tom goes home"),
-    ]
-    assert decontaminate(copies + others, heldout) == others
-    assert decontaminate(others, []) == others
-
-
-def test_half_of_the_ngrams_of_one_problem_is_the_border():
-    """15 words have 6 10-grams. Changing the last word but 2, 3 and 4 leaves 3, 2 and 1 of them."""
-    words = [f"w{i}" for i in range(15)]
-    heldout = [question(" ".join(words))]
-
-    def changed(place: int) -> Problem:
-        return question(" ".join(w if i != place else "other" for i, w in enumerate(words)))
-
-    assert decontaminate([changed(12)], heldout) == []
-    assert decontaminate([changed(11)], heldout) == [changed(11)]
+# ---- order
 
 
 def test_order_is_a_shuffle_that_depends_on_seed_and_epoch_only():
