@@ -108,7 +108,7 @@ def apart(items: Iterable[T], config: HeldoutSettings, run_dir: RunDir) -> Itera
     is said on the console and noted in env.json. Raises `UserError`: nothing is left."""
     questions, told, total, kept = None, "", 0, 0
     for item in items:
-        if GENERATED not in item.source:
+        if config.heldout and GENERATED not in item.source:
             if questions is None:
                 questions, told = read_benchmarks(config.heldout, data_folder(config.data))
             total += 1

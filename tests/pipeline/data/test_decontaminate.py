@@ -174,6 +174,12 @@ def test_stages_leave_out_what_holds_a_benchmarks_problem_and_say_so(
     assert run.noted["decontamination"].startswith(told)
 
 
+def test_without_benchmarks_nothing_is_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    run, rows = Run(), [Row("1", "3+4=?", "7")]
+    assert list(apart(rows, SftSettings(curated=1, heldout=()), run)) == rows  # type: ignore[arg-type]
+    assert (capsys.readouterr().out, run.noted) == ("", {})
+
+
 def test_generated_problems_need_no_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     run, rows = Run(), [Row("1", "3+4=?", "7", source="reject:generator:tiny")]
     assert list(apart(rows, SftSettings(curated=1), run)) == rows  # type: ignore[arg-type]
