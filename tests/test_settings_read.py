@@ -175,7 +175,7 @@ ONLY = {
     ("zero", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("on_policy", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("sft", "--samples-from {samples}"): ["max_samples"],
-    ("sft", "--corpus {corpus}"): ["count", "fields", "data", "heldout"],
+    ("sft", "--corpus {corpus}"): ["count", "fields", "data"],
     ("distill", "--steps 0 --epochs 0.1"): ["epochs"],
 }
 """Settings that are read only with other settings than those: here a second run that reads them."""

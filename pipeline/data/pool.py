@@ -1,25 +1,30 @@
-"""What a stage trains on: problems, some of their tests held back and long ones left out, or worked rows."""
+"""What a stage trains on: problems, some of their tests held back and long ones left out, and their order; or
+worked rows."""
 
 import math
+import random
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.data.corpus import Row
 from pipeline.data.decontaminate import apart
 from pipeline.data.jsonl import BadRow
-from pipeline.data.problems import problems
+from pipeline.data.problems import order, problems
 from pipeline.data.rows import Tally
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
 from pipeline.settings.common import RowSettings
 from pipeline.settings.rollouts import GeneratingSettings
 from rollout.checkpoint import context_of
+from rollout.collect import has_spread
 from rollout.text.tokenizer import encode_example, encode_prompt
-from rollout.types import Problem
+from rollout.types import Graded, Problem
 
 
 def pooled(
@@ -71,6 +76,57 @@ def fitting(
     if len(kept) < len(found):
         print(f"{len(found) - len(kept)} of {len(found)} problems {limit}: left out")
     return kept
+
+
+class Order:
+    """The endless order of problems: each once an epoch, shuffled by seed and epoch, or as they come.
+
+    A problem whose last group had no spread, because it is always or never solved, would teach nothing now.
+    It is `settled`, and in the share `again` of the later epochs alone. An epoch's order is fixed as it
+    begins, so that nothing is known of past ones but where `again` is 1."""
+
+    def __init__(self, ids: Sequence[str], seed: int, *, shuffled: bool = True, again: float = 1.0) -> None:
+        self.ids, self.seed, self.shuffled, self.again = ids, seed, shuffled, again
+        self.settled = set[str]()
+        self.epoch = self.start = 0  # this epoch's number, and the place of its first problem
+        self.now = self.begin()
+
+    def begin(self) -> list[int]:
+        """Indices of the problems of the epoch that begins."""
+        every = order(len(self.ids), self.seed, self.epoch) if self.shuffled else list(range(len(self.ids)))
+        if self.again == 1.0:
+            return every
+        chance = random.Random(f"again/{self.seed}/{self.epoch}").random
+        luck = [chance() < self.again for _ in every]
+        return [i for i in every if luck[i] or self.ids[i] not in self.settled] or every
+
+    def at(self, place: int) -> int:
+        """Index of the problem at `place` of the endless order."""
+        if place < self.start:
+            self.epoch = self.start = 0
+            self.now = self.begin()
+        while place >= self.start + len(self.now):
+            self.start, self.epoch = self.start + len(self.now), self.epoch + 1
+            self.now = self.begin()
+        return self.now[place - self.start]
+
+    def saw(self, graded: Sequence[Graded]) -> None:
+        """Note which problems of these rollouts have groups without spread; those that only failed stay."""
+        groups = defaultdict[str, list[Graded]](list)
+        for each in graded:
+            if each.verdict != "error":
+                groups[each.rollout.prompt.problem.id].append(each)
+        for name, group in groups.items():
+            (self.settled.discard if has_spread(group) else self.settled.add)(name)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `at` depends on."""
+        return {"settled": sorted(self.settled), "epoch": self.epoch, "start": self.start, "now": self.now}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.settled = set(state["settled"])
+        self.epoch, self.start, self.now = state["epoch"], state["start"], state["now"]
 
 
 def encoded(

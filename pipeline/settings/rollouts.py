@@ -64,6 +64,8 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     """Distinct prompts per round (R1-Zero: 32)."""
     group_size: Annotated[int, Range(1, MOST_SAMPLES)] = 16
     """Rollouts per prompt; they share its prefill."""
+    order: Literal["shuffled", "file"] = "shuffled"
+    """Order of the problems in an epoch: shuffled by the seed, or as their sources have them."""
     minibatches: Count = 1
     """Optimizer updates per round; each takes an equal share of the groups (R1-Zero: 16 a round of 8,192)."""
     temperature: Positive = 1.0
@@ -107,6 +109,9 @@ class GrpoSettings(RoundSettings):
     """Rollouts per prompt, the paper's G; their mean reward is the baseline (R1-Zero: 16)."""
     dynamic_sampling: bool = False
     """Sample until the step has its number of groups whose rewards differ (DAPO, Sec. 3.2)."""
+    flat_again: Share = 1.0
+    """Share of the later epochs in which a problem comes again whose last group had no spread, because it is
+    always or never solved (a curriculum); 1 = all of them."""
     most_requests: Count = 4
     """Dynamic sampling: requests of a step, after which it is filled up with groups without spread."""
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0, "format": 1.0})

@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
-from pipeline.data.pool import fitting, pooled
-from pipeline.data.problems import order, problems
+from pipeline.data.pool import Order, fitting, pooled
+from pipeline.data.problems import problems
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Diverged, Guard
@@ -69,6 +69,7 @@ class RoundTrainer(ABC):
         *,
         overlong_buffer: int = 0,
         max_idle_steps: int = 0,
+        flat_again: float = 1.0,
     ) -> None:
         """`reference`: a frozen copy of the policy scores the rollouts too, or the model of a directory.
         Raises `UserError` for a model, engine or problem source that cannot be used."""
@@ -88,7 +89,9 @@ class RoundTrainer(ABC):
         self.scorer = Scorer(rewards, overlong_buffer=overlong_buffer, allow_unsafe_code=unsafe)
         check_sandbox(run_dir.stage.name, self.scorer.pool, [*self.problems, *self.heldout_problems], unsafe)
         run_dir.metrics.explain(self.scorer.glossary())
-        self.source = RolloutSource(engine, self.prompts, self.grade, plan)
+        ids, shuffled = [problem.id for problem in self.problems], config.order == "shuffled"
+        self.order = Order(ids, config.seed, shuffled=shuffled, again=flat_again)
+        self.source = RolloutSource(engine, self.prompts, self.seen, plan)
         guard = Guard(config.guard, config.optim.clip, era=run_dir.era)
         optim, updates = slowed(config.optim, run_dir), config.steps * config.minibatches
         self.learner = Learner(self.policy, optim, updates, guard=guard)
@@ -138,10 +141,8 @@ class RoundTrainer(ABC):
         return self.config.params(n=self.config.group_size, seed=self.config.seed * 1_000_003 + step)
 
     def prompts(self, place: int, count: int) -> list[Prompt]:
-        """`count` problems from index `place` on: each once an epoch, in an order set by seed and epoch."""
-        n, places = len(self.problems), range(place, place + count)
-        orders = {epoch: order(n, self.config.seed, epoch) for epoch in {at // n for at in places}}
-        picked = [self.problems[orders[at // n][at % n]] for at in places]
+        """`count` problems from index `place` of their endless order on."""
+        picked = [self.problems[self.order.at(at)] for at in range(place, place + count)]
         return [make_prompt(self.tokenizer, p, self.config.template) for p in picked]
 
     def grade(self, rollouts: Sequence[Rollout]) -> list[Graded]:
@@ -157,6 +158,12 @@ class RoundTrainer(ABC):
             why = "the rollouts do not come from these weights"
             advice = f"update or change the engine, or raise the bound. {self.run_dir.kept()}"
             raise Stopped(f"engine and trainer differ by {bound}: {why} (max_mismatch_kl); {advice}")
+
+    def seen(self, rollouts: Sequence[Rollout]) -> list[Graded]:
+        """`grade`, of rollouts to train on: what they say of their problems sets the next epochs' order."""
+        graded = self.grade(rollouts)
+        self.order.saw(graded)
+        return graded
 
     # ---- around it
 
@@ -178,6 +185,7 @@ class RoundTrainer(ABC):
         reference = None if self.reference is None else self.reference.state_dict()
         state = {"learner": self.learner.state_dict(), "reference": reference, **self.source.state_dict()}
         state |= {"watch": self.watch.state_dict(), "tokens": self.tokens}
+        state |= {"order": self.order.state_dict()}
         save_state(self.run_dir, step, state, applied)
 
     def restore(self) -> int:
@@ -188,6 +196,7 @@ class RoundTrainer(ABC):
             self.source.load_state_dict(state)
             self.watch.load_state_dict(state["watch"])
             self.tokens = state.get("tokens", self.tokens)  # not in those of earlier versions
+            self.order.load_state_dict(state.get("order", self.order.state_dict()))
         if step and self.reference is not None:
             self.reference.load_state_dict(state["reference"])
         return step
@@ -210,8 +219,16 @@ class Trainer(RoundTrainer):
         except ValueError as error:
             raise UserError(str(error)) from error
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
-        limits = {"overlong_buffer": config.overlong_buffer, "max_idle_steps": config.max_idle_steps}
-        super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **limits)
+        super().__init__(
+            config,
+            run_dir,
+            plan,
+            config.rewards,
+            bool(config.kl_coef),
+            overlong_buffer=config.overlong_buffer,
+            max_idle_steps=config.max_idle_steps,
+            flat_again=config.flat_again,
+        )
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
         self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
 
