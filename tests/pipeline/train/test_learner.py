@@ -32,7 +32,7 @@ MICRO = dataclasses.replace(
     v_head_dim=8,
 )
 CLIP = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}
-OBJECTIVE = PolicyObjective(grpo, CLIP, temperature=1.0, tis_cap=2.0)
+OBJECTIVE = PolicyObjective(grpo, CLIP, temperature=1.0)
 
 
 def learner(mtp_coef=0.0, gamma=0.0, lr=1e-3):

@@ -7,9 +7,9 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.settings.rollouts import LOSS_NAMES
-from pipeline.train.advantages import group_advantages
 from pipeline.train.losses import LOSSES, Tokens, grpo, k3, loss_named, takes_settings, weighted_per
 from pipeline.train.pack import rollout_weights
+from pipeline.train.rollouts import group_advantages
 
 
 def tokens_of(new, old, ref, advantages, weights, lengths=None):
