@@ -1,7 +1,7 @@
 """Settings of the stages that generate: RL (`zero`, `grpo`, ...), `on_policy`, and `reject`."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,8 +30,8 @@ def check_loss(name: str) -> None:
     if ":" in name:
         own_function(name)
     elif name not in LOSS_NAMES:
-        near = difflib.get_close_matches(name, LOSS_NAMES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = difflib.get_close_matches(name, LOSS_NAMES, n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         names = f'{", ".join(LOSS_NAMES)}, or "module:function"'
         raise ValueError(f"unknown loss {name!r}; {hint}There are: {names}.")
 
@@ -58,15 +58,12 @@ class CorrectionSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.treatment == "mask" and (self.low == 1 or self.high == 1):
-            raise ValueError(
-                f"correction.treatment=mask with bounds {self.low:g} and {self.high:g} masks tokens on which "
-                "engine and trainer agree; set correction.low below 1 and correction.high above 1."
-            )
-        if self.anchor == "engine" and self != CorrectionSettings(anchor="engine"):
-            raise ValueError(
-                "correction.anchor=engine leaves nothing to correct: correction.level, treatment, low, high"
-                " have no effect; leave them out, or set correction.anchor=old."
-            )
+            bounds = f"bounds {self.low:g} and {self.high:g} masks where engine and trainer agree"
+            right = "set correction.low below 1 and correction.high above 1"
+            raise ValueError(f"correction.treatment=mask with {bounds}; {right}.")
+        if self.anchor == "engine" and replace(self, anchor="old") != CorrectionSettings():
+            others = "correction.level, treatment, low and high have no effect: leave them out"
+            raise ValueError(f"correction.anchor=engine leaves nothing to correct; {others}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,9 +49,6 @@ from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
 from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
-MISMATCH = ("policy/mismatch_kl", "policy/mismatch_max")
-"""Metrics that compare the engine with the trainer."""
-
 
 def run(config: GrpoSettings, run_dir: RunDir) -> None:
     """Train; leave `model/`."""
@@ -278,7 +275,7 @@ class Trainer(RoundTrainer):
         metrics, measured, mismatch = dict[str, float](), dict[str, float](), 0.0
         for number, (batch, logprobs) in enumerate(zip(batches, old, strict=True)):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
-            found = {key: metrics.pop(key) for key in MISMATCH if key in metrics}  # none of a skipped update
+            found = {key: metrics.pop(key) for key in [*metrics] if "mismatch" in key}  # none if skipped
             if self.scores_old or number == 0:  # else it compares the engine with a policy that has moved on
                 measured, mismatch = found, max(mismatch, found.get("policy/mismatch_kl", 0.0))
         metrics |= measured

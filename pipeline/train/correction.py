@@ -36,13 +36,8 @@ def over_rollouts(values: Tensor, rollout: Tensor, count: int, *, mean: bool) ->
 def correction(
     old: Tensor, sampled: Tensor, rollout: Tensor, count: int, settings: CorrectionSettings
 ) -> tuple[Tensor, Tensor]:
-    """Weight of each token's advantage (n), and whether the bounds changed it (n).
-
-    Args:
-        old: `n`, log-probabilities of the old policy.
-        sampled: `n`, those that the engine reported.
-        rollout: `n`, index of each token's rollout, below `count`.
-    """
+    """Weight of each token's advantage (n), and whether its ratio is outside the bounds (n), from log-probabilities
+    of the old policy and of the engine that `sampled` (n), and each token's `rollout` (n) of `count`."""
     gap = old - sampled
     if settings.level != "token":
         gap = over_rollouts(gap, rollout, count, mean=settings.level == "geometric")

@@ -135,7 +135,7 @@ class Learner:
         old_logprobs: list[Tensor] | None,
         reference: Policy | None,
     ) -> dict[str, float]:
-        """One update on a policy loss, less the entropy's weight in the same token weights.
+        """One update on a policy loss less the entropy bonus, both in the batch's token weights.
 
         `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
         so the trainer's old policy is the current one. `reference` is None where there is no KL penalty."""
@@ -162,8 +162,8 @@ class Learner:
                 rollouts=rollouts,
             )
             loss, metrics = objective.loss(tokens, **objective.settings)
-            metrics |= {"loss/policy": loss.detach(), "policy/corrected": outside.sum() / scored}
-            metrics |= sampling_metrics(part, trainer, entropy.detach(), scored)
+            ours = {"loss/policy": loss.detach(), "policy/corrected": outside.sum() / scored}
+            metrics = metrics | ours | sampling_metrics(part, trainer, entropy.detach(), scored)
             return loss - bonus * (weights @ entropy) if bonus else loss, metrics
 
         return self.update(batch, terms)

@@ -33,10 +33,8 @@ def token_logprobs(
     `hidden` (n d) are final-normed states at the positions before the `targets` (n). The head's logits are
     divided by the `temperature` of sampling. Entropies that are not asked for are zeros."""
     found: tuple[Tensor, Tensor]
-    how = (head.scale, head.softcap, temperature)
-    found = _TokenLogprobs.apply(
-        hidden, head.weight, head.bias, targets, *how, entropy or entropy_gradient, entropy_gradient
-    )
+    how = (head.scale, head.softcap, temperature, entropy or entropy_gradient, entropy_gradient)
+    found = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, *how)
     return found
 
 

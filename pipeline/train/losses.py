@@ -118,9 +118,7 @@ def dr_grpo(tokens: Tokens, **settings: Any) -> Terms:
 
 
 @weighted_per("rollout")
-def gspo(
-    tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: str = "k3"
-) -> Terms:
+def gspo(tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: str) -> Terms:
     """GRPO's surrogate with one ratio a rollout, the geometric mean over its tokens (GSPO, Eq. 5 to 7).
 
         s    = exp(mean over the rollout of logprobs - old_logprobs)                  (Eq. 7)
@@ -129,21 +127,17 @@ def gspo(
     A rollout is clipped as a unit. Its ratio is nearer to 1 than a token's: the paper clips at 3e-4 and 4e-4.
     """
     s = tokens.mean(tokens.logprobs - tokens.old_logprobs).exp()
-    return penalized(
-        tokens, *clipped_surrogate(s, tokens.advantages, clip_low, clip_high), kl_coef, kl_estimator
-    )
+    surrogate, clipped = clipped_surrogate(s, tokens.advantages, clip_low, clip_high)
+    return penalized(tokens, surrogate, clipped, kl_coef, kl_estimator)
 
 
 @weighted_per("token")
-def cispo(
-    tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: str = "k3"
-) -> Terms:
-    """Log-probabilities weighted by a clipped ratio that has no gradient, so that no token loses its gradient
-    (CISPO, Eq. 4 and 5); a mean over all tokens.
+def cispo(tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: str) -> Terms:
+    """Log-probabilities weighted by a clipped ratio without gradient: every token keeps its own (CISPO, Eq. 4, 5).
 
         loss = -sum w (stop_gradient(clip(rho, 1 - clip_low, 1 + clip_high)) A logprobs - kl_coef KL)
 
-    The paper has no lower bound: clip_low = 1.
+    A mean over all tokens. The paper has no lower bound: clip_low = 1.
     """
     rho = (tokens.logprobs.detach() - tokens.old_logprobs).exp()
     bounded = rho.clamp(1 - clip_low, 1 + clip_high)
