@@ -36,8 +36,9 @@ def over_rollouts(values: Tensor, rollout: Tensor, count: int, *, mean: bool) ->
 def correction(
     old: Tensor, sampled: Tensor, rollout: Tensor, count: int, settings: CorrectionSettings
 ) -> tuple[Tensor, Tensor]:
-    """Weight of each token's advantage (n), and whether its ratio is outside the bounds (n), from log-probabilities
-    of the old policy and of the engine that `sampled` (n), and each token's `rollout` (n) of `count`."""
+    """Weight of each token's advantage (n), and whether its ratio is outside the bounds (n).
+
+    Of log-probabilities of the old policy and of the engine that `sampled`, and the token's rollout (n)."""
     gap = old - sampled
     if settings.level != "token":
         gap = over_rollouts(gap, rollout, count, mean=settings.level == "geometric")

@@ -38,7 +38,7 @@ Terms = tuple[Tensor, dict[str, Tensor]]
 Loss = Callable[..., Terms]
 OWN_METRICS = {"loss/clip_frac", "loss/kl_ref"}
 """Those of our losses, which a user's may have too."""
-SETTINGS = ("clip_low", "clip_high", "dual_clip", "kl_coef", "kl_estimator")
+SETTINGS = ("clip_low", "clip_high", "kl_coef", "dual_clip", "kl_estimator")
 """Settings of an RL stage that a loss may take as keywords."""
 
 
@@ -84,8 +84,8 @@ def grpo(
     *,
     clip_low: float,
     clip_high: float,
-    dual_clip: float = 0.0,
     kl_coef: float,
+    dual_clip: float = 0.0,
     kl_estimator: str = "k3",
 ) -> Terms:
     """Clipped surrogate less a KL penalty, negated for a minimizer (GRPO, Eq. 3).
@@ -133,7 +133,7 @@ def gspo(tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float, k
 
 @weighted_per("token")
 def cispo(tokens: Tokens, *, clip_low: float, clip_high: float, kl_coef: float, kl_estimator: str) -> Terms:
-    """Log-probabilities weighted by a clipped ratio without gradient: every token keeps its own (CISPO, Eq. 4, 5).
+    """Log-probabilities weighted by a clipped ratio without gradient: no token loses its own (CISPO, Eq. 4).
 
         loss = -sum w (stop_gradient(clip(rho, 1 - clip_low, 1 + clip_high)) A logprobs - kl_coef KL)
 
