@@ -12,7 +12,7 @@ import torch
 from trl import GRPOTrainer
 
 from pipeline.settings.rollouts import CorrectionSettings
-from pipeline.train.correction import correction
+from pipeline.train.correction import correction, over_rollouts
 from pipeline.train.losses import LOSSES, Tokens, k3
 from pipeline.train.pack import rollout_weights
 from tests.reference.objectives import SEQUENCE_TO_MEAN, objective
@@ -93,6 +93,19 @@ def test_each_setting_changes_some_case():
         got, _, _ = value(loss, logprobs[0], logprobs, advantages, CORRECTIONS[bounds], settings)
         found.add(f"{got.item():.12g}")
     assert len(found) == len(CASES)
+
+
+def test_sums_and_means_are_over_each_rollout_alone_whatever_its_length():
+    """Of 4 rollouts one has a single token, one has none, and one is longer than fp32 can add up."""
+    few = torch.tensor([1.0, 2.0, 4.0, 8.0], requires_grad=True)
+    rollout = torch.tensor([0, 2, 2, 2])
+    assert over_rollouts(few, rollout, 4, mean=False).tolist() == [1, 14, 14, 14]
+    mean = over_rollouts(few, rollout, 4, mean=True)
+    torch.testing.assert_close(mean, torch.tensor([1, 14 / 3, 14 / 3, 14 / 3]))
+    (gradient,) = torch.autograd.grad(mean[1], few)
+    torch.testing.assert_close(gradient, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]))
+    many = torch.full((200_000,), 0.1)
+    assert (over_rollouts(many, torch.zeros(200_000, dtype=torch.long), 1, mean=True) == many).all()
 
 
 # ---- the KL estimators in closed form
