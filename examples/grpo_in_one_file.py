@@ -23,12 +23,11 @@ from transformers import PreTrainedTokenizerFast
 
 from model import TINY, Transformer
 from pipeline.settings.common import OptimSettings
-from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective
 from pipeline.train.losses import grpo
 from pipeline.train.pack import Batch, Example, mean_weights, pack, rollout_weights
 from pipeline.train.place import seed_all
-from pipeline.train.rollouts import example, mean
+from pipeline.train.rollouts import example, group_advantages, mean
 from rewards.reward import Scorer
 from rollout.collect import sample_groups
 from rollout.native.engine import NativeEngine
@@ -139,7 +138,7 @@ def train(policy: Transformer, rollouts: Rollouts, problems: Sequence[Problem], 
     optim = OptimSettings(lr=3e-4, warmup_steps=3, schedule="linear", weight_decay=0.0, router_bias_gamma=0.0)
     learner = Learner(policy, optim, STEPS)
     objective = PolicyObjective(
-        grpo, {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": KL_COEF}, temperature=1.0, tis_cap=2.0
+        grpo, {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": KL_COEF}, temperature=1.0
     )
     rng = random.Random(seed)
     for step in range(1, STEPS + 1):

@@ -1,7 +1,7 @@
 """Settings of the stages that generate: RL (`zero`, `grpo`, ...), `on_policy`, and `reject`."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pipeline.settings.common import (
@@ -14,10 +14,20 @@ from pipeline.settings.common import (
 )
 from rewards.registry import own_function
 from rewards.reward import check_weights
-from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Positive, Range, Samples, Share
+from rollout.ranges import (
+    MOST_SAMPLES,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Samples,
+    Settings,
+    Share,
+)
 from rollout.settings import RolloutSettings
 
-LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
+LOSS_NAMES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 """Names of the functions of `pipeline.train.losses`."""
 
 
@@ -26,10 +36,40 @@ def check_loss(name: str) -> None:
     if ":" in name:
         own_function(name)
     elif name not in LOSS_NAMES:
-        near = difflib.get_close_matches(name, LOSS_NAMES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        near = difflib.get_close_matches(name, LOSS_NAMES, n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         names = f'{", ".join(LOSS_NAMES)}, or "module:function"'
         raise ValueError(f"unknown loss {name!r}; {hint}There are: {names}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionSettings(Settings):
+    """Weight of an advantage where the engine sampled with other probabilities than the trainer's: the ratio
+    of both, with bounds (`pipeline.train.correction`)."""
+
+    anchor: Literal["old", "engine"] = "old"
+    """The old policy of the loss: `old`, the one that sampled, as the trainer scores it (the papers');
+    `engine`, the engine's own log-probabilities: the loss's ratio is then all the correction there is, and
+    rollouts are not scored before the updates of a round."""
+    level: Literal["token", "sequence", "geometric"] = "token"
+    """The ratio of a token, or one a rollout: the product over its tokens, or their geometric mean."""
+    treatment: Literal["truncate", "mask"] = "truncate"
+    """`truncate` clips the ratio to [low, high]; `mask` sets it to 0 outside and keeps it inside. (TRL's
+    token_truncate and so on; IcePop: token, mask, 0.5 to 5; bands on the geometric mean: 0.99 to 1.01.)"""
+    low: Annotated[float, Range(0, 1)] = 0.0
+    """Lower bound of the ratio."""
+    high: Annotated[float, Range(1)] = 2.0
+    """Upper bound of the ratio. low = high = 1 with `truncate`: no correction."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.treatment == "mask" and (self.low == 1 or self.high == 1):
+            bounds = f"bounds {self.low:g} and {self.high:g} masks where engine and trainer agree"
+            right = "set correction.low below 1 and correction.high above 1"
+            raise ValueError(f"correction.treatment=mask with {bounds}; {right}.")
+        if self.anchor == "engine" and replace(self, anchor="old") != CorrectionSettings():
+            others = "correction.level, treatment, low and high have no effect: leave them out"
+            raise ValueError(f"correction.anchor=engine leaves nothing to correct; {others}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,20 +159,32 @@ class GrpoSettings(RoundSettings):
     (R1-Zero: accuracy and format, equal). A table in a file replaces the default, flags add to it."""
     overlong_buffer: Natural = 0
     """Tokens before `max_tokens` over which the reward `overlong` falls to -1 (DAPO, Eq. 13)."""
-    advantage_scale: Literal["std", "none"] = "std"
-    """`std` divides a group's advantages by their deviation (GRPO), `none` does not (Dr. GRPO)."""
+    overlong_filter: bool = False
+    """Rollouts cut at `max_tokens` have no weight in the loss and are not in its denominator; their rewards
+    still count in the mean of their group (DAPO, Sec. 3.4)."""
+    advantage_scale: Literal["std", "none", "batch"] = "std"
+    """`std` divides a group's advantages by their deviation (GRPO), `none` does not (Dr. GRPO), `batch` by
+    the deviation of all advantages of the step (REINFORCE++'s baseline, arXiv:2501.03262)."""
     loss: str = "grpo"
-    """Policy loss: grpo, dapo, dr_grpo, or "module:function" for your own."""
+    """Policy loss: grpo, dapo, dr_grpo, gspo, cispo, or "module:function" for your own."""
     clip_low: Share = 0.2
-    """Lower clip of the ratio, 1 - clip_low (GRPO's epsilon)."""
+    """Lower clip of the ratio, 1 - clip_low (GRPO's epsilon; GSPO: 3e-4; CISPO has none: 1)."""
     clip_high: NotNegative = 0.2
-    """Upper clip, 1 + clip_high (R1's first RL stage: 10; DAPO: 0.28)."""
+    """Upper clip, 1 + clip_high (R1's first RL stage: 10; DAPO: 0.28; GSPO: 4e-4)."""
+    dual_clip: NotNegative = 0.0
+    """Bound, above 1, of the ratio where the advantage is negative (arXiv:1912.09729, Eq. 5, where it is 3);
+    of grpo, dapo and dr_grpo. 0 = none."""
     kl_coef: NotNegative = 0.001
     """Weight of the KL penalty, the paper's beta (R1: 0.001). 0 = no reference model is kept."""
+    kl_estimator: Literal["k3", "unbiased"] = "k3"
+    """Of the KL in the loss: GRPO's k3, or k3 times the ratio of current and old policy, whose gradient is
+    the KL's (DeepSeek-V3.2, arXiv:2512.02556, Eq. 7)."""
+    entropy_coef: NotNegative = 0.0
+    """Weight of the policy's entropy, which the loss then rewards, in the loss's token weights. 0 = none."""
     ref_refresh_steps: Natural = 400
     """Steps after which the reference becomes the current policy (R1: 400); 0 = never."""
-    tis_cap: Positive = 2.0
-    """Cap of the importance correction between engine and trainer."""
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
+    """Importance correction between engine and trainer."""
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
@@ -141,6 +193,11 @@ class GrpoSettings(RoundSettings):
         super().__post_init__()
         check_weights(self.rewards)
         check_loss(self.loss)
+        if self.dual_clip and (self.dual_clip <= 1 or self.loss in ("gspo", "cispo")):
+            why = "must be above 1, or 0" if self.dual_clip <= 1 else f"has no effect on the loss {self.loss}"
+            raise ValueError(f"dual_clip={self.dual_clip:g} {why}; leave it out.")
+        if self.kl_estimator != "k3" and not self.kl_coef:
+            raise ValueError(f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0; leave it out.")
         buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")

@@ -35,14 +35,13 @@ from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import GrpoSettings, RoundSettings
-from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
-from pipeline.train.losses import loss_named, takes_settings
+from pipeline.train.losses import loss_named, settings_of
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts, save_policy
-from pipeline.train.rollouts import Watch, example, mean, rollout_metrics, transcript
+from pipeline.train.rollouts import Watch, batch_advantages, example, mean, rollout_metrics, transcript
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, Round, sample_groups
@@ -216,6 +215,7 @@ class Trainer(RoundTrainer):
         """Raises `UserError`, for the loss too."""
         try:
             self.loss = loss_named(config.loss)
+            settings = settings_of(self.loss, config)
         except ValueError as error:
             raise UserError(str(error)) from error
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
@@ -229,8 +229,9 @@ class Trainer(RoundTrainer):
             max_idle_steps=config.max_idle_steps,
             flat_again=config.flat_again,
         )
-        settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
-        self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
+        how = config.temperature, config.correction, config.entropy_coef
+        self.objective = PolicyObjective(self.loss, settings, *how)
+        self.scores_old = config.correction.anchor == "old"
 
     def step(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
@@ -240,7 +241,7 @@ class Trainer(RoundTrainer):
         advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
         metrics = self.update(batches)
-        scorings = (self.reference is not None) + (len(batches) > 1)
+        scorings = (self.reference is not None) + (self.scores_old and len(batches) > 1)
         metrics |= self.cost(batches, time.monotonic() - began, scorings) | sampling
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
             self.reference = self.policy.frozen()
@@ -254,25 +255,27 @@ class Trainer(RoundTrainer):
     def advantages(self, graded: Sequence[Graded]) -> list[float | None]:
         """Each rollout's advantage over its group; None where its verifier failed."""
         rewards = [None if g.verdict == "error" else g.reward for g in graded]
-        size, scale = self.config.group_size, self.config.advantage_scale
-        groups = (rewards[start : start + size] for start in range(0, len(graded), size))
-        return [advantage for group in groups for advantage in group_advantages(group, scale)]
+        size = self.config.group_size
+        groups = [rewards[start : start + size] for start in range(0, len(graded), size)]
+        return batch_advantages(groups, self.config.advantage_scale)
 
     def batches(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> list[Batch]:
         """Packed rollouts, a batch a minibatch of groups; a minibatch in which no rollout counts has none.
 
-        A rollout without advantage changes nothing unless there is a KL penalty, and is left out of the
-        forward; it still counts in the denominator of the loss.
+        A rollout without advantage changes nothing unless there is a KL penalty or an entropy bonus, and is
+        left out of the forward; it still counts in the denominator of the loss. One that the verifier failed
+        on, or that the overlong filter leaves out, does not: the loss is a mean over the others.
         """
         config = self.config
+        always, cut = config.kl_coef or config.entropy_coef, "length" if config.overlong_filter else None
         share = len(graded) // config.minibatches
         per: Per = getattr(self.loss, "per", "rollout")
         out = []
         for start in range(0, len(graded), share):
             both = zip(graded[start : start + share], advantages[start : start + share], strict=True)
-            pairs = [(g.rollout, a) for g, a in both if a is not None]
+            pairs = [(g.rollout, a) for g, a in both if a is not None and g.rollout.finish_reason != cut]
             weights = rollout_weights([len(r.token_ids) for r, _ in pairs], per, config.max_tokens)
-            trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or config.kl_coef)
+            trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or always)
             if examples := [example(*of) for of in trained]:
                 out.append(pack(examples, self.place.micro_tokens(config)))
         return out
@@ -282,13 +285,16 @@ class Trainer(RoundTrainer):
         Raises `Stopped`: as `check_mismatch`."""
         config = self.config
         old: list[list[Tensor] | None] = [None] * len(batches)
-        if len(batches) > 1:  # later updates move away from the policy that sampled
+        if self.scores_old and len(batches) > 1:  # later updates move away from the policy that sampled
             parts = [b.micro_batches(self.place.device) for b in batches]
             old = [[score(self.policy, part, config.temperature) for part in of] for of in parts]
-        metrics, mismatch = dict[str, float](), 0.0
-        for batch, logprobs in zip(batches, old, strict=True):
+        metrics, measured, mismatch = dict[str, float](), dict[str, float](), 0.0
+        for number, (batch, logprobs) in enumerate(zip(batches, old, strict=True)):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
-            mismatch = max(mismatch, metrics.get("policy/mismatch_kl", 0.0))  # none of a skipped update
+            found = {key: metrics.pop(key) for key in [*metrics] if "mismatch" in key}  # none if skipped
+            if self.scores_old or number == 0:  # else it compares the engine with a policy that has moved on
+                measured, mismatch = found, max(mismatch, found.get("policy/mismatch_kl", 0.0))
+        metrics |= measured
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
             self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
         self.check_mismatch(mismatch)

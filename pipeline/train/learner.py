@@ -5,8 +5,8 @@ bias (Sec. 2.1.2) are the policy's own: empty where it has none.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from model.policy import Policy
 from pipeline.errors import UserError
 from pipeline.run.guard import Guard
 from pipeline.settings.common import GuardSettings, OptimSettings
+from pipeline.settings.rollouts import CorrectionSettings
 from pipeline.train import heap
+from pipeline.train.correction import correction
 from pipeline.train.logprobs import token_logprobs
 from pipeline.train.losses import Loss, Terms, Tokens, k3
 from pipeline.train.pack import Batch, Micro
@@ -28,10 +30,11 @@ class PolicyObjective:
     """What an RL update minimizes; `pipeline.settings.rollouts` explains the settings."""
 
     loss: Loss
-    settings: dict[str, float]
+    settings: Mapping[str, Any]
     """Those that the loss takes."""
     temperature: float
-    tis_cap: float
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
+    entropy_coef: float = 0.0
 
 
 def learning_rate(optim: OptimSettings, update: int, total: int) -> float:
@@ -132,33 +135,36 @@ class Learner:
         old_logprobs: list[Tensor] | None,
         reference: Policy | None,
     ) -> dict[str, float]:
-        """One update on a policy loss.
+        """One update on a policy loss less the entropy bonus, both in the batch's token weights.
 
         `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
-        so the old policy is the current one. `reference` is None where there is no KL penalty."""
+        so the trainer's old policy is the current one. `reference` is None where there is no KL penalty."""
         scored, olds = batch.scored, iter(old_logprobs or ())
+        bonus, bounds = objective.entropy_coef, objective.correction
 
         def terms(part: Micro) -> Terms:
             _, targets, weights = part.ahead(1)
-            states, head = self.states(part), self.policy.head
-            logprobs, entropy = token_logprobs(states, head, targets, objective.temperature)
-            old = logprobs.detach() if old_logprobs is None else next(olds)
+            states, how = self.states(part), (self.policy.head, targets, objective.temperature)
+            logprobs, entropy = token_logprobs(states, *how, entropy_gradient=bool(bonus))
+            trainer = logprobs.detach() if old_logprobs is None else next(olds)
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
-            # The ratio corrects where the engine sampled with other probabilities than the trainer's.
-            correction = (old - part.rollout_logprobs).exp().clamp(max=objective.tis_cap)
+            sampled, rollout, rollouts = part.rollout_logprobs, part.rollout, len(part.packed.lengths)
+            old = sampled if bounds.anchor == "engine" else trainer
+            ratio, outside = correction(old, sampled, rollout, rollouts, bounds)
             tokens = Tokens(
                 logprobs=logprobs,
                 old_logprobs=old,
-                rollout_logprobs=part.rollout_logprobs,
+                rollout_logprobs=sampled,
                 ref_logprobs=ref,
-                advantages=part.advantages * correction,
+                advantages=part.advantages * ratio,
                 weights=weights,
-                rollout=part.rollout,
+                rollout=rollout,
+                rollouts=rollouts,
             )
             loss, metrics = objective.loss(tokens, **objective.settings)
-            return loss, metrics | {"loss/policy": loss.detach()} | sampling_metrics(
-                part, old, entropy, scored
-            )
+            ours = {"loss/policy": loss.detach(), "policy/corrected": outside.sum() / scored}
+            metrics = metrics | ours | sampling_metrics(part, trainer, entropy.detach(), scored)
+            return loss - bonus * (weights @ entropy) if bonus else loss, metrics
 
         return self.update(batch, terms)
 

@@ -21,16 +21,20 @@ CPU_ROWS = 512
 
 
 def token_logprobs(
-    hidden: Tensor, head: Head, targets: Tensor, temperature: float = 1.0, entropy: bool = True
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    temperature: float = 1.0,
+    entropy: bool = True,
+    entropy_gradient: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target (n, with gradient), and the entropy there (n, without).
+    """Log-probability of each target (n, with gradient), and the entropy there (n, with one where asked for).
 
     `hidden` (n d) are final-normed states at the positions before the `targets` (n). The head's logits are
     divided by the `temperature` of sampling. Entropies that are not asked for are zeros."""
     found: tuple[Tensor, Tensor]
-    found = _TokenLogprobs.apply(
-        hidden, head.weight, head.bias, targets, head.scale, head.softcap, temperature, entropy
-    )
+    how = (head.scale, head.softcap, temperature, entropy or entropy_gradient, entropy_gradient)
+    found = _TokenLogprobs.apply(hidden, head.weight, head.bias, targets, *how)
     return found
 
 
@@ -41,7 +45,9 @@ class _TokenLogprobs(torch.autograd.Function):
 
         log p_target = z_target - max z + log max p       entropy = max z - log max p - sum p z
 
-        dz = d (onehot - p)                               dy = dz / temperature (1 - tanh(y / c)^2)
+        dz = d (onehot - p) - e p (log p + entropy)       dy = dz / temperature (1 - tanh(y / c)^2)
+
+    d and e are the gradients of log-probability and entropy; that of an entropy is computed where asked for.
 
     The softmax is one pass over memory; a logarithm of the sum of exponentials would be four, and the
     logarithm of p_target has no digits below 1e-38. What fits into one chunk of CHUNK_BYTES is kept for the
@@ -58,6 +64,7 @@ class _TokenLogprobs(torch.autograd.Function):
         softcap: float | None,
         temperature: float,
         entropy: bool,
+        entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
         rows = max(1, CHUNK_BYTES[device] // (4 * len(weight)))
@@ -78,15 +85,16 @@ class _TokenLogprobs(torch.autograd.Function):
                 entropies[part] = most + log_sum - torch.linalg.vecdot(p, z.to(wide))
             if keep:
                 ctx.kept.append(p)
-        ctx.mark_non_differentiable(entropies)
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropies)
         if learning:
-            ctx.save_for_backward(hidden, weight, bias, targets)
+            ctx.save_for_backward(hidden, weight, bias, targets, entropies if entropy_gradient else None)
         return chosen, entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
+    def backward(ctx: Any, d: Tensor, e: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, entropies = ctx.saved_tensors
         scale, softcap, temperature = ctx.how
         _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden)
@@ -99,11 +107,17 @@ class _TokenLogprobs(torch.autograd.Function):
             if p is None:
                 z = head_logits(hidden[part], weight, bias, *ctx.how)
                 p = z.softmax(1, dtype=d.dtype)
+            rate = d[part, None]
+            slope = None  # what an entropy adds to -dz; 0 log 0 = 0
+            if entropies is not None:
+                slope = torch.xlogy(p, p).addcmul_(p, entropies[part, None]).mul_(e[part, None])
             p.scatter_add_(1, targets[part, None], torch.full_like(targets[part, None], -1, dtype=p.dtype))
+            if slope is not None:
+                p, rate = p.mul_(rate).add_(slope), torch.ones_like(rate)
             if softcap is not None:
                 p.mul_(z.mul_(temperature / softcap).square_().neg_().add_(1))
             into = p if p.dtype == weight.dtype else torch.empty_like(p, dtype=weight.dtype)
-            gradient = torch.mul(p, (d[part] * (-scale / temperature))[:, None], out=into)
+            gradient = torch.mul(p, rate * (-scale / temperature), out=into)
             d_hidden[part] = linear.times_transposed(gradient, weight.T)
             if d_weight is not None and d_weight.dtype == gradient.dtype:
                 d_weight.addmm_(gradient.T, hidden[part])
@@ -112,7 +126,7 @@ class _TokenLogprobs(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += gradient.sum(0, dtype=d.dtype)
         found = (x if x is None else x.to(weight.dtype) for x in (d_weight, d_bias))
-        return d_hidden, *found, None, None, None, None, None
+        return d_hidden, *found, None, None, None, None, None, None
 
 
 def head_logits(

@@ -149,7 +149,8 @@ def rollout_weights(lengths: Sequence[int], per: Per, max_tokens: int) -> list[f
 
     Args:
         lengths: completion tokens of every rollout of the update, those without advantage included:
-            they count in the denominator.
+            they count in the denominator; those that the loss leaves out (verifier failed, overlong filter)
+            do not.
         per: `rollout` averages within a rollout, then over rollouts (GRPO, arXiv:2402.03300, Eq. 3); `token`
             averages over all tokens (DAPO, arXiv:2503.14476, Eq. 8); `constant` divides by a constant a
             rollout (Dr. GRPO, arXiv:2503.20783, Sec. 3.2).

@@ -1,7 +1,13 @@
-"""From graded rollouts to what a step trains on and what it logs: examples, metrics, transcripts."""
+"""From graded rollouts to what a step trains on and what it logs: advantages, examples, metrics, transcripts.
 
+Papers  GRPO         arXiv:2402.03300  Sec. 4.1.2 (mean and standard deviation of the group)
+        Dr. GRPO     arXiv:2503.20783  Sec. 3.1 (the division by the deviation favours easy and hard prompts)
+        REINFORCE++  arXiv:2501.03262  its baseline variant (group mean, then the deviation of the batch)
+"""
+
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,6 +20,34 @@ from rollout.types import Graded, Rollout
 
 FAILED_STEPS = 2
 """Steps in a row with too many verifier failures that stop a run; one may be an accident."""
+Scale = Literal["std", "none", "batch"]
+"""What advantages are divided by: the deviation of the group, nothing, or the deviation of the batch."""
+
+
+def group_advantages(rewards: Sequence[float | None], scale: Scale) -> list[float | None]:
+    """Advantages of one group's rollouts: reward less group mean, over the standard deviation for `std`.
+
+    A reward is None where the verifier failed: such a rollout is left out of the mean and its advantage is
+    None. The deviation is the population's, as in GRPO. A group without spread gets zeros."""
+    centre, spread = moments([r for r in rewards if r is not None])
+    if spread < 1e-8:
+        return [None if r is None else 0.0 for r in rewards]
+    unit = spread if scale == "std" else 1.0
+    return [None if r is None else (r - centre) / unit for r in rewards]
+
+
+def batch_advantages(groups: Sequence[Sequence[float | None]], scale: Scale) -> list[float | None]:
+    """Advantages of all groups' rollouts, in order: `group_advantages`; for `batch` without the group's
+    deviation, but over that of all of them (REINFORCE++'s baseline; their mean is 0 already)."""
+    found = [advantage for group in groups for advantage in group_advantages(group, scale)]
+    unit = moments([a for a in found if a is not None])[1] if scale == "batch" else 1.0
+    return [a and a / unit for a in found]  # a unit of 0: each is 0 or None
+
+
+def moments(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a population; zeros of nothing."""
+    centre = math.fsum(values) / max(1, len(values))
+    return centre, math.sqrt(math.fsum((v - centre) ** 2 for v in values) / max(1, len(values)))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -17,7 +17,7 @@ from tests.gpu.fake_cuda import fake_cuda
 from tests.small import llama, tiny
 
 OBJECTIVE = PolicyObjective(
-    loss_named("grpo"), {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.001}, temperature=0.9, tis_cap=2.0
+    loss_named("grpo"), {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.001}, temperature=0.9
 )
 LENGTHS = (40, 17, 23, 9, 31, 12, 60, 5)
 MOST_WAITS = 4

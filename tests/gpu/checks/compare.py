@@ -108,7 +108,7 @@ def rollouts(vocab_size: int, lengths: Sequence[int], prompt: int = 4) -> list[E
 def objective() -> PolicyObjective:
     """GRPO as the stages have it."""
     settings = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.001}
-    return PolicyObjective(loss_named("grpo"), settings, temperature=1.0, tis_cap=2.0)
+    return PolicyObjective(loss_named("grpo"), settings, temperature=1.0)
 
 
 SMALL = replace(

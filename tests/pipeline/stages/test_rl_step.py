@@ -10,7 +10,7 @@ import torch
 from pipeline.errors import Stopped
 from pipeline.run.directory import open_run
 from pipeline.settings.common import OptimSettings
-from pipeline.settings.rollouts import GrpoSettings
+from pipeline.settings.rollouts import CorrectionSettings, GrpoSettings
 from pipeline.stages.grpo import Trainer
 from pipeline.table import STAGES
 from pipeline.train.rollouts import rollout_metrics
@@ -102,11 +102,32 @@ def test_the_length_punishment_is_part_of_the_reward(trainer):
             "overlong_buffer=0 and the weight of the reward overlong .* only together",
         ),
         ({"rewards": {"acuracy": 1.0}}, "did you mean accuracy"),
+        ({"dual_clip": 1.0}, "dual_clip=1 must be above 1, or 0"),
+        ({"kl_estimator": "unbiased", "kl_coef": 0.0}, "kl_estimator=unbiased has no effect with kl_coef=0"),
     ],
 )
-def test_rewards_that_cannot_be_are_refused_with_the_settings(settings, error):
+def test_rewards_and_objectives_that_cannot_be_are_refused_with_the_settings(settings, error):
     with pytest.raises(ValueError, match=error):
         GrpoSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"low": 1.1}, "low=1.1 must be in .0, 1."),
+        ({"high": 0.9}, "high=0.9 must be at least 1"),
+        (
+            {"treatment": "mask", "high": 1.0},
+            "mask with bounds 0 and 1 masks where engine and trainer agree",
+        ),
+        ({"treatment": "mask", "low": 1.0}, "set correction.low below 1"),
+        ({"anchor": "engine", "level": "sequence"}, "correction.anchor=engine leaves nothing to correct"),
+        ({"anchor": "engine", "high": 3.0}, "correction.anchor=engine leaves nothing to correct"),
+    ],
+)
+def test_corrections_that_cannot_be_are_refused(settings, error):
+    with pytest.raises(ValueError, match=error):
+        CorrectionSettings(**settings)
 
 
 def test_the_reference_stays_until_it_is_refreshed(trainer):
@@ -135,6 +156,61 @@ def test_a_step_takes_one_update_a_minibatch(trainer, minibatches):
     before = weights(it.policy)
     it.update(it.batches(graded, spread(graded)))
     assert it.learner.updates == minibatches and not torch.equal(weights(it.policy), before)
+
+
+def test_cut_rollouts_have_no_weight_and_no_place_in_the_denominator_but_a_vote_in_their_group(trainer):
+    it = trainer(overlong_filter=True, name="filtered")
+    graded = [
+        dataclasses.replace(
+            g,
+            reward=float(at % 2),
+            verdict="correct",
+            rollout=dataclasses.replace(g.rollout, finish_reason="length" if at % 4 == 1 else "stop"),
+        )
+        for at, g in enumerate(sampled(it))
+    ]
+    advantages = it.advantages(graded)
+    assert advantages == [-1.0, 1.0] * 8  # a right answer of two was cut
+    (batch,) = it.batches(graded, advantages)
+    kept = [g.rollout for g in graded if g.rollout.finish_reason == "stop"]
+    assert len(kept) == 12
+    assert sorted(batch.lengths) == sorted(len(r.prompt.token_ids) + len(r.token_ids) for r in kept)
+    assert sum(w.sum() for part in batch.parts for w in (e.weights for e in part)) == pytest.approx(1.0)
+    (whole,) = trainer(name="whole").batches(graded, advantages)
+    assert len(whole.lengths) == 16
+    cut = [
+        dataclasses.replace(g, rollout=dataclasses.replace(g.rollout, finish_reason="length")) for g in graded
+    ]
+    assert it.update(it.batches(cut, advantages)) == {} and it.learner.updates == 0
+
+
+@pytest.mark.parametrize("setting", ["kl_coef", "entropy_coef"])
+def test_groups_without_spread_are_trained_on_where_something_else_teaches(trainer, setting):
+    flat = [0.0] * 16
+    without, with_it = trainer(name="without"), trainer(name="with", **{setting: 0.01})
+    graded = sampled(without)
+    assert without.batches(graded, flat) == []
+    (batch,) = with_it.batches(graded, flat)
+    assert len(batch.lengths) == 16
+
+
+def test_the_engine_as_anchor_needs_no_scoring_and_measures_the_mismatch_before_the_first_update(
+    trainer, monkeypatch
+):
+    it = trainer(minibatches=2, optim=OptimSettings(lr=1e-2), correction=CorrectionSettings(anchor="engine"))
+    monkeypatch.setattr("pipeline.stages.grpo.score", lambda *args: pytest.fail("scored"))
+    real, found = it.learner.policy_update, []
+
+    def update(*args):
+        found.append(real(*args))
+        return dict(found[-1])
+
+    monkeypatch.setattr(it.learner, "policy_update", update)
+    graded = sampled(it)
+    metrics = it.update(it.batches(graded, spread(graded)))
+    first, last = found
+    assert metrics["policy/mismatch_max"] == first["policy/mismatch_max"] < 1e-4
+    assert last["policy/mismatch_max"] > 1e-3 and metrics["loss/policy"] == last["loss/policy"]
 
 
 def test_groups_whose_rewards_differ_are_counted(trainer):

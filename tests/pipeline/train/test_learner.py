@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -12,8 +13,9 @@ from model.moe import load_metrics
 from model.transformer import Transformer
 from pipeline.errors import UserError
 from pipeline.settings.common import OptimSettings
+from pipeline.settings.rollouts import CorrectionSettings
 from pipeline.train.learner import Learner, PolicyObjective, learning_rate, score
-from pipeline.train.losses import grpo
+from pipeline.train.losses import LOSSES, grpo
 from pipeline.train.pack import Example, mean_weights, pack, rollout_weights
 from tests.small import llama
 
@@ -32,7 +34,7 @@ MICRO = dataclasses.replace(
     v_head_dim=8,
 )
 CLIP = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}
-OBJECTIVE = PolicyObjective(grpo, CLIP, temperature=1.0, tis_cap=2.0)
+OBJECTIVE = PolicyObjective(grpo, CLIP, temperature=1.0)
 
 
 def learner(mtp_coef=0.0, gamma=0.0, lr=1e-3):
@@ -76,14 +78,14 @@ def test_the_supervised_loss_is_the_mean_cross_entropy():
     )
 
 
-def rollouts(it, micro_tokens=1000):
+def rollouts(policy, micro_tokens=1000):
     """Completions of four tokens with true log-probabilities, as an engine would record them."""
     texts, examples = [t for t in sequences() if len(t) > 5], []
-    weights = rollout_weights([4] * len(texts), "dapo", 8)
+    weights = rollout_weights([4] * len(texts), "token", 8)
     for i, (text, weight) in enumerate(zip(texts, weights, strict=True)):
         with torch.no_grad():
-            logits = it.policy.eval().logits(torch.tensor([text]))[0].log_softmax(-1)
-        it.policy.train()
+            logits = policy.eval().logits(torch.tensor([text]))[0].log_softmax(-1)
+        policy.train()
         sampled = [logits[t - 1, text[t]].item() for t in range(len(text) - 4, len(text))]
         zeros = [0.0] * (len(text) - 4)
         examples.append(Example(text, [*zeros, *[weight] * 4], [*zeros, *sampled], advantage=(-1.0) ** i))
@@ -92,7 +94,7 @@ def rollouts(it, micro_tokens=1000):
 
 def test_a_policy_update_raises_what_did_well_and_lowers_what_did_not():
     it = learner(lr=1e-2)
-    batch = rollouts(it)
+    batch = rollouts(it.policy)
     (micro,) = batch.micro_batches()
     before = score(it.policy, micro, 1.0)
     metrics = it.policy_update(batch, OBJECTIVE, None, None)
@@ -104,15 +106,90 @@ def test_a_policy_update_raises_what_did_well_and_lowers_what_did_not():
 
 def test_stale_rollouts_show_up_as_mismatch():
     it = learner(lr=1e-2)
-    batch = rollouts(it)
+    batch = rollouts(it.policy)
     it.policy_update(batch, OBJECTIVE, None, None)
     assert it.policy_update(batch, OBJECTIVE, None, None)["policy/mismatch_kl"] > 1e-4
+
+
+def perturbed(policy, micro_tokens, order):
+    """`rollouts` in another order and packing; an engine whose log-probabilities are off by 0.1 and more."""
+    examples = [e for part in rollouts(policy).parts for e in part]
+    examples = sorted(examples, key=lambda e: e.token_ids)
+    for n, e in enumerate(examples):
+        off = 0.06 * (n % 3 - 1) + 0.1 * np.sin(np.arange(len(e.token_ids)) + n)
+        examples[n] = dataclasses.replace(e, rollout_logprobs=np.asarray(e.rollout_logprobs) + off)
+    return pack([examples[at] for at in order(range(len(examples)))], micro_tokens)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "geometric"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_order_and_packing_cannot_change_the_gradient_of_a_policy_loss(loss, level):
+    """With an old policy, a reference and an entropy bonus; each micro-batch has its own of all of them."""
+    old, reference = (Transformer(MICRO, seed=seed).eval().requires_grad_(False) for seed in (1, 2))
+    settings = {"clip_low": 1e-3, "clip_high": 1e-3, "kl_coef": 0.1, "kl_estimator": "unbiased"}
+    low, high = (0.96, 1.04) if level == "geometric" else (0.9, 1.1)
+    bounds = CorrectionSettings(level=level, treatment="mask", low=low, high=high)
+    objective = PolicyObjective(LOSSES[loss], settings, 0.9, bounds, entropy_coef=0.1)
+    found = []
+    for micro_tokens, order in ((1000, list), (1, list), (14, reversed), (30, reversed)):
+        it, gradient = learner(), []
+        batch = perturbed(old, micro_tokens, order)
+        logprobs = [score(old, part, 0.9) for part in batch.micro_batches()]
+        it._step = lambda sums, it=it, out=gradient: (
+            out.append(torch.cat([p.grad.flatten() for p in it.policy.parameters() if p.grad is not None]))
+            or sums
+        )
+        sums = it.policy_update(batch, objective, logprobs, reference)
+        assert 0 < sums["policy/corrected"] < 1 and 0 < sums["loss/clip_frac"] < 1
+        found.append((*gradient, float(sums["policy/corrected"])))
+    (first, corrected), *others = found
+    for gradient, share in others:
+        assert share == pytest.approx(corrected)
+        assert (gradient - first).norm() < 1e-6 * first.norm()
+
+
+def test_the_anchor_is_the_old_policy_or_the_engine():
+    """What the loss sees: by default the trainer's old policy and corrected advantages."""
+    old, seen = Transformer(MICRO, seed=1).eval().requires_grad_(False), []
+
+    def spy(tokens):
+        seen.append(tokens)
+        return tokens.logprobs.sum(), {}
+
+    for anchor in ("old", "engine"):
+        it, bounds = learner(), CorrectionSettings(anchor=anchor)
+        batch = perturbed(old, 1000, list)
+        (part,) = batch.micro_batches()
+        scored = score(old, part, 1.0)
+        metrics = it.policy_update(batch, PolicyObjective(spy, {}, 1.0, bounds), [scored], None)
+        assert metrics["policy/mismatch_kl"] > 1e-4  # of the engine and the trainer, with either anchor
+        assert torch.equal(seen[-1].rollout_logprobs, part.rollout_logprobs)
+        assert seen[-1].rollouts == len(batch.lengths) == seen[-1].rollout.max() + 1
+    ratio = (scored - part.rollout_logprobs).exp()
+    assert torch.equal(seen[0].old_logprobs, scored)
+    assert torch.equal(seen[0].advantages, part.advantages * ratio.clamp(max=2.0))
+    assert torch.equal(seen[1].old_logprobs, part.rollout_logprobs)
+    assert torch.equal(seen[1].advantages, part.advantages) and metrics["policy/corrected"] == 0
+
+
+def test_the_entropy_bonus_is_part_of_the_loss_and_raises_the_entropy():
+    entropies = {}
+    for coef in (0.0, 0.5):
+        it = learner(lr=1e-2)
+        flat = [dataclasses.replace(e, advantage=0.0) for part in rollouts(it.policy).parts for e in part]
+        objective = dataclasses.replace(OBJECTIVE, entropy_coef=coef)
+        steps = [it.policy_update(pack(flat, 1000), objective, None, None) for _ in range(5)]
+        for step in steps:  # weights of a mean over tokens
+            want = step["loss/policy"] - coef * step["policy/entropy"]
+            assert step["loss/total"] == pytest.approx(want, abs=1e-6)
+        entropies[coef] = steps[-1]["policy/entropy"] - steps[0]["policy/entropy"]
+    assert entropies[0.5] > 1e-3 > 10 * abs(entropies[0.0])  # without it, weight decay alone moves
 
 
 def test_the_kl_penalty_pulls_back_to_the_reference():
     it = learner(lr=1e-2)
     reference = Transformer(MICRO, seed=0).eval().requires_grad_(False)
-    batch = rollouts(it)
+    batch = rollouts(it.policy)
     it.policy_update(batch, OBJECTIVE, None, None)
     strong = dataclasses.replace(OBJECTIVE, settings=CLIP | {"kl_coef": 100.0})
     first = it.policy_update(batch, strong, None, reference)["loss/kl_ref"]

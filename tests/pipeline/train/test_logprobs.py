@@ -24,19 +24,20 @@ HEADS = {
 }
 
 
+@pytest.mark.parametrize("bonus", [0.0, 1.0], ids=["log-probabilities", "entropies too"])
 @pytest.mark.parametrize("chunk", [7, 64], ids=["chunks", "one chunk"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", HEADS)
-def test_values_and_gradients_equal_the_whole_softmax_in_float64(monkeypatch, kind, temperature, chunk):
+def test_values_and_gradients_equal_the_whole_softmax_in_float64(
+    monkeypatch, kind, temperature, chunk, bonus
+):
     """Of the logits as the head's equation has them, written out. 7 rows a chunk leave a ragged last one."""
     head = random_head(**HEADS[kind])
-    hidden, targets, upstream = (
-        torch.randn(33, 8, requires_grad=True),
-        torch.randint(50, (33,)),
-        torch.randn(33),
-    )
+    hidden, targets = torch.randn(33, 8, requires_grad=True), torch.randint(50, (33,))
+    upstream, onto_entropy = torch.randn(33), bonus * torch.randn(33)
     monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 4 * 50 * chunk})
-    logprobs, entropy = token_logprobs(hidden, head, targets, temperature)
+    logprobs, entropy = token_logprobs(hidden, head, targets, temperature, entropy_gradient=bool(bonus))
+    assert entropy.requires_grad == bool(bonus)
 
     inputs = [x for x in (hidden, head.weight, head.bias) if x is not None]
     wide = [x.detach().double().requires_grad_() for x in inputs]
@@ -45,10 +46,11 @@ def test_values_and_gradients_equal_the_whole_softmax_in_float64(monkeypatch, ki
     dense = torch.log_softmax(z / temperature, -1)
     want = dense.gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(logprobs.double(), want, atol=2e-6, rtol=0)
-    torch.testing.assert_close(entropy.double(), -(dense.exp() * dense).sum(1), atol=1e-5, rtol=0)
+    spread = -(dense.exp() * dense).sum(1)
+    torch.testing.assert_close(entropy.double(), spread, atol=1e-5, rtol=0)
     for mine, theirs in zip(
-        torch.autograd.grad(logprobs, inputs, upstream),
-        torch.autograd.grad(want, wide, upstream.double()),
+        torch.autograd.grad(upstream @ logprobs + onto_entropy @ entropy, inputs),
+        torch.autograd.grad(upstream.double() @ want + onto_entropy.double() @ spread, wide),
         strict=True,
     ):
         torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
@@ -65,6 +67,8 @@ def test_what_the_softmax_rounds_to_zero_has_its_log_probability_and_gradient():
     torch.testing.assert_close(entropy.double(), -(dense.exp() * dense).sum(1), atol=1e-6, rtol=0)
     (got,) = torch.autograd.grad(logprobs.sum(), hidden)
     torch.testing.assert_close(got, (torch.eye(6) - dense.exp()).float(), atol=1e-6, rtol=0)
+    _, entropy = token_logprobs(hidden, head, targets, entropy_gradient=True)
+    assert torch.autograd.grad(entropy.sum(), hidden)[0].isfinite().all()  # 0 log 0 is 0
 
 
 def test_large_logits_lose_no_digits_of_their_differences():

@@ -6,16 +6,26 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
-from pipeline.settings.rollouts import LOSS_NAMES
-from pipeline.train.advantages import group_advantages
-from pipeline.train.losses import LOSSES, Tokens, grpo, k3, loss_named, takes_settings, weighted_per
+from pipeline.settings.rollouts import LOSS_NAMES, GrpoSettings
+from pipeline.train.losses import (
+    LOSSES,
+    SETTINGS,
+    Tokens,
+    grpo,
+    k3,
+    loss_named,
+    settings_of,
+    takes_settings,
+    weighted_per,
+)
 from pipeline.train.pack import rollout_weights
+from pipeline.train.rollouts import batch_advantages, group_advantages
 
 
 def tokens_of(new, old, ref, advantages, weights, lengths=None):
     """What a loss sees; the engine's log-probabilities are the trainer's."""
     rollout = torch.arange(len(lengths or [1])).repeat_interleave(torch.tensor(lengths or [len(new)]))
-    return Tokens(new, old, old, ref, advantages, weights, rollout)
+    return Tokens(new, old, old, ref, advantages, weights, rollout, len(lengths or [1]))
 
 
 def clipped_objective(rollouts, low, high, beta):
@@ -70,8 +80,9 @@ def test_rollout_weights_are_each_papers_mean(kind):
     lengths, values = [2, 5, 1], [[1.0, 2.0], [3.0] * 5, [7.0]]
     weights = rollout_weights(lengths, LOSSES[kind].per, max_tokens=10)
     got = sum(w * sum(v) for w, v in zip(weights, values, strict=True))
-    want = {"grpo": (1.5 + 3 + 7) / 3, "dapo": (3 + 15 + 7) / 8, "dr_grpo": (3 + 15 + 7) / 30}[kind]
-    assert got == pytest.approx(want)
+    want = {"rollout": (1.5 + 3 + 7) / 3, "token": (3 + 15 + 7) / 8, "constant": (3 + 15 + 7) / 30}
+    per = {"grpo": "rollout", "gspo": "rollout", "dapo": "token", "cispo": "token", "dr_grpo": "constant"}
+    assert got == pytest.approx(want[per[kind]])
 
 
 def test_the_settings_know_the_losses_by_name():
@@ -79,12 +90,13 @@ def test_the_settings_know_the_losses_by_name():
 
 
 def test_the_losses_differ_in_their_weights_alone():
-    """DAPO's and Dr. GRPO's surrogate is GRPO's; each states its own mean."""
+    """DAPO's and Dr. GRPO's surrogate is GRPO's, dual clip included; each states its own mean."""
     torch.manual_seed(2)
     tokens = tokens_of(*-torch.rand(3, 9).double(), torch.randn(9).double(), torch.rand(9).double())
-    settings = {"clip_low": 0.2, "clip_high": 0.28, "kl_coef": 0.01}
-    values = {float(loss(tokens, **settings)[0]) for loss in LOSSES.values()}
-    assert len(values) == 1 and len({loss.per for loss in LOSSES.values()}) == 3
+    settings = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 1.3, "kl_coef": 0.01}
+    losses = [LOSSES[name] for name in ("grpo", "dapo", "dr_grpo")]
+    values = {float(loss(tokens, **settings)[0]) for loss in losses}
+    assert len(values) == 1 and len({loss.per for loss in losses}) == 3
 
 
 OWN = """
@@ -121,6 +133,10 @@ def ours(tokens):
 def shared(tokens):
     return tokens.logprobs.sum(), {"loss/kl_ref": tokens.weights.sum()}
 
+def bounded(tokens, *, dual_clip, kl_estimator):
+    assert kl_estimator in ("k3", "unbiased")
+    return -(tokens.mean(tokens.logprobs) * tokens.advantages).clamp(max=dual_clip).sum(), {}
+
 NUMBER = 3
 """
 
@@ -155,14 +171,33 @@ def test_a_loss_of_your_own_that_is_wrong_is_one_line(own, name, says):
 def test_a_loss_of_your_own_is_found_and_says_what_it_takes(own):
     loss = loss_named("my_losses:reinforce")
     assert takes_settings(loss, "reinforce") == set() and loss.per == "token"
-    assert takes_settings(grpo, "grpo") == {"clip_low", "clip_high", "kl_coef"}
+    assert takes_settings(grpo, "grpo") == set(SETTINGS)
+    assert takes_settings(loss_named("my_losses:bounded"), "bounded") == {"dual_clip", "kl_estimator"}
     assert weighted_per("constant")(lambda tokens: None).per == "constant"
+
+
+def test_a_loss_of_your_own_takes_the_settings_that_it_names_and_no_others_are_set_in_vain(own):
+    config = GrpoSettings(loss="my_losses:bounded", dual_clip=3.0, kl_estimator="unbiased")
+    assert settings_of(loss_named(config.loss), config) == {"dual_clip": 3.0, "kl_estimator": "unbiased"}
+    for setting in ({"dual_clip": 3.0}, {"kl_estimator": "unbiased"}):
+        config = GrpoSettings(loss="my_losses:reinforce", **setting)
+        with pytest.raises(ValueError, match=f"'my_losses:reinforce' does not take {next(iter(setting))}"):
+            settings_of(loss_named(config.loss), config)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_dual_clip_is_refused_where_a_loss_does_not_take_it(name):
+    if "dual_clip" in takes_settings(LOSSES[name], name):
+        assert GrpoSettings(loss=name, dual_clip=3.0).dual_clip == 3.0
+    else:
+        with pytest.raises(ValueError, match=f"dual_clip=3 has no effect on the loss {name}"):
+            GrpoSettings(loss=name, dual_clip=3.0)
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("gpro", "did you mean grpo?"),
+        ("gpro", r"did you mean .*\bgrpo\b.*\?"),
         ("my_losses:reinforced", "reinforce"),
         ("my_losses:NUMBER", "NUMBER"),
         ("no_such_file:f", "no_such_file"),
@@ -193,3 +228,15 @@ def test_a_failed_verifier_has_no_say():
     assert group_advantages([1.0, None, 0.0], "none") == [0.5, None, -0.5]
     assert group_advantages([None, None], "std") == [None, None]
     assert group_advantages([0.3, 0.3, None], "std") == [0.0, 0.0, None]
+
+
+def test_the_deviation_of_the_batch_is_over_the_advantages_of_all_groups():
+    """REINFORCE++'s baseline by hand: group means off, then one deviation, not that of the rewards."""
+    groups = [[1.0, 0.0, None], [5.0, 5.0, 5.0], [4.0, 0.0, 2.0]]
+    advantages = [0.5, -0.5, None, 0.0, 0.0, 0.0, 2.0, -2.0, 0.0]
+    assert batch_advantages(groups, "none") == advantages
+    spread = math.sqrt((0.25 + 0.25 + 4 + 4) / 8)
+    want = [None if a is None else pytest.approx(a / spread) for a in advantages]
+    assert batch_advantages(groups, "batch") == want
+    assert batch_advantages(groups, "std")[:3] == [1.0, -1.0, None]
+    assert batch_advantages([[1.0, 1.0], [None, 2.0]], "batch") == [0.0, 0.0, None, 0.0]

@@ -172,7 +172,7 @@ def test_what_is_not_finite_inside_the_network_is_counted_and_not_trained_on(pre
 @pytest.mark.parametrize("precision", HALF)
 def test_a_policy_update_works_in_every_precision(precision):
     it = learner(precision, lr=1e-2)
-    batch = rollouts(it)
+    batch = rollouts(it.policy)
     metrics = it.policy_update(batch, OBJECTIVE, None, None)
     assert metrics["optim/skipped"] == 0 and metrics["optim/grad_norm"] > 0
     assert metrics["policy/mismatch_max"] < 0.1  # sampled and trained on in the same arithmetic
