@@ -6,8 +6,8 @@ from typing import Literal
 
 from pipeline.settings.common import (
     AdamWSettings,
-    ComputeSettings,
     GuardSettings,
+    LoggedSettings,
     RowSettings,
     StageSettings,
     TemplateSettings,
@@ -32,7 +32,7 @@ class StudentOptimSettings(AdamWSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(TemplateSettings, RowSettings, ComputeSettings):
+class DistillSettings(TemplateSettings, RowSettings, LoggedSettings):
     """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
 
     corpus: tuple[str, ...] = ("reject",)

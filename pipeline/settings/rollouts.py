@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pipeline.settings.common import ComputeSettings, GradingSettings, OptimSettings, Sampling, TrainSettings
+from pipeline.settings.common import GradingSettings, LoggedSettings, OptimSettings, Sampling, TrainSettings
 from rewards.registry import own_function
 from rewards.reward import check_weights
 from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Positive, Range, Samples, Share
@@ -13,6 +13,13 @@ from rollout.settings import RolloutSettings
 
 LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
 """Names of the functions of `pipeline.train.losses`."""
+
+
+NOT_OF_THE_UPDATE = {
+    "group_size", "dynamic_sampling", "most_requests", "rewards", "overlong_buffer", "ref_refresh_steps",
+    "max_idle_steps", "record", "record_every",
+}  # fmt: skip
+"""Settings that `GrpoSettings` adds and that a step's update does not depend on, given its rollouts."""
 
 
 def check_loss(name: str) -> None:
@@ -27,7 +34,7 @@ def check_loss(name: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(Sampling, GradingSettings, ComputeSettings):
+class GeneratingSettings(Sampling, GradingSettings, LoggedSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
@@ -127,9 +134,16 @@ class GrpoSettings(RoundSettings):
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
+    record: tuple[int, ...] = ()
+    """Steps of which everything is kept that their update depends on, for `python -m pipeline replay`: each
+    takes the disk space of a checkpoint. Recording leaves the bits as they are."""
+    record_every: Natural = 0
+    """Record every step that this divides, too; 0 = none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if wrong := [step for step in self.record if not 1 <= step <= self.steps]:
+            raise ValueError(f"record={wrong[0]} must be one of the steps, 1 to {self.steps}.")
         check_weights(self.rewards)
         check_loss(self.loss)
         buffer = f"overlong_buffer={self.overlong_buffer}"

@@ -19,6 +19,7 @@ Papers  GRPO  arXiv:2402.03300 Sec. 4.1; R1 arXiv:2501.12948 Sec. 2.2, 2.3.2, 2.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import GrpoSettings, RoundSettings
+from pipeline.tools.record import recorded
 from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import loss_named, takes_settings
@@ -206,13 +208,17 @@ class Trainer(RoundTrainer):
 
     def __init__(self, config: GrpoSettings, run_dir: RunDir) -> None:
         """Raises `UserError`, for the loss too."""
+        self.aim(config)
+        plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
+        limits = {"overlong_buffer": config.overlong_buffer, "max_idle_steps": config.max_idle_steps}
+        super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **limits)
+
+    def aim(self, config: GrpoSettings) -> None:
+        """Take the objective of `config`. Raises `UserError`: a loss that cannot be used."""
         try:
             self.loss = loss_named(config.loss)
         except ValueError as error:
             raise UserError(str(error)) from error
-        plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
-        limits = {"overlong_buffer": config.overlong_buffer, "max_idle_steps": config.max_idle_steps}
-        super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **limits)
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
         self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
 
@@ -220,10 +226,13 @@ class Trainer(RoundTrainer):
         """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
         config = self.config
         done, sampling = self.round(step)
-        began, graded = time.monotonic(), done.graded
+        graded = done.graded
         advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
-        metrics = self.update(batches)
+        due = step in config.record or (config.record_every and step % config.record_every == 0)
+        with self.recording(step, done, advantages) if due else nullcontext():
+            began = time.monotonic()
+            metrics = self.update(batches)
         scorings = (self.reference is not None) + (len(batches) > 1)
         metrics |= self.cost(batches, time.monotonic() - began, scorings) | sampling
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
@@ -234,6 +243,14 @@ class Trainer(RoundTrainer):
         if config.dynamic_sampling:
             metrics["rollout/groups_sampled"] = done.sampled
         return metrics, self.shown(graded, advantages)
+
+    def recording(
+        self, step: int, done: Round, advantages: list[float | None]
+    ) -> AbstractContextManager[None]:
+        """Record the update that is made within it."""
+        reference = None if self.reference is None else self.reference.state_dict()
+        state = {"round": done.plain(), "advantages": advantages, "reference": reference}
+        return recorded(self.run_dir, self.config, step, self.learner, self.tokenizer, state)
 
     def advantages(self, graded: Sequence[Graded]) -> list[float | None]:
         """Each rollout's advantage over its group; None where its verifier failed."""
@@ -261,16 +278,18 @@ class Trainer(RoundTrainer):
                 out.append(pack(examples, self.place.micro_tokens(config)))
         return out
 
+    def old_logprobs(self, batches: Sequence[Batch], several: bool) -> list[list[Tensor] | None]:
+        """The current policy's, for updates that come after it has moved, of `several`; else None a batch."""
+        parts = [b.micro_batches(self.place.device) for b in batches if several]
+        found = [[score(self.policy, part, self.config.temperature) for part in of] for of in parts]
+        return [*found] if several else [None] * len(batches)
+
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
         Raises `Stopped`: as `check_mismatch`."""
         config = self.config
-        old: list[list[Tensor] | None] = [None] * len(batches)
-        if len(batches) > 1:  # later updates move away from the policy that sampled
-            parts = [b.micro_batches(self.place.device) for b in batches]
-            old = [[score(self.policy, part, config.temperature) for part in of] for of in parts]
         metrics, mismatch = dict[str, float](), 0.0
-        for batch, logprobs in zip(batches, old, strict=True):
+        for batch, logprobs in zip(batches, self.old_logprobs(batches, len(batches) > 1), strict=True):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             mismatch = max(mismatch, metrics.get("policy/mismatch_kl", 0.0))  # none of a skipped update
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
