@@ -13,16 +13,9 @@ from pipeline.settings.evaluate import (
     LeaderboardSettings,
     ReportSettings,
 )
-from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings
+from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings, ReplaySettings
 from pipeline.settings.supervised import PretrainSettings, SftSettings, StudentSettings
-from pipeline.settings.tools import (
-    ChatSettings,
-    GenerateSettings,
-    GradeSettings,
-    ReplaySettings,
-    ServeSettings,
-    UpSettings,
-)
+from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +50,6 @@ class Command:
     summary: str
     positional: bool = False
     """Its settings without a default stand before the flags: `grade IN.jsonl OUT.jsonl`."""
-    splits: bool = False
-    """`main` gets the command line: what is none of its settings is for stages."""
 
 
 # fmt: off
@@ -98,8 +89,7 @@ STAGES = (
 )
 
 COMMANDS = (
-    Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs",
-            True, True),
+    Command("up", UpSettings, "pipeline.tools.up", "make a stage and, first, the stages that it needs", True),
     Command("grade", GradeSettings, "pipeline.tools.grade",
             "grade saved completions: IN.jsonl -> OUT.jsonl", True),
     Command("generate", GenerateSettings, "pipeline.tools.generate", "completions from any checkpoint"),
@@ -110,7 +100,7 @@ COMMANDS = (
     Command("leaderboard", LeaderboardSettings, "pipeline.evaluation.leaderboard",
             "all evaluations below a folder as one table", True),
     Command("replay", ReplaySettings, "pipeline.tools.replay",
-            "repeat a recorded RL step, or compare its gradient with another objective's", True, True),
+            "repeat a recorded RL step, or compare its gradient with another objective's", True),
     Command("chat", ChatSettings, "pipeline.tools.chat", "talk to a model in the terminal"),
     Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )

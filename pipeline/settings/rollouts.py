@@ -8,18 +8,21 @@ from typing import Annotated, Literal
 from pipeline.settings.common import GradingSettings, LoggedSettings, OptimSettings, Sampling, TrainSettings
 from rewards.registry import own_function
 from rewards.reward import check_weights
-from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Positive, Range, Samples, Share
+from rollout.ranges import (
+    MOST_SAMPLES,
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Range,
+    Samples,
+    Settings,
+    Share,
+)
 from rollout.settings import RolloutSettings
 
 LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
 """Names of the functions of `pipeline.train.losses`."""
-
-
-NOT_OF_THE_UPDATE = {
-    "group_size", "dynamic_sampling", "most_requests", "rewards", "overlong_buffer", "ref_refresh_steps",
-    "max_idle_steps", "record", "record_every",
-}  # fmt: skip
-"""Settings that `GrpoSettings` adds and that a step's update does not depend on, given its rollouts."""
 
 
 def check_loss(name: str) -> None:
@@ -155,6 +158,26 @@ class GrpoSettings(RoundSettings):
                 f"{buffer} and the weight of the reward overlong ({weight:g}) have an effect only together: "
                 "set both or neither."
             )
+
+
+NOT_OF_THE_UPDATE = {
+    *("group_size", "dynamic_sampling", "most_requests", "rewards", "overlong_buffer", "ref_refresh_steps"),
+    *("max_idle_steps", "record", "record_every"),
+}
+"""Settings of `GrpoSettings` alone that a step's update does not depend on, given its rollouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaySettings(Settings):
+    """Repeat the update of a recorded RL step. With settings of its objective (--loss, --clip-high ...; of a
+    group also by the last name: --level) the gradient under these is computed too, at the same weights."""
+
+    folder: Path
+    """The stage's run directory, such as runs/tiny/zero."""
+    step: Natural = 0
+    """Which of its recorded steps; 0 = the last."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Settings of the commands beside the chain: up, grade, generate, replay, chat, serve."""
+"""Settings of the commands beside the chain: up, grade, generate, chat, serve."""
 
 import re
 from dataclasses import dataclass, field
@@ -108,23 +108,6 @@ class GenerateSettings(TruncatedSampling, ModelSettings):
             raise ValueError(f"min_tokens={self.min_tokens} must be at most max_tokens={self.max_tokens}.")
         if not all(self.stop):
             raise ValueError(f"stop={self.stop!r} must hold strings, none of them empty.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplaySettings(Settings):
-    """Repeat the update of a recorded RL step. With settings of the objective of RL stages (--loss, --kl-coef;
-    of a group also by the last name: --level) the gradient under these is computed too, at equal weights."""
-
-    folder: Path
-    """The stage's run directory, such as runs/tiny/zero."""
-    step: Natural = 0
-    """Which of its recorded steps; 0 = the last."""
-    tokens: Natural = 10
-    """Tokens shown: those that contribute most, or whose contributions to the two gradients differ most."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto = cuda where there is one."""
-    threads: Threads = 0
-    """CPU threads for torch; 0 = as recorded, which the same bits need."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,6 @@ Papers  GRPO  arXiv:2402.03300 Sec. 4.1; R1 arXiv:2501.12948 Sec. 2.2, 2.3.2, 2.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import GrpoSettings, RoundSettings
-from pipeline.tools.record import recorded
+from pipeline.tools.record import recording
 from pipeline.train.advantages import group_advantages
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import loss_named, takes_settings
@@ -230,11 +229,14 @@ class Trainer(RoundTrainer):
         advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
         due = step in config.record or (config.record_every and step % config.record_every == 0)
-        with self.recording(step, done, advantages) if due else nullcontext():
+        reference = self.reference and self.reference.state_dict()
+        state = {"round": done.plain(), "advantages": advantages, "reference": reference} if due else {}
+        with recording(self.run_dir, config, step, self.learner, self.tokenizer, state):
             began = time.monotonic()
             metrics = self.update(batches)
+            seconds = time.monotonic() - began
         scorings = (self.reference is not None) + (len(batches) > 1)
-        metrics |= self.cost(batches, time.monotonic() - began, scorings) | sampling
+        metrics |= self.cost(batches, seconds, scorings) | sampling
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
             self.reference = self.policy.frozen()
         groups = [advantages[i : i + config.group_size] for i in range(0, len(graded), config.group_size)]
@@ -244,14 +246,6 @@ class Trainer(RoundTrainer):
             metrics["rollout/groups_sampled"] = done.sampled
         return metrics, self.shown(graded, advantages)
 
-    def recording(
-        self, step: int, done: Round, advantages: list[float | None]
-    ) -> AbstractContextManager[None]:
-        """Record the update that is made within it."""
-        reference = None if self.reference is None else self.reference.state_dict()
-        state = {"round": done.plain(), "advantages": advantages, "reference": reference}
-        return recorded(self.run_dir, self.config, step, self.learner, self.tokenizer, state)
-
     def advantages(self, graded: Sequence[Graded]) -> list[float | None]:
         """Each rollout's advantage over its group; None where its verifier failed."""
         rewards = [None if g.verdict == "error" else g.reward for g in graded]
@@ -260,7 +254,7 @@ class Trainer(RoundTrainer):
         return [advantage for group in groups for advantage in group_advantages(group, scale)]
 
     def batches(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> list[Batch]:
-        """Packed rollouts, a batch a minibatch of groups; a minibatch in which no rollout counts has none.
+        """Packed rollouts, a batch a minibatch of groups; it is empty where no rollout counts.
 
         A rollout without advantage changes nothing unless there is a KL penalty, and is left out of the
         forward; it still counts in the denominator of the loss.
@@ -274,22 +268,24 @@ class Trainer(RoundTrainer):
             pairs = [(g.rollout, a) for g, a in both if a is not None]
             weights = rollout_weights([len(r.token_ids) for r, _ in pairs], per, config.max_tokens)
             trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or config.kl_coef)
-            if examples := [example(*of) for of in trained]:
-                out.append(pack(examples, self.place.micro_tokens(config)))
+            out.append(pack([example(*of) for of in trained], self.place.micro_tokens(config)))
         return out
 
-    def old_logprobs(self, batches: Sequence[Batch], several: bool) -> list[list[Tensor] | None]:
-        """The current policy's, for updates that come after it has moved, of `several`; else None a batch."""
-        parts = [b.micro_batches(self.place.device) for b in batches if several]
-        found = [[score(self.policy, part, self.config.temperature) for part in of] for of in parts]
-        return [*found] if several else [None] * len(batches)
+    def old_logprobs(self, batches: Sequence[Batch]) -> list[list[Tensor] | None]:
+        """Those of several batches, whose later updates move away from the policy that sampled."""
+        if len(batches) == 1:
+            return [None]
+        parts = [b.micro_batches(self.place.device) for b in batches]
+        return [[score(self.policy, part, self.config.temperature) for part in of] for of in parts]
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
-        Raises `Stopped`: as `check_mismatch`."""
+        """One update a batch, none of an empty one; the metrics of the last, and the worst mismatch between
+        engine and trainer. Raises `Stopped`: as `check_mismatch`."""
         config = self.config
         metrics, mismatch = dict[str, float](), 0.0
-        for batch, logprobs in zip(batches, self.old_logprobs(batches, len(batches) > 1), strict=True):
+        for batch, logprobs in zip(batches, self.old_logprobs(batches), strict=True):
+            if not batch.parts:
+                continue
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             mismatch = max(mismatch, metrics.get("policy/mismatch_kl", 0.0))  # none of a skipped update
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect

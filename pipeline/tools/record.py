@@ -36,7 +36,7 @@ RL = [stage.name for stage in STAGES if stage.settings is GrpoSettings]
 
 
 @contextmanager
-def recorded(
+def recording(
     run_dir: RunDir,
     config: GrpoSettings,
     step: int,
@@ -45,7 +45,10 @@ def recorded(
     state: Mapping[str, Any],
 ) -> Iterator[None]:
     """Record the update of step `step`, which is made within it, and `state`, what it depends on beside the
-    learner. One that stops the run is recorded too."""
+    learner (nothing: do not). One that stops the run is recorded too."""
+    if not state:
+        yield
+        return
     folder, stopped = run_dir.path / f"recorded-{step}", None
     with replacing(folder) as partial:
         partial.mkdir()
@@ -92,3 +95,9 @@ def read_record(run: Path, step: int) -> tuple[Path, dict[str, Any], dict[str, A
     folder = run / f"recorded-{step or steps[-1]}"
     manifest = read_manifest(folder, f"rm -r {folder}, and record the step again")
     return folder, manifest, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+
+
+def changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What differs by name: before and after."""
+    pairs = {name: [before.get(name), after.get(name)] for name in (*before, *after)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
