@@ -240,7 +240,7 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                 start_again(run)
             before = kept_files(run) if used and config.resume else {}
             begin(run, used and config.resume, changed)
-            run.metrics.track = tracker and tracker.log
+            run.metrics.track = tracker.log if tracker else None
             ranks.largest(1)
             try:
                 with listening(run):

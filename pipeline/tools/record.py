@@ -93,7 +93,9 @@ def read_record(run: Path, step: int) -> tuple[Path, dict[str, Any], dict[str, A
         there = f"there are: {', '.join(map(str, steps))}" if steps else "train with --record N"
         raise UserError(f"{run} has no recorded step {step or ''}; {there}")
     folder = run / f"recorded-{step or steps[-1]}"
-    manifest = read_manifest(folder, f"rm -r {folder}, and record the step again")
+    manifest = read_manifest(folder, way := f"rm -r {folder}, and record the step again")
+    if not all(isinstance(manifest.get(part), dict) for part in ("environment", "before", "after")):
+        raise UserError(f"{folder}/manifest.json is not that of a recorded step; {way}")
     return folder, manifest, torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 

@@ -146,8 +146,8 @@ def show(updates: list[list[Found]], titles: list[str], graded: Sequence[Graded]
         for name, about in (found[-1].tokens | found[0].tokens).items():
             shares = [of.tokens.get(name, [0.0])[0] for of in found]
             rows.append((abs(shares[0] - shares[-1]), name, [*about[1:], *shares]))
-    for gap, (name, at), shown in sorted(rows, key=lambda row: -row[0])[:SHOWN]:
-        number, rollout = rollouts[name]
+    for gap, (rollout_name, at), shown in sorted(rows, key=lambda row: -row[0])[:SHOWN]:
+        number, rollout = rollouts[rollout_name]
         place = at - len(rollout.prompt.token_ids)
         token = repr(tokenizer.decode([rollout.token_ids[place]]))
         if gap:
@@ -168,12 +168,12 @@ def main(argv: Sequence[str]) -> None:
     policy, tokenizer = load_policy(folder / "policy", place.device)
     guard = Keeper(now.guard, now.optim.clip)
     learner = Learner(policy, now.optim, now.steps * now.minibatches, guard=guard)
-    learner.load_state_dict(state["learner"] | {"policy": policy.state_dict()})
-    guard.stepped = learner.weights.stepped
     if wrong := changed(manifest["before"], prints(policy)):
         raise UserError(
-            f"{folder} has other weights than the step began with: {next(iter(wrong))}; record it again"
+            f"{folder} has other weights than its step began with, in {min(wrong)}; record it again"
         )
+    learner.load_state_dict(state["learner"] | {"policy": policy.state_dict()})
+    guard.stepped = learner.weights.stepped
     reference = policy.frozen() if state["reference"] else None
     if reference is not None:
         reference.load_state_dict(state["reference"])
@@ -192,9 +192,7 @@ def main(argv: Sequence[str]) -> None:
     show(updates, ["recorded", " ".join(flags)][: len(trainers)], graded, tokenizer)
     wrong = changed(manifest["after"], prints(policy))
     print(
-        f"other bits in {len(wrong)} tensors, first {next(iter(wrong))}"
-        if wrong
-        else "the same bits as recorded"
+        f"other bits in {len(wrong)} tensors, such as {min(wrong)}" if wrong else "the same bits as recorded"
     )
     for name, (before, after) in differs.items():
         print(f"  {name}: {before} when it was recorded, now {after}")
