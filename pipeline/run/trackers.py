@@ -15,7 +15,7 @@ class Tracker:
         """`folder` is the stage's. Raises `UserError`: it is not installed here."""
         from accelerate import tracking
 
-        if name not in tracking.get_available_trackers():
+        if name not in map(str, tracking.get_available_trackers()):
             raise UserError(f"--tracker {name} needs a package: pip install {name}; or leave --tracker out")
         kind, board = tracking.LOGGER_TYPE_TO_CLASS[name], name == "tensorboard"
         more = {"logging_dir": str(folder)} if board else {"name": folder.name}

@@ -91,7 +91,7 @@ def read_record(run: Path, step: int) -> tuple[Path, dict[str, Any], dict[str, A
     steps = steps_in(run, "recorded")
     if step not in (steps and [0, *steps]):
         there = f"there are: {', '.join(map(str, steps))}" if steps else "train with --record N"
-        raise UserError(f"{run} has no recorded step {step or ''}; {there}")
+        raise UserError(f"{run} has no recorded step{f' {step}' if step else 's'}; {there}")
     folder = run / f"recorded-{step or steps[-1]}"
     manifest = read_manifest(folder, way := f"rm -r {folder}, and record the step again")
     if not all(isinstance(manifest.get(part), dict) for part in ("environment", "before", "after")):

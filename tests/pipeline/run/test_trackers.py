@@ -59,7 +59,7 @@ class Fake(tracking.GeneralTracker):
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(Fake, "made", [])
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [tracking.LoggerType.WANDB])
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
     return Fake
 
