@@ -27,8 +27,10 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Pass on the metrics of a step."""
         if not self.begun:
+            from accelerate import PartialState
+
             self.begun = True
-            self.attempt(lambda: self.live.start())
+            self.attempt(lambda: (PartialState(), self.live.start()))  # accelerate's log needs its state
             self.attempt(lambda: self.live.store_init_configuration(self.settings))
         self.attempt(lambda: self.live.log(dict(metrics), step=step))
 

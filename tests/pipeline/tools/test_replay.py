@@ -39,9 +39,9 @@ def opened(policy):
     def make(runs, **settings):
         config = GrpoSettings(
             **{
-                "runs": runs, "init_from": str(policy), "template": "r1-zero-short", "pool": 6, "steps": STEPS,
+                "runs": runs, "init_from": str(policy), "template": "r1-zero-short", "steps": STEPS,
                 "problems": ("generator:sum",), "eval_every": 0, "prompts_per_step": 4, "group_size": GROUP,
-                "max_tokens": LONGEST, "kl_coef": 0.0, "threads": 1, "minibatches": 2, "max_mismatch_kl": 9.0,
+                "max_tokens": LONGEST, "kl_coef": 0.0, "threads": 1, "minibatches": 2, "pool": 6,
                 "rewards": {"accuracy": 1.0, "language": 1.0}, "optim": OptimSettings(lr=1e-2), **settings,
             }
         )  # fmt: skip
@@ -221,15 +221,24 @@ def test_both_gradients_are_those_of_a_loop(opened, again, tmp_path, monkeypatch
                 assert contribution == pytest.approx(-advantage * scale / (2 * GROUP), rel=1e-5)
 
 
-def test_clipping_shows_in_the_second_update_alone(recorded, again):
-    result, text = again(recorded[0], "--step", 3, "--clip-low", "1e-6", "--clip-high=1e-6")
+def rows_of(text):
+    """The first table's rows by update and objective."""
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines() if "│" in line]
-    updates = {(row[0], row[1]): row for row in rows if len(row) == 6}
-    other = "--clip-low 1e-6 --clip-high=1e-6"
-    assert float(updates["1", other][5]) == pytest.approx(1, abs=1e-5) and result["cosine"] < 0.999
-    assert int(updates["2", other][4]) < int(updates["2", "recorded"][4])
+    return {(int(row[0]), row[1]): [float(x) for x in row[2:]] for row in rows if len(row) == 6}
+
+
+def test_clipping_shows_in_the_second_update_alone(recorded, again):
+    clip = ("--clip-low", "1e-6", "--clip-high=1e-6")
+    result, text = again(recorded[0], "--step", 3, *clip)
+    rows, loss, norm, cosine = rows_of(text), 0, 1, 3
+    assert rows[1, " ".join(clip)][cosine] == pytest.approx(1, abs=1e-5) and result["cosine"] < 0.999
     assert result["same_bits"] and result["grad_norm"] != result["recorded"]["grad_norm"]
-    assert "contributions that differ most" in text and len(rows) == 4 + replay.SHOWN
+    assert rows[2, "recorded"][norm] == pytest.approx(result["recorded"]["grad_norm"], rel=1e-5)
+    assert rows[2, " ".join(clip)][loss] == pytest.approx(result["loss"], rel=1e-5)
+    assert text.count("│") == 7 * 4 + 8 * replay.SHOWN and "contributions that differ most" in text
+    _, text = again(recorded[0], "--step", 3, *clip, "--kl-coef", "0")  # whose share no clip takes away
+    count = {at: row[2] for (at, title), row in rows_of(text).items() if title != "recorded"}
+    assert 0 < count[2] < count[1]
 
 
 def test_an_override_without_effect_says_that_nothing_differs(recorded, again):
