@@ -83,7 +83,7 @@ def here() -> dict[str, Any]:
     return flat(found | {"threads": torch.get_num_threads()})
 
 
-def read_record(run: Path, step: int) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+def load_record(run: Path, step: int) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Folder, manifest and state of a recorded step of a stage's directory; 0 = the last one.
     Raises `UserError`: not an RL stage, no such step, or a record that is damaged."""
     if run.name not in RL or not (run / "config.toml").is_file():

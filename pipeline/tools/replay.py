@@ -29,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.run.guard import Diverged, Guard
 from pipeline.settings.rollouts import NOT_OF_THE_UPDATE, GrpoSettings, ReplaySettings, RoundSettings
 from pipeline.stages.grpo import Trainer
-from pipeline.tools.record import changed, here, prints, read_record
+from pipeline.tools.record import changed, here, prints, load_record
 from pipeline.train.learner import Learner
 from pipeline.train.losses import Terms, Tokens
 from pipeline.train.pack import Batch, Example
@@ -161,7 +161,7 @@ def main(argv: Sequence[str]) -> None:
     own, flags = split(ReplaySettings, argv)
     config = parse(ReplaySettings, own, PROG, positional=True)
     flags = overrides(flags)
-    folder, manifest, state = read_record(config.folder, config.step)
+    folder, manifest, state = load_record(config.folder, config.step)
     settings = [parse(GrpoSettings, f, PROG, file=folder / "config.toml") for f in ([], flags)]
     now, threads = settings[0], manifest["environment"]["threads"]
     place = Place.open(dataclasses.replace(now, device=config.device, threads=threads))
