@@ -56,7 +56,7 @@ def run_stage(stage: Stage, argv: list[str]) -> int:
 def run_command(command: Command, argv: list[str]) -> int:
     """Resolve the settings, which needs no torch, and run the command; its exit code."""
     config: Any = argv
-    if command.name != "up":  # it splits its line: what it does not know goes to the stage
+    if command.name not in ("up", "replay") or set(HELP) & set(argv):  # these take settings of stages too
         config = parse(command.settings, argv, f"python -m pipeline {command.name}", command.positional)
     return import_module(command.module).main(config) or 0
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,17 @@ def read_flags(
         else:
             none = values[0] in ("none", "None") and type(None) in typing.get_args(types[name])
             yield name, None if none else values[0]
+
+
+def split(settings: type, args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of `settings`, those before the first flag included, and all others."""
+    own, others = list[str](), list[str]()
+    into, known = own, {*known_flags(settings), *HELP}
+    for arg in args:
+        if arg.startswith("--") or arg in HELP:
+            into = own if arg.partition("=")[0] in known else others
+        into.append(arg)
+    return own, others
 
 
 def values_before_flag(args: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pipeline.settings.evaluate import (
     LeaderboardSettings,
     ReportSettings,
 )
-from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings
+from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings, ReplaySettings
 from pipeline.settings.supervised import PretrainSettings, SftSettings, StudentSettings
 from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
 
@@ -99,6 +99,8 @@ COMMANDS = (
             "two evaluations question by question: a paired test, what changed", True),
     Command("leaderboard", LeaderboardSettings, "pipeline.evaluation.leaderboard",
             "all evaluations below a folder as one table", True),
+    Command("replay", ReplaySettings, "pipeline.tools.replay",
+            "repeat a recorded RL step, or compare its gradient with another objective's", True),
     Command("chat", ChatSettings, "pipeline.tools.chat", "talk to a model in the terminal"),
     Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )

@@ -267,6 +267,7 @@ COMMAND_LINES = {
     " --samples 1 --shots 1 --shots-from {data}/gsm8k_train.jsonl",
     "compare": "{scored} {scored} --out {out}",
     "leaderboard": "{scored} --out {out} --json {out}",
+    "replay": "{recorded} --step 1 --device cpu --loss dr_grpo",
     "chat": MODEL + " --threads 1",
     "serve": MODEL + " --port 0 --threads 1 --api-key key",
 }
@@ -292,7 +293,11 @@ def test_a_command_reads_every_setting(reads, files, tmp_path, monkeypatch, name
     monkeypatch.setattr(uvicorn.Server, "run", one_request)
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "1+1?"}\n')
-    line = COMMAND_LINES[name].format(**files, prompts=prompts, out=tmp_path / "out")
+    recorded = tmp_path / "micro/zero"
+    if name == "replay":
+        zero = f"--config configs/micro/zero.toml --runs {tmp_path} {FLAGS['zero']} --steps 1 --record 1"
+        assert main(["zero", *zero.format(**files).split()]) == 0
+    line = COMMAND_LINES[name].format(**files, prompts=prompts, out=tmp_path / "out", recorded=recorded)
     assert main([name, *line.split()]) == 0
     assert not unread(TABLE[name], reads)
 

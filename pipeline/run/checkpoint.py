@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import UserError
 from pipeline.run.files import replacing, sha256, write_atomic
@@ -29,9 +30,7 @@ def save_checkpoint(
     with replacing(final) as partial:
         partial.mkdir()
         write(partial)
-        files = {p.name: sha256(p) for p in sorted(partial.iterdir())}
-        manifest = {"step": step, "applied": applied, "files": files}
-        write_atomic(partial / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        write_manifest(partial, step=step, applied=applied)
     write_atomic(pointer, final.name + "\n")
     past = [n for n in steps_in(folder) if n <= step]  # later ones are of an abandoned run
     good = [n for n in past if applied_at(folder, n) is not None]
@@ -39,9 +38,28 @@ def save_checkpoint(
         shutil.rmtree(folder / f"checkpoint-{old}")
 
 
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints that lie in `folder`, ascending."""
-    found = (re.fullmatch(r"checkpoint-(\d+)", p.name) for p in folder.glob("checkpoint-*"))
+def write_manifest(folder: Path, **about: Any) -> None:
+    """Write, last of all files of a folder, its manifest.json: `about` it, and the hash of each file."""
+    files = {p.name: sha256(p) for p in sorted(folder.iterdir())}
+    write_atomic(folder / "manifest.json", json.dumps(about | {"files": files}, indent=2) + "\n")
+
+
+def read_manifest(folder: Path, way: str) -> dict[str, Any]:
+    """The manifest of a folder, checked. Raises `UserError`: it is damaged; `way` says what to type."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        bad = [n for n, digest in manifest["files"].items() if sha256(folder / n) != digest]
+        int(manifest["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} is not readable ({error}); {way}") from error
+    if bad:
+        raise UserError(f"{folder / bad[0]} does not match its manifest (corrupted); {way}")
+    return manifest
+
+
+def steps_in(folder: Path, kind: str = "checkpoint") -> list[int]:
+    """Steps of the checkpoints that lie in `folder`, or of another `kind` of folders, ascending."""
+    found = (re.fullmatch(rf"{kind}-(\d+)", p.name) for p in folder.glob(f"{kind}-*"))
     return sorted(int(match[1]) for match in found if match)
 
 
@@ -74,16 +92,7 @@ def newest_checkpoint(folder: Path) -> tuple[int, Path] | None:
     if not pointer.exists():
         return None
     newest = folder / pointer.read_text(errors="replace").strip()
-    try:
-        manifest = json.loads((newest / "manifest.json").read_text())
-        step: int = manifest["step"]
-        bad = [n for n, digest in manifest["files"].items() if sha256(newest / n) != digest]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{newest} is not readable ({error}); {way_out(folder, newest)}") from error
-    if bad:
-        way = way_out(folder, newest)
-        raise UserError(f"{newest / bad[0]} does not match its manifest (corrupted); {way}")
-    return step, newest
+    return read_manifest(newest, way_out(folder, newest))["step"], newest
 
 
 def way_out(folder: Path, damaged: Path) -> str:

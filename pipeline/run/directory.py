@@ -3,7 +3,8 @@
     config.toml      resolved settings             metrics.jsonl    one line a step
     env.json         versions, commit, inputs      samples.jsonl    complete transcripts with reward parts
     checkpoint-N/    state; manifest written last  latest           name of the newest checkpoint
-    model/           the finished model            done.json        written last: the stage is complete
+    recorded-N/      a step, to be replayed        done.json        written last: the stage is complete
+    model/           the finished model
 
 A directory in use is never overwritten; a run that ended before its first step is started again. `--resume`
 goes on from `latest`, to the same bits.
@@ -33,9 +34,10 @@ from pipeline.run import ranks
 from pipeline.run.checkpoint import go_back, newest_checkpoint, save_checkpoint
 from pipeline.run.environment import environment, peak_rss_bytes
 from pipeline.run.files import damaged, read_json, remove, replacing, sha256, write_atomic
-from pipeline.run.history import changes, note, record_changes, resolved, rollbacks
+from pipeline.run.history import changes, flat, note, record_changes, resolved, rollbacks
 from pipeline.run.metrics import MetricsLog, say, truncate_after
-from pipeline.settings.common import ComputeSettings, StageSettings
+from pipeline.run.trackers import Tracker
+from pipeline.settings.common import ComputeSettings, LoggedSettings, StageSettings
 from pipeline.table import STAGES, Stage
 
 
@@ -152,7 +154,7 @@ class RunDir:
             before.file.close()
             truncate_after(self.path / "samples.jsonl", to)
             self.metrics = MetricsLog(self.path / "metrics.jsonl", self.stage.name, keep_to=to)
-            self.metrics.elapsed_before = before.elapsed_s
+            self.metrics.elapsed_before, self.metrics.track = before.elapsed_s, before.track
             say(f"{self.stage.name}: {why}: back to step {to}, learning rate times {scale:g}")
         ranks.wait()
 
@@ -218,6 +220,8 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
         with listening(run):
             yield run if begun else None
         return
+    chosen = config.tracker if isinstance(config, LoggedSettings) else ""
+    tracker = Tracker(chosen, run.path, flat(resolved(config))) if chosen else None
     used = (run.path / "config.toml").exists() and not stage.extends
     done = (run.path / "done.json").exists() and not stage.extends
     if used and not config.resume and (done or has_work(run.path)):
@@ -241,6 +245,7 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                 start_again(run)
             before = kept_files(run) if used and config.resume else {}
             begin(run, used and config.resume, changed)
+            run.metrics.track = tracker.log if tracker else None
             ranks.largest(1)
             try:
                 with listening(run):
@@ -255,6 +260,8 @@ def open_run(stage: Stage, config: StageSettings, command: str) -> Iterator[RunD
                 raise
             finally:
                 run.metrics.file.close()
+                if tracker:
+                    tracker.finish()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             advice = f"free some space, then: {command} --resume"

@@ -17,12 +17,12 @@ from pipeline.settings.common import StageSettings, to_dict
 
 MAY_CHANGE = {
     "steps", "checkpoint_every", "save_every", "eval_every", "log_every", "log_samples", "micro_tokens",
-    "max_mismatch_kl", "max_idle_steps", "max_error_share",
+    "tracker", "record", "record_every", "max_mismatch_kl", "max_idle_steps", "max_error_share",
     "optim.lr", "optim.clip",
 }  # fmt: skip
-"""Settings that a resume may change, beside the group `guard`. Those of logs, checkpoints and checks keep
-the bits, `steps` does with a constant schedule, `micro_tokens` to rounding; the others are for another run
-from there on. All else decided what the steps before the checkpoint did."""
+"""Settings that a resume may change, beside the group `guard`. Those of logs, records, checkpoints and checks
+keep the bits, `steps` does with a constant schedule, `micro_tokens` to rounding; the others are for another
+run from there on. All else decided what the steps before the checkpoint did."""
 
 
 def resolved(config: StageSettings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -101,6 +101,7 @@ class MetricsLog:
             rows = read_log(path)
             self.elapsed_before = rows[-1].get("time/elapsed_s", 0.0) if rows else 0.0
         self.file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
+        self.track: Callable[[int, Mapping[str, float]], None] | None = None  # gets each step, too
 
     def explain(self, glossary: Mapping[str, str]) -> None:
         """Accept the metrics of `glossary`, name: one line, too. Its new lines go to `GLOSSARY_FILE`."""
@@ -125,6 +126,8 @@ class MetricsLog:
             self.explained = len(self.own)
             write_atomic(self.glossary_file, json.dumps(self.own, indent=2) + "\n")
         self.file.write(json.dumps(row) + "\n")
+        if self.track:
+            self.track(step, {k: v for k, v in row.items() if k != "step"})
         short = SHORT | {key: key.removeprefix("reward/") for key in self.own}
         shown = [f"{short[k]} {v:.3g}" for k, v in metrics.items() if k in short]
         a_step = (time.monotonic() - self.loop_began) / max(1, step - self.first)

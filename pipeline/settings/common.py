@@ -38,6 +38,15 @@ class ComputeSettings(StageSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoggedSettings(ComputeSettings):
+    """What every stage has that logs metrics."""
+
+    tracker: Literal["", "tensorboard", "wandb", "trackio"] = ""
+    """Metrics go there too: tensorboard = the stage's folder tensorboard/; wandb and trackio = project NAME,
+    a run a session. `pip install` it first. metrics.jsonl is always written."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class GuardSettings(Settings):
     """What skips an update that diverges, and goes back to a checkpoint when that does not help."""
 
@@ -53,7 +62,7 @@ class GuardSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(ComputeSettings):
+class TrainSettings(LoggedSettings):
     """What every stage has that trains with our own learner."""
 
     micro_tokens: Natural = 0

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pipeline.settings.common import (
     AdamWSettings,
-    ComputeSettings,
     GuardSettings,
     HeldoutSettings,
+    LoggedSettings,
     RowSettings,
     StageSettings,
     TemplateSettings,
@@ -33,7 +33,7 @@ class StudentOptimSettings(AdamWSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillSettings(TemplateSettings, RowSettings, HeldoutSettings, ComputeSettings):
+class DistillSettings(TemplateSettings, RowSettings, HeldoutSettings, LoggedSettings):
     """Distillation into small dense students. Defaults: the tiny chain, minutes on two cores."""
 
     corpus: tuple[str, ...] = ("reject",)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from pipeline.settings.common import (
-    ComputeSettings,
     GradingSettings,
     HeldoutSettings,
+    LoggedSettings,
     OptimSettings,
     Sampling,
     TrainSettings,
@@ -73,7 +73,7 @@ class CorrectionSettings(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratingSettings(Sampling, GradingSettings, HeldoutSettings, ComputeSettings):
+class GeneratingSettings(Sampling, GradingSettings, HeldoutSettings, LoggedSettings):
     """What both have in common."""
 
     problems: tuple[str, ...] = ("generator:tiny",)
@@ -188,9 +188,16 @@ class GrpoSettings(RoundSettings):
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
+    record: tuple[int, ...] = ()
+    """Steps of which everything is kept that their update depends on, for `python -m pipeline replay`: each
+    takes the disk space of a checkpoint. Recording leaves the bits as they are."""
+    record_every: Natural = 0
+    """Record every step that this divides, too; 0 = none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if wrong := [step for step in self.record if not 1 <= step <= self.steps]:
+            raise ValueError(f"record={wrong[0]} must be one of the steps, 1 to {self.steps}.")
         check_weights(self.rewards)
         check_loss(self.loss)
         if self.dual_clip and (self.dual_clip <= 1 or self.loss in ("gspo", "cispo")):
@@ -207,6 +214,26 @@ class GrpoSettings(RoundSettings):
                 f"{buffer} and the weight of the reward overlong ({weight:g}) have an effect only together: "
                 "set both or neither."
             )
+
+
+NOT_OF_THE_UPDATE = {
+    *("group_size", "dynamic_sampling", "most_requests", "rewards", "overlong_buffer", "ref_refresh_steps"),
+    *("max_idle_steps", "record", "record_every"),
+}
+"""Settings of `GrpoSettings` alone that a step's update does not depend on, given its rollouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplaySettings(Settings):
+    """Repeat the update of a recorded RL step. With settings of its objective (--loss, --clip-high ...; of a
+    group also by the last name: --level) the gradient under these is computed too, at the same weights."""
+
+    folder: Path
+    """The stage's run directory, such as runs/tiny/zero."""
+    step: Natural = 0
+    """Which of its recorded steps; 0 = the last."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = cuda where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)

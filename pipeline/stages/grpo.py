@@ -35,6 +35,7 @@ from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.run.verifiers import check_sandbox
 from pipeline.settings.rollouts import GrpoSettings, RoundSettings
+from pipeline.tools.record import recording
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import loss_named, settings_of
 from pipeline.train.memory import check_memory
@@ -213,11 +214,7 @@ class Trainer(RoundTrainer):
 
     def __init__(self, config: GrpoSettings, run_dir: RunDir) -> None:
         """Raises `UserError`, for the loss too."""
-        try:
-            self.loss = loss_named(config.loss)
-            settings = settings_of(self.loss, config)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self.aim(config)
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         super().__init__(
             config,
@@ -229,6 +226,14 @@ class Trainer(RoundTrainer):
             max_idle_steps=config.max_idle_steps,
             flat_again=config.flat_again,
         )
+
+    def aim(self, config: GrpoSettings) -> None:
+        """Take the objective of `config`. Raises `UserError`: a loss that cannot be used."""
+        try:
+            self.loss = loss_named(config.loss)
+            settings = settings_of(self.loss, config)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         how = config.temperature, config.correction, config.entropy_coef
         self.objective = PolicyObjective(self.loss, settings, *how)
         self.scores_old = config.correction.anchor == "old"
@@ -237,12 +242,18 @@ class Trainer(RoundTrainer):
         """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
         config = self.config
         done, sampling = self.round(step)
-        began, graded = time.monotonic(), done.graded
+        graded = done.graded
         advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
-        metrics = self.update(batches)
+        due = step in config.record or (config.record_every and step % config.record_every == 0)
+        reference = self.reference and self.reference.state_dict()
+        state = {"round": done.plain(), "advantages": advantages, "reference": reference} if due else {}
+        with recording(self.run_dir, config, step, self.learner, self.tokenizer, state):
+            began = time.monotonic()
+            metrics = self.update(batches)
+            seconds = time.monotonic() - began
         scorings = (self.reference is not None) + (self.scores_old and len(batches) > 1)
-        metrics |= self.cost(batches, time.monotonic() - began, scorings) | sampling
+        metrics |= self.cost(batches, seconds, scorings) | sampling
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
             self.reference = self.policy.frozen()
         groups = [advantages[i : i + config.group_size] for i in range(0, len(graded), config.group_size)]
@@ -260,7 +271,7 @@ class Trainer(RoundTrainer):
         return batch_advantages(groups, self.config.advantage_scale)
 
     def batches(self, graded: Sequence[Graded], advantages: Sequence[float | None]) -> list[Batch]:
-        """Packed rollouts, a batch a minibatch of groups; a minibatch in which no rollout counts has none.
+        """Packed rollouts, a batch a minibatch of groups; it is empty where no rollout counts.
 
         A rollout without advantage changes nothing unless there is a KL penalty or an entropy bonus, and is
         left out of the forward; it still counts in the denominator of the loss. One that the verifier failed
@@ -276,23 +287,27 @@ class Trainer(RoundTrainer):
             pairs = [(g.rollout, a) for g, a in both if a is not None and g.rollout.finish_reason != cut]
             weights = rollout_weights([len(r.token_ids) for r, _ in pairs], per, config.max_tokens)
             trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or always)
-            if examples := [example(*of) for of in trained]:
-                out.append(pack(examples, self.place.micro_tokens(config)))
+            out.append(pack([example(*of) for of in trained], self.place.micro_tokens(config)))
         return out
 
+    def old_logprobs(self, batches: Sequence[Batch]) -> list[list[Tensor] | None]:
+        """Those of several batches, whose later updates move away from the policy that sampled."""
+        if not self.scores_old or sum(bool(batch.parts) for batch in batches) < 2:
+            return [None] * len(batches)
+        parts = [b.micro_batches(self.place.device) for b in batches]
+        return [[score(self.policy, part, self.config.temperature) for part in of] for of in parts]
+
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
-        Raises `Stopped`: as `check_mismatch`."""
+        """One update a batch, none of an empty one; the metrics of the last, and the worst mismatch between
+        engine and trainer. Raises `Stopped`: as `check_mismatch`."""
         config = self.config
-        old: list[list[Tensor] | None] = [None] * len(batches)
-        if self.scores_old and len(batches) > 1:  # later updates move away from the policy that sampled
-            parts = [b.micro_batches(self.place.device) for b in batches]
-            old = [[score(self.policy, part, config.temperature) for part in of] for of in parts]
         metrics, measured, mismatch = dict[str, float](), dict[str, float](), 0.0
-        for number, (batch, logprobs) in enumerate(zip(batches, old, strict=True)):
+        for batch, logprobs in zip(batches, self.old_logprobs(batches), strict=True):
+            if not batch.parts:
+                continue
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             found = {key: metrics.pop(key) for key in [*metrics] if "mismatch" in key}  # none if skipped
-            if self.scores_old or number == 0:  # else it compares the engine with a policy that has moved on
+            if self.scores_old or not measured:  # else it compares the engine with a policy that has moved on
                 measured, mismatch = found, max(mismatch, found.get("policy/mismatch_kl", 0.0))
         metrics |= measured
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from pipeline.arguments import HELP, known_flags, load, nearest, parse
+from pipeline.arguments import load, nearest, parse, split
 from pipeline.errors import UserError, command_line
 from pipeline.run.files import read_toml
 from pipeline.run.metrics import say
@@ -54,13 +54,8 @@ class Step:
 
 def read_command(argv: Sequence[str]) -> tuple[UpSettings, list[str]]:
     """The settings of `up` itself, and the flags for the named stages; `UserError` for a wrong value."""
-    own, flags = ["--stages"], list[str]()
-    into, known = own, {*known_flags(UpSettings), *HELP}
-    for arg in argv:
-        if arg.startswith("--") or arg in HELP:
-            into = own if arg.partition("=")[0] in known else flags
-        into.append(arg)
-    up = parse(UpSettings, own, "python -m pipeline up", positional=True)
+    own, flags = split(UpSettings, argv)
+    up = parse(UpSettings, ["--stages", *own], "python -m pipeline up", positional=True)
     others = " ".join(flag for flag in flags if flag != "--resume")
     for goal in up.stages:
         if goal not in (*TABLE, *ALL):
