@@ -87,7 +87,7 @@ class RoundTrainer(ABC):
             count = config.eval_problems
             heldout = problems(config.eval_source, count=count, seed=1, data_dir=config.data, rows=config)
             self.heldout_problems = fitting(heldout, config, self.tokenizer, start)
-        rollout = replace(config.rollout, routed_experts=config.rollout.routed_experts or router_replay)
+        rollout = replace(config.rollout, routed_experts=True) if router_replay else config.rollout
         engine = open_rollouts(self.policy, self.tokenizer, rollout, start, config.optim.precision)
         unsafe = config.allow_unsafe_code
         self.scorer = Scorer(rewards, overlong_buffer=overlong_buffer, allow_unsafe_code=unsafe)
