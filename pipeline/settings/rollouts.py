@@ -131,7 +131,7 @@ class GrpoSettings(RoundSettings):
     mtp_coef: NotNegative = 0.0
     """Weight of the cross-entropy of multi-token-prediction modules on the sampled tokens, so that they go on
     guessing the policy well (`rollout.local.speculate`). They learn from detached states, and the policy is
-    trained as without them. 0 = they stay as they are."""
+    trained as without them. 0 = they stay as they are, as they do in workers."""
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
