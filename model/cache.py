@@ -14,6 +14,7 @@ Axes    l layers, T tokens of all pages, w = kv_lora_rank + qk_rope_head_dim, k 
         b rows of a step, s new tokens of each, n tokens of the longest row of a group
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -88,9 +89,9 @@ class LatentCache:
         self.latent = _zeros((config.num_hidden_layers + drafts, pages * PAGE, config.latent_dim), like)
         self.routes: Tensor | None = None
         if record_routes:
-            layers = config.num_hidden_layers - config.first_k_dense_replace
-            shape = (layers, pages * PAGE, config.num_experts_per_tok)
-            self.routes = torch.full(shape, -1, dtype=torch.int16, device=like.device)
+            layers, k = config.routed_shape
+            dtype = route_dtype(config.n_routed_experts)
+            self.routes = torch.zeros(layers, pages * PAGE, k, dtype=dtype, device=like.device)
         self.max_tokens = max_tokens
         self.lengths: Rows = np.zeros(rows, dtype=np.int64)  # tokens of each row
         self.held: Rows = np.zeros(rows, dtype=np.int64)  # pages of each row
@@ -214,8 +215,13 @@ class LatentCache:
 def bytes_per_page(config: ModelConfig, itemsize: int, drafts: bool = False, routes: bool = False) -> int:
     """Memory of a page over all layers; 70,272 bytes a token for DeepSeek-V3's latents in bf16."""
     latents = (config.num_hidden_layers + drafts) * config.latent_dim * itemsize
-    experts = (config.num_hidden_layers - config.first_k_dense_replace) * config.num_experts_per_tok * 2
+    experts = math.prod(config.routed_shape) * route_dtype(config.n_routed_experts).itemsize
     return PAGE * (latents + experts * routes)
+
+
+def route_dtype(experts: int) -> torch.dtype:
+    """The smallest type of the ids 0 .. `experts` - 1: DeepSeek-V3's 58 x 8 a token take 464 bytes."""
+    return torch.uint8 if experts <= 256 else torch.int16
 
 
 def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:

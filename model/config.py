@@ -150,6 +150,11 @@ class ModelConfig:
         """Numbers the cache holds per token and layer: the key-value latent and the rotary key."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
+    @property
+    def routed_shape(self) -> tuple[int, int]:
+        """Expert choices of a token in the trunk: layers that have experts, and experts of each."""
+        return self.num_hidden_layers - self.first_k_dense_replace, self.num_experts_per_tok
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Read a public `config.json`."""

@@ -31,15 +31,15 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x: Tensor, layout: Layout, replay: Tensor | None = None, cache: LayerCache | None = None
+        self, x: Tensor, layout: Layout, recorded: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """`x` (b s d), with `replay` (b s k) of recorded experts; kept in `cache` at `layout.slots`."""
+        """`x` (b s d), with an engine's `recorded` experts (b s k); kept in `cache` at `layout.slots`."""
         latent = None if cache is None else cache.latent
         x = x + self.self_attn(self.input_layernorm(x), layout, latent)
         u = self.post_attention_layernorm(x)
         if not self.is_moe:
             return x + self.mlp(u)
-        y, ids = self.mlp(u, layout, replay)
+        y, ids = self.mlp(u, layout, recorded)
         if cache is not None and cache.routes is not None and layout.slots is not None:
             cache.routes[layout.slots] = ids.to(cache.routes.dtype)
         return x + y

@@ -100,8 +100,10 @@ class DensePolicy(Policy):
             self._compare()
         return super().train(mode)
 
-    def hidden(self, token_ids: Tensor, packed: Packed | None = None) -> Tensor:
-        """See `Policy.hidden`. Raises `ValueError`: as `train`."""
+    def hidden(
+        self, token_ids: Tensor, packed: Packed | None = None, routed_experts: Tensor | None = None
+    ) -> Tensor:
+        """See `Policy.hidden`; there are no routes to repeat. Raises `ValueError`: as `train`."""
         if not self._compared:
             self._compare()
         b, s = token_ids.shape

@@ -88,6 +88,14 @@ class Gate(nn.Module):
         self.load.scatter_add_(0, flat, torch.ones_like(flat))
 
     @torch.no_grad()
+    def differing(self, s: Tensor, recorded: Tensor) -> Tensor:
+        """Of the experts that the gate itself picks by `s` (t e): how many are not among the `recorded` ones
+        (t k), and how many were compared (2). Tokens without a record, -1, are not."""
+        known = recorded[:, :1] >= 0  # t 1
+        other = (self.select(s)[:, :, None] != recorded[:, None]).all(-1)  # t k
+        return torch.stack([(other & known).sum(), known.sum() * self.k])
+
+    @torch.no_grad()
     def update_bias(self, gamma: float) -> None:
         """Move each bias by gamma against its expert's surplus of tokens; set the counts to 0.
 
@@ -277,18 +285,24 @@ class MoE(nn.Module):
         self.experts = Experts(config)
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.balance_loss: Tensor | None = None  # since the last `Transformer.pop_balance_loss`
+        self.differing: Tensor | None = None  # `Gate.differing`, since the last `Transformer.after_update`
         self.recomputing = False  # this forward repeats one for the backward, which was counted
 
     def forward(
-        self, x: Tensor, layout: Layout | None = None, replay: Tensor | None = None
+        self, x: Tensor, layout: Layout | None = None, recorded: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Feed-forward of `x` (.. d): the same shape, and the experts of every token (t k).
 
-        `replay` (.. k) repeats recorded choices. Without a `layout` nothing is counted."""
+        Choices that an engine `recorded` (.. k) are repeated, unless `layout.replay` is off. Without a
+        `layout` nothing is counted."""
         u = x.flatten(0, -2)  # t d
-        ids, g, s = self.gate(u, None if replay is None else replay.flatten(0, -2).long())
+        known = None if recorded is None else recorded.flatten(0, -2).long()  # t k
+        ids, g, s = self.gate(u, known if layout is None or layout.replay else None)
         if layout is not None and layout.counted and not self.recomputing:
             self.gate.count(ids)
+            if known is not None:
+                found = self.gate.differing(s, known)
+                self.differing = found if self.differing is None else self.differing + found
         if layout is not None and layout.balance:
             loss = balance_loss(s, ids, layout.packed.index, len(layout.packed.lengths))
             if not self.recomputing:

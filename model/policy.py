@@ -10,7 +10,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,9 @@ class Policy(nn.Module):
     config: PolicyConfig
     recompute: bool
     """Activation checkpointing: the backward computes each layer again (arXiv:1604.06174)."""
+    router_replay: bool = True
+    """`hidden` repeats the experts that an engine recorded (R3, arXiv:2510.11370); gate values, and their
+    gradient, are those of its own affinities. Off: they are only compared with the gate's own choice."""
     balance_alpha: float = 0.0
     """Weight of the sequence-wise balance loss (DeepSeek-V3, Eq. 17), where the model has experts. 0 = it is
     not computed. The paper: 1e-4."""
@@ -78,15 +81,31 @@ class Policy(nn.Module):
         """What turns states into logits; its tensors are the policy's own."""
 
     @abstractmethod
-    def hidden(self, token_ids: Tensor, packed: Packed | None = None) -> Tensor:
+    def hidden(
+        self, token_ids: Tensor, packed: Packed | None = None, routed_experts: Tensor | None = None
+    ) -> Tensor:
         """Final-normed states (b s d) of `token_ids` (b s); `head` turns them into logits.
 
         `packed` has the sequences of a single row (b = 1): a token sees the earlier tokens of its own. None =
-        each row is one sequence."""
+        each row is one sequence. `routed_experts` (b s moe_layers k) are the choices that an engine recorded,
+        see `router_replay`; -1, and None for all, = let the gate choose."""
+
+    def mtp_states(
+        self, hidden: Tensor, token_ids: Tensor, packed: Packed | None = None, detached: bool = False
+    ) -> list[Tensor]:
+        """States (b s d) of each multi-token-prediction module, from the trunk's states `hidden` (b s d) of
+        `token_ids` (b s): none without modules. `detached`: no gradient reaches trunk and embedding."""
+        return []
 
     def hidden_and_mtp(self, token_ids: Tensor, packed: Packed | None = None) -> tuple[Tensor, list[Tensor]]:
-        """`hidden`, and the states of each multi-token-prediction module (b s d): none without modules."""
-        return self.hidden(token_ids, packed), []
+        """`hidden`, and `mtp_states` of it."""
+        hidden = self.hidden(token_ids, packed)
+        return hidden, self.mtp_states(hidden, token_ids, packed)
+
+    def check_routes(self, routed_experts: Any, tokens: int) -> None:
+        """Raise `ValueError` unless `routed_experts` may be what an engine recorded of this policy for a
+        sequence of `tokens`: `Rollout.routed_experts`, on the host."""
+        raise ValueError("it has no experts")
 
     def frozen(self) -> Self:
         """A copy that no update touches, for scoring."""

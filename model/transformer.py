@@ -115,34 +115,35 @@ class Transformer(Policy):
     def hidden(
         self, token_ids: Tensor, packed: Packed | None = None, routed_experts: Tensor | None = None
     ) -> Tensor:
-        """As `Policy.hidden`. `routed_experts` (b s moe_layers k) are recorded expert choices to repeat, as
-        `LatentCache.routed_experts` returns them; -1, and None for all, = let the gate choose."""
         layout = self._layout(token_ids, packed)
         x = self.embed_tokens(token_ids)
         first = self.config.first_k_dense_replace
         for i, layer in enumerate(self.layers):
-            replay = None if routed_experts is None or i < first else routed_experts[:, :, i - first]
+            recorded = None if routed_experts is None or i < first else routed_experts[:, :, i - first]
             if self.recompute and torch.is_grad_enabled():
                 contexts = partial(_recomputing, layer)
-                x = recompute_later(layer, x, layout, replay, use_reentrant=False, context_fn=contexts)
+                x = recompute_later(layer, x, layout, recorded, use_reentrant=False, context_fn=contexts)
             else:
-                x = layer(x, layout, replay)
+                x = layer(x, layout, recorded)
         return self.norm(x)
 
-    def hidden_and_mtp(self, token_ids: Tensor, packed: Packed | None = None) -> tuple[Tensor, list[Tensor]]:
-        """States of the trunk (b s d), and of each MTP module k = 1 .. D (b s d); arguments as for `hidden`.
+    def mtp_states(
+        self, hidden: Tensor, token_ids: Tensor, packed: Packed | None = None, detached: bool = False
+    ) -> list[Tensor]:
+        """As `Policy.mtp_states`, of modules k = 1 .. D.
 
         At position i the head predicts token i + 1 from the trunk's state and token i + 1 + k from module
         k's, which has also seen tokens i + 1 to i + k. The last k states of a sequence know no such token
         (they read into the next sequence, or around the row's end): the caller leaves them out."""
-        state = hidden = self.hidden(token_ids, packed)
         if not len(self.mtp):
-            return hidden, []
+            return []
         layout, states = self._layout(token_ids, packed), []
+        state = hidden.detach() if detached else hidden
         for k, module in enumerate(self.mtp, start=1):
-            state = module.predict(state, self.embed_tokens(token_ids.roll(-k, dims=1)), layout)
+            embedded = self.embed_tokens(token_ids.roll(-k, dims=1))
+            state = module.predict(state, embedded.detach() if detached else embedded, layout)
             states.append(state)
-        return hidden, states
+        return states
 
     def _layout(self, token_ids: Tensor, packed: Packed | None) -> Layout:
         (b, s), most, device = token_ids.shape, self.config.max_position_embeddings, token_ids.device
@@ -152,7 +153,17 @@ class Transformer(Policy):
         rotations = self.rope.first(s, device) if packed is None else self.rope(packed.positions)
         learning = self.training and torch.is_grad_enabled()  # rollouts and evaluation are not counted
         balance = learning and self.balance_alpha > 0
-        return Layout.of(rotations, packed or Packed.of([s] * b, device), learning, balance)
+        made = Layout.of(rotations, packed or Packed.of([s] * b, device), learning, balance)
+        return made._replace(replay=self.router_replay)
+
+    def check_routes(self, routed_experts: Any, tokens: int) -> None:
+        shape, experts = (tokens - 1, *self.config.routed_shape), self.config.n_routed_experts
+        if tuple(routed_experts.shape) != shape:
+            found = " x ".join(map(str, routed_experts.shape))
+            raise ValueError(f"{found} ids, not {' x '.join(map(str, shape))} (tokens, layers, experts)")
+        low, high = map(int, torch.aminmax(routed_experts)) if routed_experts.numel() else (0, 0)
+        if low < 0 or high >= experts:
+            raise ValueError(f"ids from {low} to {high}, and its layers have experts 0 to {experts - 1}")
 
     def new_cache(self, rows: int, max_tokens: int, **options: Any) -> LatentCache:
         """An empty cache for `rows` of up to `max_tokens`; `options` as in `LatentCache`."""
@@ -246,8 +257,14 @@ class Transformer(Policy):
             moe.gate.update_bias(gamma)
 
     def after_update(self, gamma: float) -> dict[str, float]:
-        """The load of each layer's router as metrics; then `update_router_bias`."""
+        """The load of each layer's router, and the share of experts that differ from those recorded, as
+        metrics; then `update_router_bias`."""
         metrics = load_metrics(self.router_load().cpu().float())
+        if found := [moe.differing for moe in self.moe_layers() if moe.differing is not None]:
+            differ, compared = torch.stack(found).sum(0).tolist()
+            metrics["policy/experts_differ"] = differ / max(1, compared)
+        for moe in self.moe_layers():
+            moe.differing = None
         self.update_router_bias(gamma)
         return metrics
 

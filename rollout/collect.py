@@ -105,7 +105,7 @@ class RolloutSource:
     @property
     def in_place(self) -> bool:
         """Whether the engine generates from the trainer's own tensors."""
-        return isinstance(self.engine, InPlaceEngine)
+        return isinstance(self.engine, InPlaceEngine) and self.engine.in_place
 
     def sync(self, policy: Policy, version: int) -> None:
         """Have the engine generate from `policy`, as it is after `version` optimizer updates."""

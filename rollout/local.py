@@ -78,6 +78,7 @@ def open_local(
         **({"max_batch": local.max_batch} if local.max_batch else {}),
         cache_bytes=int(local.cache_gib * 2**30),
         speculate=local.speculate,
+        **({"record_routes": True} if settings.routed_experts else {}),
         eos_token_id=eos_token_id,
         tokenizer=tokenizer,
     )

@@ -17,7 +17,7 @@ from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.types import Eos
 from rollout.vllm.engine import VllmEngine
 from rollout.vllm.options import cpu_build
-from rollout.weights import device_of
+from rollout.weights import DTYPES, copied, device_of
 
 ENGINES: dict[str, Callable[..., RolloutEngine]] = {
     "native": open_local,
@@ -102,8 +102,8 @@ def engine_for(
     """An engine for a policy in training.
 
     Args:
-        settings: the engine. None, and every in-process engine, generate from the trainer's own weights in
-            place: there is nothing to copy.
+        settings: the engine. None, and every in-process engine of the trainer's type, generate from the
+            trainer's own weights in place: there is nothing to copy.
         path: the policy's checkpoint, which engines with weights of their own open.
         dtype: what the trainer computes in, for `settings.dtype` auto; None = there is no trainer.
 
@@ -119,6 +119,11 @@ def engine_for(
             f"the policy is a {policy.engine} model, which rollout.engine = {name!r} does not generate from; "
             "use auto or vllm."
         )
+    if settings.routed_experts and not policy.routed:
+        raise ValueError(
+            "rollout.routed_experts (router_replay) is for native policies with experts; this one is dense: "
+            "switch it off."
+        )
     settings = with_workers(settings, name)
     if settings.dtype == "auto" and (settings.workers or name not in LOCAL):
         settings = replace(settings, dtype=dtype or stored_dtype(policy, path))
@@ -127,6 +132,12 @@ def engine_for(
         assert path is not None
         trainer = device_of(policy)
         return RolloutPool(path, settings, open_worker_engine, eos_token_id=eos, trainer=trainer)
+    trained = DTYPES[dtype] if dtype else next(policy.parameters()).dtype
+    if name in LOCAL and settings.dtype != "auto" and DTYPES[settings.dtype] != trained:
+        own = copied(policy, DTYPES[settings.dtype])
+        engine = open_local(path or "", settings, policy=own, tokenizer=tokenizer, eos_token_id=eos)
+        engine.in_place = False
+        return engine
     return ENGINES[name](path, settings, policy=policy, tokenizer=tokenizer, eos_token_id=eos)
 
 

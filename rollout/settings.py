@@ -44,8 +44,6 @@ class VllmSettings(Settings):
     """Type of the KV cache; auto = the weights'. fp8 holds twice the tokens, and is another policy."""
     sleep: Switch = "auto"
     """Free vLLM's weights and cache while the trainer works. auto = where both share a GPU."""
-    routed_experts: bool = False
-    """Record the experts of every token in the rollouts. GPUs only."""
     seed_each: Switch = "auto"
     """A random generator for each rollout: the same rollout in any batch. auto = on CPUs; on GPUs it launches
     a kernel a rollout and token. off = one generator for all: rollouts depend on what they are batched with,
@@ -94,9 +92,12 @@ class RolloutSettings(Settings):
     (transformers) for all others. vllm: the make targets set up an environment with it (.venv-vllm).
     endpoint: reject only; `init_from` is the served model's name."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights of engines that have their own: vLLM, and workers. auto = the trainer's arithmetic:
-    float32, or bfloat16 for precisions bfloat16 and fp8; without a trainer (reject) the checkpoint's own on a
-    GPU, float32 on a CPU."""
+    """Type of the engine's weights. auto = the trainer's arithmetic: float32, or bfloat16 for precisions
+    bfloat16 and fp8; without a trainer (reject) the checkpoint's own on a GPU, float32 on a CPU. An engine in
+    the trainer's process with another type than that has a copy of the weights, refreshed after each step."""
+    routed_experts: bool = False
+    """Record the experts of every token, so that RL logs how many the trainer would choose otherwise. Native
+    policies only; vLLM has it on GPUs."""
     workers: Natural = 0
     """Engines in processes of their own, on Ray; 0 = one engine in the trainer's process."""
     address: str = ""

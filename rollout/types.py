@@ -112,8 +112,8 @@ class Rollout:
     finish_reason: FinishReason
     policy_version: int = 0
     routed_experts: Any | None = None
-    """p + c - 1 x moe layers x k expert ids of prompt and completion, where the engine records them. The last
-    token has none, because no layer read it."""
+    """p + c - 1 x moe layers x k expert ids of prompt and completion, where the engine records them. A tensor
+    of one byte an id, two above 256 experts. The last token has none, because no layer read it."""
     max_tokens: int = 0
     """Limit of completion tokens that it was sampled under; 0 = not recorded."""
     text: str | None = None

@@ -35,9 +35,11 @@ class InPlaceEngine(RolloutEngine):
     policy: Policy
     version: int = 0
     """Of the weights."""
+    in_place: bool = True
+    """Off: `policy` is the engine's own copy, in another type than the trainer's."""
 
     def load_weights(self, source: Policy, version: int) -> None:
-        """Generate from `source` from now on, in place; nothing is copied.
+        """Generate from `source` from now on: in place, nothing is copied; else rounded to the copy's type.
         Raises `ValueError`: `source` lies on another device than the engine's policy."""
         here, there = device_of(self.policy), device_of(source)
         if here != there:
@@ -45,7 +47,11 @@ class InPlaceEngine(RolloutEngine):
                 f"{type(self).__name__} generates on {here}, and the policy lies on {there}: it needs the "
                 "trainer's device; set the stage's device, or use engine vllm or workers."
             )
-        self.policy, self.version = source, version
+        if self.in_place:
+            self.policy = source
+        else:
+            self.policy.load_state_dict(source.state_dict())
+        self.version = version
 
     @torch.no_grad()
     def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -66,6 +72,14 @@ class InPlaceEngine(RolloutEngine):
 
     def close(self) -> None:
         """Nothing to free: a cache lives as long as its request."""
+
+
+def copied(policy: Policy, dtype: torch.dtype) -> Policy:
+    """A frozen copy whose parameters are of `dtype`; rotary frequencies and gate biases stay in fp32."""
+    made = policy.frozen()
+    for p in made.parameters():
+        p.data = p.data.to(dtype)
+    return made
 
 
 def device_of(policy: Policy) -> torch.device:

@@ -20,6 +20,7 @@ class Layout(NamedTuple):
     counted: bool = False  # add to the load that `update_router_bias` evens out
     balance: bool = False  # add to the balance loss
     slots: Tensor | None = None  # b s, flat: where the tokens go in a cache
+    replay: bool = True  # repeat recorded experts; else they are only compared with the gate's
 
     @classmethod
     def of(cls, rotations: Tensor, packed: Packed, counted: bool = False, balance: bool = False) -> "Layout":

@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.settings.common import (
@@ -185,6 +186,14 @@ class GrpoSettings(RoundSettings):
     """Steps after which the reference becomes the current policy (R1: 400); 0 = never."""
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
     """Importance correction between engine and trainer."""
+    router_replay: bool = False
+    """Train with the experts that the engine chose for each token (R3, arXiv:2510.11370), recorded with the
+    rollouts. For engines that round otherwise than the trainer: near-ties of the gate then fall differently,
+    and each such token is off-policy."""
+    mtp_coef: NotNegative = 0.0
+    """Weight of the cross-entropy of multi-token-prediction modules on the sampled tokens, so that they go on
+    guessing the policy well (`rollout.local.speculate`). They learn from detached states, and the policy is
+    trained as without them. 0 = they stay as they are, as they do in workers."""
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
@@ -218,7 +227,7 @@ class GrpoSettings(RoundSettings):
 
 NOT_OF_THE_UPDATE = {
     *("group_size", "dynamic_sampling", "most_requests", "rewards", "overlong_buffer", "ref_refresh_steps"),
-    *("max_idle_steps", "record", "record_every"),
+    *("max_idle_steps", "record", "record_every", "flat_again", "router_replay", "mtp_coef"),
 }
 """Settings of `GrpoSettings` alone that a step's update does not depend on, given its rollouts."""
 

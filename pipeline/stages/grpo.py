@@ -19,6 +19,7 @@ Papers  GRPO  arXiv:2402.03300 Sec. 4.1; R1 arXiv:2501.12948 Sec. 2.2, 2.3.2, 2.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,15 @@ from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
 from pipeline.train.place import Place
 from pipeline.train.policy import load_policy, open_rollouts, save_policy
-from pipeline.train.rollouts import Watch, batch_advantages, example, mean, rollout_metrics, transcript
+from pipeline.train.rollouts import (
+    Watch,
+    batch_advantages,
+    check_routes,
+    example,
+    mean,
+    rollout_metrics,
+    transcript,
+)
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
 from rollout.collect import Plan, RolloutSource, Round, sample_groups
@@ -70,6 +79,8 @@ class RoundTrainer(ABC):
         overlong_buffer: int = 0,
         max_idle_steps: int = 0,
         flat_again: float = 1.0,
+        router_replay: bool = False,
+        mtp_coef: float = 0.0,
     ) -> None:
         """`reference`: a frozen copy of the policy scores the rollouts too, or the model of a directory.
         Raises `UserError` for a model, engine or problem source that cannot be used."""
@@ -84,7 +95,8 @@ class RoundTrainer(ABC):
             count = config.eval_problems
             heldout = problems(config.eval_source, count=count, seed=1, data_dir=config.data, rows=config)
             self.heldout_problems = fitting(heldout, config, self.tokenizer, start)
-        engine = open_rollouts(self.policy, self.tokenizer, config.rollout, start, config.optim.precision)
+        rollout = replace(config.rollout, routed_experts=True) if router_replay else config.rollout
+        engine = open_rollouts(self.policy, self.tokenizer, rollout, start, config.optim.precision)
         unsafe = config.allow_unsafe_code
         self.scorer = Scorer(rewards, overlong_buffer=overlong_buffer, allow_unsafe_code=unsafe)
         check_sandbox(run_dir.stage.name, self.scorer.pool, [*self.problems, *self.heldout_problems], unsafe)
@@ -95,6 +107,9 @@ class RoundTrainer(ABC):
         guard = Guard(config.guard, config.optim.clip, era=run_dir.era)
         optim, updates = slowed(config.optim, run_dir), config.steps * config.minibatches
         self.learner = Learner(self.policy, optim, updates, guard=guard)
+        self.policy.router_replay = router_replay
+        if mtp_coef:
+            self.learner.train_drafts(mtp_coef)
         self.reference = self.policy.frozen() if reference is True else None
         self.watch = Watch(run_dir, config.max_error_share, max_idle_steps)
         self.usage = Usage(self.policy.config, self.place.device)
@@ -112,6 +127,7 @@ class RoundTrainer(ABC):
         config, version = self.config, self.learner.updates
         ahead = self.sampling(step + 1) if config.overlap and step < config.steps else None
         done = self.source.next(self.policy, version, self.sampling(step), ahead)
+        check_routes(self.policy, (g.rollout for g in done.graded), self.policy.router_replay)
         self.tokens["sampled"] += done.tokens
         metrics = rollout_metrics(done.graded) | done.engine
         metrics |= {"time/tokens_per_s": done.tokens / done.sample_s, "data/sampled": self.tokens["sampled"]}
@@ -216,16 +232,9 @@ class Trainer(RoundTrainer):
         """Raises `UserError`, for the loss too."""
         self.aim(config)
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
-        super().__init__(
-            config,
-            run_dir,
-            plan,
-            config.rewards,
-            bool(config.kl_coef),
-            overlong_buffer=config.overlong_buffer,
-            max_idle_steps=config.max_idle_steps,
-            flat_again=config.flat_again,
-        )
+        names = ("overlong_buffer", "max_idle_steps", "flat_again", "router_replay", "mtp_coef")
+        own: dict[str, Any] = {name: getattr(config, name) for name in names}
+        super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **own)
 
     def aim(self, config: GrpoSettings) -> None:
         """Take the objective of `config`. Raises `UserError`: a loss that cannot be used."""
@@ -295,7 +304,8 @@ class Trainer(RoundTrainer):
         if not self.scores_old or sum(bool(batch.parts) for batch in batches) < 2:
             return [None] * len(batches)
         parts = [b.micro_batches(self.place.device) for b in batches]
-        return [[score(self.policy, part, self.config.temperature) for part in of] for of in parts]
+        heat = self.config.temperature
+        return [[score(self.policy, part, heat, part.routed_experts) for part in of] for of in parts]
 
     def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One update a batch, none of an empty one; the metrics of the last, and the worst mismatch between

@@ -83,9 +83,19 @@ class Learner:
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
         self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
         self.adamw = optimizer(self.weights.stepped, optim)
+        self.clipped = [self.weights.stepped]  # parameters whose gradients are clipped together
         self.guard = guard or Guard(GuardSettings(), optim.clip)
         self.updates = 0
         self.early: int | None = None  # the last update, since `decay_now`
+
+    def train_drafts(self, coef: float) -> None:
+        """Have `policy_update` train the MTP modules too, with weight `coef`, and the trunk as without: what
+        they learn from is detached, their gradient is clipped apart. Raises `UserError`: there are none."""
+        drafts = [name.startswith("mtp.") for name, p in self.policy.named_parameters() if p.requires_grad]
+        if not any(drafts):
+            raise UserError("mtp_coef is for policies with MTP modules, and this one has none; set it to 0")
+        self.mtp_coef, both = coef, list(zip(drafts, self.weights.stepped, strict=True))
+        self.clipped = [[p for draft, p in both if draft is of] for of in (False, True)]
 
     def decay_now(self) -> None:
         """Let the rate fall from the next update on, and end `optim.decay_steps` updates later."""
@@ -106,7 +116,11 @@ class Learner:
 
     def states(self, part: Micro) -> Tensor:
         """Final-normed states (n d) before the n tokens of `part` that have weight; others are not scored."""
-        return self.policy.hidden(part.token_ids, part.packed)[0, part.ahead(1)[0]]
+        return self.hidden(part)[0, part.ahead(1)[0]]
+
+    def hidden(self, part: Micro) -> Tensor:
+        """Final-normed states (1 t d), with the routes that an engine recorded, if any."""
+        return self.policy.hidden(part.token_ids, part.packed, part.routed_experts)
 
     def supervised_update(self, batch: Batch) -> dict[str, float]:
         """One update on the weighted cross-entropy of `batch`, plus that of the MTP modules."""
@@ -143,9 +157,9 @@ class Learner:
         bonus, bounds = objective.entropy_coef, objective.correction
 
         def terms(part: Micro) -> Terms:
-            _, targets, weights = part.ahead(1)
-            states, how = self.states(part), (self.policy.head, targets, objective.temperature)
-            logprobs, entropy = token_logprobs(states, *how, entropy_gradient=bool(bonus))
+            places, targets, weights = part.ahead(1)
+            hidden, how = self.hidden(part), (self.policy.head, targets, objective.temperature)
+            logprobs, entropy = token_logprobs(hidden[0, places], *how, entropy_gradient=bool(bonus))
             trainer = logprobs.detach() if old_logprobs is None else next(olds)
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             sampled, rollout, rollouts = part.rollout_logprobs, part.rollout, len(part.packed.lengths)
@@ -164,7 +178,11 @@ class Learner:
             loss, metrics = objective.loss(tokens, **objective.settings)
             ours = {"loss/policy": loss.detach(), "policy/corrected": outside.sum() / scored}
             metrics = metrics | ours | sampling_metrics(part, trainer, entropy.detach(), scored)
-            return loss - bonus * (weights @ entropy) if bonus else loss, metrics
+            loss = loss - bonus * (weights @ entropy) if bonus else loss
+            if self.mtp_coef:
+                mtp = self._drafting(hidden, part, objective.temperature) / scored
+                loss, metrics = loss + self.mtp_coef * mtp, metrics | {"loss/mtp": mtp.detach()}
+            return loss, metrics
 
         return self.update(batch, terms)
 
@@ -175,6 +193,19 @@ class Learner:
         loss = self.policy.pop_balance_loss() * (len(part.packed.lengths) / sequences)
         add(sums, {"loss/balance": loss.detach() / self.optim.balance_alpha})
         return loss
+
+    def _drafting(self, hidden: Tensor, part: Micro, temperature: float) -> Tensor:
+        """Cross-entropy of the MTP modules, a sum over the scored tokens and a mean over the modules, at the
+        temperature of sampling: they guess at that too."""
+        head = self.policy.head
+        head = head._replace(weight=head.weight.detach())
+        found = []
+        for k, h in enumerate(
+            self.policy.mtp_states(hidden, part.token_ids, part.packed, detached=True), start=2
+        ):
+            states, targets, _ = part.ahead(k)
+            found.append(-token_logprobs(h[0, states], head, targets, temperature, entropy=False)[0].sum())
+        return torch.stack(found).mean()
 
     def _cross_entropy(self, hidden: Tensor, part: Micro, ahead: int) -> Tensor:
         """Weighted cross-entropy of the token `ahead` positions later, within the same sequence."""
@@ -188,12 +219,12 @@ class Learner:
         """Clip, step, `Policy.after_update`. An update that the guard does not accept changes nothing; of its
         metrics the finite ones are returned. Raises `Diverged`: the guard has skipped too many."""
         self.weights.collect()
-        length = nn.utils.clip_grad_norm_(self.weights.stepped, self.optim.clip or math.inf)
-        values = [torch.as_tensor(value, device=self.device).double() for value in (*sums.values(), length)]
-        *found, norm = torch.stack(values).tolist()  # the one wait for a GPU
-        metrics = dict(zip(sums, found, strict=True))
+        norms = [nn.utils.clip_grad_norm_(part, self.optim.clip or math.inf) for part in self.clipped]
+        values = [torch.as_tensor(value, device=self.device).double() for value in (*sums.values(), *norms)]
+        found = torch.stack(values).tolist()  # the one wait for a GPU
+        metrics, norm = dict(zip(sums, found, strict=False)), found[len(sums)]
         rate = learning_rate(self.optim, self.updates, self.total_updates)
-        accepted = self.guard.accepts(norm, finite=all(map(math.isfinite, metrics.values())))
+        accepted = self.guard.accepts(norm, finite=all(map(math.isfinite, found)))
         if accepted:
             for group in self.adamw.param_groups:
                 group["lr"] = rate
@@ -247,11 +278,14 @@ def sampling_metrics(part: Micro, logprobs: Tensor, entropy: Tensor, scored: int
 
 
 @torch.no_grad()
-def score(policy: Policy, part: Micro, temperature: float) -> Tensor:
-    """Log-probabilities of the scored tokens of one micro-batch, `n`, without gradient."""
+def score(policy: Policy, part: Micro, temperature: float, routed_experts: Tensor | None = None) -> Tensor:
+    """Log-probabilities of the scored tokens of one micro-batch, `n`, without gradient.
+
+    `routed_experts`: those of `part`, for the policy that sampled it. A reference chooses its own: with
+    another's it would be another distribution, and the KL penalty one from a model that nobody trained."""
     states, targets, _ = part.ahead(1)
     was_training = policy.training
     policy.eval()
-    hidden = policy.hidden(part.token_ids, part.packed)[0, states]
+    hidden = policy.hidden(part.token_ids, part.packed, routed_experts)[0, states]
     policy.train(was_training)
     return token_logprobs(hidden, policy.head, targets, temperature, entropy=False)[0]

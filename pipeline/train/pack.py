@@ -34,6 +34,8 @@ class Example:
     weights: ArrayLike
     rollout_logprobs: ArrayLike | None = None
     advantage: float = 0.0
+    routed_experts: Any = None
+    """`Rollout.routed_experts`: of all tokens but the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Micro:
     rollout_logprobs: Tensor  # n
     advantages: Tensor  # n
     positions: NDArray[Any]  # n, on the host: of the scored tokens in their own sequences
+    routed_experts: Tensor | None = None  # 1 t layers k, int16; -1 = not recorded
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: torch.device | str = "cpu") -> "Micro":
@@ -67,7 +70,9 @@ class Micro:
         arrays = (token_ids, scored, weights[scored], logprobs[scored], advantages[sequence])
         ids, places, shares, sampled, each = (upload(torch.from_numpy(x), device) for x in arrays)
         packed, positions = Packed.of(lengths, device), scored - starts[sequence]
-        return cls(ids, packed, places, shares, sampled, each, positions)
+        recorded = recorded_routes(examples, ends)
+        routes = None if recorded is None else upload(recorded, device)
+        return cls(ids, packed, places, shares, sampled, each, positions, routes)
 
     def ahead(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """States that predict the scored tokens `k` further: index, that token's id and weight (m <= n)."""
@@ -81,6 +86,19 @@ class Micro:
     def rollout(self) -> Tensor:
         """Number of each scored token's sequence, `n`."""
         return self.packed.index[self.scored]
+
+
+def recorded_routes(examples: Sequence[Example], ends: NDArray[Any]) -> Tensor | None:
+    """`Micro.routed_experts` of sequences that end at `ends` in the row; None where no route is recorded."""
+    found = [
+        (e.routed_experts, end) for e, end in zip(examples, ends, strict=True) if e.routed_experts is not None
+    ]
+    if not found:
+        return None
+    routes = torch.full((1, int(ends[-1]), *found[0][0].shape[1:]), -1, dtype=torch.int16)
+    for of, end in found:
+        routes[0, end - 1 - len(of) : end - 1] = of
+    return routes
 
 
 @dataclass(frozen=True, slots=True)

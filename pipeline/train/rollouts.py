@@ -6,12 +6,13 @@ Papers  GRPO         arXiv:2402.03300  Sec. 4.1.2 (mean and standard deviation o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.errors import Stopped
+from model.policy import Policy
+from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
 from pipeline.train.pack import Example
@@ -64,7 +65,23 @@ def example(rollout: Rollout, advantage: float, weight: float) -> Example:
         weights=np.concatenate([zeros, np.full(n, weight, np.float32)]),
         rollout_logprobs=np.concatenate([zeros, np.asarray(rollout.logprobs, np.float32)]),
         advantage=advantage,
+        routed_experts=rollout.routed_experts,
     )
+
+
+def check_routes(policy: Policy, rollouts: Iterable[Rollout], needed: bool) -> None:
+    """Raise `UserError` for experts that an engine recorded of another model than `policy`; where they are
+    `needed`, for none too."""
+    for r in rollouts:
+        try:
+            if r.routed_experts is not None:
+                policy.check_routes(r.routed_experts, len(r.prompt.token_ids) + len(r.token_ids))
+            elif needed:
+                raise ValueError("there are none: the engine did not record them")
+        except ValueError as error:
+            which = f"the experts recorded for prompt {r.index}, sample {r.sample}, are not this policy's"
+            way = "sample with the policy's own model, or go on with --no-router-replay"
+            raise UserError(f"{which}: {error}; {way}") from error
 
 
 def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:

@@ -120,7 +120,7 @@ class NativeEngine(InPlaceEngine):
     def drain(self) -> dict[str, float]:
         """Share of right guesses, and preempted rows, since the last call; empty where there were none."""
         stats, self.stats = self.stats, Stats()
-        out = {"rollout/acceptance": stats.acceptance()} if stats.guesses else {}
+        out = {"rollout/mtp_acceptance": stats.acceptance()} if stats.guesses else {}
         return out | ({"rollout/preemptions": float(stats.preemptions)} if stats.preemptions else {})
 
     def close(self) -> None:

@@ -257,7 +257,7 @@ class RolloutPool(RolloutEngine):
         """Pass on new rollouts; at the end of a task, queue it again if some are missing."""
         task, member.alive_at = member.task, time.monotonic()
         assert task is not None
-        for at, sample, token_ids, logprobs, finish_reason, version in finished or ():
+        for at, sample, token_ids, logprobs, finish_reason, version, routes in finished or ():
             name = (task.first + at, sample)
             if name not in task.missing:
                 self.counts.repeated += 1
@@ -266,7 +266,8 @@ class RolloutPool(RolloutEngine):
             else:
                 task.missing.remove(name)
                 self.counts.by_worker[member.pid] += 1
-                yield Rollout(prompts[name[0]], name[0], sample, token_ids, logprobs, finish_reason, version)
+                made = (sample, token_ids, logprobs, finish_reason, version, routes)
+                yield Rollout(prompts[name[0]], name[0], *made)
         if finished is None:
             member.task = member.stream = None
             if task.missing:

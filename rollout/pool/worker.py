@@ -14,8 +14,9 @@ from rollout.settings import RolloutSettings
 from rollout.transport import Bucket, Group, fingerprint_of, join_group, received
 from rollout.types import Eos, FinishReason, Prompt, SamplingParams
 
-Finished = tuple[int, int, Sequence[int], Sequence[float], FinishReason, int]
-"""A rollout without its prompt: index in the task, sample, tokens, log-probabilities, reason, version."""
+Finished = tuple[int, int, Sequence[int], Sequence[float], FinishReason, int, Any]
+"""A rollout without its prompt: index in the task, then the fields of `Rollout` from `sample` to
+`routed_experts`."""
 FLUSH_S = 0.2
 """Seconds over which finished rollouts are gathered into one answer."""
 
@@ -74,7 +75,8 @@ class Worker:
         finished: list[Finished] = []
         since = time.monotonic()
         for r in self.engine.generate(prompts, sampling):
-            finished.append((r.index, r.sample, r.token_ids, r.logprobs, r.finish_reason, r.policy_version))
+            made = (r.index, r.sample, r.token_ids, r.logprobs, r.finish_reason, r.policy_version)
+            finished.append((*made, r.routed_experts))
             if time.monotonic() - since > FLUSH_S:
                 yield finished
                 finished, since = [], time.monotonic()

@@ -81,7 +81,9 @@ class VllmEngine(RolloutEngine):
         self.max_positions, self.vocab_size = context_and_vocabulary(self.path, self.settings.context)
         self.eos_token_id = eos_of(self.path) if eos_token_id is None else eos_token_id
         self.on_cpu = cpu_build()
-        refuse_what_cannot_work(self.settings, self.config, self.on_cpu, policy is not None)
+        self.routed_experts = settings.routed_experts
+        trainer = policy is not None
+        refuse_what_cannot_work(self.settings, self.config, self.on_cpu, trainer, self.routed_experts)
         shared = not self.on_cpu and policy is not None and device_of(policy).type == "cuda"
         self.sleeps = shared if self.settings.sleep == "auto" else self.settings.sleep == "on"
         if shared or self.sleeps:
@@ -102,7 +104,8 @@ class VllmEngine(RolloutEngine):
         prepare_environment(self.config, self.on_cpu, self.in_process)
         from vllm import LLM
 
-        options = llm_options(self.path, self.config, dtype, self.settings, self.max_positions, self.on_cpu)
+        model = self.path, self.config, dtype, self.settings, self.max_positions
+        options = llm_options(*model, self.on_cpu, self.routed_experts)
         options |= {"enable_sleep_mode": True} if self.sleeps else {}
         states = (random.getstate(), np.random.get_state(), torch.get_rng_state())
         threads, set_threads = torch.get_num_threads(), torch.set_num_threads
@@ -138,8 +141,8 @@ class VllmEngine(RolloutEngine):
         check_prompts(prompts, self.max_positions, self.vocab_size)
         tokenizer = load_tokenizer(self.path) if sampling.stop and has_tokenizer(self.path) else None
         stopper = Stopper(sampling, self.eos_token_id, tokenizer)
-        if sampling.stop and self.settings.routed_experts:
-            raise ValueError("vllm.routed_experts: vLLM has no experts of rollouts that stop strings end.")
+        if sampling.stop and self.routed_experts:
+            raise ValueError("rollout.routed_experts: vLLM has no experts of rollouts that stop strings end.")
         return self._generate(list(prompts), sampling, stopper)
 
     def _generate(

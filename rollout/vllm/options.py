@@ -64,20 +64,24 @@ def cpu_build() -> bool:
 
 
 def refuse_what_cannot_work(
-    settings: VllmSettings, config: dict[str, Any], on_cpu: bool, trainer: bool
+    settings: VllmSettings, config: dict[str, Any], on_cpu: bool, trainer: bool, routed_experts: bool = False
 ) -> None:
     """Raise ValueError for a setting that does nothing, or fails, with this model or build of vLLM.
 
-    `trainer`: the engine is opened for a policy of this process."""
+    `trainer`: the engine is opened for a policy of this process. `routed_experts`: see `RolloutSettings`."""
     experts = any("experts" in key and value for key, value in config.items())
-    for name in ("expert_parallel", "routed_experts"):
-        if getattr(settings, name) and not experts:
-            raise ValueError(f"vllm.{name} is for mixtures of experts; {config.get('model_type')} has none.")
+    asked = {"vllm.expert_parallel": settings.expert_parallel, "rollout.routed_experts": routed_experts}
+    for name in (name for name, on in asked.items() if on and not experts):
+        raise ValueError(f"{name} is for mixtures of experts; {config.get('model_type')} has none.")
+    if routed_experts and on_cpu:  # its capture is a Triton kernel
+        raise ValueError(
+            "rollout.routed_experts (router_replay): vLLM's CPU build does not have it; switch it off, or "
+            "set rollout.engine = auto."
+        )
     for name, chosen, instead in (
         ("sleep = on", settings.sleep == "on", "sleep = auto"),
         ("quantization", settings.quantization != "none", "quantization = none"),
         ("kv_dtype", settings.kv_dtype != "auto", "kv_dtype = auto"),
-        ("routed_experts", settings.routed_experts, "routed_experts = false"),
         ("expert_parallel", settings.expert_parallel, "expert_parallel = false"),  # its kernel crashes
     ):
         if chosen and on_cpu:
@@ -106,7 +110,13 @@ def kv_copies(config: dict[str, Any], ranks: int, name: str) -> int:
 
 
 def llm_options(
-    path: Path, config: dict[str, Any], dtype: DtypeName, settings: VllmSettings, context: int, on_cpu: bool
+    path: Path,
+    config: dict[str, Any],
+    dtype: DtypeName,
+    settings: VllmSettings,
+    context: int,
+    on_cpu: bool,
+    routed_experts: bool = False,
 ) -> dict[str, Any]:
     """Arguments of `vllm.LLM` for checkpoint `path` with config.json `config`; `context` in tokens."""
     options: dict[str, Any] = {
@@ -139,7 +149,7 @@ def llm_options(
         options["quantization"] = settings.quantization
     if settings.kv_dtype != "auto":
         options["kv_cache_dtype"] = settings.kv_dtype
-    if settings.routed_experts:
+    if routed_experts:
         options["enable_return_routed_experts"] = True
     return options | {"gpu_memory_utilization": settings.gpu_memory}
 

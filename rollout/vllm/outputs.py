@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.cache import route_dtype
 from rollout.stopping import Stopper
 from rollout.types import FinishReason, Prompt, Rollout
 
@@ -63,4 +64,5 @@ def routes_of(output: Any, prompt: int, end: int | None, config: Mapping[str, An
     expected = prompt + len(output.token_ids) - 1
     if len(routes) != expected:
         raise RuntimeError(f"vLLM recorded the experts of {len(routes)} tokens, not of {expected}")
-    return routes if end is None else routes[: prompt + end - 1]
+    kept = routes if end is None else routes[: prompt + end - 1]
+    return kept.to(route_dtype(config.get("n_routed_experts") or int(routes.max()) + 1))

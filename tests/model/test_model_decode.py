@@ -132,5 +132,5 @@ def test_recorded_routes_replay_to_the_same_states_and_override_the_gate():
         moe.gate.e_score_correction_bias.copy_(moe.gate.e_score_correction_bias.flip(0))
     replayed, fresh = net.hidden(tokens, routed_experts=routes), net.hidden(tokens)
     assert (replayed - fresh).abs().max() > 1e-2
-    unrecorded = torch.full_like(routes, -1)
+    unrecorded = torch.full_like(routes, -1, dtype=torch.int16)
     torch.testing.assert_close(net.hidden(tokens, routed_experts=unrecorded), fresh)

@@ -73,7 +73,7 @@ def test_stop_strings_min_tokens_and_speculation(tmp_path, tokenizer, capfd):
     cut = [row["token_ids"] for row in rows if stop in tokenizer.decode(row["token_ids"])]
     assert code == 0 and cut and not any(stop in tokenizer.decode(ids[:-1]) for ids in cut)
     summary = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert list(summary)[-1] == "acceptance" and 0 <= summary["acceptance"] <= 1
+    assert list(summary)[-1] == "mtp_acceptance" and 0 <= summary["mtp_acceptance"] <= 1
     for row, full in zip(rows, endless, strict=True):
         if tokenizer.eos_token_id not in full["token_ids"]:
             assert row["token_ids"] == full["token_ids"][: len(row["token_ids"])]

@@ -178,7 +178,7 @@ def test_staleness_is_bounded(pool, net, prompts, monkeypatch, bound):
 
 
 def test_rollouts_that_come_back_twice_are_passed_on_once(pool, prompts):
-    member, finished = Member(None), (0, 0, (5,), (-1.0,), "stop", pool.version)
+    member, finished = Member(None), (0, 0, (5,), (-1.0,), "stop", pool.version, None)
     member.task = Task(2, [prompts[2]], {(2, 0)})
     assert len(list(pool._accept(member, [finished, finished], prompts, deque()))) == 1
     assert pool.counts.repeated == 1 and not member.task.missing

@@ -176,7 +176,6 @@ def test_without_vllm_the_error_has_what_to_type(installed):
             False,
             "expert_parallel is for mixtures of experts; llama",
         ),
-        ({"routed_experts": True}, False, "routed_experts is for mixtures of experts; llama"),
         ({"sleep": "on"}, True, "sleep = on: vLLM's CPU build does not have it; set vllm.sleep = auto"),
         ({"kv_dtype": "fp8"}, True, "kv_dtype: vLLM's CPU build"),
         ({"expert_parallel": True, "tensor_parallel": 2}, True, "expert_parallel"),
@@ -190,6 +189,15 @@ def test_a_setting_that_cannot_work_is_refused_by_name(settings, on_cpu, message
         )
 
 
+def test_routes_are_refused_where_vllm_has_none():
+    for config, on_cpu, why in (
+        ({"model_type": "llama"}, False, "rollout.routed_experts is for mixtures of experts; llama has none"),
+        (DEEPSEEK | {"n_routed_experts": 8}, True, "CPU build does not have it; switch it off"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            options.refuse_what_cannot_work(VllmSettings(), config, on_cpu, trainer=True, routed_experts=True)
+
+
 def test_experts_over_one_gpu_and_two_counts_of_engines_are_refused():
     with pytest.raises(ValueError, match="set tensor_parallel above 1 too"):
         VllmSettings(expert_parallel=True)
@@ -198,11 +206,10 @@ def test_experts_over_one_gpu_and_two_counts_of_engines_are_refused():
 
 
 def test_a_gpu_gets_what_the_settings_ask_for():
-    chosen = VllmSettings(
-        tensor_parallel=2, expert_parallel=True, quantization="fp8", kv_dtype="fp8", routed_experts=True
-    )
-    options.refuse_what_cannot_work(chosen, {"model_type": "m", "num_experts": 8}, on_cpu=False, trainer=True)
-    got = options.llm_options(Path("m"), DEEPSEEK, "bfloat16", chosen, 48, on_cpu=False)
+    chosen = VllmSettings(tensor_parallel=2, expert_parallel=True, quantization="fp8", kv_dtype="fp8")
+    experts = {"model_type": "m", "num_experts": 8}
+    options.refuse_what_cannot_work(chosen, experts, on_cpu=False, trainer=True, routed_experts=True)
+    got = options.llm_options(Path("m"), DEEPSEEK, "bfloat16", chosen, 48, on_cpu=False, routed_experts=True)
     assert got["enable_expert_parallel"] and got["enable_return_routed_experts"]
     assert (got["quantization"], got["kv_cache_dtype"]) == ("fp8", "fp8")
     plain = options.llm_options(Path("m"), DEEPSEEK, "bfloat16", VllmSettings(), 48, on_cpu=False)
@@ -244,7 +251,9 @@ def test_experts_of_a_rollout_are_those_of_its_moe_layers():
     routes = np.arange(6 * 3 * 2, dtype=np.uint8).reshape(6, 3, 2)
     config = {"first_k_dense_replace": 1}
     got = to_rollout(prompt(1, 2, 3), 0, 0, completion(routes), 4, None, config)
-    assert torch.equal(got.routed_experts, torch.as_tensor(routes[:, 1:].astype(np.int64)))
+    assert torch.equal(got.routed_experts, torch.as_tensor(routes[:, 1:]))
+    many = to_rollout(prompt(1, 2, 3), 0, 0, completion(routes), 4, None, config | {"n_routed_experts": 257})
+    assert many.routed_experts.dtype == torch.int16
     cut = to_rollout(prompt(1, 2, 3), 0, 0, completion(routes), 4, 2, config)
     assert list(cut.token_ids) == [5, 6] and len(cut.routed_experts) == 3 + 2 - 1
     assert to_rollout(prompt(1, 2, 3), 0, 0, completion(), 4, None, config).routed_experts is None

@@ -74,9 +74,9 @@ def test_speculation_and_a_small_cache_are_the_same_run(policy, tmp_path):
     """Nothing but time, and what the engine says of itself, differs."""
     plain = zero(policy, tmp_path, "plain")
     small = zero(policy, tmp_path, "small", "--rollout.local.speculate", "--rollout.local.cache-gib", 1e-4)
-    assert not any("rollout/acceptance" in row or "rollout/preemptions" in row for row in plain)
+    assert not any("rollout/mtp_acceptance" in row or "rollout/preemptions" in row for row in plain)
     for one, two in zip(plain, small, strict=True):
-        assert 0 <= two["rollout/acceptance"] <= 1
+        assert 0 <= two["rollout/mtp_acceptance"] <= 1
         for key in ("reward/mean", "rollout/tokens_mean", "optim/grad_norm"):
             assert two[key] == pytest.approx(one[key], rel=1e-3)
     assert any(row.get("rollout/preemptions", 0) > 0 for row in small)
