@@ -29,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.run.guard import Diverged, Guard
 from pipeline.settings.rollouts import NOT_OF_THE_UPDATE, GrpoSettings, ReplaySettings, RoundSettings
 from pipeline.stages.grpo import Trainer
-from pipeline.tools.record import changed, here, prints, load_record
+from pipeline.tools.record import changed, here, load_record, prints
 from pipeline.train.learner import Learner
 from pipeline.train.losses import Terms, Tokens
 from pipeline.train.pack import Batch, Example
