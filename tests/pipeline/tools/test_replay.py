@@ -266,11 +266,11 @@ def test_a_setting_of_a_group_is_known_by_its_last_name(monkeypatch):
         "--loss",
         "--correction.level",
         "--correction.no-strict",
-        "--router-replay",
-        "--no-router-replay",
+        "--overlong-filter",
+        "--no-overlong-filter",
     ]
     monkeypatch.setattr(replay, "known_flags", lambda settings: iter(flags))
-    given = ["--level", "token", "--no-strict", "--correction.level=sequence", "--no-router-replay"]
+    given = ["--level", "token", "--no-strict", "--correction.level=sequence", "--no-overlong-filter"]
     want = ["--correction.level", "token", "--correction.no-strict", *given[3:]]
     assert replay.overrides(given) == want
 

@@ -24,7 +24,7 @@ CONFIG = dataclasses.replace(
     v_head_dim=8, num_nextn_predict_layers=2, initializer_range=0.2,
 )  # fmt: skip
 PROMPT, COMPLETION = 4, 7
-OBJECTIVE = PolicyObjective(grpo, {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}, 0.7, 2.0)
+OBJECTIVE = PolicyObjective(grpo, {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}, 0.7)
 
 
 def learner(coef, **optim):
