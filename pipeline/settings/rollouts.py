@@ -66,11 +66,11 @@ class CorrectionSettings(Settings):
         super().__post_init__()
         if self.treatment == "mask" and (self.low == 1 or self.high == 1):
             bounds = f"bounds {self.low:g} and {self.high:g} masks where engine and trainer agree"
-            right = "set correction.low below 1 and correction.high above 1"
-            raise ValueError(f"correction.treatment=mask with {bounds}; {right}.")
+            right = "set low below 1 and high above 1"
+            raise ValueError(f"treatment=mask with {bounds}; {right}.")
         if self.anchor == "engine" and replace(self, anchor="old") != CorrectionSettings():
-            others = "correction.level, treatment, low and high have no effect: leave them out"
-            raise ValueError(f"correction.anchor=engine leaves nothing to correct; {others}.")
+            others = "level, treatment, low and high have no effect: leave them out"
+            raise ValueError(f"anchor=engine leaves nothing to correct; {others}.")
 
 
 @dataclass(frozen=True, kw_only=True)

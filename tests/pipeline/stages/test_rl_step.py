@@ -120,9 +120,9 @@ def test_rewards_and_objectives_that_cannot_be_are_refused_with_the_settings(set
             {"treatment": "mask", "high": 1.0},
             "mask with bounds 0 and 1 masks where engine and trainer agree",
         ),
-        ({"treatment": "mask", "low": 1.0}, "set correction.low below 1"),
-        ({"anchor": "engine", "level": "sequence"}, "correction.anchor=engine leaves nothing to correct"),
-        ({"anchor": "engine", "high": 3.0}, "correction.anchor=engine leaves nothing to correct"),
+        ({"treatment": "mask", "low": 1.0}, "set low below 1"),
+        ({"anchor": "engine", "level": "sequence"}, "anchor=engine leaves nothing to correct"),
+        ({"anchor": "engine", "high": 3.0}, "anchor=engine leaves nothing to correct"),
     ],
 )
 def test_corrections_that_cannot_be_are_refused(settings, error):
