@@ -167,7 +167,10 @@ def main(argv: Sequence[str]) -> None:
     place = Place.open(dataclasses.replace(now, device=config.device, threads=threads))
     policy, tokenizer = load_policy(folder / "policy", place.device)
     guard = Keeper(now.guard, now.optim.clip)
+    policy.router_replay = now.router_replay
     learner = Learner(policy, now.optim, now.steps * now.minibatches, guard=guard)
+    if now.mtp_coef:
+        learner.train_drafts(now.mtp_coef)
     if wrong := changed(manifest["before"], prints(policy)):
         raise UserError(
             f"{folder} has other weights than its step began with, in {min(wrong)}; record it again"
