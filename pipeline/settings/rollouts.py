@@ -11,6 +11,8 @@ from rewards.reward import check_weights
 from rollout.ranges import MOST_SAMPLES, Count, Natural, NotNegative, Positive, Range, Samples, Share
 from rollout.settings import RolloutSettings
 
+Fault = Literal["stale", "fp8", "route", "template", "eos"]
+"""What `inject` can do to an RL stage."""
 LOSS_NAMES = ("grpo", "dapo", "dr_grpo")
 """Names of the functions of `pipeline.train.losses`."""
 
@@ -84,6 +86,11 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     optim: OptimSettings = field(default_factory=OptimSettings)
     """AdamW and its schedule, one step an update."""
 
+    @property
+    def title(self) -> str:
+        """Of the model card."""
+        return self.story
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompts_per_step % self.minibatches:
@@ -124,14 +131,28 @@ class GrpoSettings(RoundSettings):
     """Steps after which the reference becomes the current policy (R1: 400); 0 = never."""
     tis_cap: Positive = 2.0
     """Cap of the importance correction between engine and trainer."""
+    inject: Literal["", Fault] = ""
+    """A fault on purpose, for teaching and tests; the run names it within two steps. Its engine: stale = keeps
+    the weights that it began with; fp8 = has its matrices rounded to E4M3; route = has noise on the biases that
+    choose experts; template = reads each prompt without its last token; eos = drops a completion's end token."""
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
+
+    @property
+    def title(self) -> str:
+        """The story; of a faulty run it says so."""
+        return f"{self.story} (trained with a fault on purpose: {self.inject})" if self.inject else self.story
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weights(self.rewards)
         check_loss(self.loss)
+        if self.inject and (self.rollout.workers or self.rollout.engine not in ("auto", "native", "dense")):
+            raise ValueError(
+                f"inject={self.inject!r} needs an engine in the trainer's process: rollout.engine auto and "
+                "rollout.workers 0."
+            )
         buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")

@@ -28,9 +28,12 @@ from transformers import PreTrainedTokenizerFast
 from model.policy import Policy
 from pipeline.data.pool import fitting, pooled
 from pipeline.data.problems import order, problems
+from pipeline.doctor.inject import FaultyEngine
+from pipeline.doctor.live import LiveDoctor
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Diverged, Guard
+from pipeline.run.metrics import say
 from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.run.verifiers import check_sandbox
@@ -45,6 +48,7 @@ from pipeline.train.policy import load_policy, open_rollouts, save_policy
 from pipeline.train.rollouts import Watch, example, mean, rollout_metrics, transcript
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
+from rollout.checkpoint import eos_of
 from rollout.collect import Plan, RolloutSource, Round, sample_groups
 from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
@@ -77,6 +81,8 @@ class RoundTrainer(ABC):
         tokens = min(self.place.micro_tokens(config), config.group_size * config.max_tokens)
         check_memory(start, self.place, config.optim, tokens, reference=reference, rollout=config.rollout)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
+        eos = eos_of(start, self.tokenizer.eos_token_id)
+        self.eos = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.problems = pooled(config, self.tokenizer, start, config.seed)
         run_dir.record_rows(f"the problems of {', '.join(config.problems)}", self.problems)
         self.heldout_problems = []
@@ -150,12 +156,12 @@ class RoundTrainer(ABC):
         texts = [completion_text(self.tokenizer, r, r.prompt.template) for r in rollouts]
         return self.scorer.grade_all(zip(rollouts, texts, strict=True))
 
-    def check_mismatch(self, mismatch: float) -> None:
+    def check_mismatch(self, mismatch: float, cause: str = "") -> None:
         """Raise `Stopped` where the KL between engine and trainer, nats a token, exceeds its bound: the
-        engine sampled from other weights than the policy's."""
+        engine sampled from other weights than the policy's, or what else its `cause` is."""
         if mismatch > self.config.max_mismatch_kl:
             bound = f"{mismatch:.3g} nats a token (bound {self.config.max_mismatch_kl})"
-            why = "the rollouts do not come from these weights"
+            why = cause or "the rollouts do not come from these weights"
             advice = f"update or change the engine, or raise the bound. {self.run_dir.kept()}"
             raise Stopped(f"engine and trainer differ by {bound}: {why} (max_mismatch_kl); {advice}")
 
@@ -213,6 +219,10 @@ class Trainer(RoundTrainer):
         plan = Plan(config.prompts_per_step, config.group_size, config.dynamic_sampling, config.most_requests)
         limits = {"overlong_buffer": config.overlong_buffer, "max_idle_steps": config.max_idle_steps}
         super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **limits)
+        self.doctor = LiveDoctor(self.eos, config.overlap)
+        if config.inject:
+            self.source.engine = FaultyEngine(self.source.engine, config.inject)
+            say(f"{run_dir.stage.name}: inject = {config.inject}: THIS RUN IS FAULTY ON PURPOSE")
         settings = {name: getattr(config, name) for name in takes_settings(self.loss, config.loss)}
         self.objective = PolicyObjective(self.loss, settings, config.temperature, config.tis_cap)
 
@@ -223,7 +233,8 @@ class Trainer(RoundTrainer):
         began, graded = time.monotonic(), done.graded
         advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
-        metrics = self.update(batches)
+        found = self.doctor.rollouts(step, graded)
+        metrics = self.update(batches, step) | found
         scorings = (self.reference is not None) + (len(batches) > 1)
         metrics |= self.cost(batches, time.monotonic() - began, scorings) | sampling
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
@@ -261,7 +272,7 @@ class Trainer(RoundTrainer):
                 out.append(pack(examples, self.place.micro_tokens(config)))
         return out
 
-    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
         """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
         Raises `Stopped`: as `check_mismatch`."""
         config = self.config
@@ -273,9 +284,10 @@ class Trainer(RoundTrainer):
         for batch, logprobs in zip(batches, old, strict=True):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             mismatch = max(mismatch, metrics.get("policy/mismatch_kl", 0.0))  # none of a skipped update
+            metrics |= self.doctor.gaps(step, mismatch, self.learner.scored)
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
             self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
-        self.check_mismatch(mismatch)
+        self.check_mismatch(mismatch, self.doctor.cause)
         return metrics
 
 
@@ -312,5 +324,5 @@ def train_rounds(config: RoundSettings, run_dir: RunDir, make: Callable[[], Roun
         return trainer.policy, trainer.tokenizer, trainer.tokens
 
     policy, tokenizer, tokens = guarded(run_dir, config.guard, attempt)
-    about = config.template, config.story
+    about = config.template, config.title
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, *about, tokens=tokens))

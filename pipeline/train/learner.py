@@ -82,6 +82,7 @@ class Learner:
         self.adamw = optimizer(self.weights.stepped, optim)
         self.guard = guard or Guard(GuardSettings(), optim.clip)
         self.updates = 0
+        self.scored: list[tuple[Micro, Tensor]] = []  # of the latest policy update: parts, log-probabilities
         self.early: int | None = None  # the last update, since `decay_now`
 
     def decay_now(self) -> None:
@@ -137,12 +138,14 @@ class Learner:
         `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
         so the old policy is the current one. `reference` is None where there is no KL penalty."""
         scored, olds = batch.scored, iter(old_logprobs or ())
+        self.scored = []
 
         def terms(part: Micro) -> Terms:
             _, targets, weights = part.ahead(1)
             states, head = self.states(part), self.policy.head
             logprobs, entropy = token_logprobs(states, head, targets, objective.temperature)
             old = logprobs.detach() if old_logprobs is None else next(olds)
+            self.scored.append((part, old))
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             # The ratio corrects where the engine sampled with other probabilities than the trainer's.
             correction = (old - part.rollout_logprobs).exp().clamp(max=objective.tis_cap)
