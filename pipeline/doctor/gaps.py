@@ -22,6 +22,8 @@ UNCERTAIN = 1e-3
 """Tokens that both sides give more than 1 - this tell nothing."""
 SMALL = 0.2
 """Median difference of a logit up to which it may be rounding."""
+UNENDED = 0.5
+"""Share of the completions that stopped without their end token from which it is lost; in a sound run 0."""
 LEAST = 30
 """Uncertain tokens that a signature takes."""
 Floats = NDArray[np.float64]
@@ -77,8 +79,7 @@ def rank_correlation(x: Floats, y: Floats) -> float:
     """Spearman's, of at least 100 pairs; 0 of fewer, which say little."""
     if len(x) < 100:
         return 0.0
-    ranks = [np.argsort(np.argsort(of)).astype(float) for of in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(np.argsort(np.argsort(x)), np.argsort(np.argsort(y)))[0, 1])
 
 
 def causes(found: dict[str, float], *, template: bool, updates_began_it: bool = False) -> list[str]:

@@ -6,13 +6,10 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.doctor.findings import ADVICE
-from pipeline.doctor.gaps import PRESENT, causes, evidence, signature
+from pipeline.doctor.gaps import PRESENT, UNENDED, causes, evidence, signature
 from pipeline.run.metrics import say
 from pipeline.train.pack import Micro
 from rollout.types import Graded
-
-UNENDED = 0.5
-"""Share of completions that ended without their end token from which the token is lost; in a sound run 0."""
 
 
 class LiveDoctor:
