@@ -3,20 +3,20 @@
 from dataclasses import dataclass
 
 ADVICE = {
-    "stale_weights": "Have the engine take the policy's weights after every update, and compare fingerprints; "
+    "stale_weights": "Have the engine take the policy's weights after each update, and compare fingerprints; "
     "where rollouts are older on purpose, correct for it or lower the staleness",
-    "precision": "Compute the log-probabilities of both sides in one precision, the head in fp32; or mask "
-    "tokens beyond a band and watch the KL",
+    "precision": "Compute the log-probabilities of both sides in one precision, the head in fp32; or "
+    "mask tokens beyond a band and watch the KL",
     "routes": "Replay the engine's experts in training (router_replay), and give both sides the same biases",
-    "temperature": "Divide the trainer's logits by the temperature that was sampled with, and have the engine "
-    "report log-probabilities after temperature and truncation",
+    "temperature": "Divide the trainer's logits by the temperature that was sampled with, and have the "
+    "engine report log-probabilities after temperature and truncation",
     "retokenised": "Train on the ids that were sampled; never tokenize the completion's text again",
     "eos": "Keep the end token in what is trained on, let every end token of the model end a completion, and "
     "do not mask it as padding",
     "template": "Give engine and trainer the same prompt ids, rendered once by the model's own template, its "
     "generation prompt and one leading token included",
-    "silent_zero": "Grade some completions by hand; count failures of the verifier apart and drop them, since "
-    "a 0 in their place is learned from",
+    "silent_zero": "Grade some completions by hand; count failures of the verifier apart and drop them, "
+    "since a 0 in their place is learned from",
     "flat_groups": "Take problems of another difficulty, a larger group, or dynamic sampling: a group whose "
     "rewards are equal has no gradient",
     "truncation": "Raise max_tokens, or leave cut completions out of the loss (overlong filtering)",

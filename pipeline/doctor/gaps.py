@@ -7,8 +7,8 @@ tiny models showed (bf16, FP8, other experts, temperatures, prompts, older weigh
     temperature   u is a line in the engine's logit (R^2 0.98 and more; other causes at most 0.4)
     template      u is largest at a completion's first token (12 to 140 times the median of the later ones;
                   older weights: at most 6)
-    routes        most tokens hardly differ and some much: 10 % or more exceed 8 medians (12 to 24 %; rounding:
-                  at most 7 %)
+    routes        most tokens hardly differ and some much: 10 % or more exceed 8 medians (12 to 24 %;
+                  rounding: at most 7 %)
     precision     small and symmetric: a median below 0.2 (bf16 0.02, FP8 0.07 to 0.15)
     stale_weights all else (older weights: a median of 1 to 2), and a gap that begins with the updates
 """

@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.settings.rollouts import RejectSettings
 from pipeline.settings.tools import DoctorSettings
 
-BENCHMARKS: tuple[str, ...] = RejectSettings.__dataclass_fields__["heldout"].default
+BENCHMARKS = RejectSettings().heldout
 """Those that training leaves out."""
 
 

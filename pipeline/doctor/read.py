@@ -1,5 +1,5 @@
-"""Rollouts to examine: our run of an RL stage, or a dump of ours, of TRL (`log_completions`: a parquet table a
-step) or of verl (`rollout_data_dir`: a JSONL file a step)."""
+"""Rollouts to examine: our run of an RL stage, or a dump: ours, TRL's (`log_completions`: a parquet table a
+step) or verl's (`rollout_data_dir`: a JSONL file a step)."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from pipeline.run.files import read_toml
 
 Floats = NDArray[np.float64]
 MOST_TOKENS = 20_000_000
-"""Tokens (without ids: characters) held at once; of a larger dump every second group is dropped, and again."""
+"""Tokens (without ids: characters) held at once; of a larger dump half the groups are dropped, and again."""
 KEYS = {
     "prompt": ("prompt", "input", "question", "messages"),
     "prompt_ids": ("prompt_ids", "prompt_token_ids", "input_ids"),

@@ -1,5 +1,7 @@
-"""What rollouts and the metrics of their steps show without the model: a function a kind, each a finding or
-None. Bounds are chosen so that sound runs, whose end is often certain, short of spread and right, have none."""
+"""What rollouts and the metrics of their steps show without the model: a function a kind.
+
+Bounds are chosen so that sound runs, whose end is often certain, short of spread and right, have no finding.
+"""
 
 import itertools
 from collections import Counter
@@ -9,7 +11,7 @@ import numpy as np
 
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.gaps import PRESENT, UNENDED, causes, evidence, signature
-from pipeline.doctor.read import Dump, Row, token_logprobs
+from pipeline.doctor.read import Dump, Floats, Row, token_logprobs
 
 LEAST = 8
 """Rollouts, or groups' pairs, below which nothing is claimed."""
@@ -18,7 +20,8 @@ PENALTIES = ("penal", "repet", "overlong", "length", "incorrect", "invalid", "tr
 Series = Sequence[dict[str, float]]
 
 
-def mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float] | Floats) -> float:
+    """Arithmetic mean; 0 of nothing."""
     return float(np.mean(values)) if len(values) else 0.0
 
 
@@ -65,7 +68,7 @@ def collapse(dump: Dump, steps: Series) -> list[Finding]:
     different ones in a group to less than 0.4 of it. `length_collapse`: to less than 0.35. Not of success."""
     if succeeds(dump, steps):
         return []
-    out = []
+    out = list[Finding]()
     for name, bound, kind, unit in (
         ("policy/entropy", 0.2, "entropy_collapse", "nats a token"),
         ("distinct", 0.4, "entropy_collapse", "of a group's completions differ"),
@@ -119,8 +122,8 @@ def truncation(dump: Dump, steps: Series) -> Finding | None:
 
 
 def silent_zero(dump: Dump) -> Finding | None:
-    """A reward, or a part of it that is no penalty, is 0 for every rollout, or for all of the last steps after
-    it was not; or the rollouts whose verifier failed have 0."""
+    """A reward, or a part of it that is no penalty, is 0 for every rollout, or for all of the last steps
+    though it was not before; or the rollouts whose verifier failed have 0."""
     failed = [row for row in dump.rows if row.failed and row.reward == 0]
     kept = [row for row in failed if row.more.get("advantage") or row.more.get("advantages")]
     if len(kept or failed) >= max(2, 0.02 * len(dump.rows)) and (kept or not dump.metrics):
@@ -179,7 +182,7 @@ def duplicates(dump: Dump) -> Finding | None:
 
 
 def micro_batch_loss(dump: Dump) -> Finding | None:
-    """Equal rollouts have other log-probabilities in the trainer; a step has other losses with other numbers
+    """Equal rollouts, to the engine too, have other log-probabilities in the trainer; a step has other losses with other numbers
     of micro-batches; or tokens' weights differ between micro-batches and not within."""
     scored: dict[tuple[float, str, object], list[Row]] = {}
     losses: dict[float, dict[float, float]] = {}
@@ -193,8 +196,9 @@ def micro_batch_loss(dump: Dump) -> Finding | None:
             shares.setdefault(row.step, {}).setdefault(row.more["micro_batch"], []).append(row.more["weight"])
     apart = 0.0
     for rows in scored.values():
-        lists = [row.trainer for row in rows if row.trainer is not None and len(row.trainer) == len(row.ids)]
-        apart = max([apart, *(float(np.abs(lists[0] - other).max()) for other in lists[1:])])
+        for one, two in itertools.pairwise(rows):
+            if _differ(one.engine, two.engine) < 1e-4:
+                apart = max(apart, _differ(one.trainer, two.trainer))
     if apart > 0.01:
         what = f"equal rollouts of a step differ by up to {apart:.2g} nats in the trainer's log-probabilities"
         return Finding("micro_batch_loss", what)
@@ -210,6 +214,11 @@ def micro_batch_loss(dump: Dump) -> Finding | None:
             told = f"from {min(means):.3g} to {max(means):.3g} between the micro-batches of step {step:g}"
             return Finding("micro_batch_loss", f"a token's weight goes {told}, and is constant within")
     return None
+
+
+def _differ(a: Floats | None, b: Floats | None) -> float:
+    """Largest difference; 0 of what cannot be compared."""
+    return float(np.abs(a - b).max()) if a is not None and b is not None and len(a) == len(b) else 0.0
 
 
 def mismatch(dump: Dump, steps: Series) -> list[Finding]:

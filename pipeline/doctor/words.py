@@ -1,6 +1,7 @@
 """What shows with the model's tokenizer: ids that are not the text's, lost end tokens, broken templates."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -62,7 +63,7 @@ def ended(dump: Dump, tokenizer: PreTrainedTokenizerFast, stops: set[int]) -> Fi
     most = max((len(row.ids) for row in rows), default=0)
     free = [row for row in rows if not (len(row.ids) == most if row.cut is None else row.cut)]
     lost = sum(row.ids[-1] not in stops for row in free)
-    names = [tokenizer.decode([i]) for i in stops]
+    names = [str(tokenizer.decode([i])) for i in stops]
     behind = sum(bool(stops & set(row.ids[:-1])) for row in rows)
     behind += sum(any(name in (row.text or "").rstrip()[: -len(name)] for name in names if name)
                   for row in dump.rows if not row.ids)  # fmt: skip
@@ -96,7 +97,7 @@ def template(dump: Dump, tokenizer: PreTrainedTokenizerFast, model: Path) -> Fin
 
     def fits(row: Row) -> bool:
         if row.prompt_ids:
-            text = str(tokenizer.decode(row.prompt_ids, clean_up_tokenization_spaces=False))
+            text = str(tokenizer.decode([*row.prompt_ids], clean_up_tokenization_spaces=False))
             text = text if any(front.startswith(bos) for front, _ in frames) else text.removeprefix(bos)
             return _framed(text, frames) and not text.startswith(bos * 2 if bos else "\0")
         return not re.search(special, row.prompt) or _framed(row.prompt, [*frames, *bare])
@@ -104,10 +105,10 @@ def template(dump: Dump, tokenizer: PreTrainedTokenizerFast, model: Path) -> Fin
     odd = [row for row in rows if not fits(row)]
     if not _many(len(odd), len(rows)):
         return None
-    text = tokenizer.decode(odd[0].prompt_ids) if odd[0].prompt_ids else odd[0].prompt
+    text = tokenizer.decode([*odd[0].prompt_ids]) if odd[0].prompt_ids else odd[0].prompt
     what = f"{len(odd)} of {len(rows)} prompts are not as {said or 'a template of the model'} makes them"
     return Finding("template", f"{what}; the first begins {str(text)[:30]!r} and ends {str(text)[-30:]!r}")
 
 
-def _framed(text: str, frames: list[tuple[str, ...]]) -> bool:
+def _framed(text: str, frames: Sequence[tuple[str, ...]]) -> bool:
     return any(text.startswith(front) and text.endswith(back) for front, back in frames)
