@@ -95,7 +95,7 @@ def causes(found: dict[str, float], *, template: bool, updates_began_it: bool = 
     median, tail = found["gap/median"], found["gap/tail"]
     if found["gap/fit"] >= 0.9 and abs(found["gap/slope"]) >= 0.01:
         return ["temperature"]
-    if template and found["gap/first"] >= 10 and found["gap/first"] * median >= 2:
+    if template and found["gap/first"] >= 10 and found["gap/first"] * median >= 1:
         return ["template"]
     if updates_began_it or found["gap/aligned"] >= 0.35:  # updates raise what had an advantage
         return ["stale_weights"]

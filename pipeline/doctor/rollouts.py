@@ -223,15 +223,20 @@ def _differ(a: Floats | None, b: Floats | None) -> float:
 
 def mismatch(dump: Dump, steps: Series) -> list[Finding]:
     """The causes of a gap between the log-probabilities of engine and trainer, see `pipeline.doctor.gaps`; of
-    a run that measured it, those of most of its steps."""
+    a run, by the medians over those of its steps that have one."""
     if dump.metrics:
-        found = [row for row in steps if "gap/median" in row]
-        sound = any(row.get("policy/mismatch_kl", 1.0) <= PRESENT for row in steps if row not in found)
-        named = Counter(kind for row in found for kind in causes(row, template=True, updates_began_it=sound))
-        kinds = [
-            k for k, n in named.items() if 2 * n >= len(found) and (k, dump.stale) != ("stale_weights", True)
+        rows = [row for row in steps if "gap/median" in row]
+        sound = any(row.get("policy/mismatch_kl", 1.0) <= PRESENT for row in steps if row not in rows)
+        usual = {
+            name: float(np.median([row[name] for row in rows]))
+            for name in (rows or [{}])[0]
+            if name[:4] == "gap/"
+        }
+        kinds = causes(usual, template=True, updates_began_it=sound)
+        kinds = [kind for kind in kinds if not (dump.stale and kind == "stale_weights")]
+        return [
+            Finding(kind, f"{len(rows)} of {len(steps)} steps; usually {evidence(usual)}") for kind in kinds
         ]
-        return [Finding(kind, f"of {named[kind]} steps; the last: {evidence(found[-1])}") for kind in kinds]
     means = {g[0].group: mean([row.reward for row in g if row.reward is not None]) for g in dump.groups()}
     lines = list(token_logprobs(dump))
     by_step = {step: [line for line in lines if line[0].step == step] for step in dump.steps}

@@ -234,7 +234,7 @@ class Trainer(RoundTrainer):
         advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
         found = self.doctor.rollouts(step, graded)
-        metrics = self.update(batches, step) | found
+        metrics = self.update(batches) | found
         scorings = (self.reference is not None) + (len(batches) > 1)
         metrics |= self.cost(batches, time.monotonic() - began, scorings) | sampling
         if config.ref_refresh_steps and step % config.ref_refresh_steps == 0 and self.reference is not None:
@@ -272,7 +272,7 @@ class Trainer(RoundTrainer):
                 out.append(pack(examples, self.place.micro_tokens(config)))
         return out
 
-    def update(self, batches: Sequence[Batch], step: int) -> dict[str, float]:
+    def update(self, batches: Sequence[Batch]) -> dict[str, float]:
         """One update a batch; the metrics of the last, and the worst mismatch between engine and trainer.
         Raises `Stopped`: as `check_mismatch`."""
         config = self.config
@@ -284,7 +284,7 @@ class Trainer(RoundTrainer):
         for batch, logprobs in zip(batches, old, strict=True):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             mismatch = max(mismatch, metrics.get("policy/mismatch_kl", 0.0))  # none of a skipped update
-            metrics |= self.doctor.gaps(step, mismatch, self.learner.scored)
+            metrics |= self.doctor.gaps(mismatch, self.learner.scored)
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
             self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
         self.check_mismatch(mismatch, self.doctor.cause)

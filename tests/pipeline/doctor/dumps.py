@@ -12,8 +12,6 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from rollout.types import Problem
-
 STEPS, GROUPS, SIZE = 6, 4, 6
 WORDS = "First we add the two then take away one more so that all of them are here and the sum is".split()
 Rows = list[dict[str, Any]]
@@ -184,7 +182,12 @@ def verl(rows: Rows, folder: Path) -> Path:
     for step in sorted({row["step"] for row in rows}):
         with (out / f"{step}.jsonl").open("w") as file:
             for row in (row for row in rows if row["step"] == step):
-                line = {"input": row["prompt"], "output": row["completion"], "gts": "7", "score": row["reward"]}
+                line = {
+                    "input": row["prompt"],
+                    "output": row["completion"],
+                    "gts": "7",
+                    "score": row["reward"],
+                }
                 line |= {"step": step, "acc": bool(row["reward"])}
                 line |= {new: row[old] for old, new in names.items() if row.get(old) is not None}
                 file.write(json.dumps(line) + "\n")

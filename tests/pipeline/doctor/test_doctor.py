@@ -148,7 +148,9 @@ def test_lines_that_cannot_be_read_are_counted_and_named(doctor, capsys, tokeniz
     rows[0]["logprobs"][2] = float("nan")
     rows[1]["old_logprobs"].pop()
     path = ours(rows, tmp_path)
-    path.write_bytes(path.read_bytes() + b'{"prompt": 1\n[1]\n{"step": 3}\n\xff\n\n' + b'{"completion": "\\ud800"}\n')
+    path.write_bytes(
+        path.read_bytes() + b'{"prompt": 1\n[1]\n{"step": 3}\n\xff\n\n' + b'{"completion": "\\ud800"}\n'
+    )
     assert main(["doctor", str(path)]) == 0
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1]) == {"findings": []}
