@@ -15,7 +15,14 @@ from pipeline.settings.evaluate import (
 )
 from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings
 from pipeline.settings.supervised import PretrainSettings, SftSettings, StudentSettings
-from pipeline.settings.tools import ChatSettings, DoctorSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
+from pipeline.settings.tools import (
+    ChatSettings,
+    DoctorSettings,
+    GenerateSettings,
+    GradeSettings,
+    ServeSettings,
+    UpSettings,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,82 +4,80 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
-import torch
 
 from pipeline.__main__ import main
-from pipeline.data.problems import problems
-from pipeline.settings.common import OptimSettings
-from pipeline.train.learner import Learner
-from pipeline.train.pack import pack_supervised
-from pipeline.train.policy import load_policy, save_policy
-from rollout.text.tokenizer import encode_example
-from rollout.types import Problem
+from pipeline.doctor.gaps import causes, signature
+from pipeline.doctor.inject import FaultyEngine
+from rollout.native.engine import NativeEngine
+from rollout.types import SamplingParams
 from tests.small import random_policy
 
-UPDATES = 60
-CAUSES = {
-    "stale": "stale_weights", "fp8": "precision", "route": "routes", "template": "template", "eos": "eos",
-}  # fmt: skip
-
-
-def odd(problem: Problem, completion: str) -> float:
-    """A reward with spread."""
-    return float(sum(map(ord, completion)) % 2)
+CAUSES = {"stale": "stale_weights", "fp8": "precision", "route": "routes", "eos": "eos"}
 
 
 @pytest.fixture(scope="module")
 def policy(tokenizer, tmp_path_factory):
-    """One that has learned to answer sums in the template: before that no prompt matters to it."""
-    start = random_policy(
-        tmp_path_factory.mktemp("start"), tokenizer, "r1-zero-short", initializer_range=0.05
-    )
-    net, _ = load_policy(start, torch.device("cpu"))
-    learner = Learner(net, OptimSettings(lr=3e-3), UPDATES)
-    asked = problems("generator:sum", count=24, seed=0)
-    texts = [
-        encode_example(tokenizer, p.question, "r1-zero-short", f" <answer> {p.answer} </answer>")
-        for p in asked
-    ]
-    rows = [([*prompt, *done], [False] * len(prompt) + [True] * len(done)) for prompt, done in texts]
-    for _ in range(UPDATES):
-        learner.supervised_update(pack_supervised(rows, 2_000))
-    path = tmp_path_factory.mktemp("policy") / "model"
-    save_policy(net, tokenizer, path, "r1-zero-short", "learned sums")
-    return path
+    return random_policy(tmp_path_factory.mktemp("policy"), tokenizer, "r1-zero-short", initializer_range=0.1)
 
 
 @pytest.fixture
-def zero(policy, tmp_path):
-    """`zero(*flags)`: exit code and folder of a run of two steps."""
+def zero(policy, tmp_path, capsys):
+    """`zero(*flags)`: the console and the folder of a run of two steps."""
 
     def run(*flags):
         settings = {
             "init-from": policy, "template": "r1-zero-short", "problems": "generator:sum", "pool": 24,
             "eval-every": 0, "steps": 2, "prompts-per-step": 12, "group-size": 8, "max-tokens": 24, "kl-coef": 0,
-            "threads": 1, "optim.lr": 1e-3, "max-mismatch-kl": 9, "runs": tmp_path, "name": "x",
+            "threads": 1, "optim.lr": 1e-2, "max-mismatch-kl": 9, "runs": tmp_path, "name": "x",
         }  # fmt: skip
         given = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-        (tmp_path / "zero.toml").write_text(f'[rewards]\n"{odd.__module__}:odd" = 1.0\n')
-        code = main(["zero", "--config", str(tmp_path / "zero.toml"), *given, *map(str, flags)])
-        return code, tmp_path / "x" / "zero"
+        (tmp_path / "zero.toml").write_text("[rewards]\nlanguage = 1.0\n")
+        assert main(["zero", "--config", str(tmp_path / "zero.toml"), *given, *map(str, flags)]) == 0
+        return capsys.readouterr().out, tmp_path / "x" / "zero"
 
     return run
 
 
-@pytest.mark.parametrize("fault", CAUSES)
+@pytest.mark.parametrize("fault", ["", *CAUSES])
 def test_the_cause_is_named_within_two_steps_and_from_the_folder(zero, capsys, fault):
-    for seed in (0, 1):
-        code, run = zero("--inject", fault, "--seed", seed, "--name", f"x{seed}")
-        run = run.parent.parent / f"x{seed}" / "zero"
-        out = capsys.readouterr().out
-        import sys
+    out, run = zero("--inject", fault) if fault else zero()
+    assert ("FAULTY ON PURPOSE" in out) == bool(fault)
+    named = {kind for kind in [*CAUSES.values(), "template"] if f": {kind}: " in out}
+    assert named == ({CAUSES[fault]} if fault else set()), "the console"
+    assert main(["doctor", str(run)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert {each["kind"] for each in found} & {*CAUSES.values(), "template"} == named
+    card = (run / "model" / "README.md").read_text()
+    assert (f"with a fault on purpose: {fault}" in card) == bool(fault)
 
-        sys.stderr.write(out)
-        sys.stderr.write((run / "metrics.jsonl").read_text())
-        assert code == 0 and "FAULTY ON PURPOSE" in out
-        assert f": {CAUSES[fault]}: " in out, "the console"
-        assert main(["doctor", str(run)]) == 0
-        found = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
-        assert [each["kind"] for each in found if each["kind"] in CAUSES.values()] == [CAUSES[fault]]
-        assert f"with a fault on purpose: {fault}" in (run / "model" / "README.md").read_text()
+
+def test_an_engine_with_another_template_reads_other_prompts(prompts, net):
+    """The rollouts' prompts stay those that were asked for, and their text is that of shorter ones."""
+    params = SamplingParams(max_tokens=6, n=2, temperature=0)
+    asked = prompts([5, 9])
+    got = list(FaultyEngine(NativeEngine(net), "template").generate(asked, params))
+    short = [type(p)(p.problem, p.template, p.token_ids[:-1]) for p in asked]
+    due = {(r.index, r.sample): r.token_ids for r in NativeEngine(net).generate(short, params)}
+    assert {(r.index, r.sample): r.token_ids for r in got} == due
+    assert all(r.prompt == asked[r.index] for r in got)
+
+
+def test_a_gap_at_first_tokens_is_another_prompt_where_that_may_be_claimed():
+    rng = np.random.default_rng(0)
+    engine = -rng.exponential(1, 64 * 16)
+    trainer = engine + rng.normal(0, 0.05, len(engine))
+    starts = np.arange(0, len(engine), 16)
+    trainer[starts] -= 4
+    found = signature(engine, np.minimum(trainer, -1e-6), starts, np.zeros(64))
+    assert causes(found, template=True) == ["template"]
+    assert causes(found, template=False) != ["template"]
+
+
+@pytest.mark.parametrize("flags", [("--rollout.workers", 1), ("--rollout.engine", "vllm")])
+def test_faults_are_for_an_engine_in_this_process(capsys, tmp_path, flags):
+    (tmp_path / "zero.toml").touch()
+    argv = ["zero", "--config", tmp_path / "zero.toml", "--inject", "stale", *flags]
+    assert main([*map(str, argv)]) == 2
+    assert "in the trainer's process" in capsys.readouterr().err
