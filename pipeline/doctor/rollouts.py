@@ -182,8 +182,8 @@ def duplicates(dump: Dump) -> Finding | None:
 
 
 def micro_batch_loss(dump: Dump) -> Finding | None:
-    """Equal rollouts, to the engine too, have other log-probabilities in the trainer; a step has other losses with other numbers
-    of micro-batches; or tokens' weights differ between micro-batches and not within."""
+    """Rollouts that are equal, to the engine too, differ in the trainer's log-probabilities; a step has other
+    losses with other numbers of micro-batches; or weights differ between micro-batches and not within."""
     scored: dict[tuple[float, str, object], list[Row]] = {}
     losses: dict[float, dict[float, float]] = {}
     shares: dict[float, dict[float, list[float]]] = {}
@@ -227,11 +227,8 @@ def mismatch(dump: Dump, steps: Series) -> list[Finding]:
     if dump.metrics:
         rows = [row for row in steps if "gap/median" in row]
         sound = any(row.get("policy/mismatch_kl", 1.0) <= PRESENT for row in steps if row not in rows)
-        usual = {
-            name: float(np.median([row[name] for row in rows]))
-            for name in (rows or [{}])[0]
-            if name[:4] == "gap/"
-        }
+        names = [name for name in (rows or [{}])[0] if name.startswith("gap/")]
+        usual = {name: float(np.median([row[name] for row in rows if name in row])) for name in names}
         kinds = causes(usual, template=True, updates_began_it=sound)
         kinds = [kind for kind in kinds if not (dump.stale and kind == "stale_weights")]
         return [

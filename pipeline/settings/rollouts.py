@@ -132,9 +132,10 @@ class GrpoSettings(RoundSettings):
     tis_cap: Positive = 2.0
     """Cap of the importance correction between engine and trainer."""
     inject: Literal["", Fault] = ""
-    """A fault on purpose, for teaching and tests; the run names it within two steps. Its engine: stale = keeps
-    the weights that it began with; fp8 = has its matrices rounded to E4M3; route = has noise on the biases that
-    choose experts; template = reads each prompt without its last token; eos = drops a completion's end token."""
+    """A fault on purpose, for teaching and tests; the run names it within two steps. The engine: stale =
+    keeps the weights that it began with; fp8 = has its matrices rounded to E4M3; route = has noise on the
+    biases that choose experts; template = reads each prompt without its last token; eos = drops a
+    completion's end token."""
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""

@@ -112,8 +112,8 @@ class GenerateSettings(TruncatedSampling, ModelSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorSettings(Settings):
-    """Say what is wrong with a run of RL: examine its rollouts and metrics, or a dump of another trainer. Each
-    finding has its evidence and what to do. The last line is JSON."""
+    """Say what is wrong with a run of RL: examine its rollouts and metrics, or a dump of another trainer.
+    Each finding has its evidence and what to do. The last line is JSON."""
 
     path: Path
     """Folder of a stage's run, or a dump: JSON lines or parquet of ours, TRL (log_completions) or verl

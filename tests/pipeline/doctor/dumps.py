@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 STEPS, GROUPS, SIZE = 6, 4, 6
-WORDS = "First we add the two then take away one more so that all of them are here and the sum is".split()
+WORDS = ["We", "add", "the", "two", "then", "take", "away", "one", "more", "so", "all", "are", "here", "sum"]
 Rows = list[dict[str, Any]]
 
 
@@ -22,7 +22,8 @@ def sound(tokenizer: Any, seed: int) -> Rows:
     rng, rows = random.Random(seed), []
     for step in range(1, STEPS + 1):
         for group in range(GROUPS):
-            prompt = f"User: What is {rng.randint(10, 99)}+{rng.randint(10, 99)} for child {step}{group}?\nAssistant:"
+            asked = f"What is {rng.randint(10, 99)}+{rng.randint(10, 99)} for child {step}{group}?"
+            prompt = f"User: {asked}\nAssistant:"
             for sample in range(SIZE):
                 said = " ".join(rng.choices(WORDS, k=rng.randint(12, 24)))
                 text = f" <think>{said}</think> <answer>{rng.randint(1, 99)}</answer>"
@@ -32,7 +33,8 @@ def sound(tokenizer: Any, seed: int) -> Rows:
                     "prompt": prompt, "prompt_ids": tokenizer.encode(prompt), "completion": text,
                     "completion_ids": ids, "logprobs": logprobs,
                     "old_logprobs": [min(-1e-6, x + rng.gauss(0, 1e-5)) for x in logprobs],
-                    "reward": float(sample % 2 == rng.randint(0, 1) or sample == 1), "group": f"{step}-{group}",
+                    "reward": float(sample % 2 == rng.randint(0, 1) or sample == 1),
+                    "group": f"{step}-{group}",
                     "step": step, "finish_reason": "stop",
                 })  # fmt: skip
             rows[-1]["reward"], rows[-2]["reward"] = 0.0, 1.0
@@ -157,7 +159,7 @@ def ours(rows: Rows, folder: Path) -> Path:
 
 
 def trl(rows: Rows, folder: Path) -> Path:
-    """`log_completions` of TRL 1.16: a table a step, a column a reward; ids and log-probabilities in extras."""
+    """`log_completions` of TRL 1.16: a table a step, a column a reward; the rest in extras."""
     names = {"logprobs": "sampling_per_token_logps", "old_logprobs": "old_per_token_logps"}
     out = folder / "completions"
     out.mkdir()
@@ -175,8 +177,8 @@ def trl(rows: Rows, folder: Path) -> Path:
 
 def verl(rows: Rows, folder: Path) -> Path:
     """`rollout_data_dir` of verl: a file a step; ids and log-probabilities in the extras."""
-    names = {"logprobs": "rollout_log_probs", "old_logprobs": "old_log_probs", "completion_ids": "response_ids",
-             "prompt_ids": "prompt_token_ids", "micro_batch": "micro_batch", "weight": "weight"}  # fmt: skip
+    names = {"logprobs": "rollout_log_probs", "old_logprobs": "old_log_probs",
+             "completion_ids": "response_ids", "prompt_ids": "prompt_token_ids", "micro_batch": "micro_batch", "weight": "weight"}  # fmt: skip
     out = folder / "rollouts"
     out.mkdir()
     for step in sorted({row["step"] for row in rows}):

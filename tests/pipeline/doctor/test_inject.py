@@ -7,12 +7,13 @@ import json
 import numpy as np
 import pytest
 
+from model.transformer import Transformer
 from pipeline.__main__ import main
 from pipeline.doctor.gaps import causes, signature
 from pipeline.doctor.inject import FaultyEngine
 from rollout.native.engine import NativeEngine
 from rollout.types import SamplingParams
-from tests.small import random_policy
+from tests.small import random_policy, random_prompts
 
 CAUSES = {"stale": "stale_weights", "fp8": "precision", "route": "routes", "eos": "eos"}
 
@@ -29,8 +30,8 @@ def zero(policy, tmp_path, capsys):
     def run(*flags):
         settings = {
             "init-from": policy, "template": "r1-zero-short", "problems": "generator:sum", "pool": 24,
-            "eval-every": 0, "steps": 2, "prompts-per-step": 12, "group-size": 8, "max-tokens": 24, "kl-coef": 0,
-            "threads": 1, "optim.lr": 1e-2, "max-mismatch-kl": 9, "runs": tmp_path, "name": "x",
+            "eval-every": 0, "steps": 2, "prompts-per-step": 12, "group-size": 8, "max-tokens": 24,
+            "kl-coef": 0, "threads": 1, "optim.lr": 1e-2, "max-mismatch-kl": 9, "runs": tmp_path, "name": "x",
         }  # fmt: skip
         given = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         (tmp_path / "zero.toml").write_text("[rewards]\nlanguage = 1.0\n")
@@ -53,10 +54,11 @@ def test_the_cause_is_named_within_two_steps_and_from_the_folder(zero, capsys, f
     assert (f"with a fault on purpose: {fault}" in card) == bool(fault)
 
 
-def test_an_engine_with_another_template_reads_other_prompts(prompts, net):
+def test_an_engine_with_another_template_reads_other_prompts(policy):
     """The rollouts' prompts stay those that were asked for, and their text is that of shorter ones."""
     params = SamplingParams(max_tokens=6, n=2, temperature=0)
-    asked = prompts([5, 9])
+    net = Transformer.load(policy).eval()
+    asked = random_prompts(net.config.vocab_size, [5, 9])
     got = list(FaultyEngine(NativeEngine(net), "template").generate(asked, params))
     short = [type(p)(p.problem, p.template, p.token_ids[:-1]) for p in asked]
     due = {(r.index, r.sample): r.token_ids for r in NativeEngine(net).generate(short, params)}
