@@ -287,6 +287,8 @@ class Trainer(RoundTrainer):
             metrics |= self.doctor.gaps(mismatch, self.learner.scored)
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
             self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
+        if mismatch > config.max_mismatch_kl:  # the step that stops a run shows why, to `doctor` too
+            self.run_dir.log(self.doctor.step, config.steps, metrics)
         self.check_mismatch(mismatch, self.doctor.cause)
         return metrics
 

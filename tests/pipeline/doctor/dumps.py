@@ -177,8 +177,10 @@ def trl(rows: Rows, folder: Path) -> Path:
 
 def verl(rows: Rows, folder: Path) -> Path:
     """`rollout_data_dir` of verl: a file a step; ids and log-probabilities in the extras."""
-    names = {"logprobs": "rollout_log_probs", "old_logprobs": "old_log_probs",
-             "completion_ids": "response_ids", "prompt_ids": "prompt_token_ids", "micro_batch": "micro_batch", "weight": "weight"}  # fmt: skip
+    names = {
+        "logprobs": "rollout_log_probs", "old_logprobs": "old_log_probs", "completion_ids": "response_ids",
+        "prompt_ids": "prompt_token_ids", "micro_batch": "micro_batch", "weight": "weight",
+    }  # fmt: skip
     out = folder / "rollouts"
     out.mkdir()
     for step in sorted({row["step"] for row in rows}):

@@ -35,7 +35,8 @@ def zero(policy, tmp_path, capsys):
         }  # fmt: skip
         given = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
         (tmp_path / "zero.toml").write_text("[rewards]\nlanguage = 1.0\n")
-        assert main(["zero", "--config", str(tmp_path / "zero.toml"), *given, *map(str, flags)]) == 0
+        code = main(["zero", "--config", str(tmp_path / "zero.toml"), *given, *map(str, flags)])
+        assert code == (3 if "--max-mismatch-kl" in flags else 0)
         return capsys.readouterr().out, tmp_path / "x" / "zero"
 
     return run
@@ -52,6 +53,13 @@ def test_the_cause_is_named_within_two_steps_and_from_the_folder(zero, capsys, f
     assert {each["kind"] for each in found} & {*CAUSES.values(), "template"} == named
     card = (run / "model" / "README.md").read_text()
     assert (f"with a fault on purpose: {fault}" in card) == bool(fault)
+
+
+def test_a_run_that_stops_at_its_first_step_leaves_the_cause(zero, capsys):
+    _, run = zero("--inject", "fp8", "--max-mismatch-kl", 1e-6)
+    assert main(["doctor", str(run)]) == 0
+    findings = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert "precision" in [each["kind"] for each in findings]
 
 
 def test_an_engine_with_another_template_reads_other_prompts(policy):
