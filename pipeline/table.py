@@ -15,7 +15,14 @@ from pipeline.settings.evaluate import (
 )
 from pipeline.settings.rollouts import GrpoSettings, OnPolicySettings, RejectSettings, ReplaySettings
 from pipeline.settings.supervised import PretrainSettings, SftSettings, StudentSettings
-from pipeline.settings.tools import ChatSettings, GenerateSettings, GradeSettings, ServeSettings, UpSettings
+from pipeline.settings.tools import (
+    ChatSettings,
+    DoctorSettings,
+    GenerateSettings,
+    GradeSettings,
+    ServeSettings,
+    UpSettings,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,8 @@ COMMANDS = (
             "all evaluations below a folder as one table", True),
     Command("replay", ReplaySettings, "pipeline.tools.replay",
             "repeat a recorded RL step, or compare its gradient with another objective's", True),
+    Command("doctor", DoctorSettings, "pipeline.doctor.main",
+            "what is wrong with a run of RL, or a dump of rollouts", True),
     Command("chat", ChatSettings, "pipeline.tools.chat", "talk to a model in the terminal"),
     Command("serve", ServeSettings, "pipeline.tools.serve", "an OpenAI-compatible endpoint for a model"),
 )

@@ -28,6 +28,8 @@ from rollout.ranges import (
 )
 from rollout.settings import RolloutSettings
 
+Fault = Literal["stale", "fp8", "route", "template", "eos"]
+"""What `inject` can do to an RL stage."""
 LOSS_NAMES = ("grpo", "dapo", "dr_grpo", "gspo", "cispo")
 """Names of the functions of `pipeline.train.losses`."""
 
@@ -131,6 +133,11 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     optim: OptimSettings = field(default_factory=OptimSettings)
     """AdamW and its schedule, one step an update."""
 
+    @property
+    def title(self) -> str:
+        """Of the model card."""
+        return self.story
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.prompts_per_step % self.minibatches:
@@ -194,6 +201,11 @@ class GrpoSettings(RoundSettings):
     """Weight of the cross-entropy of multi-token-prediction modules on the sampled tokens, so that they go on
     guessing the policy well (`rollout.local.speculate`). They learn from detached states, and the policy is
     trained as without them. 0 = they stay as they are, as they do in workers."""
+    inject: Literal["", Fault] = ""
+    """A fault on purpose, for teaching and tests; the run names it within two steps. The engine: stale =
+    keeps the weights that it began with; fp8 = has its matrices rounded to E4M3; route = has noise on the
+    biases that choose experts; template = reads each prompt without its last token; eos = drops a
+    completion's end token."""
     max_idle_steps: Natural = 10
     """Stop after this many steps in a row in which no group's rewards differ, or every rollout is cut; they
     teach nothing. 0 = never."""
@@ -202,6 +214,11 @@ class GrpoSettings(RoundSettings):
     takes the disk space of a checkpoint. Recording leaves the bits as they are."""
     record_every: Natural = 0
     """Record every step that this divides, too; 0 = none."""
+
+    @property
+    def title(self) -> str:
+        """The story; of a faulty run it says so."""
+        return f"{self.story} (trained with a fault on purpose: {self.inject})" if self.inject else self.story
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,6 +231,11 @@ class GrpoSettings(RoundSettings):
             raise ValueError(f"dual_clip={self.dual_clip:g} {why}; leave it out.")
         if self.kl_estimator != "k3" and not self.kl_coef:
             raise ValueError(f"kl_estimator={self.kl_estimator} has no effect with kl_coef=0; leave it out.")
+        if self.inject and (self.rollout.workers or self.rollout.engine not in ("auto", "native", "dense")):
+            raise ValueError(
+                f"inject={self.inject!r} needs an engine in the trainer's process: rollout.engine auto and "
+                "rollout.workers 0."
+            )
         buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")
@@ -227,7 +249,7 @@ class GrpoSettings(RoundSettings):
 
 NOT_OF_THE_UPDATE = {
     *("group_size", "dynamic_sampling", "most_requests", "rewards", "overlong_buffer", "ref_refresh_steps"),
-    *("max_idle_steps", "record", "record_every", "flat_again", "router_replay", "mtp_coef"),
+    *("max_idle_steps", "record", "record_every", "flat_again", "router_replay", "mtp_coef", "inject"),
 }
 """Settings of `GrpoSettings` alone that a step's update does not depend on, given its rollouts."""
 

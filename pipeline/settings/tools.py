@@ -111,6 +111,22 @@ class GenerateSettings(TruncatedSampling, ModelSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorSettings(Settings):
+    """Say what is wrong with a run of RL: examine its rollouts and metrics, or a dump of another trainer.
+    Each finding has its evidence and what to do. The last line is JSON."""
+
+    path: Path
+    """Folder of a stage's run, or a dump: JSON lines or parquet of ours, TRL (log_completions) or verl
+    (rollout_data_dir), a file or a folder of them."""
+    model: Path | None = None
+    """Checkpoint directory whose tokenizer shows faults of tokens, end tokens and templates; None = these are
+    not looked for."""
+    data: Path | None = None
+    """Folder of the benchmarks' files, for contamination; default: the environment variable R1_DATA, without
+    which it is not looked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ChatSettings(AnswerSampling, ModelSettings):
     """Talk to a model. An empty line or Ctrl-D ends it, /new begins a new conversation."""
 

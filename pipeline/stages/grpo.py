@@ -29,9 +29,12 @@ from transformers import PreTrainedTokenizerFast
 from model.policy import Policy
 from pipeline.data.pool import Order, fitting, pooled
 from pipeline.data.problems import problems
+from pipeline.doctor.inject import FaultyEngine
+from pipeline.doctor.live import LiveDoctor
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Diverged, Guard
+from pipeline.run.metrics import say
 from pipeline.run.rollback import guarded, slowed
 from pipeline.run.usage import Usage
 from pipeline.run.verifiers import check_sandbox
@@ -54,6 +57,7 @@ from pipeline.train.rollouts import (
 )
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
+from rollout.checkpoint import eos_of
 from rollout.collect import Plan, RolloutSource, Round, sample_groups
 from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
@@ -89,6 +93,8 @@ class RoundTrainer(ABC):
         tokens = min(self.place.micro_tokens(config), config.group_size * config.max_tokens)
         check_memory(start, self.place, config.optim, tokens, reference=reference, rollout=config.rollout)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
+        eos = eos_of(start, self.tokenizer.eos_token_id)
+        self.eos = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.problems = pooled(config, self.tokenizer, start, config.seed, run_dir)
         self.heldout_problems = []
         if config.eval_every:
@@ -166,12 +172,12 @@ class RoundTrainer(ABC):
         texts = [completion_text(self.tokenizer, r, r.prompt.template) for r in rollouts]
         return self.scorer.grade_all(zip(rollouts, texts, strict=True))
 
-    def check_mismatch(self, mismatch: float) -> None:
+    def check_mismatch(self, mismatch: float, cause: str = "") -> None:
         """Raise `Stopped` where the KL between engine and trainer, nats a token, exceeds its bound: the
-        engine sampled from other weights than the policy's."""
+        engine sampled from other weights than the policy's, or what else its `cause` is."""
         if mismatch > self.config.max_mismatch_kl:
             bound = f"{mismatch:.3g} nats a token (bound {self.config.max_mismatch_kl})"
-            why = "the rollouts do not come from these weights"
+            why = cause or "the rollouts do not come from these weights"
             advice = f"update or change the engine, or raise the bound. {self.run_dir.kept()}"
             raise Stopped(f"engine and trainer differ by {bound}: {why} (max_mismatch_kl); {advice}")
 
@@ -235,6 +241,10 @@ class Trainer(RoundTrainer):
         names = ("overlong_buffer", "max_idle_steps", "flat_again", "router_replay", "mtp_coef")
         own: dict[str, Any] = {name: getattr(config, name) for name in names}
         super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **own)
+        self.doctor = LiveDoctor(self.eos, config.overlap)
+        if config.inject:
+            self.source.engine = FaultyEngine(self.source.engine, config.inject)
+            say(f"{run_dir.stage.name}: inject = {config.inject}: THIS RUN IS FAULTY ON PURPOSE")
 
     def aim(self, config: GrpoSettings) -> None:
         """Take the objective of `config`. Raises `UserError`: a loss that cannot be used."""
@@ -257,9 +267,10 @@ class Trainer(RoundTrainer):
         due = step in config.record or (config.record_every and step % config.record_every == 0)
         reference = self.reference and self.reference.state_dict()
         state = {"round": done.plain(), "advantages": advantages, "reference": reference} if due else {}
+        found = self.doctor.rollouts(step, graded)
         with recording(self.run_dir, config, step, self.learner, self.tokenizer, state):
             began = time.monotonic()
-            metrics = self.update(batches)
+            metrics = self.update(batches) | found
             seconds = time.monotonic() - began
         scorings = (self.reference is not None) + (self.scores_old and len(batches) > 1)
         metrics |= self.cost(batches, seconds, scorings) | sampling
@@ -318,11 +329,14 @@ class Trainer(RoundTrainer):
             metrics = self.learner.policy_update(batch, self.objective, logprobs, self.reference)
             found = {key: metrics.pop(key) for key in [*metrics] if "mismatch" in key}  # none if skipped
             if self.scores_old or not measured:  # else it compares the engine with a policy that has moved on
-                measured, mismatch = found, max(mismatch, found.get("policy/mismatch_kl", 0.0))
+                mismatch = max(mismatch, found.get("policy/mismatch_kl", 0.0))
+                measured = found | self.doctor.gaps(mismatch, self.learner.scored)
         metrics |= measured
         if ":" in config.loss:  # ours stand in the glossary; a missing line there is a defect
             self.run_dir.metrics.explain(dict.fromkeys(metrics, f"a metric of the loss {config.loss}"))
-        self.check_mismatch(mismatch)
+        if mismatch > config.max_mismatch_kl:  # the step that stops a run shows why, to `doctor` too
+            self.run_dir.log(self.doctor.step, config.steps, metrics)
+        self.check_mismatch(mismatch, self.doctor.cause)
         return metrics
 
 
@@ -359,5 +373,5 @@ def train_rounds(config: RoundSettings, run_dir: RunDir, make: Callable[[], Roun
         return trainer.policy, trainer.tokenizer, trainer.tokens
 
     policy, tokenizer, tokens = guarded(run_dir, config.guard, attempt)
-    about = config.template, config.story
+    about = config.template, config.title
     run_dir.save_model(lambda path: save_policy(policy, tokenizer, path, *about, tokens=tokens))

@@ -87,6 +87,7 @@ class Learner:
         self.clipped = [self.weights.stepped]  # parameters whose gradients are clipped together
         self.guard = guard or Guard(GuardSettings(), optim.clip)
         self.updates = 0
+        self.scored: list[tuple[Micro, Tensor]] = []  # of the latest policy update: parts, log-probabilities
         self.early: int | None = None  # the last update, since `decay_now`
 
     def train_drafts(self, coef: float) -> None:
@@ -155,6 +156,7 @@ class Learner:
         `old_logprobs` has a tensor a micro-batch, from `score`. None: the update is the first since sampling,
         so the trainer's old policy is the current one. `reference` is None where there is no KL penalty."""
         scored, olds = batch.scored, iter(old_logprobs or ())
+        self.scored = []
         bonus, bounds = objective.entropy_coef, objective.correction
 
         def terms(part: Micro) -> Terms:
@@ -162,6 +164,7 @@ class Learner:
             hidden, how = self.hidden(part), (self.policy.head, targets, objective.temperature)
             logprobs, entropy = token_logprobs(hidden[0, places], *how, entropy_gradient=bool(bonus))
             trainer = logprobs.detach() if old_logprobs is None else next(olds)
+            self.scored.append((part, trainer))
             ref = logprobs.detach() if reference is None else score(reference, part, objective.temperature)
             sampled, rollout, rollouts = part.rollout_logprobs, part.rollout, len(part.packed.lengths)
             old = sampled if bounds.anchor == "engine" else trainer

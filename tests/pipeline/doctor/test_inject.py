@@ -1,0 +1,93 @@
+"""`--inject`: each fault is named by the run within two steps, and by `doctor` from its folder."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from model.transformer import Transformer
+from pipeline.__main__ import main
+from pipeline.doctor.gaps import causes, signature
+from pipeline.doctor.inject import FaultyEngine
+from rollout.native.engine import NativeEngine
+from rollout.types import SamplingParams
+from tests.small import random_policy, random_prompts
+
+CAUSES = {"stale": "stale_weights", "fp8": "precision", "route": "routes", "eos": "eos"}
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer, tmp_path_factory):
+    return random_policy(tmp_path_factory.mktemp("policy"), tokenizer, "r1-zero-short", initializer_range=0.1)
+
+
+@pytest.fixture
+def zero(policy, tmp_path, capsys):
+    """`zero(*flags)`: the console and the folder of a run of two steps."""
+
+    def run(*flags):
+        settings = {
+            "init-from": policy, "template": "r1-zero-short", "problems": "generator:sum", "pool": 24,
+            "eval-every": 0, "steps": 2, "prompts-per-step": 12, "group-size": 8, "max-tokens": 24,
+            "kl-coef": 0, "threads": 1, "optim.lr": 1e-2, "max-mismatch-kl": 9, "runs": tmp_path, "name": "x",
+        }  # fmt: skip
+        given = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+        (tmp_path / "zero.toml").write_text("[rewards]\nlanguage = 1.0\n")
+        code = main(["zero", "--config", str(tmp_path / "zero.toml"), *given, *map(str, flags)])
+        assert code == (3 if "--max-mismatch-kl" in flags else 0)
+        return capsys.readouterr().out, tmp_path / "x" / "zero"
+
+    return run
+
+
+@pytest.mark.parametrize("fault", ["", *CAUSES])
+def test_the_cause_is_named_within_two_steps_and_from_the_folder(zero, capsys, fault):
+    out, run = zero("--inject", fault) if fault else zero()
+    assert ("FAULTY ON PURPOSE" in out) == bool(fault)
+    named = {kind for kind in [*CAUSES.values(), "template"] if f": {kind}: " in out}
+    assert named == ({CAUSES[fault]} if fault else set()), "the console"
+    assert main(["doctor", str(run)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert {each["kind"] for each in found} & {*CAUSES.values(), "template"} == named
+    card = (run / "model" / "README.md").read_text()
+    assert (f"with a fault on purpose: {fault}" in card) == bool(fault)
+
+
+def test_a_run_that_stops_at_its_first_step_leaves_the_cause(zero, capsys):
+    _, run = zero("--inject", "fp8", "--max-mismatch-kl", 1e-6)
+    assert main(["doctor", str(run)]) == 0
+    findings = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert "precision" in [each["kind"] for each in findings]
+
+
+def test_an_engine_with_another_template_reads_other_prompts(policy):
+    """The rollouts' prompts stay those that were asked for, and their text is that of shorter ones."""
+    params = SamplingParams(max_tokens=6, n=2, temperature=0)
+    net = Transformer.load(policy).eval()
+    asked = random_prompts(net.config.vocab_size, [5, 9])
+    got = list(FaultyEngine(NativeEngine(net), "template").generate(asked, params))
+    short = [type(p)(p.problem, p.template, p.token_ids[:-1]) for p in asked]
+    due = {(r.index, r.sample): r.token_ids for r in NativeEngine(net).generate(short, params)}
+    assert {(r.index, r.sample): r.token_ids for r in got} == due
+    assert all(r.prompt == asked[r.index] for r in got)
+
+
+def test_a_gap_at_first_tokens_is_another_prompt_where_that_may_be_claimed():
+    rng = np.random.default_rng(0)
+    engine = -rng.exponential(1, 64 * 16)
+    trainer = engine + rng.normal(0, 0.05, len(engine))
+    starts = np.arange(0, len(engine), 16)
+    trainer[starts] -= 4
+    found = signature(engine, np.minimum(trainer, -1e-6), starts, np.zeros(64))
+    assert causes(found, template=True) == ["template"]
+    assert causes(found, template=False) != ["template"]
+
+
+@pytest.mark.parametrize("flags", [("--rollout.workers", 1), ("--rollout.engine", "vllm")])
+def test_faults_are_for_an_engine_in_this_process(capsys, tmp_path, flags):
+    (tmp_path / "zero.toml").touch()
+    argv = ["zero", "--config", tmp_path / "zero.toml", "--inject", "stale", *flags]
+    assert main([*map(str, argv)]) == 2
+    assert "in the trainer's process" in capsys.readouterr().err
