@@ -80,6 +80,7 @@ class Learner:
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
         self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
         self.adamw = optimizer(self.weights.stepped, optim)
+        self.draft_coef = 0.0  # see `train_drafts`
         self.clipped = [self.weights.stepped]  # parameters whose gradients are clipped together
         self.guard = guard or Guard(GuardSettings(), optim.clip)
         self.updates = 0
@@ -91,7 +92,7 @@ class Learner:
         drafts = [name.startswith("mtp.") for name, p in self.policy.named_parameters() if p.requires_grad]
         if not any(drafts):
             raise UserError("mtp_coef is for policies with MTP modules, and this one has none; set it to 0")
-        self.mtp_coef, both = coef, list(zip(drafts, self.weights.stepped, strict=True))
+        self.draft_coef, both = coef, list(zip(drafts, self.weights.stepped, strict=True))
         self.clipped = [[p for draft, p in both if draft is of] for of in (False, True)]
 
     def decay_now(self) -> None:
@@ -171,9 +172,9 @@ class Learner:
             )
             loss, metrics = objective.loss(tokens, **objective.settings)
             metrics |= {"loss/policy": loss.detach()} | sampling_metrics(part, old, entropy, scored)
-            if self.mtp_coef:
+            if self.draft_coef:
                 mtp = self._drafting(hidden, part, objective.temperature) / scored
-                loss, metrics = loss + self.mtp_coef * mtp, metrics | {"loss/mtp": mtp.detach()}
+                loss, metrics = loss + self.draft_coef * mtp, metrics | {"loss/mtp": mtp.detach()}
             return loss, metrics
 
         return self.update(batch, terms)
