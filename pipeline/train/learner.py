@@ -83,7 +83,7 @@ class Learner:
         # What the optimizer steps: the policy's own parameters, or fp32 masters of them.
         self.weights = Own(policy) if optim.precision == "float32" else Masters(policy, optim.precision)
         self.adamw = optimizer(self.weights.stepped, optim)
-        self.draft_coef = 0.0  # weight of the MTP modules in `policy_update`
+        self.draft_coef = 0.0  # see `train_drafts`
         self.clipped = [self.weights.stepped]  # parameters whose gradients are clipped together
         self.guard = guard or Guard(GuardSettings(), optim.clip)
         self.updates = 0
