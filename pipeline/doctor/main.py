@@ -19,7 +19,7 @@ BENCHMARKS = RejectSettings().heldout
 """Those that training leaves out."""
 
 
-def contamination(dump: Dump, config: DoctorSettings) -> Finding | None:
+def benchmarks_held(dump: Dump, config: DoctorSettings) -> Finding | None:
     """Prompts hold problems of a benchmark; nothing is compared without the benchmarks' folder."""
     folder = data_folder(config.data)
     prompts = {row.prompt for row in dump.rows if row.prompt}
@@ -42,7 +42,7 @@ def main(config: DoctorSettings) -> None:
     dump = read(config.path)
     findings = examine(dump)
     findings += examine_words(dump, config.model) if config.model else []
-    findings += [found] if (found := contamination(dump, config)) else []
+    findings += [found] if (found := benchmarks_held(dump, config)) else []
     print(f"{config.path}: {len(dump.rows)} rollouts" + f", {len(dump.metrics)} steps" * bool(dump.metrics))
     if dump.keep > 1:
         print(f"it is large: one in {dump.keep} groups was examined")

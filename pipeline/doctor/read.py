@@ -42,7 +42,7 @@ KNOWN = {name for names in KEYS.values() for name in names} | set(OTHERS)
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Line:
     """One rollout; what its line does not have is None or empty."""
 
     step: float
@@ -77,7 +77,7 @@ class Row:
 class Dump:
     """What was read."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Line] = field(default_factory=list)
     metrics: list[dict[str, float]] = field(default_factory=list)
     """Of our runs, a row a step."""
     bad: Counter[str] = field(default_factory=Counter)
@@ -92,9 +92,9 @@ class Dump:
         """In order."""
         return sorted({row.step for row in self.rows})
 
-    def groups(self) -> list[list[Row]]:
+    def groups(self) -> list[list[Line]]:
         """Rows by group, those with two or more; of a run's transcripts, a part of each group, none."""
-        found: dict[str, list[Row]] = {}
+        found: dict[str, list[Line]] = {}
         for row in (row for row in self.rows if row.ids or not self.metrics):
             found.setdefault(row.group, []).append(row)
         return [rows for rows in found.values() if len(rows) > 1]
@@ -119,7 +119,7 @@ def read(path: Path) -> Dump:
     held = 0
     for place, line in itertools.chain(lines, *map(located, files)):
         try:
-            row = to_row(line)
+            row = to_line(line)
         except BadRow as error:
             why = str(error).partition(" (")[0]
             dump.bad[why] += 1
@@ -166,7 +166,7 @@ def recorded(run: Path) -> Iterator[Located]:
             yield f"{folder.name}", names | same | more
 
 
-def to_row(line: Any) -> Row:
+def to_line(line: Any) -> Line:
     """A line of any of the shapes. Raises `BadRow`: no object, or it has no completion."""
     row = object_of(line)
     of = {key: next((row[n] for n in names if row.get(n) is not None), None) for key, names in KEYS.items()}
@@ -181,7 +181,7 @@ def to_row(line: Any) -> Row:
         reward = sum(parts.values())
     asked = of["group"] if of["group"] is not None else prompt_ids or prompt
     finish, cuts = of["finish"], [row[n] for n in ("truncated", "is_truncated") if n in row]
-    return Row(
+    return Line(
         step, f"{step} {asked}", prompt, prompt_ids, text, ids, _floats(of["engine"]), _floats(of["trainer"]),
         reward, parts, finish == "length" if finish is not None else bool(cuts[0]) if cuts else None,
         row.get("verdict") == "error" or any(row.get(n) for n in ("error", "verifier_error", "timeout")),
@@ -214,7 +214,7 @@ def _floats(value: Any) -> Floats | None:
     return found if found.ndim == 1 and len(found) else None
 
 
-def token_logprobs(dump: Dump) -> Iterator[tuple[Row, Floats, Floats]]:
+def both_sides(dump: Dump) -> Iterator[tuple[Line, Floats, Floats]]:
     """Rows with log-probabilities of both sides, without the tokens where one is not finite; those whose
     numbers do not fit are counted in `bad`."""
     for row in dump.rows:

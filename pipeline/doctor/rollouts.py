@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.doctor.findings import Finding
 from pipeline.doctor.gaps import PRESENT, UNENDED, causes, evidence, signature
-from pipeline.doctor.read import Dump, Floats, Row, token_logprobs
+from pipeline.doctor.read import Dump, Floats, Line, both_sides
 
 LEAST = 8
 """Rollouts, or groups' pairs, below which nothing is claimed."""
@@ -184,7 +184,7 @@ def duplicates(dump: Dump) -> Finding | None:
 def micro_batch_loss(dump: Dump) -> Finding | None:
     """Rollouts that are equal, to the engine too, differ in the trainer's log-probabilities; a step has other
     losses with other numbers of micro-batches; or weights differ between micro-batches and not within."""
-    scored: dict[tuple[float, str, object], list[Row]] = {}
+    scored: dict[tuple[float, str, object], list[Line]] = {}
     losses: dict[float, dict[float, float]] = {}
     shares: dict[float, dict[float, list[float]]] = {}
     for row in dump.rows:
@@ -235,7 +235,7 @@ def mismatch(dump: Dump, steps: Series) -> list[Finding]:
             Finding(kind, f"{len(rows)} of {len(steps)} steps; usually {evidence(usual)}") for kind in kinds
         ]
     means = {g[0].group: mean([row.reward for row in g if row.reward is not None]) for g in dump.groups()}
-    lines = list(token_logprobs(dump))
+    lines = list(both_sides(dump))
     by_step = {step: [line for line in lines if line[0].step == step] for step in dump.steps}
     gaps = {}
     for step, each in [*by_step.items(), (None, lines)]:

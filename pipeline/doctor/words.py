@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.doctor.findings import Finding
-from pipeline.doctor.read import Dump, Row
+from pipeline.doctor.read import Dump, Line
 from pipeline.errors import UserError
 from pipeline.run.files import read_json
 from rollout.checkpoint import eos_of
@@ -95,7 +95,7 @@ def template(dump: Dump, tokenizer: PreTrainedTokenizerFast, model: Path) -> Fin
     bare = [tuple(re.sub(special, "", part) for part in frame) for frame in frames]
     rows = [row for row in dump.rows if row.prompt_ids or row.prompt]
 
-    def fits(row: Row) -> bool:
+    def fits(row: Line) -> bool:
         if row.prompt_ids:
             text = str(tokenizer.decode([*row.prompt_ids], clean_up_tokenization_spaces=False))
             text = text if any(front.startswith(bos) for front, _ in frames) else text.removeprefix(bos)
