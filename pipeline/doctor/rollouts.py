@@ -20,7 +20,7 @@ PENALTIES = ("penal", "repet", "overlong", "length", "incorrect", "invalid", "tr
 Series = Sequence[dict[str, float]]
 
 
-def mean(values: Sequence[float] | Floats) -> float:
+def average(values: Sequence[float] | Floats) -> float:
     """Arithmetic mean; 0 of nothing."""
     return float(np.mean(values)) if len(values) else 0.0
 
@@ -32,18 +32,18 @@ def series(dump: Dump) -> Series:
     out = []
     for step in dump.steps:
         rows = [row for row in dump.rows if row.step == step]
-        told = [mean(-np.minimum(row.engine, 0)) for row in rows if row.engine is not None]
+        told = [average(-np.minimum(row.engine, 0)) for row in rows if row.engine is not None]
         told = [row.more["entropy"] for row in rows if "entropy" in row.more] or told
         groups = [g for g in dump.groups() if g[0].step == step]
         spread = [len({r.reward for r in g}) > 1 for g in groups if all(r.reward is not None for r in g)]
         distinct = [len({row.words for row in g}) / len(g) for g in groups]
         found = {
             "step": step,
-            "rollout/tokens_mean": mean([row.length for row in rows]),
-            "reward/mean": mean([row.reward for row in rows if row.reward is not None]),
-            "policy/entropy": mean([t for t in told if np.isfinite(t)]) if told else np.nan,
-            "distinct": mean(distinct) if distinct else np.nan,
-            "reward/groups_with_spread": mean(spread) if spread else np.nan,
+            "rollout/tokens_mean": average([row.length for row in rows]),
+            "reward/mean": average([row.reward for row in rows if row.reward is not None]),
+            "policy/entropy": average([t for t in told if np.isfinite(t)]) if told else np.nan,
+            "distinct": average(distinct) if distinct else np.nan,
+            "reward/groups_with_spread": average(spread) if spread else np.nan,
         }
         out.append({name: value for name, value in found.items() if np.isfinite(value)})
     return out
@@ -53,14 +53,14 @@ def ends(steps: Series, name: str) -> tuple[float, float] | None:
     """Means of the first and of the last quarter of at least three steps."""
     values = [row[name] for row in steps if name in row]
     quarter = max(1, len(values) // 4)
-    return (mean(values[:quarter]), mean(values[-quarter:])) if len(values) >= 3 else None
+    return (average(values[:quarter]), average(values[-quarter:])) if len(values) >= 3 else None
 
 
 def succeeds(dump: Dump, steps: Series) -> bool:
     """Whether the latest rewards are near the best there are: then to be certain and brief is no fault."""
     best = max((row.reward for row in dump.rows if row.reward is not None), default=0.0)
     rewards = [row["reward/mean"] for row in steps if "reward/mean" in row]
-    return best > 0 and mean(rewards[-max(1, len(rewards) // 4) :]) >= 0.75 * best
+    return best > 0 and average(rewards[-max(1, len(rewards) // 4) :]) >= 0.75 * best
 
 
 def collapse(dump: Dump, steps: Series) -> list[Finding]:
@@ -91,11 +91,11 @@ def flat_groups(dump: Dump, steps: Series) -> Finding | None:
     groups = sum(len({row.reward for row in g if row.reward is not None}) >= 1 for g in dump.groups())
     if not spread or (groups < 3 and not dump.metrics):
         return None
-    never, late = not any(spread), mean(spread[-max(1, len(spread) // 4) :])
+    never, late = not any(spread), average(spread[-max(1, len(spread) // 4) :])
     solved = succeeds(dump, steps) and (bool(dump.metrics) or not never)
     if solved or not (never or (late < 0.1 and len(spread) > 1)):
         return None
-    rewards = mean([row["reward/mean"] for row in steps if "reward/mean" in row])
+    rewards = average([row["reward/mean"] for row in steps if "reward/mean" in row])
     what = f"no group of {len(spread)} steps" if never else f"{late:.0%} of the groups of the last steps"
     return Finding("flat_groups", f"{what} had spread in its rewards, whose mean is {rewards:.3g}")
 
@@ -105,13 +105,13 @@ def truncation(dump: Dump, steps: Series) -> Finding | None:
     shares = [row["rollout/truncated"] for row in steps if "rollout/truncated" in row]
     told = [row.cut for row in dump.rows if row.cut is not None]
     if shares:
-        share, what = mean(shares[-max(1, len(shares) // 4) :]), f"of the last of {len(shares)} steps"
+        share, what = average(shares[-max(1, len(shares) // 4) :]), f"of the last of {len(shares)} steps"
     elif told:
-        share, what = mean(told), f"of {len(told)}"
+        share, what = average(told), f"of {len(told)}"
     else:
         most = max((row.length for row in dump.rows), default=0)
         share, what = (
-            mean([row.length == most for row in dump.rows]),
+            average([row.length == most for row in dump.rows]),
             f"of {len(dump.rows)}, all {most} long,",
         )
         if most < 8 or len({row.words for row in dump.rows if row.length == most}) < LEAST:
@@ -139,7 +139,7 @@ def silent_zero(dump: Dump) -> Finding | None:
             return Finding("silent_zero", f"{what} all {len(values)} rollouts is exactly 0")
         last = max(step for step, value in values if value)
         after = [step for step, _ in values if step > last]
-        before = mean([value != 0 for step, value in values if step <= last])
+        before = average([value != 0 for step, value in values if step <= last])
         if len(set(after)) >= 2 and before >= 0.2 and len(after) >= 2 * LEAST:
             return Finding(
                 "silent_zero", f"{what} all {len(after)} rollouts after step {last:g} is exactly 0"
@@ -160,7 +160,7 @@ def duplicates(dump: Dump) -> Finding | None:
         same = [(i, j) for i, j in itertools.combinations(range(len(group)), 2) if words[i] == words[j]]
         places.update(same)
         pairs, equal = pairs + len(group) * (len(group) - 1) // 2, equal + len(same)
-        expected += mean(chances) * len(group) * (len(group) - 1) / 2
+        expected += average(chances) * len(group) * (len(group) - 1) / 2
         long += sum(len(group[i].ids) >= 64 or len(group[i].text or "") >= 200 for i, _ in same)
     what = f"{equal} of {pairs} pairs of completions of one prompt are equal"
     if equal < 3:
@@ -208,7 +208,7 @@ def micro_batch_loss(dump: Dump) -> Finding | None:
             told = ", ".join(f"{loss:.4g} with {count:g}" for count, loss in sorted(by_count.items()))
             return Finding("micro_batch_loss", f"the loss of step {step:g} is {told} micro-batches")
     for step, by_micro in shares.items():
-        means = [mean(each) for each in by_micro.values()]
+        means = [average(each) for each in by_micro.values()]
         within = max(max(each) - min(each) for each in by_micro.values())
         if max(means) - min(means) > 0.01 * max(means) + 2 * within:
             told = f"from {min(means):.3g} to {max(means):.3g} between the micro-batches of step {step:g}"
@@ -234,7 +234,7 @@ def mismatch(dump: Dump, steps: Series) -> list[Finding]:
         return [
             Finding(kind, f"{len(rows)} of {len(steps)} steps; usually {evidence(usual)}") for kind in kinds
         ]
-    means = {g[0].group: mean([row.reward for row in g if row.reward is not None]) for g in dump.groups()}
+    means = {g[0].group: average([row.reward for row in g if row.reward is not None]) for g in dump.groups()}
     lines = list(both_sides(dump))
     by_step = {step: [line for line in lines if line[0].step == step] for step in dump.steps}
     gaps = {}
@@ -255,7 +255,7 @@ def examine(dump: Dump) -> list[Finding]:
     steps = series(dump)
     found = [*mismatch(dump, steps), silent_zero(dump), flat_groups(dump, steps), truncation(dump, steps)]
     found += [micro_batch_loss(dump), duplicates(dump), *collapse(dump, steps)]
-    unended = mean([row.get("rollout/unended", 0.0) for row in dump.metrics])
+    unended = average([row.get("rollout/unended", 0.0) for row in dump.metrics])
     if unended >= UNENDED:
         found.append(Finding("eos", f"{unended:.0%} of the completions that stopped lack their end token"))
     return [each for each in found if each]
