@@ -26,8 +26,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from distill.batches import IGNORE
 from pipeline.data.corpus import Row, corpus_rows, tagged
-from pipeline.data.decontaminate import apart
-from pipeline.data.pool import encoded
+from pipeline.data.pool import apart, encoded
 from pipeline.data.problems import data_folder
 from pipeline.data.solutions import read_solutions, worked_steps
 from pipeline.errors import UserError

@@ -8,38 +8,17 @@ arXiv:2005.14165, App. C.)
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Sequence
 
-from pipeline.data.problems import data_folder, problems
-from pipeline.errors import UserError
-from pipeline.run.directory import RunDir
-from pipeline.run.metrics import say
-from pipeline.settings.common import HeldoutSettings
 from rollout.types import Problem
 
 NGRAM = 10
 """Words of the n-grams."""
-GENERATED = "generator:"
-"""In the source of problems that are held out by construction (`pipeline.data.generators`)."""
 
 # Spacing, maths delimiters and sentence marks; signs, operators and decimal points make another problem.
 _LOOSE = re.compile(r"\\[,;: ]|\\(?:left|right)\b|[\s${}\"'“”‘’,;:?。，？：；]|\.(?!\d)")
 _WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+")
 _SYMBOL = re.compile(rf"\d+\.\d+|{_WORD.pattern}|[^\w\s]")
-
-
-class Questioning(Protocol):
-    """A problem or a row of a corpus."""
-
-    @property
-    def question(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-
-
-T = TypeVar("T", bound=Questioning)
 
 
 def normalised(text: str) -> str:
@@ -100,37 +79,3 @@ def copied(questions: Sequence[str], corpus: Iterable[str]) -> tuple[set[int], s
         copies |= same
         near |= held
     return copies, near
-
-
-def apart(items: Iterable[T], config: HeldoutSettings, run_dir: RunDir) -> Iterator[T]:
-    """`items` less what holds a problem of the benchmarks `config.heldout`. Generated ones pass, and a
-    benchmark is only read where there are others. What was left out, and which benchmarks could not be read,
-    is said on the console and noted in env.json. Raises `UserError`: nothing is left."""
-    questions, told, total, kept = None, "", 0, 0
-    for item in items:
-        if config.heldout and GENERATED not in item.source:
-            if questions is None:
-                questions, told = read_benchmarks(config.heldout, data_folder(config.data))
-            total += 1
-            if any(questions.held_by(item.question)):
-                continue
-            kept += 1
-        yield item
-    if total:
-        told = f"{total - kept} of {total} problems hold one of {told}"
-        if not kept:
-            raise UserError(f"all {told}: take others, or --heldout")
-        say(f"{run_dir.stage.name}: left out: {told}")
-        run_dir.note("decontamination", told)
-
-
-def read_benchmarks(names: Sequence[str], folder: Path | None) -> tuple[Questions, str]:
-    """The problems of the benchmarks, and which those are; also those that cannot be read, and why."""
-    found, unread = list[str](), dict[str, str]()
-    for name in names:
-        try:
-            found += [problem.question for problem in problems(name, data_dir=folder)]
-        except UserError as error:
-            unread[name] = f"; not compared with {name} ({str(error).removeprefix(f'{name}: ')[:60]})"
-    read = ", ".join(name for name in names if name not in unread) or "no benchmark"
-    return Questions(found), read + "".join(unread.values())

@@ -8,23 +8,73 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.data.corpus import Row
-from pipeline.data.decontaminate import apart
+from pipeline.data.decontaminate import Questions
 from pipeline.data.jsonl import BadRow
-from pipeline.data.problems import order, problems
+from pipeline.data.problems import data_folder, order, problems
 from pipeline.data.rows import Tally
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir
-from pipeline.settings.common import RowSettings
+from pipeline.run.metrics import say
+from pipeline.settings.common import HeldoutSettings, RowSettings
 from pipeline.settings.rollouts import GeneratingSettings
 from rollout.checkpoint import context_of
 from rollout.collect import has_spread
 from rollout.text.tokenizer import encode_example, encode_prompt
 from rollout.types import Graded, Problem
+
+GENERATED = "generator:"
+"""In the source of problems that are held out by construction (`pipeline.data.generators`)."""
+
+
+class Questioning(Protocol):
+    """A problem or a row of a corpus."""
+
+    @property
+    def question(self) -> str: ...
+    @property
+    def source(self) -> str: ...
+
+
+T = TypeVar("T", bound=Questioning)
+
+
+def apart(items: Iterable[T], config: HeldoutSettings, run_dir: RunDir) -> Iterator[T]:
+    """`items` less what holds a problem of the benchmarks `config.heldout`. Generated ones pass, and a
+    benchmark is only read where there are others. What was left out, and which benchmarks could not be read,
+    is said on the console and noted in env.json. Raises `UserError`: nothing is left."""
+    questions, told, total, kept = None, "", 0, 0
+    for item in items:
+        if config.heldout and GENERATED not in item.source:
+            if questions is None:
+                questions, told = read_benchmarks(config.heldout, data_folder(config.data))
+            total += 1
+            if any(questions.held_by(item.question)):
+                continue
+            kept += 1
+        yield item
+    if total:
+        told = f"{total - kept} of {total} problems hold one of {told}"
+        if not kept:
+            raise UserError(f"all {told}: take others, or --heldout")
+        say(f"{run_dir.stage.name}: left out: {told}")
+        run_dir.note("decontamination", told)
+
+
+def read_benchmarks(names: Sequence[str], folder: Path | None) -> tuple[Questions, str]:
+    """The problems of the benchmarks, and which those are; also those that cannot be read, and why."""
+    found, unread = list[str](), dict[str, str]()
+    for name in names:
+        try:
+            found += [problem.question for problem in problems(name, data_dir=folder)]
+        except UserError as error:
+            unread[name] = f"; not compared with {name} ({str(error).removeprefix(f'{name}: ')[:60]})"
+    read = ", ".join(name for name in names if name not in unread) or "no benchmark"
+    return Questions(found), read + "".join(unread.values())
 
 
 def pooled(

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.data.jsonl import FORMATS, BadRow, Located, located, object_of, read_log
 from pipeline.errors import UserError
+from pipeline.run.checkpoint import steps_in
 from pipeline.run.files import read_toml
+from pipeline.tools.record import load_record
 
 Floats = NDArray[np.float64]
 MOST_TOKENS = 20_000_000
@@ -149,10 +150,10 @@ def _dropped(group: str, keep: int) -> bool:
 
 
 def recorded(run: Path) -> Iterator[Located]:
-    """The rollouts of the recorded steps of a run, complete groups, as lines of a dump."""
-    for folder in sorted(run.glob("recorded-*"), key=_natural):
-        step = int(folder.name.partition("-")[2])
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    """The rollouts of the recorded steps of a run, complete groups, as lines of a dump.
+    Raises `UserError`: a record is damaged."""
+    for step in steps_in(run, "recorded"):
+        folder, _, state = load_record(run, step)
         for graded in state["round"]["graded"]:
             rollout = graded["rollout"]
             names = {"group": f"recorded {rollout['index']}", "completion_ids": rollout["token_ids"].tolist()}

@@ -45,7 +45,7 @@ from pipeline.train.losses import loss_named, settings_of
 from pipeline.train.memory import check_memory
 from pipeline.train.pack import Batch, Per, pack, rollout_weights
 from pipeline.train.place import Place
-from pipeline.train.policy import load_policy, open_rollouts, save_policy
+from pipeline.train.policy import load_policy, loading, open_rollouts, save_policy
 from pipeline.train.rollouts import (
     Watch,
     batch_advantages,
@@ -93,7 +93,8 @@ class RoundTrainer(ABC):
         tokens = min(self.place.micro_tokens(config), config.group_size * config.max_tokens)
         check_memory(start, self.place, config.optim, tokens, reference=reference, rollout=config.rollout)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
-        eos = eos_of(start, self.tokenizer.eos_token_id)
+        with loading(start):
+            eos = eos_of(start, self.tokenizer.eos_token_id)
         self.eos = frozenset([eos] if isinstance(eos, int) else eos or ())
         self.problems = pooled(config, self.tokenizer, start, config.seed, run_dir)
         self.heldout_problems = []

@@ -13,9 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from model.policy import Policy
 from pipeline.data.corpus import Row, read_corpus, readable, split_blocks, tagged, write_corpus
-from pipeline.data.decontaminate import apart
 from pipeline.data.jsonl import read_log
-from pipeline.data.pool import encoded
+from pipeline.data.pool import apart, encoded
 from pipeline.data.traces import curated_rows
 from pipeline.errors import UserError
 from pipeline.run.directory import RunDir

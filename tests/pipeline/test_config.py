@@ -223,7 +223,7 @@ def test_every_number_has_a_range_and_is_refused_outside_it(entry, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     Path("stage.toml").write_text("")
     needed = {"model": "m", "benchmark": "b", "out": "o", "prompts": "p", "source": "s", "stages": "r1"}
-    needed |= {"first": "a", "second": "b", "folder": "f"}
+    needed |= {"first": "a", "second": "b", "folder": "f", "path": "r"}
     required = [
         part
         for field in dataclasses.fields(entry.settings)

@@ -13,8 +13,8 @@ import pytest
 
 from distill.corpus import traces
 from pipeline.data.corpus import Row, to_row
-from pipeline.data.decontaminate import Questions, apart, decontaminate
-from pipeline.data.pool import pooled
+from pipeline.data.decontaminate import Questions, decontaminate
+from pipeline.data.pool import apart, pooled
 from pipeline.data.problems import problems
 from pipeline.errors import UserError
 from pipeline.settings.distill import DistillSettings

@@ -91,3 +91,13 @@ def test_faults_are_for_an_engine_in_this_process(capsys, tmp_path, flags):
     argv = ["zero", "--config", tmp_path / "zero.toml", "--inject", "stale", *flags]
     assert main([*map(str, argv)]) == 2
     assert "in the trainer's process" in capsys.readouterr().err
+
+
+def test_a_recorded_step_is_examined_whole_and_a_damaged_one_is_named(zero, capsys):
+    _, run = zero("--record", 2, "--log-samples", 0)
+    assert main(["doctor", str(run)]) == 0
+    assert f"{run}: 96 rollouts, 2 steps" in capsys.readouterr().out
+    (run / "recorded-2" / "state.pt").write_bytes(b"torn")
+    assert main(["doctor", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "recorded-2" in said and said.count("\n") == 1

@@ -18,7 +18,7 @@ def policy(tokenizer, tmp_path_factory):
     [
         (["--device", "cuda"], "--device cuda: torch finds no GPU here"),
         (["--problems"], "problems must name at least one source"),
-        (["--loss", "gpro"], "did you mean grpo?"),
+        (["--loss", "dap"], "did you mean dapo?"),
         (["--loss", "os:getcwd"], "is not f(tokens"),
         (["--optim.balance-alpha", "1e-4", "--init-from", "nowhere"], "no model at nowhere"),
         (["--seed", str(2**63)], "must be in [0, "),

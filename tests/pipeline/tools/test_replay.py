@@ -21,6 +21,7 @@ from pipeline.table import STAGES
 from pipeline.tools import record, replay
 from pipeline.train.policy import load_policy
 from rollout.collect import Round
+from rollout.settings import RolloutSettings
 from tests.small import random_policy
 
 STAGE = next(stage for stage in STAGES if stage.name == "zero")
@@ -324,6 +325,22 @@ def test_what_is_not_there_is_named(recorded, refusal, tmp_path):
     assert "typo" in refusal(folder, "--loss", "typo")
     assert "clip_low" in refusal(folder, "--clip-low", "7")
     assert "--seed is no setting of an objective" in refusal(folder, "--seed", "1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_that_is_not_there_is_refused(recorded, refusal):
+    assert "--device cuda: torch finds no GPU here" in refusal(recorded[0], "--device", "cuda")
+
+
+def test_routes_and_drafts_of_the_recorded_step_are_repeated(opened, again, tmp_path):
+    engine = RolloutSettings(dtype="bfloat16")  # so that its experts differ from the trainer's
+    run, it = opened(tmp_path, record=(2,), router_replay=True, mtp_coef=0.5, rollout=engine)
+    metrics = [it.step(step)[0] for step in (1, 2)]
+    it.close()
+    run.__exit__(None, None, None)
+    result, _ = again(tmp_path / "tiny/zero")
+    assert metrics[1]["loss/mtp"] > 0 and metrics[1]["policy/experts_differ"] > 0
+    assert result["same_bits"] and result["loss"] == metrics[1]["loss/total"]
 
 
 def test_a_penalty_without_a_reference_is_refused(opened, refusal, tmp_path, capsys):
