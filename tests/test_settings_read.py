@@ -268,6 +268,7 @@ COMMAND_LINES = {
     "compare": "{scored} {scored} --out {out}",
     "leaderboard": "{scored} --out {out} --json {out}",
     "replay": "{recorded} --step 1 --device cpu --loss dr_grpo",
+    "doctor": "{samples} --model {policy}",
     "chat": MODEL + " --threads 1",
     "serve": MODEL + " --port 0 --threads 1 --api-key key",
 }

@@ -101,7 +101,7 @@ def test_help_shows_every_setting_at_once(entry):
     done = show_help(entry.name, "--help")
     assert done.returncode == 0, done.stderr
     positional = (
-        ("stages", "source", "out", "first", "second", "folder")
+        ("stages", "source", "out", "first", "second", "folder", "path")
         if getattr(entry, "positional", False)
         else ()
     )
