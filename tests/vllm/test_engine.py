@@ -280,18 +280,17 @@ def test_the_trainers_process_is_left_as_it_was(folder, policies):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sleep": "on"}, "vllm.sleep = on: vLLM's CPU build does not have it; set vllm.sleep = auto"),
-        ({"quantization": "fp8"}, "vllm.quantization: vLLM's CPU build"),
-        ({"kv_dtype": "fp8"}, "vllm.kv_dtype: vLLM's CPU build"),
-        ({"routed_experts": True}, "vllm.routed_experts: vLLM's CPU build"),
+        ({"vllm": VllmSettings(sleep="on")}, "vllm.sleep = on: vLLM's CPU build does not have it; set"),
+        ({"vllm": VllmSettings(quantization="fp8")}, "vllm.quantization: vLLM's CPU build"),
+        ({"vllm": VllmSettings(kv_dtype="fp8")}, "vllm.kv_dtype: vLLM's CPU build"),
+        ({"routed_experts": True}, r"rollout.routed_experts \(router_replay\): vLLM's CPU build"),
     ],
 )
 def test_what_the_cpu_build_cannot_do_is_refused_by_name(folder, settings, message):
     from rollout.vllm.engine import VllmEngine
 
-    chosen = RolloutSettings(vllm=VllmSettings(**settings))
     with pytest.raises(ValueError, match=message):
-        VllmEngine(folder, chosen)
+        VllmEngine(folder, RolloutSettings(**settings))
 
 
 def test_a_crash_in_the_middle_is_one_clear_error(folder, policies):
