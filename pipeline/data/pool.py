@@ -31,7 +31,7 @@ GENERATED = "generator:"
 """In the source of problems that are held out by construction (`pipeline.data.generators`)."""
 
 
-class Questioning(Protocol):
+class HasQuestion(Protocol):
     """A problem or a row of a corpus."""
 
     @property
@@ -40,7 +40,7 @@ class Questioning(Protocol):
     def source(self) -> str: ...
 
 
-T = TypeVar("T", bound=Questioning)
+T = TypeVar("T", bound=HasQuestion)
 
 
 def apart(items: Iterable[T], config: HeldoutSettings, run_dir: RunDir) -> Iterator[T]:

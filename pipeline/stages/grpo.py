@@ -266,8 +266,10 @@ class Trainer(RoundTrainer):
         advantages = self.advantages(graded)
         batches = self.batches(graded, advantages)
         due = step in config.record or (config.record_every and step % config.record_every == 0)
-        reference = self.reference and self.reference.state_dict()
-        state = {"round": done.plain(), "advantages": advantages, "reference": reference} if due else {}
+        state = dict[str, Any]()
+        if due:
+            reference = None if self.reference is None else self.reference.state_dict()
+            state = {"round": done.plain(), "advantages": advantages, "reference": reference}
         found = self.doctor.rollouts(step, graded)
         with recording(self.run_dir, config, step, self.learner, self.tokenizer, state):
             began = time.monotonic()

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from pipeline.data.card import corpus_card
 from pipeline.data.corpus import Row, canonical, readable, split_blocks, tagged, write_corpus
 from pipeline.data.jsonl import read_log
@@ -86,12 +88,25 @@ def run(config: RejectSettings, run_dir: RunDir) -> None:
         why = ", ".join(f"{n} {name}" for name, n in fates.most_common() if n)
         way = f"train {config.init_from} longer, or take another --template or model"
         raise UserError(f"reject kept nothing of {len(pool)} problems ({why}): {way}")
+    leave(config, run_dir, rows, fates, len(pool), start, tokenizer)
+
+
+def leave(
+    config: RejectSettings,
+    run_dir: RunDir,
+    rows: list[Row],
+    fates: Counter[str],
+    problems: int,
+    start: Path | None,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Add general data to `rows`, and write corpus and card. `start`: the teacher's directory, if any."""
     rows += curated_rows("general", config.general, config.seed + 2)
     env = run_dir.environment()
     digest = env["inputs"].get(str(start), start and start.name)
     apart = env.get("decontamination", "generated problems are held out by construction")
     teacher = f"{config.init_from}, {f'sha256 {digest}' if start else f'served at {address()}'}"
-    facts = {"teacher": teacher, "problems": len(pool), "benchmarks": apart, "run with": run_dir.command}
+    facts = {"teacher": teacher, "problems": problems, "benchmarks": apart, "run with": run_dir.command}
     toml = (run_dir.path / "config.toml").read_text()
     card, sizes = corpus_card(rows, facts, fates, toml, tokenizer if start else None)
     write_atomic(run_dir.path / "README.md", card)

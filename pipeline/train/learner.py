@@ -286,7 +286,7 @@ def score(policy: Policy, part: Micro, temperature: float, routed_experts: Tenso
     """Log-probabilities of the scored tokens of one micro-batch, `n`, without gradient.
 
     `routed_experts`: those of `part`, for the policy that sampled it. A reference chooses its own: with
-    another's it would be another distribution, and the KL penalty one from a model that nobody trained."""
+    another's it would be another distribution, and the KL penalty one from a model that was never trained."""
     states, targets, _ = part.ahead(1)
     was_training = policy.training
     policy.eval()

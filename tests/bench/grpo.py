@@ -45,6 +45,7 @@ def run() -> dict[str, Any]:
             memory = statistics.median(r["trl"]["peak_bytes"] / r["ours"]["peak_bytes"] for r in rounds)
             print(f"{name}: {ratio:.2f}x, memory {memory:.2f}x", flush=True)
             details[name] = {"ratio": ratio, "rounds": rounds}
-            claims.append({"claim": f"GRPO step, {name}", "value": ratio, "at_least": bound or 1.0})
+            if bound is not None:
+                claims.append({"claim": f"GRPO step, {name}", "value": ratio, "at_least": bound})
             claims.append({"claim": f"peak memory, {name}", "value": memory, "at_least": 1.0})
     return {"claims": claims, "cases": details}
