@@ -98,7 +98,7 @@ def test_sleep_without_a_trainer_is_refused(engine, deepseek_dir):
         VllmEngine(deepseek_dir, chosen)
 
 
-def test_with_overlap_it_never_sleeps(engine, net, prompts):
+def test_with_a_queue_it_never_sleeps(engine, net, prompts):
     source = RolloutSource(engine, lambda at, n: prompts[:n], graded, Plan(2, 2))
     source.next(net, 0, SAMPLED, SAMPLED)
     source.next(net, 1, SAMPLED, SAMPLED)

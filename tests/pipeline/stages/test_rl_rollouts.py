@@ -1,4 +1,4 @@
-"""RL with workers, dynamic sampling and overlap: the run that it is without them, where it should be."""
+"""RL with workers, dynamic sampling and a queue: the run that it is without them, where it should be."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_rl_through_a_worker_is_the_run_in_process(policy, tmp_path):
             assert two[key] == pytest.approx(one[key], rel=1e-3)
 
 
-def test_overlap_is_one_step_off_policy_and_resumes_to_the_same_bits(policy, tmp_path):
-    logged = zero(policy, tmp_path, "whole", "--overlap", "--steps", 4, "--checkpoint-every", 2)
+def test_a_queue_of_one_is_one_step_off_policy_and_resumes_to_the_same_bits(policy, tmp_path):
+    logged = zero(policy, tmp_path, "whole", "--staleness", 1, "--steps", 4, "--checkpoint-every", 2)
     assert [row["rollout/staleness"] for row in logged] == [0, 1, 1, 1]
     assert logged[0]["policy/mismatch_kl"] < 1e-9 < logged[2]["policy/mismatch_kl"]
     run = tmp_path / "whole/zero"
@@ -61,7 +61,7 @@ def test_overlap_is_one_step_off_policy_and_resumes_to_the_same_bits(policy, tmp
         text = (run / file).read_text()
         (again / file).write_text(text.replace('name = "whole"', 'name = "again"'))
     (again / "checkpoint-2").symlink_to(run / "checkpoint-2")
-    args = ("--overlap", "--steps", 4, "--checkpoint-every", 2, "--resume")
+    args = ("--staleness", 1, "--steps", 4, "--checkpoint-every", 2, "--resume")
     resumed = zero(policy, tmp_path, "again", *args)
     for one, two in zip(logged, resumed, strict=True):
         for key in ("reward/mean", "policy/mismatch_kl", "optim/grad_norm", "rollout/staleness"):
