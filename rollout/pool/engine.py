@@ -136,7 +136,7 @@ class RolloutPool(InFlightEngine):
 
     def _actor(self) -> Any:
         options = {"num_cpus": self.settings.worker_cpus, "num_gpus": self.settings.worker_gpus}
-        remote = self.ray.remote(Worker).options(**options, max_restarts=0, concurrency_groups={"mail": 1})
+        remote = self.ray.remote(concurrency_groups={"mail": 1})(Worker).options(**options, max_restarts=0)
         return remote.remote(self.opener, str(self.path.resolve()), self.settings, self.eos_token_id)
 
     def _ready(self, actor: Any) -> Member:

@@ -15,6 +15,7 @@ import math
 import random
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,8 @@ class VllmEngine(Renewable):
                         engine.abort_request([name])
                     if output.finished or end is not None:
                         index, sample = waiting.pop(name)
-                        versions = version, self.version
-                        yield to_rollout(
-                            prompts[index], index, sample, completion, versions, end, self.config
-                        )
+                        made = prompts[index], index, sample, completion, version, end
+                        yield replace(to_rollout(*made, self.config), last_version=self.version)
         except (GeneratorExit, FloatingPointError):
             if waiting:
                 engine.abort_request(list(waiting))

@@ -34,13 +34,12 @@ def to_rollout(
     index: int,
     sample: int,
     output: Any,
-    versions: tuple[int, int],
+    version: int,
     end: int | None,
     config: Mapping[str, Any],
 ) -> Rollout:
-    """A completion of vLLM as a `Rollout`, up to token `end` where a stop string ends it. `versions`: of the
-    weights when it was requested, and now. `config` is the model's config.json: its first layers may have no
-    experts."""
+    """A completion of vLLM as a `Rollout`, up to token `end` where a stop string ends it. `config` is
+    the model's config.json: its first layers may have no experts."""
     logprobs = tuple(map(float, output.logprobs.logprobs))[:end]
     if not all(map(math.isfinite, logprobs)):
         step = next(i for i, value in enumerate(logprobs) if not math.isfinite(value))
@@ -50,8 +49,7 @@ def to_rollout(
         )
     tokens, routes = list(output.token_ids)[:end], routes_of(output, len(prompt.token_ids), end, config)
     reason: FinishReason = "stop" if end is not None or output.finish_reason == "stop" else "length"
-    made = (prompt, index, sample, tokens, logprobs, reason, versions[0], routes)
-    return Rollout(*made, last_version=versions[1])
+    return Rollout(prompt, index, sample, tokens, logprobs, reason, version, routes)
 
 
 def routes_of(output: Any, prompt: int, end: int | None, config: Mapping[str, Any]) -> Tensor | None:
