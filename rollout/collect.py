@@ -9,7 +9,8 @@ With a queue of d rounds, round t is begun when step t - d gets its rollouts and
 its weights lack the updates of d steps at most. Both sides wait: the generator for the trainer where d rounds
 are complete, the trainer for the generator where its round is not. An engine in the trainer's process
 generates round t from the weights of step t - d, whatever the timing: the run has the same bits every time.
-A pool (`InFlightEngine`) gets the weights of every step at once, also in the middle of a round.
+A pool (`InFlightEngine`) gets the weights of every step at once where d > 1, in the middle of rounds too, so
+that its rollouts are younger, by an amount that depends on timing.
 """
 
 import time
@@ -133,16 +134,15 @@ class RolloutSource:
             samplings: of this round and of those after it that may be begun now, from the weights as they are
                 now, in the background. Those that are pending come first and stay as they are.
         """
-        began = time.monotonic()
-        done, sync_s = self.take(), 0.0
-        if done is None:
+        began, in_flight = time.monotonic(), isinstance(self.engine, InFlightEngine)
+        if not self.pending or (in_flight and len(self.pending) > 1):
             self.sync(policy, version)
-            sync_s = time.monotonic() - began
-            done = self.round(samplings[0])
+        sync_s = time.monotonic() - began
+        done = self.take() or self.round(samplings[0])
         wait_s = time.monotonic() - began - sync_s
         more = samplings[1 + len(self.pending) :]
         if more or self.pending:
-            direct = isinstance(self.engine, InFlightEngine) or not (self.in_place or self.pending)
+            direct = in_flight or not (self.in_place or self.pending)
             if direct:  # the engine has weights of its own, and takes them now
                 self.sync(policy, version)
             weights = None if direct or not more else (policy.frozen(), version)
