@@ -270,7 +270,7 @@ class RolloutPool(InFlightEngine):
         if finished is None:
             member.task = member.stream = None
             if task.missing:
-                self._again(task, queue, f"{len(task.missing)} rollouts never came back")
+                self._again(task, queue, f"{len(task.missing)} rollouts of them never came back")
 
     # ---- weights
 
