@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from model import Transformer
 from model.dense import DensePolicy
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
@@ -15,10 +16,16 @@ from rollout.open import open_worker_engine
 from rollout.pool.worker import Worker
 from rollout.settings import RolloutSettings
 from rollout.types import Rollout, SamplingParams
-from tests.rollout.test_continuous import net  # noqa: F401: the fixture
-from tests.small import prompt
+from tests.small import VOCAB, prompt, tiny
 
 SAMPLED = SamplingParams(max_tokens=24, n=3, seed=5)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """With an MTP module to guess with."""
+    config = tiny(VOCAB, num_nextn_predict_layers=1, eos_token_id=2, initializer_range=0.15)
+    return Transformer(config, seed=0).eval()
 
 
 def moved(policy):
@@ -67,7 +74,7 @@ def of_tokens(logits, ids, start):
 
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("rows", [40, 7])
-def test_the_native_engine_prefills_again(net, prompts, speculate, rows):  # noqa: F811
+def test_the_native_engine_prefills_again(net, prompts, speculate, rows):
     """Tokens after the change have the probabilities of the new weights alone, cache and guesses too."""
     other = moved(net)
 
@@ -83,7 +90,7 @@ def test_the_native_engine_prefills_again(net, prompts, speculate, rows):  # noq
 
 def test_the_dense_engine_keeps_keys_and_values(llama, prompts):
     """Those that the old weights made stay in its cache."""
-    net = DensePolicy(llama)  # noqa: F811
+    net = DensePolicy(llama)
     other = moved(net)
 
     def logprobs(ids, p, s):
@@ -102,7 +109,7 @@ def test_the_dense_engine_keeps_keys_and_values(llama, prompts):
     assert {r.policy_version for r in got} == {0, 4}  # the second wave began with the new ones
 
 
-def test_a_request_without_new_weights_has_one_version(net, prompts):  # noqa: F811
+def test_a_request_without_new_weights_has_one_version(net, prompts):
     engine = NativeEngine(net)
     engine.version = 6
     assert {(r.policy_version, r.last_version) for r in engine.generate(prompts, SAMPLED)} == {(6, 6)}

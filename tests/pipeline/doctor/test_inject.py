@@ -55,6 +55,17 @@ def test_the_cause_is_named_within_two_steps_and_from_the_folder(zero, capsys, f
     assert (f"with a fault on purpose: {fault}" in card) == bool(fault)
 
 
+def test_rollouts_that_are_old_on_purpose_are_no_fault(zero, capsys):
+    """Neither to the run nor to `doctor`, and the bound on the mismatch names them."""
+    out, run = zero("--staleness", 3, "--steps", 6)
+    assert not any(f": {kind}: " in out for kind in [*CAUSES.values(), "template"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["rollout/staleness"] == 3 and rows[-1]["policy/mismatch_kl"] > 1e-3
+    assert main(["doctor", str(run)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert not {each["kind"] for each in found} & {*CAUSES.values(), "template", "temperature"}
+
+
 def test_a_run_that_stops_at_its_first_step_leaves_the_cause(zero, capsys):
     _, run = zero("--inject", "fp8", "--max-mismatch-kl", 1e-6)
     assert main(["doctor", str(run)]) == 0
