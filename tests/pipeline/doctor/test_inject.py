@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from model.transformer import Transformer
 from pipeline.__main__ import main
 from pipeline.doctor.gaps import causes, signature
 from pipeline.doctor.inject import FaultyEngine
+from pipeline.doctor.live import LiveDoctor
 from rollout.native.engine import NativeEngine
 from rollout.types import SamplingParams
 from tests.small import random_policy, random_prompts
@@ -64,6 +67,20 @@ def test_rollouts_that_are_old_on_purpose_are_no_fault(zero, capsys):
     assert main(["doctor", str(run)]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
     assert not {each["kind"] for each in found} & {*CAUSES.values(), "template", "temperature"}
+
+
+@pytest.mark.parametrize(("stale", "step", "named"), [(0, 5, True), (1, 1, True), (1, 5, False)])
+def test_a_resumed_run_with_old_rollouts_takes_them_for_nothing_else(capsys, stale, step, named):
+    """Its first step has a gap already. In one that began so, the gap is the engine's rounding."""
+    random = torch.Generator().manual_seed(0)
+    logprobs, noise = -torch.rand(512, generator=random), 1e-2 * torch.randn(512, generator=random)
+    rollout, gains = torch.arange(512) // 4, torch.randn(128, generator=random).repeat_interleave(4)
+    part = SimpleNamespace(rollout_logprobs=logprobs + noise, advantages=gains, rollout=rollout)
+    doctor = LiveDoctor(frozenset(), bool(stale))
+    doctor.rollouts(step, [])
+    assert doctor.gaps(1e-3, [(part, logprobs)])
+    assert ("precision" in doctor.named) == ("precision" in capsys.readouterr().out) == named
+    assert len(doctor.named) == named
 
 
 def test_a_run_that_stops_at_its_first_step_leaves_the_cause(zero, capsys):
