@@ -1,12 +1,20 @@
-"""Rounds: from an index in the problem order to groups of graded rollouts, and the next round meanwhile.
+"""Rounds: from an index in the problem order to groups of graded rollouts, and the next rounds meanwhile.
 
 Dynamic sampling refills a round until it has its number of groups with spread (DAPO, arXiv:2503.14476,
-Sec. 3.2: a group whose rewards are all equal has no advantage). Overlap generates a round while the trainer
-works on the one before, so its rollouts are one step off-policy, never more; each rollout carries the version
-of the weights that it was sampled with.
+Sec. 3.2: a group whose rewards are all equal has no advantage). A queue of rounds is generated in the
+background, one after the other, while the trainer works on earlier ones; each rollout carries the versions of
+the weights that it was sampled with.
+
+With a queue of d rounds, round t is begun when step t - d gets its rollouts and is trained on at step t, so
+its weights lack the updates of d steps at most. Both sides wait: the generator for the trainer where d rounds
+are complete, the trainer for the generator where its round is not. An engine in the trainer's process
+generates round t from the weights of step t - d, whatever the timing: the run has the same bits every time.
+A pool (`InFlightEngine`) gets the weights of every step at once where d > 1, in the middle of rounds too, so
+that its rollouts are younger, by an amount that depends on timing.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +24,7 @@ import numpy as np
 import torch
 
 from model.policy import Policy
-from rollout.engine import RolloutEngine
+from rollout.engine import InFlightEngine, RolloutEngine
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams, StdioTest
 from rollout.weights import InPlaceEngine
 
@@ -52,10 +60,9 @@ class Round:
     sync_s: float = 0.0  # until the engine had the policy's weights
     wait_s: float = 0.0  # until the round was complete, after that
 
-    def versions(self) -> tuple[int, int]:
-        """Oldest and newest policy among its rollouts."""
-        found = [g.rollout.policy_version for g in self.graded]
-        return min(found), max(found)
+    def versions(self) -> list[int]:
+        """Optimizer updates in the weights that each of its rollouts began with."""
+        return [g.rollout.policy_version for g in self.graded]
 
     def plain(self) -> dict[str, Any]:
         """As dicts, lists and tensors, for a checkpoint."""
@@ -97,10 +104,10 @@ class RolloutSource:
             grade: rollouts -> graded, in order; called in the thread that generates.
         """
         self.engine, self.prompts, self.grade, self.plan = engine, prompts, grade, plan
-        self.cursor = 0  # problems used so far
+        self.cursor = 0  # problems used so far, by pending rounds too
         self.synced = 0  # optimizer updates in the engine's own weights
         self.thread: ThreadPoolExecutor | None = None
-        self.pending: Future[Round] | None = None
+        self.pending = deque[Future[Round]]()  # the rounds of the next steps, in order
 
     @property
     def in_place(self) -> bool:
@@ -118,30 +125,40 @@ class RolloutSource:
         if self.engine.rest():
             self.synced = NEVER
 
-    def next(
-        self, policy: Policy, version: int, sampling: SamplingParams, then: SamplingParams | None = None
-    ) -> Round:
+    def next(self, policy: Policy, version: int, *samplings: SamplingParams) -> Round:
         """The next round.
 
         Args:
             policy: sampled from, unless the round was begun ahead.
             version: its optimizer updates.
-            then: sampling of the round after, begun in the background from the weights as they are now.
+            samplings: of this round and of those after it that may be begun now, from the weights as they are
+                now, in the background. Those that are pending come first and stay as they are.
         """
-        began = time.monotonic()
-        done, sync_s = self.take(), 0.0
-        if done is None:
+        began, in_flight = time.monotonic(), isinstance(self.engine, InFlightEngine)
+        if not self.pending or (in_flight and len(self.pending) > 1):
             self.sync(policy, version)
-            sync_s = time.monotonic() - began
-            done = self.collect(self.cursor, sampling)
+        sync_s = time.monotonic() - began
+        done = self.take() or self.round(samplings[0])
         wait_s = time.monotonic() - began - sync_s
-        self.cursor = done.cursor
-        if then is not None:
-            self.sync(policy.frozen() if self.in_place else policy, version)
-            self.begin(self.cursor, then)
+        more = samplings[1 + len(self.pending) :]
+        if more or self.pending:
+            direct = in_flight or not (self.in_place or self.pending)
+            if direct:  # the engine has weights of its own, and takes them now
+                self.sync(policy, version)
+            weights = None if direct or not more else (policy.frozen(), version)
+            for sampling in more:
+                self.begin(sampling, weights)
         else:
             self.rest()
         return replace(done, sync_s=sync_s, wait_s=wait_s)
+
+    def round(self, sampling: SamplingParams, weights: tuple[Policy, int] | None = None) -> Round:
+        """Generate and grade the next round in the problem order, from these weights if any."""
+        if weights is not None:
+            self.sync(*weights)
+        done = self.collect(self.cursor, sampling)
+        self.cursor = done.cursor
+        return done
 
     def collect(self, cursor: int, sampling: SamplingParams) -> Round:
         """Generate and grade a round whose problems begin at index `cursor`."""
@@ -169,36 +186,35 @@ class RolloutSource:
         metrics = self.engine.drain()
         return Round(graded_groups, cursor + sampled, sampled, sample_s, grade_s, tokens, metrics)
 
-    def begin(self, cursor: int, sampling: SamplingParams) -> None:
-        """Start a round in the background, for `take`. Until then no other code may use the engine."""
-        assert self.pending is None, "a round is already pending"
+    def begin(self, sampling: SamplingParams, weights: tuple[Policy, int] | None) -> None:
+        """Start a `round` in the background, after those that are pending, for `take`. Until then no other
+        code may have the engine generate."""
         if self.thread is None:
             self.thread = ThreadPoolExecutor(1, "collect")
-        self.pending = self.thread.submit(self.collect, cursor, sampling)
+        self.pending.append(self.thread.submit(self.round, sampling, weights))
 
-    def settle(self) -> Round | None:
-        """Wait for the pending round and return it, still to be taken; None without one."""
-        return self.pending.result() if self.pending else None
+    def settle(self) -> list[Round]:
+        """Wait for all pending rounds and return them, still to be taken."""
+        return [each.result() for each in self.pending]
 
     def take(self) -> Round | None:
-        """As `settle`, and the round is no longer pending."""
-        done, self.pending = self.settle(), None
-        return done
+        """The next of the pending rounds, when it is complete; None without one."""
+        return self.pending.popleft().result() if self.pending else None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next round depends on, a pending round included: its weights are gone at resume."""
-        ahead = self.settle()
-        return {"cursor": self.cursor} | ({} if ahead is None else {"ahead": ahead.plain()})
+        """What the next round depends on, pending rounds included: their weights are gone at resume."""
+        ahead = [done.plain() for done in self.settle()]
+        return {"cursor": self.cursor, "ahead": ahead}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self.cursor = state["cursor"]
-        if "ahead" in state:
-            self.pending = Future()
-            self.pending.set_result(Round.from_plain(state["ahead"]))
+        for values in state["ahead"]:
+            self.pending.append(Future())
+            self.pending[-1].set_result(Round.from_plain(values))
 
     def close(self) -> None:
-        """Wait for the pending round and drop it; stop the engine."""
+        """Wait for the round under way and drop all that are pending; stop the engine."""
         if self.thread is not None:
             self.thread.shutdown(wait=True, cancel_futures=True)
         self.engine.close()

@@ -1,6 +1,6 @@
 """The seam between code that needs completions and the engines that generate them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from rollout.types import Prompt, Rollout, SamplingParams
@@ -37,3 +37,17 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds. Calling it twice is fine."""
+
+
+class InFlightEngine(RolloutEngine):
+    """An engine of its own weights whose `load_weights` may be called from another thread during a request:
+    completions under way go on with the new weights."""
+
+
+class Renewable(RolloutEngine, Protocol):
+    """An engine that can take weights between two steps of a request."""
+
+    version: int = 0
+    """Of the weights."""
+    renew: Callable[[], bool] = staticmethod(lambda: False)
+    """Called between the steps of a request: load weights that wait for it, if any; whether it did."""

@@ -111,19 +111,22 @@ class Completion:
     logprobs: "array[float]" = field(default_factory=lambda: array("f"))
     ended: bool = False
     stopped: bool = False  # ended by a stop token or string, not by its limit
+    first_version: int = -1  # of the weights that its first and its last token were sampled with
+    last_version: int = -1
 
-    def append(self, token: int, logprob: float, stopper: Stopper) -> None:
-        """Add a token, and decide whether it is the last."""
+    def append(self, token: int, logprob: float, stopper: Stopper, version: int) -> None:
+        """Add a token that weights of `version` gave, and decide whether it is the last."""
+        self.first_version, self.last_version = version if not self.tokens else self.first_version, version
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.stopped = stopper.ends(self.tokens)
         self.ended = self.stopped or len(self.tokens) == self.limit
 
-    def rollout(self, version: int, routed_experts: Any = None) -> Rollout:
+    def rollout(self, routed_experts: Any = None) -> Rollout:
         """The record of a completion that has ended."""
         reason: FinishReason = "stop" if self.stopped else "length"
         made = (self.prompt, self.index, self.sample, self.tokens, self.logprobs, reason)
-        return Rollout(*made, version, routed_experts)
+        return Rollout(*made, self.first_version, routed_experts, last_version=self.last_version)
 
 
 def most_tokens(prompt: Prompt, sampling: SamplingParams, max_positions: int) -> int:

@@ -111,6 +111,7 @@ class Rollout:
     """Of each completion token, under the sampling distribution. Held as `array("f")`."""
     finish_reason: FinishReason
     policy_version: int = 0
+    """Optimizer updates in the weights that its first token was sampled with."""
     routed_experts: Any | None = None
     """p + c - 1 x moe layers x k expert ids of prompt and completion, where the engine records them. A tensor
     of one byte an id, two above 256 experts. The last token has none, because no layer read it."""
@@ -118,8 +119,12 @@ class Rollout:
     """Limit of completion tokens that it was sampled under; 0 = not recorded."""
     text: str | None = None
     """The completion as text, where an endpoint returns no token ids; its `token_ids` are then zeros."""
+    last_version: int = -1
+    """As `policy_version`, of its last token: later where weights changed meanwhile. -1 = the same."""
 
     def __post_init__(self) -> None:
+        if self.last_version < 0:
+            object.__setattr__(self, "last_version", self.policy_version)
         for name, code in (("token_ids", "i"), ("logprobs", "f")):
             value = getattr(self, name)
             if not isinstance(value, array) or value.typecode != code:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.policy import Policy
-from rollout.engine import RolloutEngine
+from rollout.engine import Renewable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """torch's type for each `DtypeName`."""
@@ -29,12 +29,10 @@ ALWAYS_FLOAT32 = "e_score_correction_bias"
 """The one tensor that stays fp32 in a bf16 engine: it decides between near-ties."""
 
 
-class InPlaceEngine(RolloutEngine):
+class InPlaceEngine(Renewable):
     """What engines share that generate from a policy's own tensors: an update of those is all they need."""
 
     policy: Policy
-    version: int = 0
-    """Of the weights."""
     in_place: bool = True
     """Off: `policy` is the engine's own copy, in another type than the trainer's."""
 

@@ -49,7 +49,8 @@ class LiveDoctor:
         starts = np.flatnonzero(np.concatenate([_begins(part) for part, _ in scored]))
         gains = np.concatenate([part.advantages.double().cpu().numpy() for part, _ in scored])[starts]
         found = signature(engine, trainer, starts, gains)
-        for kind in causes(found, template=True, updates_began_it=self.sound):
+        older = self.stale and self.step > 1  # the first rollouts are not, and show other causes
+        for kind in causes(found, template=True, updates_began_it=self.sound or older):
             if not (kind == "stale_weights" and self.stale):
                 self.name(kind, evidence(found))
         return found

@@ -106,7 +106,8 @@ def read(path: Path) -> Dump:
     dump, first, lines = Dump(), dict[str, str](), list[Located]()
     if (path / "metrics.jsonl").is_file() and (path / "config.toml").is_file():
         dump.metrics = [row for row in read_log(path / "metrics.jsonl") if "step" in row]
-        dump.stale = bool(read_toml(path / "config.toml").get("overlap"))
+        saved = read_toml(path / "config.toml")
+        dump.stale = bool(saved.get("staleness") or saved.get("overlap"))  # the latter in earlier versions
         files = [path / "samples.jsonl"] if (path / "samples.jsonl").is_file() else []
         lines = [*recorded(path)]
     elif path.is_dir():

@@ -114,8 +114,12 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     temperature: Positive = 1.0
     """Divides the logits, in sampling and in the loss; above 0, since greedy rollouts of a prompt are alike
     (R1-Zero: 1; R1's second RL: 0.7)."""
-    overlap: bool = False
-    """Generate a step's rollouts while the step before is trained on: they are one step off-policy."""
+    staleness: Natural = 0
+    """Optimizer updates by which the weights that sampled a step's rollouts may be older than what it trains;
+    a multiple of minibatches, M. At most staleness / M rounds are then generated ahead, while others are
+    trained on. An engine in the trainer's process keeps a copy of the weights for each step whose rounds are
+    not begun, and the run repeats bit by bit. Workers get every update at once, and completions under way go
+    on with it: above M they depend on timing. 0 = on-policy: trainer and engine wait for each other."""
     max_mismatch_kl: Positive = 0.1
     """Stop when the KL between engine and trainer exceeds this, nats a token: the weights have come apart."""
     eval_every: Natural = 10
@@ -146,6 +150,17 @@ class RoundSettings(GeneratingSettings, TrainSettings):
             raise ValueError(
                 f"minibatches={self.minibatches} does not divide prompts_per_step={self.prompts_per_step}; "
                 f"the nearest that does is {nearest}."
+            )
+        if self.staleness % self.minibatches:
+            above = self.staleness + self.minibatches - self.staleness % self.minibatches
+            raise ValueError(
+                f"staleness={self.staleness} counts updates, and a step has minibatches={self.minibatches}: "
+                f"take a multiple, such as {above}."
+            )
+        if self.staleness and self.rollout.vllm.sleep == "on":
+            raise ValueError(
+                f"vllm.sleep=on has no effect with staleness={self.staleness}, as the engine always works: "
+                "leave one out."
             )
 
 
@@ -236,6 +251,8 @@ class GrpoSettings(RoundSettings):
                 f"inject={self.inject!r} needs an engine in the trainer's process: rollout.engine auto and "
                 "rollout.workers 0."
             )
+        if self.inject and self.staleness:
+            raise ValueError(f"inject={self.inject!r} needs staleness=0: old rollouts would hide the fault.")
         buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")

@@ -129,20 +129,23 @@ class RoundTrainer(ABC):
         """Step `step` (from 1): its metrics, and transcripts for samples.jsonl."""
 
     def round(self, step: int) -> tuple[Round, dict[str, float]]:
-        """The rollouts of step `step`, and the metrics of their sampling; where asked for, the next ones are
+        """The rollouts of step `step`, and the metrics of their sampling; where asked for, later ones are
         sampled from now on."""
         config, version = self.config, self.learner.updates
-        ahead = self.sampling(step + 1) if config.overlap and step < config.steps else None
-        done = self.source.next(self.policy, version, self.sampling(step), ahead)
+        last = min(step + config.staleness // config.minibatches, config.steps)
+        done = self.source.next(self.policy, version, *map(self.sampling, range(step, last + 1)))
         check_routes(self.policy, (g.rollout for g in done.graded), self.policy.router_replay)
         self.tokens["sampled"] += done.tokens
         metrics = rollout_metrics(done.graded) | done.engine
         metrics |= {"time/tokens_per_s": done.tokens / done.sample_s, "data/sampled": self.tokens["sampled"]}
         metrics |= {"time/rollout_s": done.sample_s, "time/reward_s": done.grade_s}
-        if config.overlap:
-            metrics |= {"rollout/staleness": version - done.versions()[0], "time/wait_s": done.wait_s}
+        if config.staleness:
+            ages = [version - began for began in done.versions()]
+            metrics |= {"rollout/staleness": mean(ages), "rollout/staleness_max": max(ages)}
+            renewed = [g.rollout.last_version > g.rollout.policy_version for g in done.graded]
+            metrics |= {"rollout/renewed": mean(renewed), "time/wait_s": done.wait_s}
         if not self.source.in_place:
-            metrics |= {"time/sync_s": done.sync_s, "rollout/version": done.versions()[1]}
+            metrics |= {"time/sync_s": done.sync_s, "rollout/version": max(done.versions())}
         return done, metrics
 
     def cost(self, batches: Sequence[Batch], seconds: float, scorings: int) -> dict[str, float]:
@@ -178,8 +181,11 @@ class RoundTrainer(ABC):
         engine sampled from other weights than the policy's, or what else its `cause` is."""
         if mismatch > self.config.max_mismatch_kl:
             bound = f"{mismatch:.3g} nats a token (bound {self.config.max_mismatch_kl})"
-            why = cause or "the rollouts do not come from these weights"
-            advice = f"update or change the engine, or raise the bound. {self.run_dir.kept()}"
+            stale = self.config.staleness
+            why = f"rollouts are up to {stale} updates old (staleness)" if stale else ""
+            why = cause or why or "the rollouts do not come from these weights"
+            remedy = "lower staleness or the rate" if stale else "update or change the engine"
+            advice = f"{remedy}, or raise the bound. {self.run_dir.kept()}"
             raise Stopped(f"engine and trainer differ by {bound}: {why} (max_mismatch_kl); {advice}")
 
     def seen(self, rollouts: Sequence[Rollout]) -> list[Graded]:
@@ -242,7 +248,7 @@ class Trainer(RoundTrainer):
         names = ("overlong_buffer", "max_idle_steps", "flat_again", "router_replay", "mtp_coef")
         own: dict[str, Any] = {name: getattr(config, name) for name in names}
         super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **own)
-        self.doctor = LiveDoctor(self.eos, config.overlap)
+        self.doctor = LiveDoctor(self.eos, config.staleness > 0)
         if config.inject:
             self.source.engine = FaultyEngine(self.source.engine, config.inject)
             say(f"{run_dir.stage.name}: inject = {config.inject}: THIS RUN IS FAULTY ON PURPOSE")

@@ -9,7 +9,7 @@ docs/LOG.md.)
 Axes    r rows of a wave; s steps; v vocabulary; p distinct prompts of a wave; q new tokens of a row
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -104,9 +104,14 @@ def plan_waves(
 
 
 def decode_wave(
-    decoder: DenseDecoder, rows: list[Completion], sampling: SamplingParams, stopper: Stopper
+    decoder: DenseDecoder,
+    rows: list[Completion],
+    sampling: SamplingParams,
+    stopper: Stopper,
+    live_version: Callable[[], int],
 ) -> None:
-    """Decode the rows of a wave until all have ended."""
+    """Decode the rows of a wave until all have ended. Where weights change between two steps, as
+    `live_version` then tells, the keys and values of earlier tokens stay those of the old ones."""
     steps, device = max(row.limit for row in rows), decoder.model.device
     if sampling.temperature > 0:
         first = sampling.first_index
@@ -117,6 +122,7 @@ def decode_wave(
     live = list(range(len(rows)))  # rows in the decoder; some of them may have ended
     capacity = max(len(row.prompt.token_ids) + row.limit for row in rows)
     start = torch.tensor([slots[row.index] for row in rows], device=device)
+    version = live_version()
     logits = decoder.start(list(prompts.values()), start, capacity)
     for step in range(steps):
         refuse_nonfinite(logits, lambda i: (step, rows[live[i]].index, rows[live[i]].sample))  # noqa: B023
@@ -127,7 +133,7 @@ def decode_wave(
         out_of_room = False
         for at, new, value in zip(live, token.tolist(), logprob.tolist(), strict=True):
             if not rows[at].ended:
-                rows[at].append(new, value, stopper)
+                rows[at].append(new, value, stopper, version)
                 out_of_room |= step + 1 == rows[at].limit
         going = [i for i, at in enumerate(live) if not rows[at].ended]
         if not going:
@@ -137,6 +143,7 @@ def decode_wave(
             kept = torch.tensor(going, device=device)
             decoder.keep(kept)
             live, token = [live[i] for i in going], token[kept]
+        version = live_version()
         logits = decoder.step(token)
 
 
@@ -190,6 +197,11 @@ class DenseEngine(InPlaceEngine):
         check_prompts(prompts, most, policy.config.vocab_size)
         stopper = Stopper(sampling, self.eos_token_id, self.tokenizer)
 
+        def live_version() -> int:
+            nonlocal version
+            version = self.version if self.renew() else version
+            return version
+
         def generated() -> Iterator[Rollout]:
             lengths = [len(prompt.token_ids) for prompt in prompts]
             room = self.cache_bytes // bytes_per_token(policy.network)
@@ -201,9 +213,9 @@ class DenseEngine(InPlaceEngine):
                 try:
                     # Not inference_mode: a table that a model fills on first use must serve training too.
                     with torch.no_grad():
-                        decode_wave(DenseDecoder(policy.network), rows, sampling, stopper)
+                        decode_wave(DenseDecoder(policy.network), rows, sampling, stopper, live_version)
                 finally:
                     policy.train(training)
-                yield from (row.rollout(version) for row in rows)
+                yield from (row.rollout() for row in rows)
 
         return generated()

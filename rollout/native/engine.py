@@ -102,9 +102,12 @@ class NativeEngine(InPlaceEngine):
         pages = min(room, (rows + 1) * max(needed))
 
         def generated() -> Iterator[Rollout]:
-            # One request, one version: weights loaded meanwhile count from the next request on.
+            # One request, one version, but for `renew`: other weights count from the next request on.
             run = _Run(self, self.open_cache(rows + 1, max(lengths), pages), rows, prompts, sampling, stopper)
             while run.schedule.busy():
+                if self.renew():
+                    run.version = self.version
+                    run.schedule.restart()
                 # Not inference_mode: a table that a model fills on first use must serve training too.
                 with torch.no_grad():
                     ended = run.advance()
@@ -254,7 +257,7 @@ class _Run:
             logits = self.stopper.ban(logits, self._tensor(early))
         tokens, logprobs = sample(logits, self._uniforms(drafts), self.sampling)
         for draft, token, logprob in zip(drafts, tokens.tolist(), logprobs.tolist(), strict=True):
-            draft.append(token, logprob, self.stopper)
+            draft.append(token, logprob, self.stopper, self.version)
         self.stats.tokens += len(drafts)
 
     def _refuse_nonfinite(self, logits: Tensor, drafts: list[Draft]) -> None:
@@ -278,4 +281,4 @@ class _Run:
         ended = [draft for draft in self.schedule.running if draft.ended]
         routes = [cache.routed_experts(draft.row).cpu() if self.record_routes else None for draft in ended]
         self.schedule.retire(ended)
-        return [draft.rollout(self.version, seen) for draft, seen in zip(ended, routes, strict=True)]
+        return [draft.rollout(seen) for draft, seen in zip(ended, routes, strict=True)]

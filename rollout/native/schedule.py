@@ -191,17 +191,32 @@ class Schedule:
     def make_room(self, new: int) -> None:
         """Reserve `new` tokens for every running row; preempt those that began last until the rest fits."""
         while not self.cache.reserve(self.live(), new):
-            holder = self.waiting[0] if self.waiting and self.waiting[0].row >= 0 else None
-            if holder is not None:  # no sample runs in it: it costs one prefill
-                self._free(holder.row)
-                holder.row, holder.state = -1, None
-                continue
-            draft = self.began.pop()
-            self.running.remove(draft)
-            self._free(draft.row)
-            draft.row = -1
-            self.paused.appendleft(draft)
-            self.stats.preemptions += 1
+            if not self._forget():
+                self._preempt()
+                self.stats.preemptions += 1
+
+    def restart(self) -> None:
+        """Preempt every row and forget every prefill: the weights that read them have changed."""
+        self._forget()
+        while self.began:
+            self._preempt()
+
+    def _forget(self) -> bool:
+        """Free the prompt that is prefilled and whose samples wait, if there is one: it costs one prefill."""
+        holder = self.waiting[0] if self.waiting and self.waiting[0].row >= 0 else None
+        if holder is None:
+            return False
+        self._free(holder.row)
+        holder.row, holder.state = -1, None
+        return True
+
+    def _preempt(self) -> None:
+        """Preempt the row that began last."""
+        draft = self.began.pop()
+        self.running.remove(draft)
+        self._free(draft.row)
+        draft.row = -1
+        self.paused.appendleft(draft)
 
     def retire(self, ended: Sequence[Draft]) -> None:
         """Take out rows that have ended, and free their pages."""

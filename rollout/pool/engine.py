@@ -7,13 +7,14 @@ rollout on once, and ends only when none is missing.
 
 Weights go to all workers at once, from GPU to GPUs (`transport.Broadcast`), where each worker has a GPU and
 none is at work. Else they are put into Ray's store, bucket by bucket, and a worker fetches the newest before
-its next prompts. It proves by a fingerprint that it holds them. Rollouts that are too many versions old are
-generated again.
+its next prompts, or, where it is at work, between two steps of its engine: completions under way go on with
+them. It proves by a fingerprint that it holds them.
 """
 
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ import torch.distributed as dist
 
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, stored_shapes
-from rollout.engine import EngineDied, RolloutEngine
+from rollout.engine import EngineDied, InFlightEngine
 from rollout.pool.start import last_line, start_ray
 from rollout.pool.worker import Finished, Opener, Worker, stale
 from rollout.settings import RolloutSettings
@@ -74,11 +75,10 @@ class Counts:
     replaced: int = 0  # workers that died or hung
     again: int = 0  # rollouts that were requested again
     repeated: int = 0  # rollouts that came back a second time and were dropped
-    stale: int = 0  # rollouts that were too old and were generated again
     by_worker: Counter[int] = field(default_factory=Counter)  # rollouts by process id
 
 
-class RolloutPool(RolloutEngine):
+class RolloutPool(InFlightEngine):
     """`RolloutEngine` over workers on Ray."""
 
     def __init__(
@@ -88,7 +88,6 @@ class RolloutPool(RolloutEngine):
         opener: Opener,
         *,
         eos_token_id: Eos = None,
-        max_staleness: int = 1,
         trainer: torch.device | None = None,
         task_prompts: int = 0,
     ) -> None:
@@ -97,7 +96,6 @@ class RolloutPool(RolloutEngine):
             path: checkpoint that every worker opens; on a cluster all machines must reach it.
             opener: opens an engine in a worker; a function at the top of a module.
             eos_token_id: ends a completion; None = the checkpoint's.
-            max_staleness: versions by which a rollout may be older than the newest weights.
             trainer: its device, which no worker gets unless it asks for less than a GPU.
             task_prompts: prompts that a worker generates together; a rollout's rounding then does not depend
                 on the number of workers. 0 = by that number.
@@ -115,11 +113,11 @@ class RolloutPool(RolloutEngine):
             ) from error
         self.ray: Any = ray
         self.path, self.settings, self.opener = Path(path), settings, opener
-        self.eos_token_id, self.max_staleness = eos_token_id, max_staleness
-        self.task_prompts = task_prompts
+        self.eos_token_id, self.task_prompts = eos_token_id, task_prompts
         self.dtype = DTYPES["float32" if settings.dtype == "auto" else settings.dtype]
         self.context, self.vocab_size = context_and_vocabulary(self.path, settings.vllm.context)
         self.version, self.counts, self.closed = 0, Counts(), False
+        self.lock = threading.Lock()  # one at a time: weights that change, tasks that begin
         self.latest: tuple[list[Any], int] | None = None  # buckets in Ray's store, fingerprint of all
         self.group: tuple[list[Any], Group] | None = None  # for broadcasts, and its workers
         self._shapes: dict[str, tuple[int, ...]] = {}
@@ -138,7 +136,7 @@ class RolloutPool(RolloutEngine):
 
     def _actor(self) -> Any:
         options = {"num_cpus": self.settings.worker_cpus, "num_gpus": self.settings.worker_gpus}
-        remote = self.ray.remote(Worker).options(**options, max_restarts=0)
+        remote = self.ray.remote(concurrency_groups={"mail": 1})(Worker).options(**options, max_restarts=0)
         return remote.remote(self.opener, str(self.path.resolve()), self.settings, self.eos_token_id)
 
     def _ready(self, actor: Any) -> Member:
@@ -199,12 +197,15 @@ class RolloutPool(RolloutEngine):
         queue = deque(self._tasks(prompts, sampling.n))
         try:
             while queue or any(member.task for member in self.members):
-                able = [m for m in self.members if self.latest is not None or m.version == self.version]
-                if not able:
-                    raise EngineDied("every worker that held the newest weights was lost; load them again.")
-                for member in able:
-                    if member.task is None and queue:
-                        self._hand_out(member, queue.popleft(), sampling)
+                with self.lock:
+                    able = [m for m in self.members if self.latest is not None or m.version == self.version]
+                    if not able:
+                        raise EngineDied(
+                            "every worker that held the newest weights was lost; load them again."
+                        )
+                    for member in able:
+                        if member.task is None and queue:
+                            self._hand_out(member, queue.popleft(), sampling)
                 for member, finished in self._answers(queue):
                     yield from self._accept(member, finished, prompts, queue)
         finally:
@@ -257,26 +258,24 @@ class RolloutPool(RolloutEngine):
         """Pass on new rollouts; at the end of a task, queue it again if some are missing."""
         task, member.alive_at = member.task, time.monotonic()
         assert task is not None
-        for at, sample, token_ids, logprobs, finish_reason, version, routes in finished or ():
+        for at, sample, token_ids, logprobs, finish_reason, version, routes, last in finished or ():
             name = (task.first + at, sample)
             if name not in task.missing:
                 self.counts.repeated += 1
-            elif version < self.version - self.max_staleness:
-                self.counts.stale += 1
             else:
                 task.missing.remove(name)
                 self.counts.by_worker[member.pid] += 1
                 made = (sample, token_ids, logprobs, finish_reason, version, routes)
-                yield Rollout(prompts[name[0]], name[0], *made)
+                yield Rollout(prompts[name[0]], name[0], *made, last_version=last)
         if finished is None:
             member.task = member.stream = None
             if task.missing:
-                self._again(task, queue, f"{len(task.missing)} rollouts were too old or never came back")
+                self._again(task, queue, f"{len(task.missing)} rollouts of them never came back")
 
     # ---- weights
 
     def load_weights(self, source: Policy, version: int) -> None:
-        """Every worker has `source`'s weights before its next prompts.
+        """Every worker has `source`'s weights before its next prompts; one at work, very soon.
 
         Raises:
             ValueError: weights of another shape than those that the workers opened.
@@ -285,8 +284,9 @@ class RolloutPool(RolloutEngine):
         found = shapes(source)
         self._shapes = self._shapes or stored_shapes(self.path, found)
         check_shapes(found, self._shapes, self.path)
-        self.version, self.latest = version, None
-        (self._broadcast if self._can_broadcast(source) else self._store)(source)
+        with self.lock:
+            self.version, self.latest = version, None
+            (self._broadcast if self._can_broadcast(source) else self._store)(source)
 
     def _can_broadcast(self, source: Policy) -> bool:
         """Whether trainer and workers each have a GPU to themselves, and every worker listens."""
@@ -294,12 +294,15 @@ class RolloutPool(RolloutEngine):
         return gpus and not any(member.task for member in self.members)
 
     def _store(self, source: Policy) -> None:
-        """Put weights into Ray's store, from which workers fetch them, those that are still to come too."""
+        """Put weights into Ray's store, from which workers fetch them, those that are still to come too;
+        workers that are busy are told at once."""
         outlet, refs, expected = Outlet(BUCKET_BYTES), [], 0
         for bucket in buckets(source.public_weights(), self.dtype, outlet):
             refs.append(self.ray.put((bucket, outlet.flat[: bucket.nbytes].numpy())))
             expected += bucket.fingerprint
         self.latest = (refs, expected % MODULUS)
+        for actor in [member.actor for member in self.members if member.task]:
+            actor.send.options(concurrency_group="mail").remote((*self.latest, self.version))
 
     def _broadcast(self, source: Policy) -> None:
         """Send weights to all workers at once. A worker that is opened later has none until the next time."""

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -9,19 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rollout.engine import RolloutEngine, StaleWeights
+from rollout.engine import Renewable, RolloutEngine, StaleWeights
 from rollout.settings import RolloutSettings
 from rollout.transport import Bucket, Group, fingerprint_of, join_group, received
 from rollout.types import Eos, FinishReason, Prompt, SamplingParams
 
-Finished = tuple[int, int, Sequence[int], Sequence[float], FinishReason, int, Any]
+Finished = tuple[int, int, Sequence[int], Sequence[float], FinishReason, int, Any, int]
 """A rollout without its prompt: index in the task, then the fields of `Rollout` from `sample` to
-`routed_experts`."""
+`routed_experts`, and `last_version`."""
+Update = tuple[Sequence[Any], int, int]
+"""Weights in Ray's store: the buckets, the fingerprint of all, the version."""
 FLUSH_S = 0.2
 """Seconds over which finished rollouts are gathered into one answer."""
 
 
-class WorkerEngine(RolloutEngine, Protocol):
+class WorkerEngine(Renewable, Protocol):
     """An engine that takes weights as named tensors, which is how they reach another process."""
 
     def load_tensors(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -43,6 +46,8 @@ class Worker:
         self.device = torch.device("cuda" if settings.worker_gpus and torch.cuda.is_available() else "cpu")
         opened = opener(path, settings, self.device.type, eos_token_id)
         self.engine: WorkerEngine = opened  # type: ignore[assignment]
+        self.engine.renew = self.renew
+        self.mail = deque[Update](maxlen=1)
         self.group: Group = None
 
     def identity(self) -> tuple[int, str]:
@@ -66,8 +71,20 @@ class Worker:
         self.engine.load_tensors(received(self.group, self.device), version)
         return self.engine.live_weights()
 
+    def send(self, update: Update) -> None:
+        """Weights for a request under way. Ray calls it in a thread beside `generate`."""
+        self.mail.append(update)
+
+    def renew(self) -> bool:
+        """Load what was sent, unless it is older than the engine's weights. Raises `StaleWeights`: `load`."""
+        update = self.mail.pop() if self.mail else None
+        if update is None or update[2] <= self.engine.version:
+            return False
+        self.load(*update)
+        return True
+
     def generate(
-        self, update: tuple[Sequence[Any], int, int] | None, prompts: list[Prompt], sampling: SamplingParams
+        self, update: Update | None, prompts: list[Prompt], sampling: SamplingParams
     ) -> Iterator[list[Finished]]:
         """Load the weights of `update`, if any (see `load`); yield rollouts as they finish."""
         if update is not None:
@@ -76,7 +93,7 @@ class Worker:
         since = time.monotonic()
         for r in self.engine.generate(prompts, sampling):
             made = (r.index, r.sample, r.token_ids, r.logprobs, r.finish_reason, r.policy_version)
-            finished.append((*made, r.routed_experts))
+            finished.append((*made, r.routed_experts, r.last_version))
             if time.monotonic() - since > FLUSH_S:
                 yield finished
                 finished, since = [], time.monotonic()

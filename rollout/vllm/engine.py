@@ -15,6 +15,7 @@ import math
 import random
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, eos_of, read_config, stored_shapes
-from rollout.engine import EngineDied, RolloutEngine, StaleWeights
+from rollout.engine import EngineDied, Renewable, StaleWeights
 from rollout.settings import DtypeName, RolloutSettings
 from rollout.stopping import Stopper, check_prompts, stop_ids
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
@@ -44,7 +45,7 @@ from rollout.vllm.worker import watch_packing
 from rollout.weights import DTYPES, check_shapes, device_of, over_ranks, shapes
 
 
-class VllmEngine(RolloutEngine):
+class VllmEngine(Renewable):
     """`RolloutEngine` over `vllm.LLM`, for native deepseek_v3 checkpoints and dense ones.
 
     `version` and `weights`, the fingerprint of what vLLM computes with, name the live policy."""
@@ -76,7 +77,7 @@ class VllmEngine(RolloutEngine):
         name: DtypeName = "float32" if settings.dtype == "auto" else settings.dtype
         self.dtype = DTYPES[name]
         self.version, self.weights, self.dead = 0, -1, ""
-        self.torn = self.asleep = False
+        self.torn = self.asleep = self.busy = False
         self.config = read_config(self.path)
         self.max_positions, self.vocab_size = context_and_vocabulary(self.path, self.settings.context)
         self.eos_token_id = eos_of(self.path) if eos_token_id is None else eos_token_id
@@ -160,6 +161,8 @@ class VllmEngine(RolloutEngine):
                 engine.add_request(name, {"prompt_token_ids": ids}, params)
                 waiting[name] = (index, sample)
             while waiting:
+                self.busy = True
+                self.renew()
                 if not engine.has_unfinished_requests():
                     raise RuntimeError("requests were lost")
                 for output in engine.step():
@@ -171,7 +174,8 @@ class VllmEngine(RolloutEngine):
                         engine.abort_request([name])
                     if output.finished or end is not None:
                         index, sample = waiting.pop(name)
-                        yield to_rollout(prompts[index], index, sample, completion, version, end, self.config)
+                        made = prompts[index], index, sample, completion, version, end
+                        yield replace(to_rollout(*made, self.config), last_version=self.version)
         except (GeneratorExit, FloatingPointError):
             if waiting:
                 engine.abort_request(list(waiting))
@@ -182,6 +186,8 @@ class VllmEngine(RolloutEngine):
                 f"vLLM stopped with {len(waiting)} rollouts unfinished ({self.dead}); open a new engine, or "
                 "let a pool replace it (--rollout.workers)."
             ) from error
+        finally:
+            self.busy = False
 
     # ---- weights
 
@@ -205,13 +211,17 @@ class VllmEngine(RolloutEngine):
         self._update(itertools.chain((first,), stream), version, first[1].device)
 
     def _update(self, weights: Iterable[tuple[str, Tensor]], version: int, device: torch.device) -> None:
-        """Send weights that lie on `device`, and prove what is live afterwards. Raises `StaleWeights`: see
-        `load_weights`; the engine then refuses requests until an update succeeds."""
+        """Send weights that lie on `device`, and prove what is live afterwards; requests under way halt, and
+        are prefilled again. Raises `StaleWeights`: see `load_weights`; the engine then refuses requests until
+        an update succeeds."""
         copies = functools.partial(kv_copies, self.config, self.settings.tensor_parallel)
         self.torn = True
         if self.asleep:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps of freed tensors is vLLM's now
             self.llm.wake_up(tags=["weights"])
+        halted = self.busy and not self.in_process  # else no step is taken meanwhile
+        if halted:
+            self.llm.sleep(level=0, mode="keep")
         outlet = self._outlet(device)
         self._call("r1_begin")
         try:
@@ -222,7 +232,9 @@ class VllmEngine(RolloutEngine):
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        self.llm.reset_prefix_cache()
+        self.llm.reset_prefix_cache(**({"reset_running_requests": True} if self.busy else {}))
+        if halted:
+            self.llm.wake_up(tags=["scheduling"])
         if self.settings.quantization == "none" and live != expected:
             raise StaleWeights(
                 f"after the update to version {version} vLLM holds weights with fingerprint {live:016x}, not "

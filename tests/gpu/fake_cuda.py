@@ -14,7 +14,7 @@ real values, so its numbers can be compared with the CPU branch's. `found` count
     uploads    `non_blocking` copies of pageable memory to the GPU
     peak, largest   bytes of live tensors of the GPU, at most; the largest tensor and the line that made it
 
-Limits. Modes belong to a thread: what another one makes is not covered (`--overlap`). Not covered: Triton,
+Limits. Modes belong to a thread: what another one makes is not covered (`--staleness`). Not covered: Triton,
 `scaled_mm`, streams, memory between processes, NCCL. torch's own FakeTensorMode has no values, without which
 the first `nonzero` or `tolist` ends a run, and on a CPU build refuses `.to("cuda")`.
 """

@@ -6,7 +6,9 @@ import builtins
 import copy
 import os
 import signal
+import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -163,24 +165,29 @@ def test_bad_prompts_are_refused_before_anything_is_generated(pool, bad, message
         pool.generate([prompt(3), prompt(*bad)], SAMPLED)
 
 
-@pytest.mark.parametrize("bound", [0, 1])
-def test_staleness_is_bounded(pool, net, prompts, monkeypatch, bound):
-    """New weights in the middle of a request: what comes after is at most `bound` versions old."""
-    monkeypatch.setattr(pool, "max_staleness", bound)
+def test_completions_under_way_go_on_with_new_weights(pool, net, other, prompts):
+    """Weights again and again during a request: each rollout once, and it tells the versions of both ends."""
     first = pool.version + 1
     pool.load_weights(net, first)
-    stream = pool.generate(prompts, SAMPLED)
-    early = [next(stream)]
-    pool.load_weights(net, first + 2)  # two updates on: what is under way is too old either way
-    late = list(stream)
-    assert early[0].policy_version == first and min(r.policy_version for r in late) == first + 2
-    assert len(by_name(early + late)) == 32 and pool.counts.stale > 0
+    many = replace(SAMPLED, n=48, ignore_eos=True)
+    with ThreadPoolExecutor(1) as thread:
+        request = thread.submit(lambda: list(pool.generate(prompts, many)))
+        while not request.done():
+            time.sleep(0.02)
+            pool.load_weights(other if pool.version % 2 else net, pool.version + 1)
+        got = list(by_name(request.result()).values())
+    assert len(got) == 8 * 48 and pool.counts == workers.Counts(by_worker=pool.counts.by_worker)
+    assert all(first <= r.policy_version <= r.last_version <= pool.version for r in got)
+    assert sum(r.policy_version < r.last_version for r in got) > 8
+    pool.load_weights(net, pool.version + 1)
+    check_same(list(pool.generate(prompts, SAMPLED)), list(NativeEngine(net).generate(prompts, SAMPLED)))
 
 
 def test_rollouts_that_come_back_twice_are_passed_on_once(pool, prompts):
-    member, finished = Member(None), (0, 0, (5,), (-1.0,), "stop", pool.version, None)
+    member, finished = Member(None), (0, 0, (5,), (-1.0,), "stop", 3, None, 4)
     member.task = Task(2, [prompts[2]], {(2, 0)})
-    assert len(list(pool._accept(member, [finished, finished], prompts, deque()))) == 1
+    (got,) = pool._accept(member, [finished, finished], prompts, deque())
+    assert (got.policy_version, got.last_version) == (3, 4)
     assert pool.counts.repeated == 1 and not member.task.missing
 
 

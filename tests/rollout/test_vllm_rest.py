@@ -33,14 +33,14 @@ class Recorder:
         self.held: dict[str, int] = {}
         self.lost = 0  # added to a fingerprint: what a stale engine would report
 
-    def sleep(self, level: int = 1) -> None:
-        self.calls.append(f"sleep {level}")
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        self.calls.append(f"sleep {level}" if level else f"halt {mode}")
 
     def wake_up(self, tags: list[str]) -> None:
         self.calls.append(f"wake {' '.join(tags)}")
 
-    def reset_prefix_cache(self) -> None:
-        self.calls.append("reset")
+    def reset_prefix_cache(self, reset_running_requests: bool = False) -> None:
+        self.calls.append("reset running" if reset_running_requests else "reset")
 
     def collective_rpc(self, method: str, args: tuple = ()):
         if method == "r1_begin":
@@ -98,12 +98,21 @@ def test_sleep_without_a_trainer_is_refused(engine, deepseek_dir):
         VllmEngine(deepseek_dir, chosen)
 
 
-def test_with_overlap_it_never_sleeps(engine, net, prompts):
+def test_with_a_queue_it_never_sleeps(engine, net, prompts):
     source = RolloutSource(engine, lambda at, n: prompts[:n], graded, Plan(2, 2))
     source.next(net, 0, SAMPLED, SAMPLED)
     source.next(net, 1, SAMPLED, SAMPLED)
     source.take()
     assert not any(call.startswith(("sleep", "wake")) for call in engine.llm.calls)
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_weights_in_the_middle_of_a_request_halt_it(engine, net, in_process):
+    """An engine in another process would step on half the weights; the cache of old ones is dropped."""
+    engine.busy, engine.in_process = True, in_process
+    engine.load_weights(net, 5)
+    update = ["r1_begin", "r1_bucket", "r1_end", "reset running"]
+    assert engine.llm.calls == (update if in_process else ["halt keep", *update, "wake scheduling"])
 
 
 def test_no_request_before_weights_are_back(engine, net, prompts):

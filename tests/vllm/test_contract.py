@@ -40,6 +40,8 @@ def test_calls_of_the_engine():
 
     assert takes(LLM.collective_rpc, "self", "method", "args")
     assert takes(LLM.sleep, "self", "level") and takes(LLM.wake_up, "self", "tags")
+    assert takes(LLM.sleep, "self", "level", "mode")  # mode "keep" and level 0 halt requests
+    assert takes(LLM.reset_prefix_cache, "self", "reset_running_requests")
     assert takes(LLM.reset_prefix_cache, "self") and takes(set_current_vllm_config, "vllm_config")
 
 

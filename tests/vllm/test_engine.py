@@ -16,6 +16,7 @@ from rollout.text.tokenizer import train_tokenizer
 from rollout.types import SamplingParams
 from rollout.vllm.self_test import compare
 from rollout.weights import fingerprint
+from tests.rollout.test_in_flight import check, of_tokens, renewing
 from tests.small import prompt, random_prompts
 
 SAMPLED = SamplingParams(max_tokens=20, n=3, seed=11)
@@ -159,6 +160,19 @@ def test_updates_go_back_and_forth_and_are_proven_live(engine, policies):
         assert found.regret == 0 and found.worst < 1e-5
         assert by_policy.setdefault(which, tokens(rollouts)) == tokens(rollouts)
     assert by_policy[0] != by_policy[1]
+
+
+def test_weights_in_the_middle_of_a_request_hold_from_the_next_token_on(engine, policies, monkeypatch):
+    """For keys and values too: rollouts under way are prefilled again."""
+    monkeypatch.setattr(engine, "renew", engine.renew)  # to be put back
+
+    def logprobs(ids, p, s):
+        each = [policy.logits(torch.tensor([ids]))[0, p - 1 : -1] for policy in policies]
+        return of_tokens(torch.cat([each[0][:s], each[1][s:]]), ids, p)
+
+    sampled = replace(SAMPLED, ignore_eos=True)
+    got = list(renewing(engine, policies[1], 9).generate(PROMPTS, sampled))
+    assert len(got) == 3 * len(PROMPTS) == check(got, logprobs)
 
 
 def test_one_changed_number_changes_the_fingerprint(engine, policies):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from model.transformer import Transformer
 from pipeline.__main__ import main
 from pipeline.doctor.gaps import causes, signature
 from pipeline.doctor.inject import FaultyEngine
+from pipeline.doctor.live import LiveDoctor
 from rollout.native.engine import NativeEngine
 from rollout.types import SamplingParams
 from tests.small import random_policy, random_prompts
@@ -53,6 +56,31 @@ def test_the_cause_is_named_within_two_steps_and_from_the_folder(zero, capsys, f
     assert {each["kind"] for each in found} & {*CAUSES.values(), "template"} == named
     card = (run / "model" / "README.md").read_text()
     assert (f"with a fault on purpose: {fault}" in card) == bool(fault)
+
+
+def test_rollouts_that_are_old_on_purpose_are_no_fault(zero, capsys):
+    """Neither to the run nor to `doctor`, and the bound on the mismatch names them."""
+    out, run = zero("--staleness", 3, "--steps", 6)
+    assert not any(f": {kind}: " in out for kind in [*CAUSES.values(), "template"])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["rollout/staleness"] == 3 and rows[-1]["policy/mismatch_kl"] > 1e-3
+    assert main(["doctor", str(run)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert not {each["kind"] for each in found} & {*CAUSES.values(), "template", "temperature"}
+
+
+@pytest.mark.parametrize(("stale", "step", "named"), [(0, 5, True), (1, 1, True), (1, 5, False)])
+def test_a_resumed_run_with_old_rollouts_takes_them_for_nothing_else(capsys, stale, step, named):
+    """Its first step has a gap already. In one that began so, the gap is the engine's rounding."""
+    random = torch.Generator().manual_seed(0)
+    logprobs, noise = -torch.rand(512, generator=random), 1e-2 * torch.randn(512, generator=random)
+    rollout, gains = torch.arange(512) // 4, torch.randn(128, generator=random).repeat_interleave(4)
+    part = SimpleNamespace(rollout_logprobs=logprobs + noise, advantages=gains, rollout=rollout)
+    doctor = LiveDoctor(frozenset(), bool(stale))
+    doctor.rollouts(step, [])
+    assert doctor.gaps(1e-3, [(part, logprobs)])
+    assert ("precision" in doctor.named) == ("precision" in capsys.readouterr().out) == named
+    assert len(doctor.named) == named
 
 
 def test_a_run_that_stops_at_its_first_step_leaves_the_cause(zero, capsys):

@@ -1,4 +1,4 @@
-"""RL with workers, dynamic sampling and overlap: the run that it is without them, where it should be."""
+"""RL with workers, dynamic sampling and a queue: the run that it is without them, where it should be."""
 
 from __future__ import annotations
 
@@ -50,24 +50,58 @@ def test_rl_through_a_worker_is_the_run_in_process(policy, tmp_path):
             assert two[key] == pytest.approx(one[key], rel=1e-3)
 
 
-def test_overlap_is_one_step_off_policy_and_resumes_to_the_same_bits(policy, tmp_path):
-    logged = zero(policy, tmp_path, "whole", "--overlap", "--steps", 4, "--checkpoint-every", 2)
-    assert [row["rollout/staleness"] for row in logged] == [0, 1, 1, 1]
-    assert logged[0]["policy/mismatch_kl"] < 1e-9 < logged[2]["policy/mismatch_kl"]
-    run = tmp_path / "whole/zero"
-    again = tmp_path / "again/zero"
+def same_model(one, two):
+    first, second = (load_file(run / "model/model.safetensors") for run in (one, two))
+    return all(bool((first[name] == second[name]).all()) for name in first)
+
+
+def resumed_from(step, run, runs, policy, *flags):
+    """The run in `run` as it is when killed after the checkpoint of `step`, gone on with: metrics, folder."""
+    again = runs / f"from-{step}/zero"
     again.mkdir(parents=True)
-    for file in ("config.toml", "env.json", "metrics.jsonl", "samples.jsonl", "latest"):
+    for file in ("config.toml", "env.json", "metrics.jsonl", "samples.jsonl"):
         text = (run / file).read_text()
-        (again / file).write_text(text.replace('name = "whole"', 'name = "again"'))
-    (again / "checkpoint-2").symlink_to(run / "checkpoint-2")
-    args = ("--overlap", "--steps", 4, "--checkpoint-every", 2, "--resume")
-    resumed = zero(policy, tmp_path, "again", *args)
-    for one, two in zip(logged, resumed, strict=True):
-        for key in ("reward/mean", "policy/mismatch_kl", "optim/grad_norm", "rollout/staleness"):
-            assert one[key] == two[key], (one["step"], key)
-    first, second = (load_file(r / "model/model.safetensors") for r in (run, again))
-    assert all(bool((first[name] == second[name]).all()) for name in first)
+        (again / file).write_text(text.replace('name = "whole"', f'name = "from-{step}"'))
+    (again / "latest").write_text(f"checkpoint-{step}\n")
+    (again / f"checkpoint-{step}").symlink_to(run / f"checkpoint-{step}")
+    return zero(policy, runs, again.parent.name, *flags, "--resume"), again
+
+
+@pytest.mark.parametrize(
+    ("depth", "ages", "points", "more"),
+    [
+        (1, [0, 1, 1, 1], [2], ()),
+        (4, [0, 1, 2, 3, 4, 4, 4], [1, 3, 6], ("--dynamic-sampling", "--flat-again", 0.5, "--pool", 24)),
+        (4, [0, 2, 4, 4, 4], [3], ("--minibatches", 2, "--kl-coef", 0.01)),
+    ],
+)
+def test_a_queue_is_off_policy_by_its_bound_and_resumes_to_the_same_bits(
+    policy, tmp_path, monkeypatch, depth, ages, points, more
+):
+    monkeypatch.setattr("pipeline.run.checkpoint.KEEP_CHECKPOINTS", 99)
+    flags = ("--staleness", depth, "--steps", len(ages), "--max-mismatch-kl", 9, *more)
+    logged = zero(policy, tmp_path, "whole", *flags, "--checkpoint-every", 1)
+    assert [row["rollout/staleness"] for row in logged] == ages
+    assert [row["rollout/staleness_max"] for row in logged] == ages
+    assert not any(row["rollout/renewed"] for row in logged)
+    assert logged[0]["policy/mismatch_kl"] < 1e-9 < logged[2]["policy/mismatch_kl"]
+    once = zero(policy, tmp_path, "once", *flags, "--checkpoint-every", 99, "--eval-every", 0)
+    assert [row["reward/mean"] for row in once] == [row["reward/mean"] for row in logged]
+    whole = tmp_path / "whole/zero"
+    assert same_model(whole, tmp_path / "once/zero")
+    for step in points:
+        resumed, run = resumed_from(step, whole, tmp_path, policy, *flags, "--checkpoint-every", 1)
+        for one, two in zip(logged, resumed, strict=True):
+            for key in ("reward/mean", "policy/mismatch_kl", "optim/grad_norm", "rollout/staleness"):
+                assert one[key] == two[key], (one["step"], key)
+        assert same_model(whole, run)
+
+
+def test_a_queue_through_workers_is_never_older_than_its_bound(policy, tmp_path):
+    flags = ("--steps", 6, "--staleness", 3, "--rollout.workers", 1, "--eval-every", 0)
+    for row in zero(policy, tmp_path, "pool", *flags):
+        assert 0 <= row["rollout/staleness"] <= row["rollout/staleness_max"] <= min(3, row["step"] - 1)
+        assert 0 <= row["rollout/renewed"] <= 1
 
 
 def test_speculation_and_a_small_cache_are_the_same_run(policy, tmp_path):

@@ -54,7 +54,7 @@ def test_replay_takes_away_what_the_routes_add_to_the_mismatch(policy, tmp_path)
 def test_killed_and_resumed_it_is_the_same_run_to_the_bit(policy, tmp_path):
     """With a round that was sampled ahead, its routes in the checkpoint, and modules that learn."""
     flags = (*BF16, "--router-replay", "--mtp-coef", 0.1, "--rollout.local.speculate")
-    flags += ("--overlap", "--steps", 4, "--checkpoint-every", 2)
+    flags += ("--staleness", 1, "--steps", 4, "--checkpoint-every", 2)
     code, logged = rl(policy, tmp_path, "whole", *flags)
     assert code == 0 and all(0 <= row["rollout/mtp_acceptance"] <= 1 for row in logged)
     run, again = tmp_path / "whole/zero", tmp_path / "again/zero"
