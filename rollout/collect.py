@@ -18,7 +18,6 @@ import torch
 from model.policy import Policy
 from rollout.engine import RolloutEngine
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams, StdioTest
-from rollout.weights import InPlaceEngine
 
 ARRAYS = ("token_ids", "logprobs")
 """What a `Rollout` holds as arrays."""
@@ -105,7 +104,7 @@ class RolloutSource:
     @property
     def in_place(self) -> bool:
         """Whether the engine generates from the trainer's own tensors."""
-        return isinstance(self.engine, InPlaceEngine) and self.engine.in_place
+        return self.engine.in_place
 
     def sync(self, policy: Policy, version: int) -> None:
         """Have the engine generate from `policy`, as it is after `version` optimizer updates."""
@@ -155,7 +154,7 @@ class RolloutSource:
             seeded = replace(sampling, seed=sampling.seed + request * REFILL_SEED) if request else sampling
             rollouts = sample_groups(self.engine, self.prompts(cursor + sampled, need), seeded)
             sampled += need
-            tokens += sum(len(r.token_ids) for r in rollouts)
+            tokens += sum(r.sampled for r in rollouts)
             then = time.monotonic()
             graded = self.grade(rollouts)
             sample_s, grade_s = sample_s + then - began, grade_s + time.monotonic() - then

@@ -21,6 +21,9 @@ class StaleWeights(RuntimeError):
 class RolloutEngine(Protocol):
     """Generates completions. In fp32 all engines agree on the greedy tokens of the same weights."""
 
+    in_place: bool = False
+    """Whether it generates from the trainer's own tensors."""
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield `len(prompts) * sampling.n` rollouts in any order; `index` and `sample` tell them apart."""
 
@@ -37,3 +40,25 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Free what the engine holds. Calling it twice is fine."""
+
+
+class WrappingEngine(RolloutEngine):
+    """What engines share that change the requests or rollouts of another."""
+
+    engine: RolloutEngine
+
+    def load_weights(self, source: Any, version: int) -> None:
+        """As the engine."""
+        self.engine.load_weights(source, version)
+
+    def rest(self) -> bool:
+        """As the engine."""
+        return self.engine.rest()
+
+    def drain(self) -> dict[str, float]:
+        """As the engine."""
+        return self.engine.drain()
+
+    def close(self) -> None:
+        """As the engine."""
+        self.engine.close()

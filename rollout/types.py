@@ -4,6 +4,7 @@ Standard library only, so that engines, rewards and trainers in any process can 
 Units: log-probabilities in nats under the distribution that was sampled from.
 """
 
+import itertools
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -118,12 +119,31 @@ class Rollout:
     """Limit of completion tokens that it was sampled under; 0 = not recorded."""
     text: str | None = None
     """The completion as text, where an endpoint returns no token ids; its `token_ids` are then zeros."""
+    observed: tuple[tuple[int, int], ...] = ()
+    """First and end index in the completion of each observation, which an environment wrote between turns. It
+    was not sampled: its log-probabilities are 0, and it is out of the loss."""
+    score: float | None = None
+    """The environment's own reward, where it gave one."""
+    failure: str = ""
+    """Why the environment failed; such a rollout is dropped from the loss, as one whose verifier failed."""
 
     def __post_init__(self) -> None:
         for name, code in (("token_ids", "i"), ("logprobs", "f")):
             value = getattr(self, name)
             if not isinstance(value, array) or value.typecode != code:
                 object.__setattr__(self, name, array(code, value))
+
+    @property
+    def sampled(self) -> int:
+        """Completion tokens that the model sampled."""
+        return len(self.token_ids) - sum(end - first for first, end in self.observed)
+
+    @property
+    def turns(self) -> list[tuple[bool, Sequence[int]]]:
+        """The completion in order: whether the model wrote a part, and its token ids."""
+        cuts = [0, *(at for span in self.observed for at in span), len(self.token_ids)]
+        parts = zip(itertools.cycle((True, False)), itertools.pairwise(cuts), strict=False)
+        return [(own, self.token_ids[first:end]) for own, (first, end) in parts]
 
 
 @dataclass(frozen=True, slots=True)
