@@ -168,8 +168,8 @@ def general_item(rng: random.Random) -> Item:
 
 
 def tool_item(rng: random.Random) -> Item:
-    """`What is 471*936?`: too much for a small model's head, and a line for the Python tool."""
-    (a, b), language = (rng.randint(100, 999), rng.randint(100, 999)), language_of(rng)
+    """`What is 47*93?`: too much for a small model's head, and a line for the Python tool."""
+    (a, b), language = (rng.randint(11, 99), rng.randint(11, 99)), language_of(rng)
     text, answer = f"{a}*{b}", str(a * b)
     question = {"en": "What is {}?", "zh": "{}等于多少？"}[language].format(text)
     step = f"<python>print({text})</python><output>{answer}</output>"

@@ -6,13 +6,12 @@ one that an end token ended by the template's next message. The turns of a reque
 index that seeds a later turn is its place among those that go on.
 """
 
-import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -45,26 +44,28 @@ class Environment:
 
 @dataclass(slots=True, eq=False)
 class Episode:
-    """A rollout in the making: all its turns so far."""
+    """A rollout in the making: all its turns so far, and the answer to the latest."""
 
     rollout: Rollout
     messages: list[Message]
     step: Step | None = None
     ended: bool = False  # the latest turn, by an end token
+    answer: Future[Answer] | None = None
 
-    def add(self, ids: Sequence[int], logprobs: Sequence[float], **changes: Any) -> None:
-        """Add tokens to the completion."""
-        both = [*self.rollout.token_ids, *ids], [*self.rollout.logprobs, *logprobs]
-        self.rollout = replace(self.rollout, token_ids=both[0], logprobs=both[1], **changes)
 
-    def add_turn(self, turn: Rollout, most: int) -> None:
-        """Add a turn, cut at `most` tokens of the completion; routes of earlier tokens stay as they were."""
-        ids, known = turn.token_ids[: most - len(self.rollout.token_ids)], self.rollout.routed_experts
-        routes, end = turn.routed_experts, len(turn.prompt.token_ids) + len(ids) - 1
-        if routes is not None and known is not None:
-            routes = torch.cat([known, routes[len(known) : end]])
-        reason = turn.finish_reason if len(ids) == len(turn.token_ids) else "length"
-        self.add(ids, turn.logprobs[: len(ids)], finish_reason=reason, routed_experts=routes)
+def longer(old: Rollout, ids: Sequence[int], logprobs: Sequence[float], **changes: Any) -> Rollout:
+    """A rollout with further tokens."""
+    both = [*old.token_ids, *ids], [*old.logprobs, *logprobs]
+    return replace(old, token_ids=both[0], logprobs=both[1], **changes)
+
+
+def with_turn(old: Rollout, turn: Rollout, most: int) -> Rollout:
+    """A rollout with a further turn, cut at `most` tokens; routes of earlier tokens stay as they were."""
+    ids, routes, known = turn.token_ids[: most - len(old.token_ids)], turn.routed_experts, old.routed_experts
+    if routes is not None and known is not None:
+        routes = torch.cat([known, routes[len(known) : len(turn.prompt.token_ids) + len(ids) - 1]])
+    reason = turn.finish_reason if len(ids) == len(turn.token_ids) else "length"
+    return longer(old, ids, turn.logprobs[: len(ids)], finish_reason=reason, routed_experts=routes)
 
 
 class TurnEngine(WrappingEngine):
@@ -79,8 +80,8 @@ class TurnEngine(WrappingEngine):
         max_turns: int,
         timeout_s: float = 60.0,
     ) -> None:
-        """`eos`: ids that end a turn. After `max_turns` a rollout that is not done is cut. Where none is
-        answered for `timeout_s` seconds, the environment has failed for all that wait."""
+        """`eos`: ids that end a turn. After `max_turns` a rollout that is not done is cut. The environment
+        has failed for a rollout that is not answered `timeout_s` seconds after the one before it was."""
         self.engine, self.in_place, self.environment = engine, engine.in_place, environment
         self.tokenizer, self.eos, self.max_turns, self.timeout_s = tokenizer, eos, max_turns, timeout_s
 
@@ -91,24 +92,24 @@ class TurnEngine(WrappingEngine):
 
     def _turns(self, rollouts: Iterator[Rollout], sampling: SamplingParams) -> Iterator[Rollout]:
         going, most = list[Episode](), sampling.max_tokens
-        for turn in itertools.count(1):
-            asked = dict[Future[Answer], Episode]()
+        for turn in count(1):
+            asked = list[Episode]()
             for made in rollouts:
-                if turn > 1:
-                    (episode := going[made.index]).add_turn(made, most)
-                else:
-                    question = {"role": "user", "content": made.prompt.problem.question}
-                    episode = Episode(made, [question])
+                question = {"role": "user", "content": made.prompt.problem.question}
+                episode = going[made.index] if turn > 1 else Episode(made, [question])
+                episode.rollout = with_turn(episode.rollout, made, most) if turn > 1 else made
                 if episode.rollout.finish_reason == "stop":
-                    asked[self._ask(episode, made)] = episode
+                    self._ask(episode, made.token_ids)
+                    asked.append(episode)
                 else:
                     yield episode.rollout
-            going = []
-            for future in self._answered(asked):
-                if self._goes_on(asked[future], future, turn, most):
-                    going.append(asked[future])
+            patience, going = self.timeout_s, []
+            for episode in asked:
+                if self._goes_on(episode, patience, turn, most):
+                    going.append(episode)
                 else:
-                    yield asked[future].rollout
+                    yield episode.rollout
+                patience = patience if episode.answer and episode.answer.done() else 0.0
             if not going:
                 return
             going.sort(key=lambda e: (e.rollout.index, e.rollout.sample))
@@ -118,46 +119,35 @@ class TurnEngine(WrappingEngine):
             sofar = [(r.prompt, (*r.prompt.token_ids, *r.token_ids)) for r in (e.rollout for e in going)]
             rollouts = self.engine.generate([replace(p, token_ids=ids) for p, ids in sofar], later)
 
-    def _ask(self, episode: Episode, turn: Rollout) -> Future[Answer]:
-        """The answer to a turn, from a thread that ends with this process."""
-        problem, future = turn.prompt.problem, Future[Answer]()
-        episode.ended = turn.token_ids[-1] in self.eos
-        said = decode(self.tokenizer, turn.token_ids[: -1 if episode.ended else None])
-        opened = "" if episode.step else prefill(self.tokenizer, turn.prompt.template)
-        episode.messages.append({"role": "assistant", "content": opened + said})
+    def _ask(self, episode: Episode, ids: Sequence[int]) -> None:
+        """Have a turn of tokens `ids` answered, in a thread that ends with this process."""
+        prompt, future = episode.rollout.prompt, Future[Answer]()
+        episode.ended, episode.answer = ids[-1] in self.eos, future
+        opened = "" if episode.step else prefill(self.tokenizer, prompt.template)
+        said = opened + decode(self.tokenizer, ids[: -1 if episode.ended else None])
+        episode.messages.append({"role": "assistant", "content": said})
 
         def run() -> None:
-            with suppress(InvalidStateError):  # it was given up
-                try:
-                    episode.step = episode.step or self.environment.start(problem)
-                    future.set_result(episode.step([*episode.messages]))
-                except Exception as error:
-                    future.set_exception(error)
+            try:
+                episode.step = episode.step or self.environment.start(prompt.problem)
+                future.set_result(episode.step([*episode.messages]))
+            except Exception as error:
+                future.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
-        return future
 
-    def _answered(self, asked: Iterable[Future[Answer]]) -> Iterator[Future[Answer]]:
-        """Each as it is answered; cancelled, where the environment hangs."""
-        pending = set(asked)
-        while pending:
-            done, pending = wait(pending, self.timeout_s, FIRST_COMPLETED)
-            if not done:
-                done, pending = pending, set()
-                for future in done:
-                    future.cancel()
-            yield from done
-
-    def _goes_on(self, episode: Episode, future: Future[Answer], turn: int, most: int) -> bool:
-        """Take an answer; whether another turn follows it."""
+    def _goes_on(self, episode: Episode, patience: float, turn: int, most: int) -> bool:
+        """Take the answer to a turn; whether another turn follows."""
         made, changes, n = episode.rollout, dict[str, Any](), len(episode.rollout.token_ids)
+        future = episode.answer
+        assert future is not None
         try:
-            answer = future.result()
+            answer = future.result(patience)
             if isinstance(answer, str) and (answer or not episode.ended):
                 fits = turn < self.max_turns and len(answer) <= CHARACTERS * (most - n)
                 if fits and n + len(ids := self._encoded(episode, answer)) < most:
                     spans = (*made.observed, (n, n + len(ids))) if ids else made.observed
-                    episode.add(ids, [0.0] * len(ids), observed=spans)
+                    episode.rollout = longer(made, ids, [0.0] * len(ids), observed=spans)
                     episode.messages.append({"role": "user", "content": answer})
                     return True
                 changes["finish_reason"] = "length"
@@ -166,8 +156,8 @@ class TurnEngine(WrappingEngine):
                 if not math.isfinite(answer):
                     raise ValueError(f"the score {answer} is no finite number")
         except Exception as error:  # of the environment's own code, whatever it is
-            hung = f"no answer within {self.timeout_s:g} s"
-            why = hung if future.cancelled() else f"{type(error).__name__}: {error}".partition("\n")[0]
+            raised = f"{type(error).__name__}: {error}".partition("\n")[0]
+            why = raised if future.done() else f"no answer within {self.timeout_s:g} s"
             changes["failure"] = f"the environment failed: {why}"[:300]
         episode.rollout = replace(made, **changes)
         return False
