@@ -63,6 +63,7 @@ def verifiers_environment(name: str) -> Environment:
         import verifiers
 
         multi_turn, env = verifiers.MultiTurnEnv, verifiers.load_environment(name)
+        nobody = object.__new__(verifiers.clients.OpenAIChatCompletionsClient)  # the model is ours
     except Exception as error:  # a user's module may raise anything
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         way = 'it needs pip install "verifiers<0.2", and the environment installed'
@@ -70,20 +71,20 @@ def verifiers_environment(name: str) -> Environment:
     if not isinstance(env, multi_turn) or getattr(env, "tool_defs", None):
         raise UserError(f"'verifiers:{name}' is no MultiTurnEnv of texts; native tool calls are not read")
     rows = {str(row.get("question") or row["prompt"][-1]["content"]): row for row in env.get_dataset()}
-    return Environment(lambda problem: verifiers_step(env, problem, rows.get(problem.question, {})))
+    return Environment(lambda of: verifiers_step(env, nobody, of, rows.get(of.question, {})))
 
 
-def verifiers_step(env: Any, problem: Problem, row: dict[str, Any]) -> Step:
+def verifiers_step(env: Any, client: Any, problem: Problem, row: dict[str, Any]) -> Step:
     """The step of one rollout, which does what `MultiTurnEnv.rollout` does, less the model. `row` is the
     environment's own of that question, if it has one."""
     asked = [{"role": "user", "content": problem.question}]
-    given = {"prompt": asked, "answer": problem.answer, "example_id": 0, "task": "default", **row}
+    given = {"prompt": asked, "answer": problem.answer, "example_id": 0, **row}
     state: Any = None
 
     async def step(text: str) -> Answer:
         nonlocal state
         if state is None:
-            state = await env.init_state(given, None, "policy", None)
+            state = await env.init_state(given, client, "policy", None)
             state = await env.setup_state(state) or state
             state["asked"] = await env.get_prompt_messages(state)
         turn: dict[str, Any] = dict.fromkeys(("response", "tokens", "reward", "advantage"))

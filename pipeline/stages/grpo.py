@@ -244,7 +244,8 @@ class Trainer(RoundTrainer):
         names = ("overlong_buffer", "max_idle_steps", "flat_again", "router_replay", "mtp_coef")
         own: dict[str, Any] = {name: getattr(config, name) for name in names}
         super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **own)
-        self.doctor = LiveDoctor(self.eos, config.overlap)
+        ends = frozenset() if config.environment else self.eos  # an environment ends rollouts anywhere
+        self.doctor = LiveDoctor(ends, config.overlap)
         if config.environment:
             pool, unsafe = self.scorer.pool, config.allow_unsafe_code
             check_sandbox(run_dir.stage.name, pool, (), unsafe, tool=config.environment == "python")
