@@ -138,7 +138,9 @@ def test_a_message_after_an_end_token_is_graded_alone(tokenizer, prompts):
     span = (len(first) + 1, len(first) + 1 + len(told))
     made = Rollout(prompts[0], 0, 0, ids, [0.0] * len(ids), "stop", observed=(span,))
     assert completion_text(tokenizer, made, "r1-zero-short") == "<answer>4</answer>"
-    assert "3" in completion_text(tokenizer, replace(made, token_ids=[*first, 5, *ids[len(first) + 1 :]]), "raw")
+    assert "3" in completion_text(
+        tokenizer, replace(made, token_ids=[*first, 5, *ids[len(first) + 1 :]]), "raw"
+    )
 
 
 @pytest.mark.parametrize("template", ["r1", "plain", "boxed-think"])
@@ -192,7 +194,9 @@ def test_limits_cut(inner, tokenizer, prompts):
 
 
 def test_routes_cover_every_token_but_the_last(tokenizer, prompts):
-    net = Transformer(tiny(len(tokenizer), eos_token_id=tokenizer.eos_token_id, initializer_range=0.1), seed=0)
+    net = Transformer(
+        tiny(len(tokenizer), eos_token_id=tokenizer.eos_token_id, initializer_range=0.1), seed=0
+    )
     engine = Recording(NativeEngine(net.eval(), tokenizer=tokenizer, record_routes=True))
     rollouts = play(engine, tokenizer, prompts)
     assert any(r.observed for r in rollouts)
