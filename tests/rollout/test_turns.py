@@ -1,4 +1,4 @@
-"""Rollouts of several turns: tokens are the engine's own, observations lie between, and every end is named."""
+"""Rollouts of several turns: tokens are the engine's own, observations lie between, ends are named."""
 
 from __future__ import annotations
 
