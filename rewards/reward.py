@@ -17,12 +17,18 @@ from rewards.maths.extract import Mode
 from rewards.pool import WorkerPool
 from rewards.registry import REWARDS, Outcome, Reward, find, reward, verdict_of
 from rewards.style import overlong_reward
-from rollout.types import Graded, Rollout
+from rollout.types import Graded, Problem, Rollout
 
 __all__ = ["REWARDS", "Accuracy", "Outcome", "Scorer", "check_weights", "error_share", "reward", "verdict_of"]
 
 ALWAYS = ("accuracy", "format", "language", "repetition")
 """Rewards that are computed and logged whatever their weight, in this order."""
+
+
+@reward("environment", "mean of the environment's own score; 0 where it gave none")
+def environment_reward(problem: Problem, completion: str, rollout: Rollout) -> float:
+    """What the environment gave the rollout when it ended it."""
+    return rollout.score or 0.0
 
 
 def check_weights(weights: Mapping[str, float]) -> list[tuple[Reward, float]]:
@@ -117,6 +123,8 @@ class Scorer:
         parts: dict[str, float] = {}
         total = 0.0
         verdict, detail = verdict_of(accuracy), accuracy.detail
+        if rollout.failure:
+            verdict, detail = "error", rollout.failure
         for entry, weight in self._rewards:
             outcome = accuracy if entry.name == "accuracy" else entry(problem, text, rollout)
             if outcome.value is not None:

@@ -9,7 +9,7 @@ With a queue of d rounds, round t is begun when step t - d gets its rollouts and
 its weights lack the updates of d steps at most. Both sides wait: the generator for the trainer where d rounds
 are complete, the trainer for the generator where its round is not. An engine in the trainer's process
 generates round t from the weights of step t - d, whatever the timing: the run has the same bits every time.
-A pool (`InFlightEngine`) gets the weights of every step at once where d > 1, in the middle of rounds too, so
+A pool (`in_flight`) gets the weights of every step at once where d > 1, in the middle of rounds too, so
 that its rollouts are younger, by an amount that depends on timing.
 """
 
@@ -24,9 +24,8 @@ import numpy as np
 import torch
 
 from model.policy import Policy
-from rollout.engine import InFlightEngine, RolloutEngine
+from rollout.engine import RolloutEngine
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams, StdioTest
-from rollout.weights import InPlaceEngine
 
 ARRAYS = ("token_ids", "logprobs")
 """What a `Rollout` holds as arrays."""
@@ -112,7 +111,7 @@ class RolloutSource:
     @property
     def in_place(self) -> bool:
         """Whether the engine generates from the trainer's own tensors."""
-        return isinstance(self.engine, InPlaceEngine) and self.engine.in_place
+        return self.engine.in_place
 
     def sync(self, policy: Policy, version: int) -> None:
         """Have the engine generate from `policy`, as it is after `version` optimizer updates."""
@@ -134,7 +133,7 @@ class RolloutSource:
             samplings: of this round and of those after it that may be begun now, from the weights as they are
                 now, in the background. Those that are pending come first and stay as they are.
         """
-        began, in_flight = time.monotonic(), isinstance(self.engine, InFlightEngine)
+        began, in_flight = time.monotonic(), self.engine.in_flight
         if not self.pending or (in_flight and len(self.pending) > 1):
             self.sync(policy, version)
         sync_s = time.monotonic() - began
@@ -172,7 +171,7 @@ class RolloutSource:
             seeded = replace(sampling, seed=sampling.seed + request * REFILL_SEED) if request else sampling
             rollouts = sample_groups(self.engine, self.prompts(cursor + sampled, need), seeded)
             sampled += need
-            tokens += sum(len(r.token_ids) for r in rollouts)
+            tokens += sum(r.sampled for r in rollouts)
             then = time.monotonic()
             graded = self.grade(rollouts)
             sample_s, grade_s = sample_s + then - began, grade_s + time.monotonic() - then

@@ -21,6 +21,12 @@ class StaleWeights(RuntimeError):
 class RolloutEngine(Protocol):
     """Generates completions. In fp32 all engines agree on the greedy tokens of the same weights."""
 
+    in_place: bool = False
+    """Whether it generates from the trainer's own tensors."""
+    in_flight: bool = False
+    """Whether `load_weights` may be called from another thread during a request: completions under way go on
+    with the new weights."""
+
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """Yield `len(prompts) * sampling.n` rollouts in any order; `index` and `sample` tell them apart."""
 
@@ -39,11 +45,6 @@ class RolloutEngine(Protocol):
         """Free what the engine holds. Calling it twice is fine."""
 
 
-class InFlightEngine(RolloutEngine):
-    """An engine of its own weights whose `load_weights` may be called from another thread during a request:
-    completions under way go on with the new weights."""
-
-
 class Renewable(RolloutEngine, Protocol):
     """An engine that can take weights between two steps of a request."""
 
@@ -51,3 +52,25 @@ class Renewable(RolloutEngine, Protocol):
     """Of the weights."""
     renew: Callable[[], bool] = staticmethod(lambda: False)
     """Called between the steps of a request: load weights that wait for it, if any; whether it did."""
+
+
+class WrappingEngine(RolloutEngine):
+    """What engines share that change the requests or rollouts of another."""
+
+    engine: RolloutEngine
+
+    def load_weights(self, source: Any, version: int) -> None:
+        """As the engine."""
+        self.engine.load_weights(source, version)
+
+    def rest(self) -> bool:
+        """As the engine."""
+        return self.engine.rest()
+
+    def drain(self) -> dict[str, float]:
+        """As the engine."""
+        return self.engine.drain()
+
+    def close(self) -> None:
+        """As the engine."""
+        self.engine.close()

@@ -4,6 +4,7 @@ Standard library only, so that engines, rewards and trainers in any process can 
 Units: log-probabilities in nats under the distribution that was sampled from.
 """
 
+import itertools
 import math
 from array import array
 from collections.abc import Mapping, Sequence
@@ -121,6 +122,13 @@ class Rollout:
     """The completion as text, where an endpoint returns no token ids; its `token_ids` are then zeros."""
     last_version: int = -1
     """As `policy_version`, of its last token: later where weights changed meanwhile. -1 = the same."""
+    observed: tuple[tuple[int, int], ...] = ()
+    """First and end index in the completion of each observation, which an environment wrote between turns. It
+    was not sampled: its log-probabilities are 0, and it is out of the loss."""
+    score: float | None = None
+    """The environment's own reward, where it gave one."""
+    failure: str = ""
+    """Why the environment failed; such a rollout is dropped from the loss, as one whose verifier failed."""
 
     def __post_init__(self) -> None:
         if self.last_version < 0:
@@ -129,6 +137,18 @@ class Rollout:
             value = getattr(self, name)
             if not isinstance(value, array) or value.typecode != code:
                 object.__setattr__(self, name, array(code, value))
+
+    @property
+    def sampled(self) -> int:
+        """Completion tokens that the model sampled."""
+        return len(self.token_ids) - sum(end - first for first, end in self.observed)
+
+    @property
+    def turns(self) -> list[tuple[bool, Sequence[int]]]:
+        """The completion in order: whether the model wrote a part, and its token ids."""
+        cuts = [0, *(at for span in self.observed for at in span), len(self.token_ids)]
+        parts = zip(itertools.cycle((True, False)), itertools.pairwise(cuts), strict=False)
+        return [(own, self.token_ids[first:end]) for own, (first, end) in parts]
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,6 +172,7 @@ FLAGS = {
 }
 """The micro run of each stage's module."""
 ONLY = {
+    ("zero", "--environment python --steps 1"): ["max_turns"],
     ("zero", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("on_policy", "--optim.schedule cosine --steps 1"): ["optim.min_lr_ratio"],
     ("sft", "--samples-from {samples}"): ["max_samples"],

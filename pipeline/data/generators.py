@@ -167,8 +167,18 @@ def general_item(rng: random.Random) -> Item:
     return Item("general", "general", language, question.format(answer), answer, (), (), f"copy:{pairs}")
 
 
+def tool_item(rng: random.Random) -> Item:
+    """`What is 47*93?`: too much for a small model's head, and a line for the Python tool."""
+    (a, b), language = (rng.randint(11, 99), rng.randint(11, 99)), language_of(rng)
+    text, answer = f"{a}*{b}", str(a * b)
+    question = {"en": "What is {}?", "zh": "{}等于多少？"}[language].format(text)
+    step = f"<python>print({text})</python><output>{answer}</output>"
+    return Item("math", "tool", language, question, answer, (), (step,), text)
+
+
 FAMILIES: dict[str, Callable[[random.Random], Item]] = {
     "sum": sum_item, "word": word_item, "code": code_item, "gym": gym_item, "general": general_item,
+    "tool": tool_item,
 }  # fmt: skip
 MIXTURES: dict[str, dict[str, float]] = {
     "tiny": {"sum": 0.4, "word": 0.3, "code": 0.15, "gym": 0.15},

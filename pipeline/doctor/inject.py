@@ -12,7 +12,7 @@ import torch
 from model.policy import Policy
 from pipeline.errors import UserError
 from pipeline.settings.rollouts import Fault
-from rollout.engine import RolloutEngine
+from rollout.engine import RolloutEngine, WrappingEngine
 from rollout.types import Prompt, Rollout, SamplingParams
 from rollout.weights import InPlaceEngine
 
@@ -22,7 +22,7 @@ a tenth of that."""
 E4M3_MAX = 448.0
 
 
-class FaultyEngine(RolloutEngine):
+class FaultyEngine(WrappingEngine):
     """An engine with one fault; its weights, where they differ, are a copy of the policy's."""
 
     def __init__(self, engine: RolloutEngine, fault: Fault) -> None:
@@ -60,18 +60,6 @@ class FaultyEngine(RolloutEngine):
             {"stale": lambda _: None, "fp8": round_to_e4m3, "route": move_routes}[self.fault](source)
         self.engine.load_weights(source, version)
         self.loaded = True
-
-    def rest(self) -> bool:
-        """As the engine."""
-        return self.engine.rest()
-
-    def drain(self) -> dict[str, float]:
-        """As the engine."""
-        return self.engine.drain()
-
-    def close(self) -> None:
-        """As the engine."""
-        self.engine.close()
 
 
 @torch.no_grad()

@@ -47,6 +47,8 @@ GLOSSARY: dict[str, str] = {
     "rollout/mtp_acceptance": "share of tokens guessed by the MTP module that were right (speculation)",
     "rollout/preemptions": "completions preempted because the cache was full, and prefilled again later",
     "rollout/unended": "share of the completions that stopped whose end token is missing",
+    "rollout/observations": "mean observations in a completion, of an environment",
+    "rollout/observed": "mean tokens of them in a completion; they are out of the loss",
     "rollout/groups_sampled": "groups sampled for the step, those left out for want of spread included",
     "rollout/staleness": "updates between the policy that began a rollout and the one it trains; the mean",
     "rollout/staleness_max": "the same of the oldest rollout",

@@ -11,10 +11,12 @@ from rewards.reward import error_share
 from rollout.types import Graded, Problem
 
 
-def check_sandbox(stage: str, pool: WorkerPool, problems: Iterable[Problem], allow_unsafe_code: bool) -> None:
-    """Say once, where `problems` ask for programs, which layers confine them on this machine. UserError: too
-    few do (`rewards.programs.isolate.gap`), and that is not allowed."""
-    if not any(problem.kind == "code" for problem in problems):
+def check_sandbox(
+    stage: str, pool: WorkerPool, problems: Iterable[Problem], allow_unsafe_code: bool, tool: bool = False
+) -> None:
+    """Say once, where `problems` ask for programs or a `tool` runs some, which layers confine them on this
+    machine. UserError: too few do (`rewards.programs.isolate.gap`), and that is not allowed."""
+    if not tool and not any(problem.kind == "code" for problem in problems):
         return
     if (gap := sandbox_gap(pool)) and not allow_unsafe_code:
         raise UserError(

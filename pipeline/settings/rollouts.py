@@ -216,6 +216,11 @@ class GrpoSettings(RoundSettings):
     """Weight of the cross-entropy of multi-token-prediction modules on the sampled tokens, so that they go on
     guessing the policy well (`rollout.local.speculate`). They learn from detached states, and the policy is
     trained as without them. 0 = they stay as they are, as they do in workers."""
+    environment: str = ""
+    """What answers the model's turns (`pipeline.environments`): `python`, a tool that runs its programs;
+    `verifiers:NAME`, of that package; or "module:function" for your own. Empty = a rollout is one turn."""
+    max_turns: Annotated[int, Range(2)] = 4
+    """Turns after which a rollout that its environment has not ended is cut."""
     inject: Literal["", Fault] = ""
     """A fault on purpose, for teaching and tests; the run names it within two steps. The engine: stale =
     keeps the weights that it began with; fp8 = has its matrices rounded to E4M3; route = has noise on the
@@ -253,6 +258,15 @@ class GrpoSettings(RoundSettings):
             )
         if self.inject and self.staleness:
             raise ValueError(f"inject={self.inject!r} needs staleness=0: old rollouts would hide the fault.")
+        if ":" in self.environment and not self.environment.startswith("verifiers:"):
+            own_function(self.environment, "environment")
+        elif ":" not in self.environment and self.environment not in ("", "python"):
+            there = 'there are python, verifiers:NAME and "module:function"'
+            raise ValueError(f"no environment {self.environment!r}; {there}.")
+        if not self.environment and (self.max_turns != 4 or "environment" in self.rewards):
+            raise ValueError("max_turns and the reward environment have no effect: set environment, too.")
+        if self.environment and self.inject:
+            raise ValueError(f"inject={self.inject!r} is for rollouts of one turn: leave environment out.")
         buffer = f"overlong_buffer={self.overlong_buffer}"
         if self.overlong_buffer > self.max_tokens:
             raise ValueError(f"{buffer} must be at most max_tokens={self.max_tokens}.")
@@ -267,6 +281,7 @@ class GrpoSettings(RoundSettings):
 NOT_OF_THE_UPDATE = {
     *("group_size", "dynamic_sampling", "most_requests", "rewards", "overlong_buffer", "ref_refresh_steps"),
     *("max_idle_steps", "record", "record_every", "flat_again", "router_replay", "mtp_coef", "inject"),
+    *("environment", "max_turns"),
 }
 """Settings of `GrpoSettings` alone that a step's update does not depend on, given its rollouts."""
 

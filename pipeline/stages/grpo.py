@@ -31,6 +31,7 @@ from pipeline.data.pool import Order, fitting, pooled
 from pipeline.data.problems import problems
 from pipeline.doctor.inject import FaultyEngine
 from pipeline.doctor.live import LiveDoctor
+from pipeline.environments import open_environment
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Diverged, Guard
@@ -61,6 +62,7 @@ from rollout.checkpoint import eos_of
 from rollout.collect import Plan, RolloutSource, Round, sample_groups
 from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
+from rollout.turns.engine import TurnEngine
 from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 
@@ -160,7 +162,7 @@ class RoundTrainer(ABC):
         most = self.config.log_samples
         stride = max(1, len(graded) // max(1, most))
         pairs = zip(graded[::stride], advantages[::stride], strict=True) if most else ()
-        return [transcript(g, a) for g, a in pairs]
+        return [transcript(g, a, self.tokenizer) for g, a in pairs]
 
     def sampling(self, step: int) -> SamplingParams:
         """How the completions of step `step` are sampled."""
@@ -248,7 +250,13 @@ class Trainer(RoundTrainer):
         names = ("overlong_buffer", "max_idle_steps", "flat_again", "router_replay", "mtp_coef")
         own: dict[str, Any] = {name: getattr(config, name) for name in names}
         super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **own)
-        self.doctor = LiveDoctor(self.eos, config.staleness > 0)
+        ends = frozenset() if config.environment else self.eos  # an environment ends rollouts anywhere
+        self.doctor = LiveDoctor(ends, config.staleness > 0)
+        if config.environment:
+            pool, unsafe = self.scorer.pool, config.allow_unsafe_code
+            check_sandbox(run_dir.stage.name, pool, (), unsafe, tool=config.environment == "python")
+            turns = open_environment(config.environment, pool), self.tokenizer, self.eos, config.max_turns
+            self.source.engine = TurnEngine(self.source.engine, *turns)
         if config.inject:
             self.source.engine = FaultyEngine(self.source.engine, config.inject)
             say(f"{run_dir.stage.name}: inject = {config.inject}: THIS RUN IS FAULTY ON PURPOSE")
@@ -314,7 +322,7 @@ class Trainer(RoundTrainer):
         for start in range(0, len(graded), share):
             both = zip(graded[start : start + share], advantages[start : start + share], strict=True)
             pairs = [(g.rollout, a) for g, a in both if a is not None and g.rollout.finish_reason != cut]
-            weights = rollout_weights([len(r.token_ids) for r, _ in pairs], per, config.max_tokens)
+            weights = rollout_weights([r.sampled for r, _ in pairs], per, config.max_tokens)
             trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or always)
             out.append(pack([example(*of) for of in trained], self.place.micro_tokens(config)))
         return out

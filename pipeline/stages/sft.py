@@ -52,7 +52,7 @@ def kept_samples(samples: list[dict], config: SftSettings) -> list[Row]:
     seen: set[str] = set()
     for s in reversed(samples):
         blocks = split_blocks(s["text"])
-        good = s["verdict"] == "correct" and s["parts"].get("language", 0) >= 0.99
+        good = s["verdict"] == "correct" and "turns" not in s and s["parts"].get("language", 0) >= 0.99
         if good and blocks and readable(blocks[0]) and s["question"] not in seen:
             seen.add(s["question"])
             text, source = tagged(*blocks), f"samples:{s.get('source', config.samples_from)}"

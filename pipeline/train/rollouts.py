@@ -57,12 +57,14 @@ def mean(values: Sequence[float]) -> float:
 
 
 def example(rollout: Rollout, advantage: float, weight: float) -> Example:
-    """Prompt and completion as one sequence; only the completion has weight."""
+    """Prompt and completion as one sequence; only what the model sampled has weight."""
     prompt, n = rollout.prompt.token_ids, len(rollout.token_ids)
-    zeros = np.zeros(len(prompt), np.float32)
+    zeros, weights = np.zeros(len(prompt), np.float32), np.full(n, weight, np.float32)
+    for first, end in rollout.observed:
+        weights[first:end] = 0.0
     return Example(
         token_ids=np.concatenate([np.array(prompt, np.int32), np.asarray(rollout.token_ids, np.int32)]),
-        weights=np.concatenate([zeros, np.full(n, weight, np.float32)]),
+        weights=np.concatenate([zeros, weights]),
         rollout_logprobs=np.concatenate([zeros, np.asarray(rollout.logprobs, np.float32)]),
         advantage=advantage,
         routed_experts=rollout.routed_experts,
@@ -88,19 +90,27 @@ def rollout_metrics(graded: Sequence[Graded]) -> dict[str, float]:
     """Means over rollouts of reward, its parts and length; verifier failures count in `errors` alone."""
     valid = [g for g in graded if g.verdict != "error"]
     names = dict.fromkeys(name for g in valid for name in g.parts)
+    told, observed = dict[str, float](), [g.rollout.observed for g in graded]
+    if any(observed):
+        told["rollout/observations"] = mean([len(spans) for spans in observed])
+        told["rollout/observed"] = mean([sum(end - first for first, end in spans) for spans in observed])
     return {
         "reward/mean": mean([g.reward for g in valid]),
         "reward/accuracy": mean([float(g.verdict == "correct") for g in valid]),
         "reward/errors": len(graded) - len(valid),
         "rollout/tokens_mean": mean([len(g.rollout.token_ids) for g in graded]),
         "rollout/truncated": mean([float(g.rollout.finish_reason == "length") for g in graded]),
+        **told,
     } | {f"reward/{name}": mean([g.parts[name] for g in valid]) for name in names if name != "accuracy"}
 
 
-def transcript(graded: Graded, advantage: float | None) -> dict[str, Any]:
-    """A line of samples.jsonl."""
+def transcript(graded: Graded, advantage: float | None, tokenizer: Any = None) -> dict[str, Any]:
+    """A line of samples.jsonl; read by `tokenizer`, with what an environment wrote, where there is any."""
     rollout, problem = graded.rollout, graded.rollout.prompt.problem
     asked = {name: getattr(problem, name) for name in ("id", "question", "kind", "language", "source")}
+    if rollout.observed:
+        by = {True: "model", False: "environment"}
+        asked["turns"] = [[by[own], str(tokenizer.decode(ids))] for own, ids in rollout.turns]
     return asked | {
         "text": graded.text,
         "verdict": graded.verdict,

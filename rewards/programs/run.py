@@ -33,7 +33,7 @@ from rewards.programs.judging import controls, judge
 from rewards.programs.zygote import Limits, Zygote, seed, standard_streams
 from rewards.wire import Channel
 
-__all__ = ["Limits", "run_asserts", "run_stdio", "same_output", "warm"]
+__all__ = ["Limits", "run_asserts", "run_once", "run_stdio", "same_output", "warm"]
 
 WARM_MODULES = (
     "bisect", "cmath", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools",
@@ -146,7 +146,7 @@ def run_stdio(code: str, cases: list[list[str]], limits: Limits, stop_early: boo
     """Run the program once per `[input, output]` case. After a time-out the rest count as failed."""
     passed, detail = 0, ""
     for number, (given, wanted) in enumerate(cases, 1):
-        output, why, stopped = _run_once(code, given, limits)
+        output, why, stopped = run_once(code, given, limits)
         if not why and same_output(output, wanted):
             passed += 1
             continue
@@ -156,7 +156,7 @@ def run_stdio(code: str, cases: list[list[str]], limits: Limits, stop_early: boo
     return {"passed": passed, "total": len(cases), "detail": detail}
 
 
-def _run_once(code: str, given: str, limits: Limits) -> tuple[str, str, bool]:
+def run_once(code: str, given: str, limits: Limits) -> tuple[str, str, bool]:
     """What the program printed, why it failed, or "", and whether it exceeded its limits."""
     assert _zygote is not None
     with ExitStack() as stack:

@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from model.policy import Policy
 from rollout.checkpoint import context_and_vocabulary, stored_shapes
-from rollout.engine import EngineDied, InFlightEngine
+from rollout.engine import EngineDied, RolloutEngine
 from rollout.pool.start import last_line, start_ray
 from rollout.pool.worker import Finished, Opener, Worker, stale
 from rollout.settings import RolloutSettings
@@ -78,8 +78,10 @@ class Counts:
     by_worker: Counter[int] = field(default_factory=Counter)  # rollouts by process id
 
 
-class RolloutPool(InFlightEngine):
+class RolloutPool(RolloutEngine):
     """`RolloutEngine` over workers on Ray."""
+
+    in_flight = True
 
     def __init__(
         self,

@@ -35,6 +35,8 @@ Shots = Sequence[tuple[str, str]]
 """Questions with worked answers, before the one that is asked."""
 GUARD = "\ufdd0"
 """Stands within the text of a control token that is data until it is encoded; no character, so in no text."""
+PAST = "\ufdd1"
+"""Stands for a past answer."""
 _OPENED = re.compile(r"<think>\s*\Z")
 _CLOSED = re.compile(r"<think>\s*</think>\s*\Z")
 
@@ -135,6 +137,15 @@ def render(tokenizer: PreTrainedTokenizerFast, question: str, template_name: str
     return chat.removesuffix(opening(chat)) if template.think == "closed" else chat
 
 
+def next_turn(tokenizer: PreTrainedTokenizerFast, text: str, template_name: str, ended: str) -> str:
+    """What follows a turn that ended with the control token `ended`, up to the next one: `text` as the
+    template's next question. Raises `ValueError`: as `render`, or its chat leaves past answers out."""
+    _, past, rest = render(tokenizer, text, template_name, [("?", PAST)]).partition(PAST)
+    if not past:
+        raise ValueError("the chat template leaves past answers out, so that no turn can follow one")
+    return rest.removeprefix(ended)
+
+
 def chat_text(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> str:
     """A conversation in the tokenizer's chat template, generation prompt included.
     Raises `ValueError`: the template cannot be read, or refuses these messages."""
@@ -222,10 +233,14 @@ def completion_text(
     tokenizer: PreTrainedTokenizerFast, completion: Rollout | Sequence[int], template_name: str
 ) -> str:
     """The completion as text: the template's prefill, then the tokens without special ones. A stop token that
-    is ordinary text, such as `</answer>`, is kept: graders need it. An endpoint's is as it came."""
+    is ordinary text, such as `</answer>`, is kept: graders need it. An endpoint's is as it came. Of several
+    turns it is what the model wrote, no observations, from the beginning of its last message on."""
     if isinstance(completion, Rollout) and completion.text is not None:
         return completion.text
-    ids = list(completion.token_ids if isinstance(completion, Rollout) else completion)
+    ids = list[int]()
+    for own, part in completion.turns if isinstance(completion, Rollout) else [(True, completion)]:
+        if own:
+            ids = [*(() if ids[-1:] == [tokenizer.eos_token_id] else ids), *part]
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
         ids.pop()
     return prefill(tokenizer, template_name) + decode(tokenizer, ids)

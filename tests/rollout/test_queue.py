@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from rollout.collect import Plan, RolloutSource
-from rollout.engine import InFlightEngine
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
 from rollout.weights import InPlaceEngine
 
@@ -78,8 +77,10 @@ class Copying(Engine):
         super().load_weights(Weights(source.number), version)
 
 
-class InFlight(Copying, InFlightEngine):
+class InFlight(Copying):
     """Takes weights in the middle of a request."""
+
+    in_flight = True
 
 
 def prompts(place, count):
