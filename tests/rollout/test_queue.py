@@ -10,7 +10,6 @@ import pytest
 
 from rollout.collect import Plan, RolloutSource
 from rollout.types import Graded, Problem, Prompt, Rollout, SamplingParams
-from rollout.weights import InPlaceEngine
 
 STEPS, DEPTH = 9, 4
 OLD = [0, 0, 0, 0, 0, 1, 2, 3, 4]
@@ -30,6 +29,8 @@ class Weights:
 
 class Engine:
     """Each token of a round is the number of the weights that it has at that moment."""
+
+    in_place = in_flight = False
 
     def __init__(self, tokens=3, seconds=0.0):
         self.tokens, self.seconds, self.began, self.closed = tokens, seconds, 0, False
@@ -66,8 +67,10 @@ class Engine:
         self.closed = True
 
 
-class InPlace(Engine, InPlaceEngine):
+class InPlace(Engine):
     """Reads the trainer's own weights: it must be given a copy."""
+
+    in_place = True
 
 
 class Copying(Engine):

@@ -96,10 +96,17 @@ def test_an_environment_that_fails_is_counted_and_stops_the_run(zero, capsys):
     assert logged(folder)[0]["reward/errors"] > 0
 
 
-def test_overlap_and_a_pool_play_the_same_environment(zero):
-    rows = logged(zero("ahead", "--overlap", "--max-turns", 2)[1])
-    assert [row["rollout/staleness"] for row in rows] == [0, 1, 1, 1]
+def test_a_queue_and_a_pool_play_the_same_environment(zero):
+    rows = logged(zero("ahead", "--staleness", 2, "--max-turns", 2)[1])
+    assert [row["rollout/staleness"] for row in rows] == [0, 1, 2, 2]
     assert all(row["rollout/observations"] <= 1 for row in rows if "rollout/observations" in row)
+    here, pool = (
+        logged(zero(name, "--steps", 2, *flags)[1])
+        for name, flags in (("here", ()), ("pool", ("--rollout.workers", 1)))
+    )
+    assert here[0]["rollout/observed"] > 0
+    for name in ("rollout/observed", "rollout/tokens_mean", "reward/mean"):
+        assert [row[name] for row in here] == [row[name] for row in pool], name
 
 
 def rollouts(several):
