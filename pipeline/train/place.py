@@ -30,6 +30,7 @@ class Place:
         place = cls(device_named(config.device))
         seed_all(config.seed, config.threads)
         torch.use_deterministic_algorithms(place.device.type == "cpu", warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a tenth of a step, and nothing reads it
         return place
 
     def micro_tokens(self, config: TrainSettings) -> int:
