@@ -88,7 +88,8 @@ class Student(RoundTrainer):
         for start in range(0, len(graded), share):
             rollouts = [g.rollout for g in graded[start : start + share]]
             weights = rollout_weights([len(r.token_ids) for r in rollouts], "token", self.config.max_tokens)
-            examples = [example(r, 0.0, w) for r, w in zip(rollouts, weights, strict=True)]
+            common = self.config.share_prompts
+            examples = [example(r, 0.0, w, common) for r, w in zip(rollouts, weights, strict=True)]
             out.append(pack(examples, self.place.micro_tokens(self.config)))
         return out
 

@@ -30,6 +30,7 @@ from model.kernels.attend import attend
 from model.kernels.cpu.attention import CausalAttention
 from model.kernels.cpu.linear import Linear
 from model.kernels.layout import Layout
+from model.kernels.packed import fold, unfold
 from model.layers import RMSNorm
 from model.rope import Rope, softmax_scale
 
@@ -82,8 +83,9 @@ class Attention(nn.Module):
         if layout.buckets is not None:
             turns = rotations.expand(*x.shape[:2], -1)  # b s r/2
             flat = (tensor.flatten(0, 1) for tensor in (q, kv, k_rot, turns))  # b s .. -> N ..
-            o = CausalAttention.apply(*flat, self.rope, self.scale, layout.buckets)  # N h v
-            o = o.unflatten(0, x.shape[:2])  # b s h v
+            full = (unfold(tensor, layout.packed) for tensor in flat)
+            o = CausalAttention.apply(*full, self.rope, self.scale, layout.buckets)  # N h v
+            o = fold(o, layout.packed).unflatten(0, x.shape[:2])  # b s h v
         else:
             q, q_rot = q.split([self.nope, self.rotary], dim=-1)
             q = torch.cat([q, self.rope.rotate(q_rot, rotations.unsqueeze(-2))], dim=-1)  # b s h n+r

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
 from model.kernels.blockwise import BlockwiseAttention
-from model.kernels.packed import Packed
+from model.kernels.packed import Packed, fold, unfold
 
 CPU_BLOCKS = range(128, 1025)
 """Longest sequences for which a CPU computes in blocks; for shorter and longer ones SDPA is faster."""
@@ -48,7 +48,7 @@ def attend(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of `q` (s h d) to `k` (s g d) over `v` (s g e): (s h e).
+    """Attention of `q` (s h d) to `k` (s g d) over `v` (s g e): (s h e). Shared prefixes are repeated for it.
 
     Args:
         packed: lengths of the sequences, and their ends on the tensors' device.
@@ -56,6 +56,19 @@ def attend(
         window: tokens that a token sees, itself included; None = all earlier ones of its sequence.
         softcap: c of c tanh(score / c); None = scores as they are.
     """
+    q, k, v = (unfold(x, packed) for x in (q, k, v))
+    return fold(_attend(q, k, v, packed, scale, window, softcap), packed)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packed,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
     longest, d, e = packed.longest, q.shape[-1], v.shape[-1]
     window = None if window is None or window >= longest else window
     gpu, fused = q.device.type == "cuda", softcap is None and e <= d <= 256

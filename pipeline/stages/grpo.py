@@ -324,7 +324,8 @@ class Trainer(RoundTrainer):
             pairs = [(g.rollout, a) for g, a in both if a is not None and g.rollout.finish_reason != cut]
             weights = rollout_weights([r.sampled for r, _ in pairs], per, config.max_tokens)
             trained = ((r, a, w) for (r, a), w in zip(pairs, weights, strict=True) if a or always)
-            out.append(pack([example(*of) for of in trained], self.place.micro_tokens(config)))
+            examples = [example(*of, share=config.share_prompts) for of in trained]
+            out.append(pack(examples, self.place.micro_tokens(config)))
         return out
 
     def old_logprobs(self, batches: Sequence[Batch]) -> list[list[Tensor] | None]:

@@ -4,6 +4,8 @@ Each token's share of the global loss is fixed here, once, from all of the globa
 packing cannot change the loss afterwards. A share is 0 for prompts and for the first token of a sequence,
 which nothing precedes. Batches stay on the host as arrays; a micro-batch is built when it is computed.
 
+Samples of one prompt that say so (`Example.prefix`) stay together, and the row has their prompt once.
+
 Axes  t tokens of a micro-batch, n those that have weight
 """
 
@@ -36,6 +38,20 @@ class Example:
     advantage: float = 0.0
     routed_experts: Any = None
     """`Rollout.routed_experts`: of all tokens but the last."""
+    prefix: int = 0
+    """Leading tokens that a row has once for this sequence and those beside it that begin alike."""
+
+    def common(self, before: "Example | None") -> int:
+        """Tokens of the row that it takes from the sequence before it in a micro-batch."""
+        p = self.prefix
+        if before is None or p != before.prefix:
+            return 0
+        return p if np.array_equal(self.token_ids[:p], before.token_ids[:p]) else 0
+
+
+def prefixes(examples: Sequence[Example]) -> list[int]:
+    """Tokens that each of a micro-batch's sequences takes from the one before it."""
+    return [e.common(before) for e, before in zip(examples, [None, *examples], strict=False)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,37 +65,45 @@ class Micro:
     rollout_logprobs: Tensor  # n
     advantages: Tensor  # n
     positions: NDArray[Any]  # n, on the host: of the scored tokens in their own sequences
+    before: Tensor  # n, places in the row of the tokens before those
     routed_experts: Tensor | None = None  # 1 t layers k, int16; -1 = not recorded
 
     @classmethod
     def of(cls, examples: Sequence[Example], device: torch.device | str = "cpu") -> "Micro":
         """The sequences of `examples`, in their order."""
-        lengths = [len(e.token_ids) for e in examples]
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
-        weights = np.concatenate([np.asarray(e.weights, np.float32) for e in examples])
-        weights[starts] = 0.0
+        lengths, common = [len(e.token_ids) for e in examples], np.array(prefixes(examples), np.int64)
+        ends = np.cumsum(lengths - common)  # in the row
+        starts, base = ends - lengths + common, np.zeros_like(ends)
+        for i, p in enumerate(common):
+            base[i] = base[i - 1] if p else starts[i]  # where its first token is
+        parts = list(zip(examples, common, strict=True))
+        weights = np.concatenate([np.asarray(e.weights, np.float32)[p:] for e, p in parts])
+        weights[starts[common == 0]] = 0.0
         scored = np.flatnonzero(weights)
         sequence = np.searchsorted(ends, scored, side="right")
         logprobs = np.zeros(len(weights), np.float32)
-        for e, begin, end in zip(examples, starts, ends, strict=True):
+        for (e, p), begin, end in zip(parts, starts, ends, strict=True):
             if e.rollout_logprobs is not None:
-                logprobs[begin:end] = e.rollout_logprobs
+                logprobs[begin:end] = np.asarray(e.rollout_logprobs)[p:]
         advantages = np.array([e.advantage for e in examples], np.float32)
-        token_ids = np.concatenate([np.asarray(e.token_ids, np.int64) for e in examples])[None]
-        arrays = (token_ids, scored, weights[scored], logprobs[scored], advantages[sequence])
-        ids, places, shares, sampled, each = (upload(torch.from_numpy(x), device) for x in arrays)
-        packed, positions = Packed.of(lengths, device), scored - starts[sequence]
+        token_ids = np.concatenate([np.asarray(e.token_ids, np.int64)[p:] for e, p in parts])[None]
+        before = np.where(scored == starts[sequence], base[sequence] + common[sequence], scored) - 1
+        arrays = (token_ids, scored, weights[scored], logprobs[scored], advantages[sequence], before)
+        ids, places, shares, sampled, each, prior = (upload(torch.from_numpy(x), device) for x in arrays)
+        packed, positions = Packed.of(lengths, device, common.tolist()), scored - starts[sequence]
         recorded = recorded_routes(examples, ends)
         routes = None if recorded is None else upload(recorded, device)
-        return cls(ids, packed, places, shares, sampled, each, positions, routes)
+        positions += common[sequence]
+        return cls(ids, packed, places, shares, sampled, each, positions, prior, routes)
 
     def ahead(self, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """States that predict the scored tokens `k` further: index, that token's id and weight (m <= n)."""
+        """States that predict the scored tokens `k` further: index, that token's id and weight (m <= n). More
+        than 1 is for rows without shared prefixes."""
         places, weights = self.scored, self.weights
-        if k > 1:
-            kept = upload(torch.from_numpy(np.flatnonzero(self.positions >= k)), places.device)
-            places, weights = places[kept], weights[kept]
+        if k == 1:
+            return self.before, self.token_ids[0, places], weights
+        kept = upload(torch.from_numpy(np.flatnonzero(self.positions >= k)), places.device)
+        places, weights = places[kept], weights[kept]
         return places - k, self.token_ids[0, places], weights
 
     @property
@@ -90,14 +114,13 @@ class Micro:
 
 def recorded_routes(examples: Sequence[Example], ends: NDArray[Any]) -> Tensor | None:
     """`Micro.routed_experts` of sequences that end at `ends` in the row; None where no route is recorded."""
-    found = [
-        (e.routed_experts, end) for e, end in zip(examples, ends, strict=True) if e.routed_experts is not None
-    ]
+    each = zip(examples, ends, prefixes(examples), strict=True)
+    found = [(e.routed_experts, end, p) for e, end, p in each if e.routed_experts is not None]
     if not found:
         return None
     routes = torch.full((1, int(ends[-1]), *found[0][0].shape[1:]), -1, dtype=torch.int16)
-    for of, end in found:
-        routes[0, end - 1 - len(of) : end - 1] = of
+    for of, end, p in found:
+        routes[0, end - 1 - len(of) + p : end - 1] = of[p:]
     return routes
 
 
@@ -113,8 +136,9 @@ class Batch:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [len(e.token_ids) for part in self.parts for e in part]
+        """Tokens of each sequence in its row: of a shared prefix, those of the first."""
+        both = ((part, prefixes(part)) for part in self.parts)
+        return [len(e.token_ids) - p for part, common in both for e, p in zip(part, common, strict=True)]
 
     @property
     def scored(self) -> int:
@@ -142,9 +166,20 @@ def assign(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], micro_tokens: int) -> Batch:
-    """Examples in micro-batches of at most `micro_tokens`; a longer sequence is one by itself."""
-    parts = assign([len(e.token_ids) for e in examples], micro_tokens)
-    return Batch([[examples[i] for i in part] for part in parts])
+    """Examples in micro-batches of at most `micro_tokens`; a longer sequence is one by itself. Neighbours with
+    a common prefix stay together, as far as they fit."""
+    units, used = list[list[Example]](), list[int]()
+    for e in examples:
+        common = e.common(units[-1][-1]) if units else 0
+        own = len(e.token_ids) - common
+        if common and used[-1] + own <= micro_tokens:
+            units[-1].append(e)
+            used[-1] += own
+        else:
+            units.append([e])
+            used.append(len(e.token_ids))
+    parts = assign(used, micro_tokens)
+    return Batch([[e for i in part for e in units[i]] for part in parts])
 
 
 def mean_weights(scored: Sequence[ArrayLike]) -> list[NDArray[Any]]:

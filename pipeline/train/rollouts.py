@@ -56,8 +56,9 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def example(rollout: Rollout, advantage: float, weight: float) -> Example:
-    """Prompt and completion as one sequence; only what the model sampled has weight."""
+def example(rollout: Rollout, advantage: float, weight: float, share: bool = False) -> Example:
+    """Prompt and completion as one sequence; only what the model sampled has weight. `share`: a row has the
+    prompt once for all its samples."""
     prompt, n = rollout.prompt.token_ids, len(rollout.token_ids)
     zeros, weights = np.zeros(len(prompt), np.float32), np.full(n, weight, np.float32)
     for first, end in rollout.observed:
@@ -68,6 +69,7 @@ def example(rollout: Rollout, advantage: float, weight: float) -> Example:
         rollout_logprobs=np.concatenate([zeros, np.asarray(rollout.logprobs, np.float32)]),
         advantage=advantage,
         routed_experts=rollout.routed_experts,
+        prefix=len(prompt) if share else 0,
     )
 
 
