@@ -43,8 +43,8 @@ class Shared:
             places += [np.arange(base, base + p), np.arange(place, int(own[i + 1]))]
             firsts.append(np.arange(begin + p, end))
             copies += [(base, begin, p)] if p else []
-        tensors = (upload(torch.from_numpy(np.concatenate(x)), device) for x in (places, firsts))
-        return cls(*tensors, tuple(copies))
+        at, first = (upload(torch.from_numpy(np.concatenate(x)), device) for x in (places, firsts))
+        return cls(at, first, tuple(copies))
 
 
 class _Unfold(torch.autograd.Function):

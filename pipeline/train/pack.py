@@ -166,8 +166,8 @@ def assign(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
 
 
 def pack(examples: Sequence[Example], micro_tokens: int) -> Batch:
-    """Examples in micro-batches of at most `micro_tokens`; a longer sequence is one by itself. Neighbours with
-    a common prefix stay together, as far as they fit."""
+    """Examples in micro-batches of at most `micro_tokens`; a longer sequence is one by itself. Neighbours
+    with a common prefix stay together, as far as they fit."""
     units, used = list[list[Example]](), list[int]()
     for e in examples:
         common = e.common(units[-1][-1]) if units else 0

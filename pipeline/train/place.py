@@ -24,9 +24,9 @@ class Place:
     def open(cls, config: ComputeSettings) -> Self:
         """Seed every generator and choose the device.
 
-        On a CPU the same seed gives the same bits; torch would also fill each new tensor with NaN, which takes a
-        tenth of a step, and nothing reads it. On a GPU torch's deterministic algorithms are slower and
-        still leave attention's backward as it is, so they stay off.
+        On a CPU the same seed gives the same bits; torch would also fill each new tensor with NaN, which
+        takes a tenth of a step, and nothing reads it. On a GPU torch's deterministic algorithms are slower
+        and still leave attention's backward as it is, so they stay off.
         Raises `UserError`: no GPU where one was asked for."""
         place = cls(device_named(config.device))
         seed_all(config.seed, config.threads)

@@ -83,6 +83,7 @@ def our_steps(path: Path, precision: str, flat: bool, steps: int) -> dict[str, A
         name=f"bench-{time.time_ns()}", runs=path.parent, init_from=str(path), problems=(str(rows),),
         template="raw", prompts_per_step=PROMPTS, group_size=GROUP, max_tokens=NEW, kl_coef=0.0, eval_every=0,
         threads=1, log_samples=0, rewards={f"{__name__}:spread": 1.0}, heldout=(), steps=steps + WARM,
+        share_prompts=True,
         optim=OptimSettings(lr=1e-6, precision=precision),
     )  # fmt: skip
     seconds, parts = list[float](), defaultdict[str, float](float)
