@@ -1,0 +1,62 @@
+"""A queue of rounds four updates deep against on-policy RL, on finished tiny chains: does it learn as well?
+
+From the same base with the same seed, R1-Zero runs for as many steps with both. The chains are the runs in
+the folder R1_RUNS (make r1); this benchmark keeps its own in bench-queue and repeats none that is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from pipeline.__main__ import main
+from pipeline.errors import UserError
+
+SUMMARY = "RL with rollouts up to four updates old against on-policy RL, three seeds"
+STEPS, SEEDS, DEPTH, LAST = 60, 3, 4, 10
+
+
+def zero(model: Path, folder: Path, name: str, staleness: int, seed: int) -> dict[str, Any]:
+    """What a run's metrics say; accuracy is that of the rollouts, a mean over the last steps."""
+    stage = folder / name / "zero"
+    if not (stage / "done.json").exists():
+        argv = ["zero", "--config", "configs/tiny/zero.toml", "--runs", str(folder), "--name", name]
+        argv += ["--init-from", str(model), "--seed", str(seed), "--steps", str(STEPS)]
+        assert main([*argv, "--staleness", str(staleness)]) == 0
+    rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
+    heldout = {row["step"]: row["heldout/pass@1"] for row in rows if "heldout/pass@1" in row}
+    return {
+        "accuracy": fmean(row["reward/accuracy"] for row in rows[-LAST:]),
+        "heldout": heldout,
+        "oldest": max(row.get("rollout/staleness_max", 0) for row in rows),
+        "mismatch_kl_max": max(row["policy/mismatch_kl"] for row in rows),
+        "step_s": fmean(row["time/step_s"] for row in rows),
+    }
+
+
+def run() -> dict[str, Any]:
+    """Every seed, with and without the queue."""
+    root = Path(os.environ.get("R1_RUNS", "runs"))
+    models = sorted(root.glob("*/pretrain/model"))[:SEEDS]
+    if len(models) < SEEDS:
+        raise UserError(
+            f"{root} holds {len(models)} finished chains, not {SEEDS}: set R1_RUNS, or make r1 them"
+        )
+    folder, found = root / "bench-queue", dict[str, dict[str, Any]]()
+    for seed, model in enumerate(models, start=1):
+        name = model.parent.parent.name
+        found[name] = {
+            kind: zero(model, folder, f"{name}-{kind}", depth, seed)
+            for kind, depth in (("on-policy", 0), ("queue", DEPTH))
+        }
+    plain = [of["on-policy"]["accuracy"] for of in found.values()]
+    behind = fmean(plain) - fmean(of["queue"]["accuracy"] for of in found.values())
+    oldest = max(of["queue"]["oldest"] for of in found.values())
+    claims = [
+        {"claim": "mean accuracy behind on-policy", "value": behind, "at_most": stdev(plain)},
+        {"claim": "oldest weights, updates", "value": oldest, "at_most": DEPTH},
+    ]
+    return {"claims": claims, "steps": STEPS, "depth": DEPTH, "spread": stdev(plain), "seeds": found}
