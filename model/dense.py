@@ -213,25 +213,19 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
 
 def _is_rms_norm(module: Any) -> bool:
     """Whether `module` computes what a kernel of torch does; in Gemma's the weight is added to 1."""
-    named = type(module).__name__.endswith("RMSNorm")
-    if not named or [(name, p.ndim) for name, p in module.named_parameters()] != [("weight", 1)]:
+    if not type(module).__name__.endswith("RMSNorm") or list(dict(module.named_parameters())) != ["weight"]:
         return False
     x = 1e-3 * torch.arange(2.0 * len(module.weight), device="cpu").sin().view(2, -1)  # so that eps counts
     own = functional_call(module, {"weight": x[1]}, (x,))
-    return torch.allclose(own, F.rms_norm(x, x.shape[1:], x[1], _eps(module)))
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return torch.allclose(own, F.rms_norm(x, x.shape[1:], x[1], eps))
 
 
-def _rms_norm(self: Any, x: Tensor) -> Tensor:
+def _rms_norm(self: Any, x: Tensor) -> Any:
     """Of transformers: on a GPU one kernel each way, where its own forward is eight."""
-    if x.is_cuda and x.dtype == self.weight.dtype:
-        return F.rms_norm(x, self.weight.shape, self.weight, _eps(self))
-    y: Tensor = type(self).forward(self, x)
-    return y
-
-
-def _eps(norm: Any) -> float:
-    found: float = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    return found
+    if not x.is_cuda or x.dtype != self.weight.dtype:
+        return type(self).forward(self, x)
+    return F.rms_norm(x, self.weight.shape, self.weight, getattr(self, "variance_epsilon", None) or self.eps)
 
 
 def _near(what: str, ours: Tensor, theirs: Tensor) -> None:

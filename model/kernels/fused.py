@@ -1,8 +1,6 @@
-"""Triton: log-probabilities of logits in one pass over a GPU's memory, and their gradient in a second.
+"""Triton: log-probabilities of logits (n v) in one pass over a GPU's memory, and their gradient in a second.
 
-Sums are fp32. The equations are those of `pipeline.train.logprobs`. Runs in Triton's interpreter too.
-
-Axes    n rows (tokens), v vocabulary
+In fp32; the equations are those of `pipeline.train.logprobs`. Runs in Triton's interpreter too.
 """
 
 import torch

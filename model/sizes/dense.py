@@ -21,8 +21,7 @@ class Kind:
     """Norms of a layer as wide as the network."""
     norm_vectors: int = 1
     """Weights of a norm per dimension: 2 with a bias."""
-    fused: bool = True
-    """They are one kernel on a GPU (`model.dense`)."""
+    fused: bool = True  # the norms, on a GPU: `model.dense`
     head_norms: bool | str = False
     """Norms of queries and keys."""
     qkv_bias: bool | str = False

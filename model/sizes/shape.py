@@ -34,8 +34,9 @@ class Kept(NamedTuple):
     def bytes(self, itemsize: int, device: str = "cuda") -> int:
         """All of them; a number in the network's dtype has `itemsize` bytes."""
         own = self.own + (self.on_gpus if device == "cuda" else 0)
-        fp32 = self.fp32 + (self.on_cpus if device == "cpu" else 0)
-        return itemsize * own + 4 * (fp32 + (self.casts if itemsize < 4 else 0))
+        return itemsize * own + 4 * (
+            self.fp32 + self.casts * (itemsize < 4) + self.on_cpus * (device == "cpu")
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,8 +52,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     The softmax is one pass over memory; a logarithm of the sum of exponentials would be four, and the
     logarithm of p_target has no digits below 1e-38. What fits into one chunk of CHUNK_BYTES is kept for the
-    backward as p, more is computed again. On a GPU there is no p: `fused` reads z, which is kept as it is,
-    and writes dy over it. Only float64 goes as on a CPU there."""
+    backward as p, more is computed again. `fused` keeps z, writes dy over it, and leaves float64 to this."""
 
     @staticmethod
     def forward(
@@ -69,14 +68,13 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device.type
-        on_gpu = device == "cuda" and hidden.dtype != torch.float64
-        fused = import_module("model.kernels.fused") if on_gpu else None  # Triton, which a CPU does not need
-        raw = on_gpu and bias is None and softcap is None  # z is the product, scaled wherever it is read
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        fused = import_module("model.kernels.fused") if device == "cuda" and wide == torch.float32 else None
+        raw = fused is not None and bias is None and softcap is None  # z is y, scaled wherever it is read
         rows = max(1, CHUNK_BYTES[device] // (len(weight) * (hidden.element_size() if raw else 4)))
         learning = any(ctx.needs_input_grad)
-        keep = learning and len(hidden) <= rows and (on_gpu or softcap is None)
+        keep = learning and len(hidden) <= rows and (fused is not None or softcap is None)
         rows = min(rows, CPU_ROWS) if device == "cpu" else rows
-        wide = torch.promote_types(hidden.dtype, torch.float32)
         found = hidden.new_zeros(4, len(hidden), dtype=wide)  # results, and of z the largest and log sum
         ctx.how = (1.0, None, 1.0) if raw else (scale, softcap, temperature)
         times, targets = scale / temperature if raw else 1.0, targets.contiguous()
@@ -155,10 +153,7 @@ def head_logits(
     softcap: float | None,
     temperature: float,
 ) -> Tensor:
-    """Logits (n v) of `hidden` (n d), divided by the temperature, in fp32 at least.
-
-    On a GPU as the product leaves them if nothing follows it: what reads them there widens them on the way.
-    """
+    """Logits (n v) of `hidden` (n d) by the temperature, in fp32 at least; a GPU's bare product as it is."""
     z = linear.times_transposed(hidden, weight)
     if z.device.type == "cuda" and bias is None and softcap is None and scale == temperature:
         return z

@@ -14,10 +14,10 @@ real values, so its numbers can be compared with the CPU branch's. `found` count
     uploads    `non_blocking` copies of pageable memory to the GPU
     peak, largest   bytes of live tensors of the GPU, at most; the largest tensor and the line that made it
 
-Limits. Modes belong to a thread: what another one makes is not covered (`--overlap`). Not covered: Triton, in
-the place of whose log-probabilities `fake_kernels` stands; `scaled_mm`, streams, memory between processes, NCCL.
-torch's own FakeTensorMode has no values, without which the first `nonzero` or `tolist` ends a run, and on a CPU
-build refuses `.to("cuda")`.
+Limits. Modes belong to a thread: what another one makes is not covered (`--overlap`). Not covered: Triton
+(`fake_kernels` has log-probabilities in its stead), `scaled_mm`, streams, memory between processes, NCCL.
+torch's own FakeTensorMode has no values, without which the first `nonzero` or `tolist` ends a run, and on a
+CPU build refuses `.to("cuda")`.
 """
 
 from __future__ import annotations
