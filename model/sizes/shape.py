@@ -33,10 +33,8 @@ class Kept(NamedTuple):
 
     def bytes(self, itemsize: int, device: str = "cuda") -> int:
         """All of them; a number in the network's dtype has `itemsize` bytes."""
-        own = self.own + (self.on_gpus if device == "cuda" else 0)
-        return itemsize * own + 4 * (
-            self.fp32 + self.casts * (itemsize < 4) + self.on_cpus * (device == "cpu")
-        )
+        own = itemsize * (self.own + (self.on_gpus if device == "cuda" else 0))
+        return own + 4 * (self.fp32 + self.casts * (itemsize < 4) + self.on_cpus * (device == "cpu"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,10 +111,10 @@ class _TokenLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight, dtype=d.dtype) if needs_weight else None
         d_bias = torch.zeros_like(bias, dtype=d.dtype) if needs_bias else None
-        kept, ctx.kept = iter(ctx.kept), []  # overwritten below: a second backward computes it again
         for begin in range(0, len(hidden), ctx.rows):
             part = slice(begin, begin + ctx.rows)
-            p = next(kept, None)
+            z: Any = ctx.kept.pop(0) if ctx.kept else None  # overwritten: a second backward computes it again
+            p = z
             if p is None:
                 z = head_logits(hidden[part], weight, bias, *ctx.how)
                 p = z if ctx.fused else z.softmax(1, dtype=d.dtype)
@@ -140,7 +140,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 d_weight += gradient.T @ hidden[part]
             if d_bias is not None:
                 d_bias += gradient.sum(0, dtype=d.dtype)
-            del p, gradient  # before the next chunk has its own
+            del z, p, gradient  # before the next chunk has its own
         made = (x if x is None else x.to(weight.dtype) for x in (d_weight, d_bias))
         return d_hidden, *made, None, None, None, None, None, None
 
