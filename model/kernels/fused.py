@@ -1,6 +1,7 @@
 """Triton: log-probabilities of logits (n v) in one pass over a GPU's memory, and their gradient in a second.
 
-In fp32; the equations are those of `pipeline.train.logprobs`. Runs in Triton's interpreter too.
+In fp32; the equations are those of `pipeline.train.logprobs`. Runs in Triton's interpreter too. Numbers of
+rows, and where they begin in their tensor, are not compiled in.
 """
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 HOW = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": False}
 
 
-@triton.jit(do_not_specialize_on_alignment=["targets", "rows"])  # parts of tensors, which begin anywhere
+@triton.jit(do_not_specialize=["rows_of"], do_not_specialize_on_alignment=["targets", "rows"])
 def _log_softmax(z, targets, rows, v, z_n, rows_of, times, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0).to(tl.int64)
     z, rows = z + n * z_n, rows + n
@@ -34,7 +35,7 @@ def _log_softmax(z, targets, rows, v, z_n, rows_of, times, ENTROPY: tl.constexpr
     tl.store(rows + 3 * rows_of, tl.log(sum))
 
 
-@triton.jit(do_not_specialize_on_alignment=["targets", "rows", "d", "e"])
+@triton.jit(do_not_specialize=["rows_of"], do_not_specialize_on_alignment=["targets", "rows", "d", "e"])
 def _logits_gradient(
     z, out, targets, rows, d, e, v, z_n, rows_of, times, rate, uncap,
     ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
