@@ -1,7 +1,6 @@
 """Triton: log-probabilities of logits (n v) in one pass over a GPU's memory, and their gradient in a second.
 
-In fp32; the equations are those of `pipeline.train.logprobs`. Runs in Triton's interpreter too. Numbers of
-rows, and where they begin in their tensor, are not compiled in.
+In fp32, by the equations of `pipeline.train.logprobs`. Where rows begin in their tensor is not compiled in.
 """
 
 import torch

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from model.kernels.cpu import linear
 from model.policy import Head
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 2 << 30}
 """Most bytes of a chunk: on a CPU of its softmax in fp32, beside which its logits are alive; on a GPU of its
 logits. A chunk adds to the gradient of the whole head, so that small ones cost a GPU much traffic."""
 CPU_ROWS = 512
