@@ -14,10 +14,13 @@ Axes    b rows, s tokens, d width; in an attention h query heads, g key heads, q
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -55,6 +58,8 @@ class DensePolicy(Policy):
                 drops = name.endswith(("dropout", "pdrop", "layerdrop")) or isinstance(module, nn.Dropout)
                 if drops and isinstance(value, float):
                     setattr(module, name, 0.0)
+            if _is_rms_norm(module):
+                module.__dict__["forward"] = MethodType(_rms_norm, module)
         if self._whole.config._attn_implementation == "sdpa":
             self._whole.set_attn_implementation(PACKED)
 
@@ -204,6 +209,23 @@ def read_network(path: str | Path, **options: Any) -> PreTrainedModel:
         raise ValueError(f"{len(wrong)} tensors do not fit its config.json; the first: {min(wrong)}")
     check_finite(net.named_parameters(), path)
     return net
+
+
+def _is_rms_norm(module: Any) -> bool:
+    """Whether `module` computes what a kernel of torch does; in Gemma's the weight is added to 1."""
+    if not type(module).__name__.endswith("RMSNorm") or list(dict(module.named_parameters())) != ["weight"]:
+        return False
+    x = 1e-3 * torch.arange(2.0 * len(module.weight), device="cpu").sin().view(2, -1)  # so that eps counts
+    own = functional_call(module, {"weight": x[1]}, (x,))
+    eps = getattr(module, "variance_epsilon", None) or module.eps
+    return torch.allclose(own, F.rms_norm(x, x.shape[1:], x[1], eps))
+
+
+def _rms_norm(self: Any, x: Tensor) -> Any:
+    """Of transformers: on a GPU one kernel each way, where its own forward is eight."""
+    if not x.is_cuda or x.dtype != self.weight.dtype:
+        return type(self).forward(self, x)
+    return F.rms_norm(x, self.weight.shape, self.weight, getattr(self, "variance_epsilon", None) or self.eps)
 
 
 def _near(what: str, ours: Tensor, theirs: Tensor) -> None:

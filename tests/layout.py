@@ -34,6 +34,7 @@ SETTINGS_SEE = {"rollout.ranges", "rollout.settings", "rollout.types", "rollout.
 MAY_BE_LATE = {
     ("pipeline/__main__.py", "*"),  # after --help: what a stage needs takes seconds to import
     ("model/kernels/fp8/gemm.py", "model.kernels.fp8.cuda"),  # imports Triton, which a CPU does not have
+    ("pipeline/train/logprobs.py", "model.kernels.fused"),
 }
 
 Sources = dict[str, str]

@@ -21,6 +21,7 @@ class Kind:
     """Norms of a layer as wide as the network."""
     norm_vectors: int = 1
     """Weights of a norm per dimension: 2 with a bias."""
+    fused: bool = True  # the norms, on a GPU: `model.dense`
     head_norms: bool | str = False
     """Norms of queries and keys."""
     qkv_bias: bool | str = False
@@ -38,10 +39,10 @@ KINDS = {
     "mistral": Kind(),
     "qwen2": Kind(qkv_bias=True),
     "qwen3": Kind(**_SWITCHED, head_norms=True),
-    "gemma2": Kind(**_SWITCHED, norms=4),
-    "gemma3_text": Kind(**_SWITCHED, norms=4, head_norms=True),
+    "gemma2": Kind(**_SWITCHED, norms=4, fused=False),
+    "gemma3_text": Kind(**_SWITCHED, norms=4, fused=False, head_norms=True),
     "granite": Kind(**_SWITCHED, mlp_bias="mlp_bias"),
-    "cohere": Kind(**_SWITCHED, norms=1),
+    "cohere": Kind(**_SWITCHED, norms=1, fused=False),
     "phi": Kind(**_BIASED, gated=False, norms=1, head_bias=True),
     "gpt2": Kind(**_BIASED, gated=False, positions=True),
 }
@@ -73,12 +74,11 @@ def dense_shape(config: Any) -> Shape:
     embeddings += config.max_position_embeddings * d if kind.positions else 0
     embeddings += config.vocab_size if kind.head_bias else 0
     total = layers * (products + vectors) + kind.norm_vectors * d + embeddings
-    # RMSNorm keeps its input in fp32 and the normed value twice, torch's LayerNorm both once. The
+    # RMSNorm keeps its input in fp32 and the normed value twice, torch's LayerNorm and kernel both once. The
     # feed-forward keeps all that it computes; GELU by tanh is several operators.
-    kept = Kept(
-        2 * kind.norms * d + (4 if kind.gated else 5) * i + 2 * (q + k) + (q + k if per_head else 0),
-        (kind.norms * d if kind.norm_vectors == 1 else 0) + (q + k if per_head else 0),
-    )
+    own = 2 * kind.norms * d + (4 if kind.gated else 5) * i + 2 * (q + k) + (q + k if per_head else 0)
+    wide = (kind.norms * d if kind.norm_vectors == 1 else 0) + (q + k if per_head else 0)
+    kept = Kept(own, 0, on_cpus=wide) if kind.fused else Kept(own, wide)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers  # Mistral: all or none
     return Shape(

@@ -28,11 +28,13 @@ class Kept(NamedTuple):
     """fp32 copies, which a network in fp32 does without."""
     on_gpus: int = 0
     """In its own dtype, by kernels of GPUs alone."""
+    on_cpus: int = 0
+    """In fp32, by layers that are one kernel on GPUs."""
 
     def bytes(self, itemsize: int, device: str = "cuda") -> int:
         """All of them; a number in the network's dtype has `itemsize` bytes."""
-        own = self.own + (self.on_gpus if device == "cuda" else 0)
-        return itemsize * own + 4 * (self.fp32 + (self.casts if itemsize < 4 else 0))
+        own = itemsize * (self.own + (self.on_gpus if device == "cuda" else 0))
+        return own + 4 * (self.fp32 + self.casts * (itemsize < 4) + self.on_cpus * (device == "cpu"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

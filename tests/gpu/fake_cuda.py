@@ -14,9 +14,10 @@ real values, so its numbers can be compared with the CPU branch's. `found` count
     uploads    `non_blocking` copies of pageable memory to the GPU
     peak, largest   bytes of live tensors of the GPU, at most; the largest tensor and the line that made it
 
-Limits. Modes belong to a thread: what another one makes is not covered (`--staleness`). Not covered: Triton,
-`scaled_mm`, streams, memory between processes, NCCL. torch's own FakeTensorMode has no values, without which
-the first `nonzero` or `tolist` ends a run, and on a CPU build refuses `.to("cuda")`.
+Limits. Modes belong to a thread: what another one makes is not covered (`--staleness`). Not covered: Triton
+(`fake_kernels` has log-probabilities in its stead), `scaled_mm`, streams, memory between processes, NCCL.
+torch's own FakeTensorMode has no values, without which the first `nonzero` or `tolist` ends a run, and on a
+CPU build refuses `.to("cuda")`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.gpu.fake_kernels import FusedNorm
+from model.kernels import fused
+from tests.gpu.fake_kernels import FusedNorm, log_softmax_rows, logits_gradient
 from tests.gpu.fake_tensor import (
     CALLS,
     FOUND,
@@ -278,6 +280,7 @@ def fake_cuda() -> Iterator[Found]:
             (torch.autograd, "_engine_run_backward", _run_backward),
             (torch._C, "_group_tensors_by_device_and_dtype", _groups),
             (torch.accelerator, "current_stream", lambda *_: Stream()),
+            *((fused, "log_softmax_rows", log_softmax_rows), (fused, "logits_gradient", logits_gradient)),
         ]
         for of, name, value in patches:
             stack.enter_context(mock.patch.object(of, name, value))

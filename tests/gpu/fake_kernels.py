@@ -1,7 +1,8 @@
 """Kernels that a GPU has and a CPU lacks, so that autograd keeps the same tensors on the fake GPU.
 
 `torch.nn.attention.varlen` runs a sequence at a time with complete scores. It refuses what the kernel does.
-RMSNorm is a kernel there; on a CPU torch composes it of operators that each keep something.
+RMSNorm is a kernel there; on a CPU torch composes it of operators that each keep something. What Triton
+computes there is written out.
 
 Axes    t tokens of all sequences, h heads of queries, g of keys and values, d head size or width, n sequences
 """
@@ -13,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MOST = 256
@@ -91,6 +93,39 @@ class FusedNorm(torch.autograd.Function):
         dx = r * (d - normed * (d * normed).mean(-1, keepdim=True))
         dw = (dy.float() * normed).flatten(0, -2).sum(0)
         return dx.to(x.dtype), dw.to(weight.dtype), None
+
+
+def log_softmax_rows(z: Any, targets: Any, rows: Any, times: float, entropy: bool) -> Any:
+    """As `model.kernels.fused` has it, of tensors on the fake GPU, whose memory no intermediate takes."""
+    logits = z.elem.float() * times
+    most, log_p = logits.amax(1), logits.log_softmax(1)
+    rows.elem[0] = log_p.gather(1, targets.elem[:, None])[:, 0]
+    if entropy:
+        rows.elem[1] = -(log_p.exp() * log_p).sum(1)
+    rows.elem[2], rows.elem[3] = most, (logits - most[:, None]).exp().sum(1).log()
+    return z
+
+
+def logits_gradient(
+    z: Any,
+    targets: Any,
+    rows: Any,
+    d: Any,
+    e: Any,
+    dtype: torch.dtype,
+    times: float,
+    rate: float,
+    uncap: float,
+) -> Any:
+    """As `log_softmax_rows`."""
+    out, logits = z if z.dtype == dtype else torch.empty_like(z, dtype=dtype), z.elem.float() * times
+    log_p = logits - rows.elem[2:].sum(0)[:, None]
+    one = F.one_hot(targets.elem, logits.shape[1])
+    dz = d.elem[:, None] * (one - log_p.exp())
+    if e is not None:
+        dz -= e.elem[:, None] * log_p.exp() * (log_p + rows.elem[1, :, None])
+    out.elem.copy_(dz * rate * (1 - (uncap * logits).square()))
+    return out
 
 
 def _sequences(ends: Tensor) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from model import dense
 from model.dense import DensePolicy
 from model.kernels.packed import Packed
 from pipeline.train.logprobs import token_logprobs
@@ -222,3 +223,21 @@ def test_a_frozen_copy_of_a_policy_stays_what_it_is():
         policy.network.model.embed_tokens.weight.mul_(2)
     assert torch.equal(frozen.hidden(TOKENS, packed), before) and not frozen.training
     assert not torch.equal(policy.hidden(TOKENS, packed), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "olmo2", "gemma2", "gemma3_text", "gpt2"])
+def test_norms_that_torch_has_a_kernel_for_are_found_and_no_other(kind, monkeypatch):
+    config = AutoConfig.for_model(kind, **{**BASE, **SHAPES[kind]})
+    net = DensePolicy(AutoModelForCausalLM.from_config(config))
+    norms = [m for m in net.modules() if type(m).__name__.endswith("Norm")]
+    fused = [m for m in norms if "forward" in vars(m)]
+    assert norms and len(fused) == (0 if kind.startswith("g") else len(norms))
+    if fused:
+        norms[-1].weight.data[:] = 3.0
+        copied = [m for m in copy.deepcopy(net).modules() if type(m).__name__.endswith("Norm")][-1]
+        norms[-1].weight.data[:] = 1.0
+        x = torch.randn(4, copied.weight.numel())
+        torch.testing.assert_close(copied(x), 3 * norms[-1](x))  # a copy norms with its own weight
+        own = type(norms[-1]).forward
+        monkeypatch.setattr(type(norms[-1]), "forward", lambda self, x: own(self, 2 * x))  # another eps
+        assert not dense._is_rms_norm(norms[-1])
