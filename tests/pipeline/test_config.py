@@ -115,7 +115,7 @@ def test_a_nested_default_of_the_stage_survives_an_override_beside_it(tmp_path):
         ("[weights]\naccuracy = true", [], ["--weights", "no switch"]),
         ("[optim]\nlr = true", [], ["--optim.lr", "no switch"]),
         ("group_size = 1", [], ["group_size=1 must be at least 2."]),
-        ("", ["--optim.lr", "-1"], ["optim.lr=-1.0 must be above 0."]),
+        ("", ["--optim.lr", "-1"], ["optim.lr=-1.0 must be at least 0."]),
         ("", ["--optim.min-lr-ratio", "2"], ["optim.min_lr_ratio=2.0 must be in [0, 1]."]),
     ],
 )
