@@ -78,6 +78,7 @@ SIZES = {
     "logprobs": {"tokens": 40, "hidden_size": 16, "vocab_size": 97, "chunks": (1 << 10, 1 << 20)},
     "transport": {"shapes": [(97, 8), (8, 8), (3, 5)], "bucket_bytes": 1 << 9},
     "fp8_layers": {"config": replace(SMALL, hidden_size=136), "tokens": 300},
+    "fp8_rollouts": {"config": replace(SMALL, hidden_size=136, initializer_range=0.2)},
     "moe": {"config": SMALL, "steps": 2, "sequences": 2, "tokens": 24, "timed": (2, 24)},
     "decode": {"config": SMALL, "batches": (2,), "contexts": (8,), "tokens": 4},
 }
