@@ -93,7 +93,7 @@ class RolloutSettings(Settings):
     (transformers) for all others. vllm: the make targets set up an environment with it (.venv-vllm).
     endpoint: reject only; `init_from` is the served model's name."""
     dtype: Literal["auto", Arithmetic] = "auto"
-    """Type of the engine's weights. fp8 = bfloat16, and the products of linear layers and experts in blockwise
+    """Type of the engine's weights. fp8 = bfloat16, and products of linear layers and experts in blockwise
     FP8, as in the forward of `optim.precision` fp8; native and dense engines. auto = the trainer's precision
     (vLLM: bfloat16 for fp8); without a trainer (reject) the checkpoint's own on a GPU, float32 on a CPU. An
     engine in the trainer's process that differs from it has a copy of the weights, refreshed each step."""
