@@ -23,6 +23,8 @@ from pipeline.table import Stage
 from rollout.ranges import Settings
 
 HELP = ("--help", "-h")
+RENAMED = {"overlap": "staleness (updates)", "no_overlap": "staleness 0", "tis_cap": "correction.high"}
+"""Settings of earlier versions, and what they are now."""
 
 
 def fields_of(settings: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -66,7 +68,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def unknown(where: str, flag: str, known: Iterable[str]) -> UserError:
     """The error of a setting that does not exist, with the nearest one that does."""
-    hint = nearest(flag.replace("_", "-"), known)
+    now = RENAMED.get(flag.removeprefix("--").replace("-", "_"))
+    hint = f"; it is now --{now}" if now else nearest(flag.replace("_", "-"), known)
     return UserError(f"{where}: unknown setting {flag}{hint} (--help lists them all)")
 
 

@@ -8,13 +8,14 @@ from transformers import PreTrainedTokenizerFast
 
 from model.dense import DensePolicy
 from model.policy import Policy
+from model.scale import fp8
 from model.transformer import Transformer
 from rollout.checkpoint import NATIVE_TYPES, model_type
 from rollout.dense.engine import DenseEngine
 from rollout.native.engine import NativeEngine
 from rollout.settings import RolloutSettings
 from rollout.types import Eos
-from rollout.weights import DTYPES, InPlaceEngine
+from rollout.weights import DTYPES, InPlaceEngine, device_of
 
 LOCAL: dict[str, Callable[..., InPlaceEngine]] = {"native": NativeEngine, "dense": DenseEngine}
 """By `Policy.engine`."""
@@ -62,16 +63,20 @@ def open_local(
     """The engine of `policy`; without one, of the policy that is loaded from `path` for it.
 
     Args:
-        settings: `local`, and `engine` and `dtype` of the policy to load; `device` is its too.
+        settings: `local`; `dtype`, where it is fp8; `engine` and `dtype` of the policy to load, as `device`.
         tokenizer: reads stop strings.
         eos_token_id: ends a completion; None = the model's.
 
     Raises:
-        ValueError: speculation with a model that has no MTP module.
+        ValueError: speculation with a model that has no MTP module, or a device without FP8 arithmetic.
     """
     if policy is None:
         name = "float32" if settings.dtype == "auto" else settings.dtype
         policy = load_policy(path, DTYPES[name], device, settings.engine)
+    if settings.dtype == "fp8":
+        if not fp8.supported(device_of(policy)):
+            raise ValueError(f"{device_of(policy)} has no FP8 arithmetic; set rollout.dtype to bfloat16")
+        fp8.convert(policy)
     local = settings.local
     return LOCAL[policy.engine](
         policy,

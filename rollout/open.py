@@ -12,7 +12,7 @@ from rollout.endpoint.engine import EndpointEngine
 from rollout.engine import RolloutEngine
 from rollout.local import LOCAL, engine_name, open_local
 from rollout.pool.engine import RolloutPool
-from rollout.settings import DtypeName, EngineName, LocalSettings, RolloutSettings, VllmSettings
+from rollout.settings import Arithmetic, DtypeName, EngineName, LocalSettings, RolloutSettings, VllmSettings
 from rollout.text.tokenizer import has_tokenizer, load_tokenizer
 from rollout.types import Eos
 from rollout.vllm.engine import VllmEngine
@@ -97,7 +97,7 @@ def engine_for(
     tokenizer: PreTrainedTokenizerFast,
     settings: RolloutSettings | None = None,
     path: Path | None = None,
-    dtype: DtypeName | None = None,
+    dtype: Arithmetic | None = None,
 ) -> RolloutEngine:
     """An engine for a policy in training.
 
@@ -126,16 +126,17 @@ def engine_for(
         )
     settings = with_workers(settings, name)
     if settings.dtype == "auto" and (settings.workers or name not in LOCAL):
-        settings = replace(settings, dtype=dtype or stored_dtype(policy, path))
+        own = "bfloat16" if dtype == "fp8" and name not in LOCAL else dtype
+        settings = replace(settings, dtype=own or stored_dtype(policy, path))
     eos = eos_of(path, tokenizer.eos_token_id) if path is not None else tokenizer.eos_token_id
     if settings.workers:
         assert path is not None
         trainer = device_of(policy)
         return RolloutPool(path, settings, open_worker_engine, eos_token_id=eos, trainer=trainer)
-    trained = DTYPES[dtype] if dtype else next(policy.parameters()).dtype
-    if name in LOCAL and settings.dtype != "auto" and DTYPES[settings.dtype] != trained:
-        own = copied(policy, DTYPES[settings.dtype])
-        engine = open_local(path or "", settings, policy=own, tokenizer=tokenizer, eos_token_id=eos)
+    trained = dtype or str(next(policy.parameters()).dtype).removeprefix("torch.")
+    if name in LOCAL and settings.dtype not in ("auto", trained):
+        copy = copied(policy, DTYPES[settings.dtype])
+        engine = open_local(path or "", settings, policy=copy, tokenizer=tokenizer, eos_token_id=eos)
         engine.in_place = False
         return engine
     return ENGINES[name](path, settings, policy=policy, tokenizer=tokenizer, eos_token_id=eos)

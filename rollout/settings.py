@@ -7,6 +7,7 @@ from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Setting
 
 EngineName = Literal["auto", "native", "dense", "vllm", "endpoint"]
 DtypeName = Literal["float32", "bfloat16"]
+Arithmetic = Literal["float32", "bfloat16", "fp8"]
 Switch = Literal["auto", "on", "off"]
 GiB = Annotated[float, Range(0, 1 << 20, open_low=True)]
 
@@ -91,10 +92,11 @@ class RolloutSettings(Settings):
     """auto = in the trainer's process and from its own weights: native for DeepSeek-V3 policies, dense
     (transformers) for all others. vllm: the make targets set up an environment with it (.venv-vllm).
     endpoint: reject only; `init_from` is the served model's name."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the engine's weights. auto = the trainer's arithmetic: float32, or bfloat16 for precisions
-    bfloat16 and fp8; without a trainer (reject) the checkpoint's own on a GPU, float32 on a CPU. An engine in
-    the trainer's process with another type than that has a copy of the weights, refreshed after each step."""
+    dtype: Literal["auto", Arithmetic] = "auto"
+    """Type of the engine's weights. fp8 = bfloat16, and products of linear layers and experts in blockwise
+    FP8, as in the forward of `optim.precision` fp8; native and dense engines. auto = the trainer's precision
+    (vLLM: bfloat16 for fp8); without a trainer (reject) the checkpoint's own on a GPU, float32 on a CPU. An
+    engine in the trainer's process that differs from it has a copy of the weights, refreshed each step."""
     routed_experts: bool = False
     """Record the experts of every token, so that RL logs how many the trainer would choose otherwise. Native
     policies only; vLLM has it on GPUs."""
@@ -117,6 +119,9 @@ class RolloutSettings(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dtype == "fp8" and self.engine in ("vllm", "endpoint"):
+            instead = "set vllm.quantization to it" if self.engine == "vllm" else "leave it out"
+            raise ValueError(f"dtype=fp8 is not for engine {self.engine}: {instead}.")
         if self.workers and self.engine == "endpoint":
             raise ValueError(f"workers={self.workers} must be 0 with engine endpoint: set its in_flight.")
         if self.workers and self.vllm.data_parallel > 1:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from model.policy import Policy
 from rollout.engine import Renewable
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""torch's type for each `DtypeName`."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
+"""torch's type of the weights for each `Arithmetic`."""
 MODULUS = 1 << 64
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}
 """Elements hashed at once: their int64 copies fit a CPU's cache, and take few launches on a GPU."""

@@ -15,16 +15,21 @@ import time
 import tomllib
 from dataclasses import replace
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
 
+from model.kernels.fp8 import gemm
 from pipeline.settings.common import to_dict
 from tests.conftest import ROOT
 from tests.gpu import __main__ as gpu_check
 from tests.gpu import checks, child
 from tests.gpu.checks import attention, compare, engine, network, zero
 from tests.gpu.fake_cuda import fake_cuda
+from tests.gpu.fake_tensor import Cuda
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = replace(
@@ -78,6 +83,7 @@ SIZES = {
     "logprobs": {"tokens": 40, "hidden_size": 16, "vocab_size": 97, "chunks": (1 << 10, 1 << 20)},
     "transport": {"shapes": [(97, 8), (8, 8), (3, 5)], "bucket_bytes": 1 << 9},
     "fp8_layers": {"config": replace(SMALL, hidden_size=136), "tokens": 300},
+    "fp8_rollouts": {"config": SMALL, "prompts_per_step": 2, "group_size": 2, "max_tokens": 12},
     "moe": {"config": SMALL, "steps": 2, "sequences": 2, "tokens": 24, "timed": (2, 24)},
     "decode": {"config": SMALL, "batches": (2,), "contexts": (8,), "tokens": 4},
 }
@@ -102,8 +108,22 @@ def test_a_check_holds_where_the_gpu_is_the_cpu(name):
     json.dumps(result, default=str)
 
 
+def emulated(name):
+    """In place of a kernel of `model.kernels.fp8.cuda`: its emulation on a CPU."""
+
+    def work(*args):
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
+            out = getattr(gemm, name)(*tree_map_only(Cuda, lambda x: x.elem, args))
+        return tree_map_only(torch.Tensor, Cuda, out)
+
+    return work
+
+
 @pytest.mark.parametrize("name", [name for name in gpu_check.CHECKS if name not in NOT_ON_THE_FAKE_GPU])
-def test_a_check_holds_on_the_fake_gpu(name):
+def test_a_check_holds_on_the_fake_gpu(name, monkeypatch):
+    products = ("quantize", "multiply", "multiply_grouped", "weight_gradient", "weight_gradient_grouped")
+    kernels = SimpleNamespace(**{f"{product}_gpu": emulated(product) for product in products})
+    monkeypatch.setattr(gemm, "_gpu", lambda: kernels)
     sizes = SIZES[name] | ON_THE_FAKE_GPU.get(name, {})
     with fake_cuda() as found:
         result = import_module(f"tests.gpu.checks.{name}").run(GPU, **sizes)

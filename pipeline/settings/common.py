@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share, Threads
+from rollout.ranges import Count, Natural, NotNegative, Range, Seed, Settings, Share, Threads
 from rollout.text.templates import template_named
 from rollout.types import SamplingParams
 
@@ -98,8 +98,8 @@ class CodeSettings(Settings):
 class AdamWSettings(Settings):
     """AdamW and its schedule. Betas and decay: DeepSeek-V3, arXiv:2412.19437, Sec. 4.2."""
 
-    lr: Positive = 3e-6
-    """Peak learning rate (R1's RL: 3e-6)."""
+    lr: NotNegative = 3e-6
+    """Peak learning rate (R1's RL: 3e-6). 0 = nothing is learned, for checks."""
     warmup_steps: Natural = 0
     """Optimizer updates over which the rate rises linearly from 0."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"

@@ -93,7 +93,9 @@ class RoundTrainer(ABC):
         self.config, self.run_dir, self.place = config, run_dir, Place.open(config)
         start = run_dir.model_input(config.init_from)
         tokens = min(self.place.micro_tokens(config), config.group_size * config.max_tokens)
-        check_memory(start, self.place, config.optim, tokens, reference=reference, rollout=config.rollout)
+        rollout = replace(config.rollout, routed_experts=True) if router_replay else config.rollout
+        sizes, depth = (start, self.place, config.optim, tokens), config.staleness // config.minibatches
+        check_memory(*sizes, reference=reference, rollout=rollout, depth=depth)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
         with loading(start):
             eos = eos_of(start, self.tokenizer.eos_token_id)
@@ -104,7 +106,6 @@ class RoundTrainer(ABC):
             count = config.eval_problems
             heldout = problems(config.eval_source, count=count, seed=1, data_dir=config.data, rows=config)
             self.heldout_problems = fitting(heldout, config, self.tokenizer, start)
-        rollout = replace(config.rollout, routed_experts=True) if router_replay else config.rollout
         engine = open_rollouts(self.policy, self.tokenizer, rollout, start, config.optim.precision)
         unsafe = config.allow_unsafe_code
         self.scorer = Scorer(rewards, overlong_buffer=overlong_buffer, allow_unsafe_code=unsafe)

@@ -23,6 +23,7 @@ from pipeline.train.place import Place
 from pipeline.train.policy import loading
 from rollout.checkpoint import NATIVE_TYPES, read_config
 from rollout.settings import RolloutSettings
+from rollout.weights import DTYPES
 
 LEAST_TOKENS = 512
 """Of a micro-batch that is worth proposing."""
@@ -45,12 +46,21 @@ class Need:
     """Config of another frozen model beside it."""
     device: str = "cuda"
     """Its type decides what layers keep for the backward."""
+    queued: int = 0
+    """Frozen copies of the policy: one for each step whose rounds wait to be generated."""
+    engine: int = 0
+    """Bytes a number of the engine's own copy; 0 = it has none."""
 
-    def beside(self, rollout: RolloutSettings, gpu: int) -> Self:
-        """With the engine of `rollout` on the same GPU, which has `gpu` bytes (0: a CPU)."""
-        if not gpu or rollout.engine != "vllm" or rollout.workers:
+    def beside(self, rollout: RolloutSettings, gpu: int, depth: int) -> Self:
+        """With the engine of `rollout` in the same memory, a GPU's of `gpu` bytes (0: a CPU's), which
+        generates up to `depth` rounds ahead (`rollout.collect`)."""
+        if rollout.workers:
             return self
-        return replace(self, vllm=int(rollout.vllm.gpu_memory * gpu), sleeps=rollout.vllm.sleep != "off")
+        vllm, other = rollout.engine == "vllm", rollout.dtype not in ("auto", self.optim.precision)
+        need = replace(self, queued=depth if depth > 1 or not (vllm or other) else 0)
+        if not vllm:
+            return replace(need, engine=DTYPES[rollout.dtype].itemsize if other else 0)
+        return replace(need, vllm=int(rollout.vllm.gpu_memory * gpu), sleeps=rollout.vllm.sleep != "off")
 
     def parts(self) -> dict[str, int]:
         """Bytes by what they are for, those that are there at once; raises as `training_bytes`."""
@@ -64,6 +74,8 @@ class Need:
             device=self.device,
         )
         own = 4 if self.optim.precision == "float32" else 2
+        parts["queue"] = self.queued * parts["weights"]
+        parts["engine"] = self.engine * parts["weights"] // own
         parts["teacher"] = own * shape(self.teacher).parameters.total if self.teacher else 0
         resting = parts["gradients"] + parts["activations"] if self.sleeps else 0
         return parts | {"vLLM": max(0, self.vllm - resting)}
@@ -76,6 +88,8 @@ class Need:
         """Settings that take less memory, and what is needed then; `free` of the `gpu` bytes are free."""
         if self.vllm and not self.sleeps:
             yield "--rollout.vllm.sleep on", replace(self, sleeps=True)
+        if self.queued:
+            yield "--staleness 0", replace(self, queued=0)
         if not self.optim.recompute:
             yield "--optim.recompute", replace(self, optim=replace(self.optim, recompute=True))
         if self.optim.moments == "float32" and self.optim.beta2 <= 0.99:
@@ -113,6 +127,7 @@ def check_memory(
     *,
     reference: bool | Path = False,
     rollout: RolloutSettings | None = None,
+    depth: int = 0,
 ) -> None:
     """Nothing where a stage may fit, or where the architecture's sizes are not known.
 
@@ -120,7 +135,7 @@ def check_memory(
         model: its checkpoint, not loaded yet, or its config.
         tokens: of the largest micro-batch.
         reference: a frozen copy of the policy stays beside it, or the teacher in this directory.
-        rollout: the engine that generates.
+        rollout: the engine that generates, up to `depth` rounds ahead.
 
     Raises:
         UserError: it cannot fit, with the parts and the settings that would.
@@ -130,7 +145,7 @@ def check_memory(
     config = config_of(model) if isinstance(model, Path) else model
     teacher = config_of(reference) if isinstance(reference, Path) else None
     need = Need(config, optim, tokens, reference is True, device=place.device.type, teacher=teacher)
-    need = need.beside(rollout, gpu) if rollout else need
+    need = need.beside(rollout, gpu, depth) if rollout else need
     try:
         total = need.total()
     except ValueError:

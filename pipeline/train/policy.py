@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from rollout import local
 from rollout.engine import EngineDied, RolloutEngine, StaleWeights
 from rollout.open import engine_for
-from rollout.settings import DtypeName, RolloutSettings
+from rollout.settings import Arithmetic, RolloutSettings
 from rollout.text.tokenizer import load_tokenizer
 
 
@@ -40,13 +40,12 @@ def open_rollouts(
     tokenizer: PreTrainedTokenizerFast,
     settings: RolloutSettings,
     path: Path,
-    precision: str = "",
+    precision: Arithmetic | None = None,
 ) -> RolloutEngine:
     """The engine that generates from a policy loaded from `path` and trained in `precision`, if at all.
     Raises `UserError`: an engine that is not for it, not installed here, or wrong about it."""
     try:
-        trained: DtypeName = "float32" if precision == "float32" else "bfloat16"
-        return engine_for(policy, tokenizer, settings, path, trained if precision else None)
+        return engine_for(policy, tokenizer, settings, path, precision)
     except (ModuleNotFoundError, ValueError, EngineDied, StaleWeights) as error:
         raise UserError(str(error)) from error
 

@@ -74,7 +74,7 @@ class VllmEngine(Renewable):
         """
         settings = settings or RolloutSettings()
         self.path, self.settings = Path(path), settings.vllm
-        name: DtypeName = "float32" if settings.dtype == "auto" else settings.dtype
+        name: DtypeName = "bfloat16" if settings.dtype == "bfloat16" else "float32"
         self.dtype = DTYPES[name]
         self.version, self.weights, self.dead = 0, -1, ""
         self.torn = self.asleep = self.busy = False

@@ -46,6 +46,7 @@ CHECKS = {
     "transport": 30,
     "fp8_kernels": 35,
     "fp8_layers": 18,
+    "fp8_rollouts": 30,
     "moe": 65,
     "decode": 40,
 }

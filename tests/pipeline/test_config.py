@@ -94,6 +94,9 @@ def test_a_nested_default_of_the_stage_survives_an_override_beside_it(tmp_path):
         ("group_sise = 8", [], ["--group-sise", "did you mean --group-size?", "toy.toml"]),
         ("[optim]\nlearning_rate = 1.0", [], ["--optim.learning-rate", "--optim."]),
         ("[optm]\nlr = 1.0", [], ["--optm.lr", "did you mean --optim.lr?"]),
+        ("overlap = true", [], ["unknown setting --overlap; it is now --staleness (updates)", "toy.toml"]),
+        ("", ["--tis-cap", "2"], ["unknown setting --tis-cap; it is now --correction.high"]),
+        ("", ["--no-overlap"], ["unknown setting --no-overlap; it is now --staleness 0"]),
         ("[optm]", [], ["--optm", "did you mean --optim.", "toy.toml"]),
         ("optim = 3", [], ["unknown setting --optim;", "toy.toml"]),
         ("[seed]\nx = 1", [], ["--seed", "{'x': 1}"]),
@@ -115,7 +118,7 @@ def test_a_nested_default_of_the_stage_survives_an_override_beside_it(tmp_path):
         ("[weights]\naccuracy = true", [], ["--weights", "no switch"]),
         ("[optim]\nlr = true", [], ["--optim.lr", "no switch"]),
         ("group_size = 1", [], ["group_size=1 must be at least 2."]),
-        ("", ["--optim.lr", "-1"], ["optim.lr=-1.0 must be above 0."]),
+        ("", ["--optim.lr", "-1"], ["optim.lr=-1.0 must be at least 0."]),
         ("", ["--optim.min-lr-ratio", "2"], ["optim.min_lr_ratio=2.0 must be in [0, 1]."]),
     ],
 )

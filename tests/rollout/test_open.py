@@ -13,6 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM, T5Config
 
 import model as native
 from model.dense import DensePolicy
+from model.scale import fp8
 from model.transformer import Transformer
 from rollout import checkpoint
 from rollout.dense.engine import DenseEngine
@@ -20,7 +21,9 @@ from rollout.local import LOCAL, load_policy
 from rollout.native.engine import NativeEngine
 from rollout.open import ENGINES, engine_for, open_engine, open_worker_engine
 from rollout.settings import EngineName, LocalSettings, RolloutSettings
-from rollout.weights import fingerprint
+from rollout.types import SamplingParams
+from rollout.weights import copied, fingerprint
+from tests.small import prompt
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +121,42 @@ def test_facts_of_a_checkpoint(deepseek_dir, tmp_path):
         checkpoint.read_config(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint directory"):
         checkpoint.read_config(tmp_path / "absent")
+
+
+def test_an_engine_in_fp8_multiplies_in_fp8_beside_a_trainer_that_does_not(deepseek_dir, tokenizer):
+    """First tokens come from a prefill, which is the trainer's forward: they tell whose products they are."""
+    net, prompts = load_policy(deepseek_dir), [prompt(5, 9, 40), prompt(7, 7, 61, 30, 12)]
+    sampling = SamplingParams(max_tokens=4, temperature=1.0, seed=3)
+    half, eight = (copied(net, torch.bfloat16) for _ in range(2))
+    assert fp8.convert(eight) > 10
+    for dtype, near, far in (("fp8", eight, half), ("bfloat16", half, eight)):
+        engine = engine_for(net, tokenizer, RolloutSettings(dtype=dtype), deepseek_dir, "float32")
+        for factor in (1.0, 2.0, 0.5):  # exact in every type
+            with torch.no_grad():
+                for p in (*net.parameters(), *half.parameters(), *eight.parameters()):
+                    p.mul_(factor)
+            engine.load_weights(net, 0)
+            for rollout in engine.generate(prompts, sampling):
+                ids, token = torch.tensor([rollout.prompt.token_ids]), rollout.token_ids[0]
+                with torch.no_grad():
+                    want, other = (m.logits(ids)[0, -1].float().log_softmax(-1)[token] for m in (near, far))
+                assert rollout.logprobs[0] == pytest.approx(float(want), abs=1e-4)
+                assert abs(rollout.logprobs[0] - float(other)) > 1e-3
+    assert not any(isinstance(m, fp8.Fp8Linear) for m in net.modules())
+
+
+def test_fp8_of_a_trainer_reaches_workers_and_not_vllm(deepseek_dir, tokenizer, monkeypatch):
+    net, seen = load_policy(deepseek_dir), []
+    monkeypatch.setattr("rollout.open.RolloutPool", lambda path, settings, *_, **__: seen.append(settings))
+    monkeypatch.setitem(ENGINES, "vllm", lambda path, settings, **_: seen.append(settings))
+    monkeypatch.setattr("rollout.open.cpu_build", lambda: True)
+    for engine, workers in (("auto", 1), ("vllm", 0), ("vllm", 1)):
+        engine_for(net, tokenizer, RolloutSettings(engine=engine, workers=workers), deepseek_dir, "fp8")
+    assert [settings.dtype for settings in seen] == ["fp8", "bfloat16", "bfloat16"]
+    worker = open_worker_engine(str(deepseek_dir), seen[0], "cpu", None)
+    assert any(isinstance(m, fp8.Fp8Experts) for m in worker.policy.modules())
+    with pytest.raises(ValueError, match=r"dtype=fp8 is not for engine vllm: set vllm\.quantization"):
+        RolloutSettings(engine="vllm", dtype="fp8")
+    monkeypatch.setattr(fp8, "supported", lambda device: False)
+    with pytest.raises(ValueError, match=r"cpu has no FP8 arithmetic; set rollout\.dtype to bfloat16"):
+        engine_for(net, tokenizer, RolloutSettings(dtype="fp8"), deepseek_dir, "float32")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -150,6 +151,24 @@ def test_a_copy_of_the_weights_a_step_and_none_where_the_engine_has_its_own():
     policy, source = Weights(), source_of(Copying())
     steps(source, policy, 0, STEPS, depth=1)
     assert not policy.copies and source.engine.loads == [*range(1, STEPS - 1)]
+
+
+@pytest.mark.parametrize(("trainer_s", "engine_s", "most"), [(0, 0.01, DEPTH), (0.1, 0, 2)])
+def test_as_many_copies_live_as_rounds_wait(trainer_s, engine_s, most):
+    """`pipeline.train.memory` counts them: that of a round is dropped when the round is complete."""
+    alive, seen = weakref.WeakSet(), []
+
+    class Counted(Weights):
+        def frozen(self):
+            made = Weights(self.number)
+            alive.add(made)
+            seen.append(len(alive))
+            return made
+
+    source = source_of(InPlace(seconds=engine_s))
+    steps(source, Counted(), 0, STEPS, trainer_s)
+    assert max(seen) == most
+    source.close()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -38,7 +38,7 @@ MISMATCH = 1e-6
 """Most KL between engine and trainer in fp32, nats a token."""
 
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "fp8"]
 
 
 def settings(

@@ -27,6 +27,19 @@ def test_resume_takes_the_same_settings_but_for_those_that_may_change(opened):
     assert "has done 2 steps; --steps 1 must be at least that" in refusal(opened(resume=True, steps=1))
 
 
+def test_a_run_of_code_with_other_settings_is_sent_to_that_code(opened):
+    config = begun_with_checkpoints(opened, 2).path / "config.toml"
+    for text in (f"overlap = true\n{config.read_text()}", config.read_text().partition("\n")[2]):
+        begun = config.read_text()
+        config.write_text(text)
+        said = refusal(opened(resume=True))
+        assert (
+            "one side has no such setting: go on with the code it was begun with (commit in env.json)" in said
+        )
+        assert said.count("\n") == 0 and ("overlap = True, not None" in said) == ("overlap" in text)
+        config.write_text(begun)
+
+
 def test_what_changes_at_a_resume_is_said_and_recorded(opened, capsys):
     run = begun_with_checkpoints(opened, 2)
     slower = {"steps": 5, "optim": OptimSettings(lr=1e-6)}

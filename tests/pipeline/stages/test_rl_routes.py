@@ -162,7 +162,7 @@ def test_an_engine_of_another_type_has_a_copy_that_follows(policy, tokenizer, tm
             p.mul_(1.5)
     engine.load_weights(net, 3)
     assert same_as_rounded(3) != first
-    for trained, dtype in (("float32", "auto"), ("float32", "float32")):
+    for trained, dtype in (("float32", "auto"), ("float32", "float32"), ("fp8", "fp8"), ("fp8", "auto")):
         assert (
             engine_for(net, load_tokenizer(path), RolloutSettings(dtype=dtype), path, trained).policy is net
         )

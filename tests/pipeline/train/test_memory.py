@@ -118,6 +118,29 @@ def test_vllms_share_can_be_lowered(gpu):
     check_memory(QWEN, GPU, optim, 16_384, reference=True, rollout=workers)
 
 
+def test_a_queue_has_a_copy_of_the_weights_a_round_and_another_type_one(gpu, monkeypatch):
+    optim, weights = (
+        OptimSettings(precision="bfloat16"),
+        Need(QWEN, OptimSettings(), 1).parts()["weights"] // 2,
+    )
+    gpu(45)
+    check_memory(QWEN, GPU, optim, 2_048, rollout=RolloutSettings())
+    text = refusal(QWEN, GPU, optim, 2_048, rollout=RolloutSettings(), depth=4)
+    assert f"queue {4 * weights / 1e9:.1f}" in text and "--staleness 0" in text
+    need = Need(QWEN, optim, 2_048)
+    for rollout, depth, copies in (
+        (RolloutSettings(), 1, 1),
+        (RolloutSettings(dtype="bfloat16"), 3, 3),
+        (RolloutSettings(dtype="float32"), 0, 2),  # the engine's own, in 4 bytes
+        (RolloutSettings(dtype="fp8"), 1, 1),  # the engine's own, loaded at once
+        (RolloutSettings(dtype="fp8"), 2, 3),
+        (RolloutSettings(engine="vllm"), 1, 0),
+        (RolloutSettings(engine="vllm"), 2, 2),
+        (RolloutSettings(workers=2, dtype="float32"), 4, 0),  # in memory of their own
+    ):
+        assert need.beside(rollout, 0, depth).total() - need.total() == copies * weights, (rollout, depth)
+
+
 def test_an_architecture_without_known_sizes_is_not_refused(gpu):
     gpu(1e-6)
     config = QWEN.__class__()
