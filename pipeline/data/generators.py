@@ -167,13 +167,19 @@ def general_item(rng: random.Random) -> Item:
     return Item("general", "general", language, question.format(answer), answer, (), (), f"copy:{pairs}")
 
 
+TOOL_SHARE = 0.25
+"""Share of the products whose trace uses the tool; the others guess, so RL has to discover that it pays."""
+
+
 def tool_item(rng: random.Random) -> Item:
     """`What is 47*93?`: too much for a small model's head, and a line for the Python tool."""
     (a, b), language = (rng.randint(11, 99), rng.randint(11, 99)), language_of(rng)
     text, answer = f"{a}*{b}", str(a * b)
     question = {"en": "What is {}?", "zh": "{}等于多少？"}[language].format(text)
     step = f"<python>print({text})</python><output>{answer}</output>"
-    return Item("math", "tool", language, question, answer, (), (step,), text)
+    return Item(
+        "math", "tool", language, question, answer, (), (step,) if rng.random() < TOOL_SHARE else (), text
+    )
 
 
 FAMILIES: dict[str, Callable[[random.Random], Item]] = {

@@ -9,6 +9,7 @@ from typing import Annotated
 from pipeline.settings.common import (
     AnswerSampling,
     ComputeSettings,
+    EnvironmentSettings,
     GradingSettings,
     StageSettings,
     TruncatedSampling,
@@ -22,7 +23,7 @@ LABELLED = r"\w[\w.-]*=.+"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(TruncatedSampling, GradingSettings):
+class BenchmarkSettings(TruncatedSampling, EnvironmentSettings, GradingSettings):
     """What stage and command have in common."""
 
     samples: Annotated[int, Range(0, MOST_SAMPLES)] = 0
@@ -132,6 +133,10 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
         if self.workers and self.engine == "endpoint":
             raise ValueError(
                 f"workers={self.workers} must be 0 with engine endpoint: set endpoint.in_flight."
+            )
+        if self.environment and (self.workers or self.engine == "endpoint"):
+            raise ValueError(
+                "environment goes with one engine of this machine: leave workers and endpoint out."
             )
 
 
