@@ -27,7 +27,9 @@ def examine_words(dump: Dump, model: Path) -> list[Finding]:
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     stops = eos_ids(model, tokenizer.eos_token_id)
-    found = [retokenised(dump, tokenizer), ended(dump, tokenizer, stops), template(dump, tokenizer, model)]
+    found = [template(dump, tokenizer, model)]
+    if not dump.turns:
+        found += [retokenised(dump, tokenizer), ended(dump, tokenizer, stops)]
     return [each for each in found if each]
 
 
