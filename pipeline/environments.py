@@ -9,19 +9,13 @@ behind a server of their own. Its rubric scores a rollout that is done: weight t
 
 import asyncio
 import re
-import sys
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from pipeline.errors import UserError
-from pipeline.run.verifiers import check_sandbox
-from pipeline.settings.common import EnvironmentSettings
 from rewards.pool import WorkerPool
 from rewards.registry import own_function
-from rollout.engine import RolloutEngine
-from rollout.turns.engine import Answer, Environment, Message, Step, TurnEngine
+from rollout.turns.engine import Answer, Environment, Message, Step
 from rollout.types import Problem
 
 TIMEOUT_S = 5.0
@@ -32,24 +26,6 @@ _PROGRAM = re.compile(
     r"|^```(?:python|python3|py)[ \t]*\n(?P<fenced>(?:(?!^```).)*)^```)\s*\Z",
     re.DOTALL | re.MULTILINE,
 )
-
-
-def in_turns(
-    engine: RolloutEngine,
-    config: EnvironmentSettings,
-    command: str,
-    pool: WorkerPool,
-    tokenizer: PreTrainedTokenizerFast,
-    eos: frozenset[int],
-    context: int = sys.maxsize,
-) -> RolloutEngine:
-    """`engine` with the environment of `config`, if it has one, for `command`; the others as for `TurnEngine`
-    and `open_environment`. Raises `UserError`: it cannot be opened, or programs cannot be confined here."""
-    if not config.environment:
-        return engine
-    check_sandbox(command, pool, (), config.allow_unsafe_code, tool=config.environment == "python")
-    environment = open_environment(config.environment, pool)
-    return TurnEngine(engine, environment, tokenizer, eos, config.max_turns, context=context)
 
 
 def open_environment(name: str, pool: WorkerPool) -> Environment:

@@ -27,9 +27,8 @@ def examine_words(dump: Dump, model: Path) -> list[Finding]:
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     stops = eos_ids(model, tokenizer.eos_token_id)
-    found = [template(dump, tokenizer, model)]
-    if not dump.turns:
-        found += [retokenised(dump, tokenizer), ended(dump, tokenizer, stops)]
+    found = [] if dump.turns else [retokenised(dump, tokenizer), ended(dump, tokenizer, stops)]
+    found.append(template(dump, tokenizer, model))
     return [each for each in found if each]
 
 

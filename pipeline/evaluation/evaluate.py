@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.data.jsonl import JsonObject
 from pipeline.data.problems import problems
-from pipeline.environments import in_turns
+from pipeline.environments import open_environment
 from pipeline.evaluation.folder import Folder
 from pipeline.evaluation.generations import read_generations, row_of
 from pipeline.evaluation.parts import copies_in, notes_of
@@ -42,6 +42,7 @@ from rollout.endpoint.engine import address
 from rollout.engine import RolloutEngine
 from rollout.text.templates import next_question
 from rollout.text.tokenizer import Shots, completion_text, template_hash, turn_texts
+from rollout.turns.engine import TurnEngine
 from rollout.types import Graded, Problem, Prompt, Rollout
 
 ROOM = 16
@@ -127,10 +128,11 @@ def complete(
         vllm, local = replace(config.vllm, max_batch=batch), replace(config.local, max_batch=batch)
         endpoint = replace(config.endpoint, in_flight=min(batch, 1_024))
         config = replace(config, vllm=vllm, local=local, endpoint=endpoint)
-    scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=config.allow_unsafe_code)
-    check_sandbox("evaluate", scorer.pool, found, config.allow_unsafe_code)
+    unsafe, tool = config.allow_unsafe_code, config.environment == "python"
+    scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=unsafe)
+    check_sandbox("evaluate", scorer.pool, found, unsafe, tool)
     size = max(1, config.save_every // config.samples)
-    whole = config.workers or (config.vllm.data_parallel > 1 and not config.environment)
+    whole = (config.workers or config.vllm.data_parallel > 1) and not config.environment
     window = len(found) if whole else size
     if config.engine == "endpoint":  # nothing shares a batch, so that only idle requests count
         size, window = 1, max(size, 4 * config.endpoint.in_flight // config.samples)
@@ -142,8 +144,10 @@ def complete(
             names = sorted({p.template for p in prompts})
             templates = {n: template_hash(tokenizer, n, shots if n in shown else ()) for n in names}
             context = (config.engine != "endpoint" and context_of(config.model)) or sys.maxsize
-            eos = eos_ids(config.model, tokenizer.eos_token_id) if config.environment else frozenset[int]()
-        engine = in_turns(engine, config, "evaluate", scorer.pool, tokenizer, eos, context)
+            if config.environment:
+                eos, most = eos_ids(config.model, tokenizer.eos_token_id), config.max_turns
+                own = open_environment(config.environment, scorer.pool), tokenizer, eos, most
+                engine = TurnEngine(engine, *own, context=context)
         parts = Parts(config, engine, tokenizer, scorer, prompts, size, window, context)
         with folder.growing(templates, made_with(config)):
             done = folder.resume([end * config.samples for end in parts.ends])

@@ -56,6 +56,11 @@ class BenchmarkSettings(TruncatedSampling, EnvironmentSettings, GradingSettings)
     max_batch: Natural = 0
     """Completions that are generated side by side; 0 = the engine's own default."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.environment and self.workers:
+            raise ValueError(f"workers={self.workers} must be 0 with an environment.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(BenchmarkSettings, ComputeSettings):
@@ -131,13 +136,9 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers and self.engine == "endpoint":
-            raise ValueError(
-                f"workers={self.workers} must be 0 with engine endpoint: set endpoint.in_flight."
-            )
-        if self.environment and (self.workers or self.engine == "endpoint"):
-            raise ValueError(
-                "environment goes with one engine of this machine: leave workers and endpoint out."
-            )
+            raise ValueError(f"workers={self.workers} must be 0 with an endpoint: set endpoint.in_flight.")
+        if self.environment and self.engine == "endpoint":
+            raise ValueError("environment needs the model's tokens, which an endpoint does not return.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from pipeline.data.pool import Order, fitting, pooled
 from pipeline.data.problems import problems
 from pipeline.doctor.inject import FaultyEngine
 from pipeline.doctor.live import LiveDoctor
-from pipeline.environments import in_turns
+from pipeline.environments import open_environment
 from pipeline.errors import Stopped, UserError
 from pipeline.run.directory import RunDir
 from pipeline.run.guard import Diverged, Guard
@@ -62,6 +62,7 @@ from rollout.checkpoint import eos_ids
 from rollout.collect import Plan, RolloutSource, Round, sample_groups
 from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
+from rollout.turns.engine import TurnEngine
 from rollout.types import Graded, Prompt, Rollout, SamplingParams
 
 
@@ -250,8 +251,11 @@ class Trainer(RoundTrainer):
         super().__init__(config, run_dir, plan, config.rewards, bool(config.kl_coef), **own)
         ends = frozenset() if config.environment else self.eos  # an environment ends rollouts anywhere
         self.doctor = LiveDoctor(ends, config.staleness > 0)
-        turns = config, run_dir.stage.name, self.scorer.pool, self.tokenizer, self.eos
-        self.source.engine = in_turns(self.source.engine, *turns)
+        if config.environment:
+            pool, unsafe = self.scorer.pool, config.allow_unsafe_code
+            check_sandbox(run_dir.stage.name, pool, (), unsafe, tool=config.environment == "python")
+            turns = open_environment(config.environment, pool), self.tokenizer, self.eos, config.max_turns
+            self.source.engine = TurnEngine(self.source.engine, *turns)
         if config.inject:
             self.source.engine = FaultyEngine(self.source.engine, config.inject)
             say(f"{run_dir.stage.name}: inject = {config.inject}: THIS RUN IS FAULTY ON PURPOSE")

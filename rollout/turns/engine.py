@@ -137,10 +137,10 @@ class TurnEngine(WrappingEngine):
             try:
                 episode.step = episode.step or self.environment.start(prompt.problem)
                 future.set_result(episode.step([*episode.messages]))
-            except (Exception, SystemExit) as error:
-                future.set_exception(
-                    error if isinstance(error, Exception) else RuntimeError("it called exit()")
-                )
+            except Exception as error:
+                future.set_exception(error)
+            except SystemExit:
+                future.set_exception(RuntimeError("it called exit()"))
 
         threading.Thread(target=run, daemon=True).start()
 

@@ -306,7 +306,8 @@ def test_an_environment_that_fails_is_named(here, run, monkeypatch, command, wha
     text, says = wrong.ENVIRONMENTS[what]
     name = f"r1_wrong_{command}_{list(wrong.ENVIRONMENTS).index(what)}"
     (here / f"{name}.py").write_text(f"{text}\nif 'play' in globals(): play.stop = tuple('{ANY}')\n")
-    monkeypatch.setattr("pipeline.environments.TurnEngine", partial(TurnEngine, timeout_s=0.5))
+    where = {"zero": "pipeline.stages.grpo", "evaluate": "pipeline.evaluation.evaluate"}[command]
+    monkeypatch.setattr(f"{where}.TurnEngine", partial(TurnEngine, timeout_s=0.5))
     more = {"zero": " --steps 2 --max-tokens 8", "evaluate": ""}[command]
     line = WITH_MODEL[command].replace("MODEL", "native") + more
     code, told = run(f"{line} --environment {name}:play --max-error-share 0")

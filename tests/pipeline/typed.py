@@ -36,6 +36,7 @@ LINES = [
     ),
     ("evaluate --model native --benchmark sums.jsonl --out s --environment python --workers 2", "workers"),
     ("eval --config empty.toml --models m=native --benchmarks s=sums.jsonl --environment nofile:f", "nofile"),
+    ("eval --config empty.toml --models m=native --environment python --workers 2", "workers"),
     ("replay native --step 1", "native"),
     ("replay sums.jsonl", "sums.jsonl"),
     ("replay nowhere --step x", "--step"),

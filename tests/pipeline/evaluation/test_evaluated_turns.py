@@ -114,6 +114,7 @@ def test_a_failed_environment_is_no_wrong_answer_and_stays_failed(real, tmp_path
 
 
 def test_what_cannot_be_is_refused(real):
-    for changes in ({"workers": 2}, {"engine": "endpoint"}):
-        with pytest.raises(ValueError, match="leave workers and endpoint out"):
-            real("x", **changes)
+    with pytest.raises(ValueError, match="workers=2 must be 0 with an environment"):
+        real("x", workers=2)
+    with pytest.raises(ValueError, match="needs the model's tokens"):
+        real("x", engine="endpoint")
