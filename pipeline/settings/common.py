@@ -234,7 +234,8 @@ class EnvironmentSettings(CodeSettings):
 
     environment: str = ""
     """What answers the model's turns (`pipeline.environments`): `python`, a tool that runs its programs;
-    `verifiers:NAME`, of that package; or "module:function" for your own. Empty = a rollout is one turn."""
+    `verifiers:NAME`, of that package; or "module:function" for your own. Empty = a rollout is one turn. Its
+    own score is a reward of RL; evaluations grade the answer."""
     max_turns: Annotated[int, Range(2)] = 4
     """Turns after which a rollout that its environment has not ended is cut."""
 
