@@ -67,6 +67,12 @@ def eos_of(path: Path | str, tokenizer_eos: int | None = None) -> int | list[int
     return found if len(found) > 1 else next(iter(found), None)
 
 
+def eos_ids(path: Path | str, tokenizer_eos: int | None = None) -> frozenset[int]:
+    """`eos_of`, all of them."""
+    eos = eos_of(path, tokenizer_eos)
+    return frozenset([eos] if isinstance(eos, int) else eos or ())
+
+
 def stored_shapes(path: Path | str, names: Container[str]) -> dict[str, tuple[int, ...]]:
     """Shapes of those tensors of a checkpoint that are among `names`."""
     out: dict[str, tuple[int, ...]] = {}

@@ -92,7 +92,7 @@ ZERO = ("--threads", 1, "--steps", 2, "--eval-every", 0, "--runs", "runs")
 
 def test_every_block_has_its_place():
     toml = [code for language, code in BLOCKS if language == "toml"]
-    assert [tomllib.loads(code) for code in toml] and len(FILES) == 10
+    assert [tomllib.loads(code) for code in toml] and len(FILES) == 11
     for name in FILES:
         file = name.partition(":")[0]
         assert (ROOT / file).exists() == (":" in name), name
@@ -126,6 +126,20 @@ def test_a_reward_and_a_loss_of_your_own_are_one_file_each(policy, tmp_path, cli
     for row in metrics:
         assert 0 < row["reward/brief"] < 1 and row["optim/grad_norm"] > 0 and 0 <= row["loss/capped"] <= 1
         assert "loss/kl_ref" not in row  # a part of grpo's metrics, not of this loss's
+
+
+def test_an_environment_of_your_own_is_one_file(policy, tmp_path, cli):
+    """A wrong answer is followed by the remark; the second is graded."""
+    (tmp_path / "my_environments.py").write_text(FILES["my_environments.py"])
+    config = ROOT / "configs/micro/zero.toml"
+    own = ("--init-from", policy, "--environment", "my_environments:second_try", "--max-tokens", 48)
+    done = cli("zero", "--config", config, *own, *ZERO, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in lines(tmp_path / "runs/micro/zero/samples.jsonl") if "turns" in row]
+    assert rows, "a random policy ends a turn now and then, and is wrong"
+    assert all([who for who, _ in row["turns"]][:3] == ["model", "environment", "model"] for row in rows)
+    assert all(len(row["turns"]) == 3 and "Check it." in row["turns"][1][1] for row in rows)
+    assert not any("Check it." in row["text"] for row in rows)
 
 
 def test_the_engine_of_the_guide_samples_what_the_native_one_does(project, policy, tmp_path):

@@ -265,7 +265,7 @@ COMMAND_LINES = {
     "grade": "{corpus} {out}",
     "generate": MODEL + " --prompts {prompts} --out {out} --threads 1",
     "evaluate": MODEL + " --benchmark {data}/aime24.jsonl --limit 2 --max-batch 4 --out {out} --threads 1"
-    " --samples 1 --shots 1 --shots-from {data}/gsm8k_train.jsonl",
+    " --samples 1 --shots 1 --shots-from {data}/gsm8k_train.jsonl --environment python",
     "compare": "{scored} {scored} --out {out}",
     "leaderboard": "{scored} --out {out} --json {out}",
     "replay": "{recorded} --step 1 --device cpu --loss dr_grpo",

@@ -168,12 +168,13 @@ def general_item(rng: random.Random) -> Item:
 
 
 def tool_item(rng: random.Random) -> Item:
-    """`What is 47*93?`: too much for a small model's head, and a line for the Python tool."""
+    """`What is 47*93?`: too much for a small model's head, and a line for the Python tool. A quarter of the
+    worked solutions use it; the others guess, so that RL has to discover that it pays."""
     (a, b), language = (rng.randint(11, 99), rng.randint(11, 99)), language_of(rng)
     text, answer = f"{a}*{b}", str(a * b)
     question = {"en": "What is {}?", "zh": "{}等于多少？"}[language].format(text)
     step = f"<python>print({text})</python><output>{answer}</output>"
-    return Item("math", "tool", language, question, answer, (), (step,), text)
+    return Item("math", "tool", language, question, answer, (), (step,) if rng.random() < 0.25 else (), text)
 
 
 FAMILIES: dict[str, Callable[[random.Random], Item]] = {

@@ -85,6 +85,8 @@ class Dump:
     """Lines that could not be used, by reason and first place."""
     stale: bool = False
     """Of a run whose rollouts are older than the policy on purpose."""
+    turns: bool = False
+    """Of a run with an environment, which ends completions anywhere and goes on behind end tokens."""
     keep: int = 1
     """One in this number of groups was kept."""
 
@@ -108,6 +110,7 @@ def read(path: Path) -> Dump:
         dump.metrics = [row for row in read_log(path / "metrics.jsonl") if "step" in row]
         saved = read_toml(path / "config.toml")
         dump.stale = bool(saved.get("staleness") or saved.get("overlap"))  # the latter in earlier versions
+        dump.turns = bool(saved.get("environment"))
         files = [path / "samples.jsonl"] if (path / "samples.jsonl").is_file() else []
         lines = [*recorded(path)]
     elif path.is_dir():

@@ -50,8 +50,10 @@ def series(dump: Dump) -> Series:
 
 
 def ends(steps: Series, name: str) -> tuple[float, float] | None:
-    """Means of the first and of the last quarter of at least three steps."""
-    values = [row[name] for row in steps if name in row]
+    """Means of the first and of the last quarter of at least three steps; of lengths, without what an
+    environment wrote."""
+    other = "rollout/observed" if name == "rollout/tokens_mean" else ""
+    values = [row[name] - row.get(other, 0.0) for row in steps if name in row]
     quarter = max(1, len(values) // 4)
     return (average(values[:quarter]), average(values[-quarter:])) if len(values) >= 3 else None
 

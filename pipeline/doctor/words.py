@@ -10,7 +10,7 @@ from pipeline.doctor.findings import Finding
 from pipeline.doctor.read import Dump, Line
 from pipeline.errors import UserError
 from pipeline.run.files import read_json
-from rollout.checkpoint import eos_of
+from rollout.checkpoint import eos_ids
 from rollout.text.templates import TEMPLATES
 from rollout.text.tokenizer import control_tokens, encode_text, load_tokenizer, render
 
@@ -26,9 +26,9 @@ def examine_words(dump: Dump, model: Path) -> list[Finding]:
         tokenizer = load_tokenizer(model)
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    eos = eos_of(model, tokenizer.eos_token_id)
-    stops = {eos} if isinstance(eos, int) else set(eos or ())
-    found = [retokenised(dump, tokenizer), ended(dump, tokenizer, stops), template(dump, tokenizer, model)]
+    stops = eos_ids(model, tokenizer.eos_token_id)
+    found = [] if dump.turns else [retokenised(dump, tokenizer), ended(dump, tokenizer, stops)]
+    found.append(template(dump, tokenizer, model))
     return [each for each in found if each]
 
 
@@ -57,7 +57,7 @@ def _ends(ids: list[int], end: list[int]) -> bool:
     return len(end) <= len(ids) and ids[len(ids) - len(end) :] == end
 
 
-def ended(dump: Dump, tokenizer: PreTrainedTokenizerFast, stops: set[int]) -> Finding | None:
+def ended(dump: Dump, tokenizer: PreTrainedTokenizerFast, stops: frozenset[int]) -> Finding | None:
     """Completions that were not cut lack their end token, or go on behind one."""
     rows = [row for row in dump.rows if row.ids]
     most = max((len(row.ids) for row in rows), default=0)

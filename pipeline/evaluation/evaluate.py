@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from pipeline.data.jsonl import JsonObject
 from pipeline.data.problems import problems
+from pipeline.environments import open_environment
 from pipeline.evaluation.folder import Folder
 from pipeline.evaluation.generations import read_generations, row_of
 from pipeline.evaluation.parts import copies_in, notes_of
@@ -36,11 +37,12 @@ from pipeline.settings.evaluate import EvaluateSettings
 from pipeline.tools.open import check_model, naming, open_speaker
 from pipeline.train.place import device_named
 from rewards.reward import Scorer
-from rollout.checkpoint import context_of
+from rollout.checkpoint import context_of, eos_ids
 from rollout.endpoint.engine import address
 from rollout.engine import RolloutEngine
 from rollout.text.templates import next_question
-from rollout.text.tokenizer import Shots, completion_text, template_hash
+from rollout.text.tokenizer import Shots, completion_text, template_hash, turn_texts
+from rollout.turns.engine import TurnEngine
 from rollout.types import Graded, Problem, Prompt, Rollout
 
 ROOM = 16
@@ -84,6 +86,8 @@ def inputs_of(
     sampling = ("temperature", "top_p", "top_k", "max_tokens", "seed", "save_every")
     settings = ("engine", "samples", "template", "dtype", *sampling)
     told: JsonObject = {"shots": len(shots), "shots_sha256": digest(shots)} if shots else {}
+    if config.environment:
+        told |= {"environment": config.environment, "max_turns": config.max_turns}
     if config.engine == "vllm":
         own = ("quantization", "kv_dtype", "context", "seed_each")
         told["vllm"] = {name: getattr(config.vllm, name) for name in own}
@@ -124,10 +128,12 @@ def complete(
         vllm, local = replace(config.vllm, max_batch=batch), replace(config.local, max_batch=batch)
         endpoint = replace(config.endpoint, in_flight=min(batch, 1_024))
         config = replace(config, vllm=vllm, local=local, endpoint=endpoint)
-    scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=config.allow_unsafe_code)
-    check_sandbox("evaluate", scorer.pool, found, config.allow_unsafe_code)
+    unsafe, tool = config.allow_unsafe_code, config.environment == "python"
+    scorer = Scorer({"accuracy": 1.0}, mode="lenient", allow_unsafe_code=unsafe)
+    check_sandbox("evaluate", scorer.pool, found, unsafe, tool)
     size = max(1, config.save_every // config.samples)
-    window = len(found) if config.workers or config.vllm.data_parallel > 1 else size
+    whole = (config.workers or config.vllm.data_parallel > 1) and not config.environment
+    window = len(found) if whole else size
     if config.engine == "endpoint":  # nothing shares a batch, so that only idle requests count
         size, window = 1, max(size, 4 * config.endpoint.in_flight // config.samples)
     engine, tokenizer = open_speaker(config, config.workers, task_prompts=size)
@@ -138,6 +144,10 @@ def complete(
             names = sorted({p.template for p in prompts})
             templates = {n: template_hash(tokenizer, n, shots if n in shown else ()) for n in names}
             context = (config.engine != "endpoint" and context_of(config.model)) or sys.maxsize
+            if config.environment:
+                eos, most = eos_ids(config.model, tokenizer.eos_token_id), config.max_turns
+                own = open_environment(config.environment, scorer.pool), tokenizer, eos, most
+                engine = TurnEngine(engine, *own, context=context)
         parts = Parts(config, engine, tokenizer, scorer, prompts, size, window, context)
         with folder.growing(templates, made_with(config)):
             done = folder.resume([end * config.samples for end in parts.ends])
@@ -220,7 +230,8 @@ class Parts:
         prompt = self.prompts[index]
         asked = str(self.tokenizer.decode(list(prompt.token_ids), clean_up_tokenization_spaces=False))
         if graded is not None:
-            return row_of(index, graded, asked)
+            told = {"turns": turn_texts(self.tokenizer, graded.rollout)} if graded.rollout.observed else {}
+            return row_of(index, graded, asked) | told
         detail = f"prompt longer than the context ({len(prompt.token_ids)} tokens)"
         nothing = Graded(Rollout(prompt, index, sample, (), (), "length"), "", detail=detail)
         return row_of(index, nothing, asked) | {"finish_reason": None}

@@ -33,7 +33,8 @@ def row_of(index: int, graded: Graded, prompt: str) -> JsonObject:
     if problem.kind == "code":
         asked["tests"] = [asdict(test) if is_dataclass(test) else test for test in problem.tests]
         asked["shown"] = problem.shown
-    length = {"tokens": len(rollout.token_ids), "finish_reason": rollout.finish_reason}
+    length: JsonObject = {"tokens": len(rollout.token_ids), "finish_reason": rollout.finish_reason}
+    length |= {"failure": rollout.failure} if rollout.failure else {}
     place = {"index": index, "sample": rollout.sample, "prompt": prompt, "text": graded.text}
     return {**asked, **place, **marks(graded, "lenient"), **length}
 
@@ -56,7 +57,8 @@ def read_generations(file: Path, n: int, k: int) -> list[tuple[JsonObject, Grade
             about = row["source"], row["language"], row.get("shown", 0), dict(row["labels"])
             problem = Problem(row["id"], row["kind"], row["question"], row["answer"], tests, *about)
             prompt = Prompt(problem, "", ())
-            rollout = Rollout(prompt, row["index"], row["sample"], (), (), row["finish_reason"])
+            whose = prompt, row["index"], row["sample"], (), (), row["finish_reason"]
+            rollout = Rollout(*whose, failure=row.get("failure", ""))
             graded = Graded(rollout, row["text"], row["parts"], 0.0, row["verdict"], row["detail"])
         except (KeyError, TypeError, ValueError) as error:
             raise damaged(file, f"row {number}: {error}") from error

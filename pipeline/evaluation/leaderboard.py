@@ -49,12 +49,14 @@ def read_all(top: Path) -> tuple[dict[str, Scored], list[str]]:
 
 def incomparable(rows: Scored) -> Iterator[str]:
     """In what the evaluations of a benchmark differ beside the model, with those of each value."""
-    for key in ("problems", "template", "k", "grading", "top_k", "temperature", "top_p", "max_tokens"):
+    sampling = ("k", "top_k", "temperature", "top_p", "max_tokens", "environment", "max_turns")
+    for key in ("problems", "template", "grading", *sampling):
         values = defaultdict[object, list[str]](list)
         for label, s in rows:
             of, graded = s["inputs"], "strict" if "strict" in str(s.get("graded_again")) else "lenient"
             own = {"problems": of["problems_sha256"][:8], "template": s["template_hash"][:8], "k": s["k"]}
             own |= {"grading": graded, "top_k": str(of.get("top_k", 0))}
+            own |= {key: str(of.get(key, "none")) for key in ("environment", "max_turns")}
             values[(own | s["sampling"]).get(key)].append(label)
         if len(values) > 1:
             of = "; ".join(f"{value} in {', '.join(labels)}" for value, labels in values.items())

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from rollout.ranges import Count, Natural, NotNegative, Range, Seed, Settings, Share, Threads
+from rewards.registry import own_function
+from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share, Threads
 from rollout.text.templates import template_named
 from rollout.types import SamplingParams
 
@@ -225,6 +226,28 @@ class GradingSettings(TemplateSettings, RowSettings, CodeSettings):
     max_error_share: Share = 0.5
     """Stop, with exit code 3, when the verifier failed for a larger share of the rollouts of two steps in a
     row, or of a benchmark; 1 = never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentSettings(CodeSettings):
+    """What answers a model's turns, in RL and in evaluations."""
+
+    environment: str = ""
+    """What answers the model's turns (`pipeline.environments`): `python`, a tool that runs its programs;
+    `verifiers:NAME`, of that package; or "module:function" for your own. Empty = a rollout is one turn. Its
+    own score is a reward of RL; evaluations grade the answer."""
+    max_turns: Annotated[int, Range(2)] = 4
+    """Turns after which a rollout that its environment has not ended is cut."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if ":" in self.environment and not self.environment.startswith("verifiers:"):
+            own_function(self.environment, "environment")
+        elif ":" not in self.environment and self.environment not in ("", "python"):
+            there = 'there are python, verifiers:NAME and "module:function"'
+            raise ValueError(f"no environment {self.environment!r}; {there}.")
+        if not self.environment and self.max_turns != 4:
+            raise ValueError("max_turns has no effect without an environment: set environment, too.")
 
 
 def named_fields(text: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import Annotated
 from pipeline.settings.common import (
     AnswerSampling,
     ComputeSettings,
+    EnvironmentSettings,
     GradingSettings,
     StageSettings,
     TruncatedSampling,
@@ -22,7 +23,7 @@ LABELLED = r"\w[\w.-]*=.+"
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings(TruncatedSampling, GradingSettings):
+class BenchmarkSettings(TruncatedSampling, EnvironmentSettings, GradingSettings):
     """What stage and command have in common."""
 
     samples: Annotated[int, Range(0, MOST_SAMPLES)] = 0
@@ -54,6 +55,11 @@ class BenchmarkSettings(TruncatedSampling, GradingSettings):
     """Folder of the benchmarks' files; default $R1_DATA, then the hub."""
     max_batch: Natural = 0
     """Completions that are generated side by side; 0 = the engine's own default."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.environment and self.workers:
+            raise ValueError(f"workers={self.workers} must be 0 with an environment.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +136,9 @@ class EvaluateSettings(AnswerSampling, BenchmarkSettings, ModelSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.workers and self.engine == "endpoint":
-            raise ValueError(
-                f"workers={self.workers} must be 0 with engine endpoint: set endpoint.in_flight."
-            )
+            raise ValueError(f"workers={self.workers} must be 0 with an endpoint: set endpoint.in_flight.")
+        if self.environment and self.engine == "endpoint":
+            raise ValueError("environment needs the model's tokens, which an endpoint does not return.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pipeline.settings.common import (
+    EnvironmentSettings,
     GradingSettings,
     HeldoutSettings,
     LoggedSettings,
@@ -171,7 +172,7 @@ class RoundSettings(GeneratingSettings, TrainSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoSettings(RoundSettings):
+class GrpoSettings(EnvironmentSettings, RoundSettings):
     """GRPO from verifiable rewards. Defaults are the paper's where it has a value, else the tiny chain's."""
 
     group_size: Annotated[int, Range(2, MOST_SAMPLES)] = 16
@@ -222,11 +223,6 @@ class GrpoSettings(RoundSettings):
     """Weight of the cross-entropy of multi-token-prediction modules on the sampled tokens, so that they go on
     guessing the policy well (`rollout.local.speculate`). They learn from detached states, and the policy is
     trained as without them. 0 = they stay as they are, as they do in workers."""
-    environment: str = ""
-    """What answers the model's turns (`pipeline.environments`): `python`, a tool that runs its programs;
-    `verifiers:NAME`, of that package; or "module:function" for your own. Empty = a rollout is one turn."""
-    max_turns: Annotated[int, Range(2)] = 4
-    """Turns after which a rollout that its environment has not ended is cut."""
     inject: Literal["", Fault] = ""
     """A fault on purpose, for teaching and tests; the run names it within two steps. The engine: stale =
     keeps the weights that it began with; fp8 = has its matrices rounded to E4M3; route = has noise on the
@@ -264,13 +260,8 @@ class GrpoSettings(RoundSettings):
             )
         if self.inject and self.staleness:
             raise ValueError(f"inject={self.inject!r} needs staleness=0: old rollouts would hide the fault.")
-        if ":" in self.environment and not self.environment.startswith("verifiers:"):
-            own_function(self.environment, "environment")
-        elif ":" not in self.environment and self.environment not in ("", "python"):
-            there = 'there are python, verifiers:NAME and "module:function"'
-            raise ValueError(f"no environment {self.environment!r}; {there}.")
-        if not self.environment and (self.max_turns != 4 or "environment" in self.rewards):
-            raise ValueError("max_turns and the reward environment have no effect: set environment, too.")
+        if not self.environment and "environment" in self.rewards:
+            raise ValueError("the reward environment has no effect without one: set environment, too.")
         if self.environment and self.inject:
             raise ValueError(f"inject={self.inject!r} is for rollouts of one turn: leave environment out.")
         buffer = f"overlong_buffer={self.overlong_buffer}"

@@ -58,7 +58,7 @@ from pipeline.train.rollouts import (
 )
 from pipeline.train.supervised import load_state, save_state
 from rewards.reward import Scorer
-from rollout.checkpoint import eos_of
+from rollout.checkpoint import eos_ids
 from rollout.collect import Plan, RolloutSource, Round, sample_groups
 from rollout.engine import EngineDied, StaleWeights, Unanswerable
 from rollout.text.tokenizer import completion_text, make_prompt
@@ -98,8 +98,7 @@ class RoundTrainer(ABC):
         check_memory(*sizes, reference=reference, rollout=rollout, depth=depth)
         self.policy, self.tokenizer = load_policy(start, self.place.device)
         with loading(start):
-            eos = eos_of(start, self.tokenizer.eos_token_id)
-        self.eos = frozenset([eos] if isinstance(eos, int) else eos or ())
+            self.eos = eos_ids(start, self.tokenizer.eos_token_id)
         self.problems = pooled(config, self.tokenizer, start, config.seed, run_dir)
         self.heldout_problems = []
         if config.eval_every:

@@ -17,6 +17,7 @@ from pipeline.run.directory import RunDir
 from pipeline.run.metrics import say
 from pipeline.train.pack import Example
 from rewards.reward import error_share
+from rollout.text.tokenizer import turn_texts
 from rollout.types import Graded, Rollout
 
 FAILED_STEPS = 2
@@ -111,8 +112,7 @@ def transcript(graded: Graded, advantage: float | None, tokenizer: Any = None) -
     rollout, problem = graded.rollout, graded.rollout.prompt.problem
     asked = {name: getattr(problem, name) for name in ("id", "question", "kind", "language", "source")}
     if rollout.observed:
-        by = {True: "model", False: "environment"}
-        asked["turns"] = [[by[own], str(tokenizer.decode(ids))] for own, ids in rollout.turns]
+        asked["turns"] = turn_texts(tokenizer, rollout)
     return asked | {
         "text": graded.text,
         "verdict": graded.verdict,

@@ -246,6 +246,11 @@ def completion_text(
     return prefill(tokenizer, template_name) + decode(tokenizer, ids)
 
 
+def turn_texts(tokenizer: PreTrainedTokenizerFast, rollout: Rollout) -> list[list[str]]:
+    """A completion of several turns in order, special tokens included: ["model" or "environment", text]."""
+    return [[("environment", "model")[own], str(tokenizer.decode(list(ids)))] for own, ids in rollout.turns]
+
+
 def encode_example(
     tokenizer: PreTrainedTokenizerFast, question: str, template_name: str, completion: str
 ) -> tuple[list[int], list[int]]:

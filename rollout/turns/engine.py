@@ -7,6 +7,7 @@ index that seeds a later turn is its place among those that go on.
 """
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -80,12 +81,15 @@ class TurnEngine(WrappingEngine):
         eos: frozenset[int],
         max_turns: int,
         timeout_s: float = 60.0,
+        context: int = sys.maxsize,
     ) -> None:
-        """`eos`: ids that end a turn. After `max_turns` a rollout that is not done is cut. The environment
-        has failed for a rollout that is not answered `timeout_s` seconds after the one before it was."""
+        """`eos`: ids that end a turn. After `max_turns` a rollout that is not done is cut, as is one that
+        an observation would take out of the `context`, prompt included. The environment has failed for a
+        rollout that is not answered `timeout_s` seconds after the one before it was."""
         self.engine, self.environment = engine, environment
         self.in_place, self.in_flight = engine.in_place, engine.in_flight
         self.tokenizer, self.eos, self.max_turns, self.timeout_s = tokenizer, eos, max_turns, timeout_s
+        self.context = context
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> Iterator[Rollout]:
         """As the engine. An observation that leaves no room for another token is left out: it cuts."""
@@ -135,13 +139,15 @@ class TurnEngine(WrappingEngine):
                 future.set_result(episode.step([*episode.messages]))
             except Exception as error:
                 future.set_exception(error)
+            except SystemExit:
+                future.set_exception(RuntimeError("it called exit()"))
 
         threading.Thread(target=run, daemon=True).start()
 
     def _goes_on(self, episode: Episode, patience: float, turn: int, most: int) -> bool:
         """Take the answer to a turn; whether another turn follows."""
         made, changes, n = episode.rollout, dict[str, Any](), len(episode.rollout.token_ids)
-        future = episode.answer
+        future, most = episode.answer, min(most, self.context - len(made.prompt.token_ids))
         assert future is not None
         try:
             answer = future.result(patience)

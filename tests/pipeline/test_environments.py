@@ -69,7 +69,7 @@ def test_where_programs_are_not_run_the_rollout_fails():
 
 
 def test_the_task_of_the_tool_says_what_the_tool_says(answer):
-    for item in items("tool", 3, "train", 0):
+    for item in [item for item in items("tool", 24, "train", 0) if item.steps]:
         program, output = item.steps[0].split("</python>")
         assert answer(f"{program}</python>") == output == f"<output>{eval(item.key)}</output>"
 

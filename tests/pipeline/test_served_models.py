@@ -230,7 +230,7 @@ def test_generate_has_no_token_ids_to_give(serve, here):
     ("line", "says"),
     [
         ("chat --model m --engine endpoint", "see generate"),
-        (f"{EVALUATE} --workers 2", "workers=2 must be 0 with engine endpoint"),
+        (f"{EVALUATE} --workers 2", "workers=2 must be 0 with an endpoint"),
         ("serve --model m --engine endpoint --port 0", "see generate"),
         (
             "generate --model m --engine endpoint --prompts ids.jsonl --out o.jsonl",

@@ -9,16 +9,20 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from pipeline.__main__ import main
+from rollout.turns.engine import TurnEngine
 from tests.pipeline import typed, wrong, wrong_scores
 from tests.pipeline.evaluation.made_up import evaluation
 from tests.small import llama, random_policy
 
 CORRECT, USER_ERROR, GUARD = 0, 2, 3
+ANY = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,=+-<>/"
+"""Strings that end a turn: nearly every token has one of them."""
 SUMS = '{"question": "1+1=?", "answer": "2"}\n{"question": "2+3=?", "answer": "5"}\n' * 4
 
 # What each command takes, less the model; all of it small. MODEL stands for the model's folder.
@@ -293,6 +297,23 @@ def test_a_damaged_evaluation_is_named(here, run, damage):
     for line in ("compare ev/right ev/wrong", "compare ev/wrong ev/right"):
         refused(run(line), "ev/wrong")
     assert run("leaderboard ev --json all.json") == (CORRECT, "")
+
+
+@pytest.mark.parametrize("what", wrong.ENVIRONMENTS)
+@pytest.mark.parametrize("command", ["zero", "evaluate"])
+def test_an_environment_that_fails_is_named(here, run, monkeypatch, command, what):
+    """A fault of its module is refused; one of a rollout is counted, and too many stop the command."""
+    text, says = wrong.ENVIRONMENTS[what]
+    name = f"r1_wrong_{command}_{list(wrong.ENVIRONMENTS).index(what)}"
+    (here / f"{name}.py").write_text(f"{text}\nif 'play' in globals(): play.stop = tuple('{ANY}')\n")
+    where = {"zero": "pipeline.stages.grpo", "evaluate": "pipeline.evaluation.evaluate"}[command]
+    monkeypatch.setattr(f"{where}.TurnEngine", partial(TurnEngine, timeout_s=0.5))
+    more = {"zero": " --steps 2 --max-tokens 8", "evaluate": ""}[command]
+    line = WITH_MODEL[command].replace("MODEL", "native") + more
+    code, told = run(f"{line} --environment {name}:play --max-error-share 0")
+    early = what in ("cannot be imported", "has no such function")
+    assert code == (USER_ERROR if early else GUARD if says else CORRECT), told
+    assert says in told or (command == "zero" and "the verifier failed" in told), told
 
 
 @pytest.fixture(scope="module")

@@ -340,6 +340,22 @@ PROMPTS: dict[str, bytes] = {
 }
 """Files that `generate` cannot answer."""
 
+ENVIRONMENTS: dict[str, tuple[str, str]] = {
+    "cannot be imported": ("import nothing_of_that_name\ndef play(problem): ...", "nothing_of_that_name"),
+    "has no such function": ("def plays(problem): ...", "plays"),
+    "takes no problem": ("def play(): return lambda messages: None", "TypeError"),
+    "gives no step": ("def play(problem): return 3", "TypeError"),
+    "raises": ("def play(problem): return lambda messages: {}['board']", "KeyError: 'board'"),
+    "exits": ("def play(problem): return lambda messages: exit(3)", "it called exit()"),
+    "hangs": ("import time\ndef play(problem): return lambda messages: time.sleep(20)", "no answer within"),
+    "answers with a list": ("def play(problem): return lambda messages: ['a']", "TypeError"),
+    "answers with half a character": ("def play(problem): return lambda messages: '\\ud800'", "surrogate"),
+    "scores with no number": ("def play(problem): return lambda messages: float('inf')", "inf"),
+    "answers with megabytes": ("def play(problem): return lambda messages: 'x' * 5_000_000", ""),
+    "prints megabytes": ("def play(problem): return lambda messages: print('x' * 5_000_000)", ""),
+}
+"""Modules of users whose function `play` is an environment, and what is named; empty = rollouts go on."""
+
 RUNS: dict[str, tuple[Maker, str]] = {
     "config is garbage": (replaced("config.toml", "steps == 1"), "config.toml"),
     "config is empty": (replaced("config.toml", ""), "runs/tiny/zero was begun with"),

@@ -9,6 +9,8 @@ import pytest
 
 from pipeline.__main__ import main
 from pipeline.doctor.findings import ADVICE
+from pipeline.doctor.read import Dump
+from pipeline.doctor.rollouts import collapse
 from tests.pipeline.doctor.dumps import BESIDE, FAULTS, SHAPES, ours, sound
 
 
@@ -64,6 +66,15 @@ def test_a_problem_of_a_benchmark_in_a_prompt_is_contamination(doctor, tokenizer
     rows[5]["prompt"] = f"Solve this and box the answer. {asked} Think first."
     assert doctor(ours(rows, tmp_path), "--data", data) == ["contamination"]
     assert doctor(path) == []  # nothing to compare with
+
+
+def test_a_policy_that_asks_its_environment_less_has_not_collapsed():
+    """Lengths are of what the model wrote: 44 and later 40 tokens."""
+    rows = [{"step": float(i), "rollout/tokens_mean": 244.0, "rollout/observed": 200.0} for i in range(4)]
+    rows += [{"step": float(i), "rollout/tokens_mean": 40.0} for i in range(4, 8)]
+    assert collapse(Dump(metrics=rows), rows) == []
+    short = [row | {"rollout/tokens_mean": 12.0} if row["step"] > 3 else row for row in rows]
+    assert [found.kind for found in collapse(Dump(metrics=short), short)] == ["length_collapse"]
 
 
 def test_rewards_that_fall_to_zero_and_failures_with_a_zero_are_silent(doctor, tokenizer, tmp_path):

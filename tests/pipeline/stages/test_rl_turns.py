@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from model.dense import DensePolicy
 from pipeline.__main__ import main
+from pipeline.doctor.live import LiveDoctor
 from pipeline.settings.common import OptimSettings
 from pipeline.settings.rollouts import CorrectionSettings
 from pipeline.train.learner import Learner, PolicyObjective
@@ -86,6 +87,9 @@ def test_a_run_logs_turns_replays_and_resumes_to_the_same_bits(zero, tmp_path, c
     capsys.readouterr()
     assert main(["replay", str(whole), "--step", "3"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["same_bits"]
+    assert main(["doctor", str(whole), "--model", str(whole / "model")]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["findings"]
+    assert {each["kind"] for each in told} == {"silent_zero"}, told  # right answers, of random weights
 
 
 def test_an_environment_that_fails_is_counted_and_stops_the_run(zero, capsys):
@@ -124,7 +128,7 @@ def rollouts(several):
 
 
 def gradient(trained, weights, loss, micro=64):
-    """Of one update on rollouts with these token weights."""
+    """Of one update on rollouts with these token weights; its metrics, and what the live doctor measures."""
     policy = DensePolicy(llama()).train()
     learner = Learner(policy, OptimSettings(lr=1e-9), 1)
     found = {}
@@ -135,7 +139,8 @@ def gradient(trained, weights, loss, micro=64):
     settings = {"clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.0}
     settings |= {"kl_estimator": "k3"} if loss in ("gspo", "cispo") else {}
     objective = PolicyObjective(LOSSES[loss], settings, 1.0, CorrectionSettings())
-    return found, learner.policy_update(batch, objective, None, None)
+    metrics = learner.policy_update(batch, objective, None, None)
+    return found, metrics, LiveDoctor(frozenset(), stale=False).gaps(1.0, learner.scored)
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "gspo", "cispo"])
@@ -145,7 +150,7 @@ def test_single_turn_gradients_do_not_change_beside_rollouts_of_several_turns(lo
     weights = rollout_weights([r.sampled for r in made], LOSSES[loss].per, 20)
     alone = [i for i, r in enumerate(made) if not r.observed]
     beside = [i for i, r in enumerate(made) if r.observed]
-    whole, metrics = gradient(made, weights, loss)
+    whole, metrics, _ = gradient(made, weights, loss)
     parts = [gradient([made[i] for i in of], [weights[i] for i in of], loss)[0] for of in (alone, beside)]
     for name, value in whole.items():
         assert (value - parts[0][name] - parts[1][name]).abs().max() < 1e-6 * max(1.0, value.abs().max())
@@ -162,8 +167,8 @@ def test_observations_are_out_of_loss_metrics_and_denominators():
             logprobs[first:end] = [-9.0] * (end - first)
         changed.append(replace(r, logprobs=logprobs))
     weights = rollout_weights([r.sampled for r in made], "token", 20)
-    (one, told), (two, same) = (gradient(of, weights, "dapo") for of in (made, changed))
-    assert told == same and all(torch.equal(one[name], two[name]) for name in one)
+    (one, *told), (two, *same) = (gradient(of, weights, "dapo") for of in (made, changed))
+    assert told == same and told[1]["gap/kl"] > 0 and all(torch.equal(one[name], two[name]) for name in one)
     scored = sum(r.sampled for r in made)
     assert sum(w * r.sampled for w, r in zip(weights, made, strict=True)) == pytest.approx(1.0)
     batch = pack([example(r, 1.0, w) for r, w in zip(made, weights, strict=True)], 64)
@@ -190,8 +195,8 @@ def test_a_failed_environment_is_a_failed_verdict_and_travels_through_a_checkpoi
         (["--environment", "nowhere:f"], "environment 'nowhere:f': no file nowhere.py"),
         (["--environment", "os:getcw"], "os has no function 'getcw'; did you mean os:"),
         (["--environment", "verifiers:wordle"], "'verifiers:wordle' cannot be loaded (ModuleNotFoundError"),
-        (["--max-turns", "3"], "max_turns and the reward environment have no effect"),
-        (["--rewards.environment", "1"], "max_turns and the reward environment have no effect"),
+        (["--max-turns", "3"], "max_turns has no effect without an environment"),
+        (["--rewards.environment", "1"], "the reward environment has no effect without one"),
         (["--environment", "python", "--max-turns", "1"], "must be"),
         (["--environment", "python", "--inject", "eos"], "inject='eos' is for rollouts of one turn"),
     ],
