@@ -7,7 +7,7 @@ import pytest
 
 from tests import data
 from tests.bench import __main__ as bench
-from tests.bench import measure
+from tests.bench import measure, steady
 
 
 @pytest.fixture
@@ -43,3 +43,17 @@ def test_a_bound_that_is_missed_is_shown_and_is_the_exit_code(results, monkeypat
     assert ("MISSED" in capsys.readouterr().out) is bool(code)
     written = json.loads((results / "bench-train.json").read_text())
     assert written["claims"][0]["value"] == value and {"date", "machine", "commit"} <= set(written)
+
+
+def test_steady_sees_equal_samples_lost_memory_and_problems_that_come_twice(tmp_path):
+    group = [steady.Sample("p", bytes([n]), 1e-6) for n in range(4)]
+    found = steady.equals([group] * 100)
+    assert found == {"pairs": 600, "equal": 0, "expected": pytest.approx(6e-4)} and steady.excess(found) < 0
+    one_stream = steady.equals([group[:1] * 4, group])
+    assert one_stream["equal"] == 6 and steady.excess(one_stream) > 3
+    certain = steady.equals([[steady.Sample("p", b"", 1.0)] * 4])
+    assert certain["equal"] == certain["expected"] == 6
+    assert steady.repeats(list("abcbca"), 3) == 0 and steady.repeats(list("abacba"), 3) == 1
+    before = steady.in_use(tmp_path / "malloc.xml")
+    held = [bytearray(1 << 20) for _ in range(50)]
+    assert 45 << 20 < steady.in_use(tmp_path / "malloc.xml") - before < 60 << 20 and held

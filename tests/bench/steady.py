@@ -122,7 +122,7 @@ def excess(of: dict[str, float]) -> float:
 
 
 def repeats(ids: list[str], epoch: int) -> int:
-    """Problems that come again before their epoch, of so many problems, is over."""
+    """Problems that come again before their epoch, of `epoch` problems, is over."""
     parts = [ids[at : at + epoch] for at in range(0, len(ids), epoch)]
     return sum(len(part) - len(set(part)) for part in parts)
 

@@ -63,6 +63,7 @@ LINES = [
     ("zero --config small.toml --init-from native --template nope", "nope"),
     ("zero --config small.toml --init-from native --device cuda", "cuda"),
     ("zero --config small.toml --init-from native --rollout.engine vllm", "vllm"),
+    ("zero --config small.toml --init-from native --rollout.engine vllm --rollout.dtype fp8", "quantization"),
     ("zero --config small.toml --init-from native --rollout.local.cache-gib 1e-9", "cache_gib"),
     ("zero --config small.toml --init-from native --rollout.local.cache-gib 1e300", "cache_gib"),
     ("zero --config sums.jsonl --init-from native", "sums.jsonl"),

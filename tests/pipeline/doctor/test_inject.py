@@ -11,6 +11,7 @@ import torch
 
 from model.transformer import Transformer
 from pipeline.__main__ import main
+from pipeline.doctor import live
 from pipeline.doctor.gaps import causes, signature
 from pipeline.doctor.inject import FaultyEngine
 from pipeline.doctor.live import LiveDoctor
@@ -81,6 +82,22 @@ def test_a_resumed_run_with_old_rollouts_takes_them_for_nothing_else(capsys, sta
     assert doctor.gaps(1e-3, [(part, logprobs)])
     assert ("precision" in doctor.named) == ("precision" in capsys.readouterr().out) == named
     assert len(doctor.named) == named
+
+
+def test_of_a_large_step_a_part_is_looked_at(monkeypatch):
+    """Evenly spaced micro-batches, always the same; what is left out may be anything."""
+    random, seen = torch.Generator().manual_seed(0), []
+    monkeypatch.setattr(live, "MOST", 100)
+    monkeypatch.setattr(live, "signature", lambda engine, *rest: seen.append(len(engine)) or {})
+    for parts, looked_at in ((4, 2), (1, 1), (7, 2)):
+        scored = []
+        for _ in range(parts):
+            logprobs = -torch.rand(48, generator=random)
+            rollout = torch.arange(48) // 4
+            part = SimpleNamespace(rollout_logprobs=logprobs, advantages=logprobs, rollout=rollout)
+            scored.append((part, logprobs))
+        LiveDoctor(frozenset(), False).gaps(1e-3, scored)
+        assert seen[-1] == 48 * looked_at
 
 
 def test_a_run_that_stops_at_its_first_step_leaves_the_cause(zero, capsys):

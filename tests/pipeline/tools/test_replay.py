@@ -343,6 +343,16 @@ def test_routes_and_drafts_of_the_recorded_step_are_repeated(opened, again, tmp_
     assert result["same_bits"] and result["loss"] == metrics[1]["loss/total"]
 
 
+def test_a_step_of_rollouts_from_a_queue_is_repeated(opened, again, tmp_path):
+    run, it = opened(tmp_path, record=(3,), staleness=4, max_mismatch_kl=9.0)
+    metrics = [it.step(step)[0] for step in (1, 2, 3)]
+    it.close()
+    run.__exit__(None, None, None)
+    assert metrics[2]["rollout/staleness"] == 4 and metrics[2]["policy/mismatch_kl"] > 1e-4
+    result, _ = again(tmp_path / "tiny/zero")
+    assert result["same_bits"] and result["loss"] == metrics[2]["loss/total"]
+
+
 def test_a_penalty_without_a_reference_is_refused(opened, refusal, tmp_path, capsys):
     run, it = opened(tmp_path, record=(1,))
     it.step(1)
