@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rewards.registry import own_function
-from rollout.ranges import Count, Natural, NotNegative, Positive, Range, Seed, Settings, Share, Threads
+from rollout.ranges import Count, Natural, NotNegative, Range, Seed, Settings, Share, Threads
 from rollout.text.templates import template_named
 from rollout.types import SamplingParams
 
