@@ -93,7 +93,7 @@ def find(name: str) -> Reward:
     if ":" not in name:
         near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)
         raise ValueError(
-            f"no reward {name!r}; did you mean {near[0]}? Registered: {', '.join(REWARDS)}; "
+            f"no reward {name!r}; did you mean {near[0]}? Registered: {', '.join(sorted(REWARDS))}; "
             'a function of your own is "module:function".'
         )
     function = own_function(name, "reward")

@@ -52,7 +52,7 @@ def rollout(tokens: int = 2, finish_reason: str = "stop", **fields) -> Rollout:
     ("name", "reported"),
     [
         ("acuracy", "no reward 'acuracy'; did you mean accuracy?"),
-        ("zzz", "Registered: accuracy, format, language, repetition, overlong; "),
+        ("zzz", "Registered: accuracy, environment, format, language, overlong, repetition; "),
         ("no_such_module:f", "no file no_such_module.py in "),
         ("own_broken:f", "module own_broken cannot be imported: SyntaxError"),
         ("own_leaves:f", "module own_leaves cannot be imported: SystemExit"),
@@ -79,7 +79,7 @@ def test_a_weight_is_a_finite_number(weight):
 
 
 def test_each_registered_reward_is_explained_and_gives_an_outcome():
-    assert list(REWARDS) == ["accuracy", "format", "language", "repetition", "overlong"]
+    assert {*REWARDS} == {"accuracy", "format", "language", "repetition", "overlong", "environment"}
     for name, entry in REWARDS.items():
         assert find(name) is entry and entry.name == name
         assert entry.summary and "\n" not in entry.summary
