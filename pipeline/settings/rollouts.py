@@ -120,7 +120,8 @@ class RoundSettings(GeneratingSettings, TrainSettings):
     a multiple of minibatches, M. At most staleness / M rounds are then generated ahead, while others are
     trained on. An engine in the trainer's process keeps a copy of the weights for each step whose rounds are
     not begun, and the run repeats bit by bit. Workers get every update at once, and completions under way go
-    on with it: above M they depend on timing. 0 = on-policy: trainer and engine wait for each other."""
+    on with it: above M they depend on timing. Then set correction.anchor = engine, so that the loss clips the
+    distance from the weights that sampled. 0 = on-policy: trainer and engine wait for each other."""
     share_prompts: bool = False
     """Training forwards compute a group's prompt once, not once a sample: the same gradients to rounding,
     1.1 to 2 times as fast on a CPU, by the prompts' share of the tokens. A router's load counts it once."""

@@ -17,15 +17,23 @@ from pipeline.errors import UserError
 
 SUMMARY = "RL with rollouts up to four updates old against on-policy RL, three seeds"
 STEPS, SEEDS, DEPTH, LAST = 60, 3, 4, 10
+KINDS = {
+    "on-policy": (0, "old"),
+    "queue": (DEPTH, "engine"),  # the loss's clip is around the weights that sampled
+    "queue-old": (DEPTH, "old"),  # around those before the update: at one update a step it never clips
+}
+"""Staleness, and the anchor of the correction."""
 
 
-def zero(model: Path, folder: Path, name: str, staleness: int, seed: int) -> dict[str, Any]:
+def zero(model: Path, folder: Path, name: str, kind: str, seed: int) -> dict[str, Any]:
     """What a run's metrics say; accuracy is that of the rollouts, a mean over the last steps."""
+    name, (staleness, anchor) = f"{name}-{kind}", KINDS[kind]
     stage = folder / name / "zero"
     if not (stage / "done.json").exists():
         argv = ["zero", "--config", "configs/tiny/zero.toml", "--runs", str(folder), "--name", name]
         argv += ["--init-from", str(model), "--seed", str(seed), "--steps", str(STEPS)]
-        assert main([*argv, "--staleness", str(staleness)]) == 0
+        argv += ["--staleness", str(staleness), "--correction.anchor", anchor, "--max-mismatch-kl", "2"]
+        assert main(argv) == 0
     rows = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]
     heldout = {row["step"]: row["heldout/pass@1"] for row in rows if "heldout/pass@1" in row}
     return {
@@ -48,10 +56,7 @@ def run() -> dict[str, Any]:
     folder, found = root / "bench-queue", dict[str, dict[str, Any]]()
     for seed, model in enumerate(models, start=1):
         name = model.parent.parent.name
-        found[name] = {
-            kind: zero(model, folder, f"{name}-{kind}", depth, seed)
-            for kind, depth in (("on-policy", 0), ("queue", DEPTH))
-        }
+        found[name] = {kind: zero(model, folder, name, kind, seed) for kind in KINDS}
     plain = [of["on-policy"]["accuracy"] for of in found.values()]
     behind = fmean(plain) - fmean(of["queue"]["accuracy"] for of in found.values())
     oldest = max(of["queue"]["oldest"] for of in found.values())
