@@ -25,8 +25,6 @@ from tests.gpu.checks.compare import MEDIUM, measured, peak_gib, seconds
 
 SUMMARY = "training steps in bf16 and FP8: tokens a second, memory, losses on fresh batches; products alone"
 PRODUCTS = [(8192, 4096, 7168), (8192, 7168, 2048), (4096, 4096, 4096)]  # t o i
-FASTER = 1.6
-"""Times a bf16 product that one in FP8 is at 4096^3, its activations quantized before."""
 STATES, NOISE = 64, 0.25
 """Tokens of the chain; chance that a token is any of them in place of the one that follows."""
 LAST = 10
@@ -133,4 +131,4 @@ def products(device: torch.device) -> list[dict[str, Any]]:
             rates[name] = 2e-12 * t * o * i / seconds(call, device)
             claims.append(measured(f"{name} product, {t} x {o} x {i}", rates[name], "TFLOP/s"))
     ratio = rates["FP8"] / rates["bf16"]
-    return [*claims, {"claim": "FP8 over bf16, the last product", "value": ratio, "at_least": FASTER}]
+    return [*claims, measured("FP8 over bf16, the last product", ratio, "x")]
