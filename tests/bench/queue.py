@@ -40,8 +40,8 @@ def zero(model: Path, folder: Path, name: str, kind: str, seed: int) -> dict[str
         "accuracy": fmean(row["reward/accuracy"] for row in rows[-LAST:]),
         "heldout": heldout,
         "oldest": max(row.get("rollout/staleness_max", 0) for row in rows),
+        "commit": json.loads((stage / "env.json").read_text())["commit"],
         "mismatch_kl_max": max(row["policy/mismatch_kl"] for row in rows),
-        "step_s": fmean(row["time/step_s"] for row in rows),
     }
 
 
