@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 from rewards.pool import WorkerPool
 from rewards.registry import own_function
 from rollout.turns.engine import Answer, Environment, Message, Step
-from rollout.types import Problem
+from rollout.types import Kind, Problem
 
 TIMEOUT_S = 5.0
 MOST_CHARACTERS = 2_000
@@ -32,19 +32,23 @@ def open_environment(name: str, pool: WorkerPool) -> Environment:
     """The environment `name`; programs run in `pool`. A user's function takes a problem and returns the step
     of its rollout; strings in its attribute `stop`, if any, end a turn. Raises `UserError`: as below."""
     if name == "python":
-        return Environment(lambda _: partial(python_step, pool), ("</python>", "\n```\n"))
+        return Environment(lambda of: partial(python_step, pool, of.kind), ("</python>", "\n```\n"))
     if name.startswith("verifiers:"):
         return verifiers_environment(name.partition(":")[2])
     start = own_function(name, "environment")
-    return Environment(start, tuple(getattr(start, "stop", ())))
+    stop: Any = getattr(start, "stop", ())
+    if isinstance(stop, str) or not all(isinstance(each, str) and each for each in stop or ()):
+        raise UserError(f"environment {name!r}: its `stop` must be a tuple of strings, not {stop!r}")
+    return Environment(start, tuple(stop or ()))
 
 
-def python_step(pool: WorkerPool, messages: list[Message]) -> str | None:
+def python_step(pool: WorkerPool, kind: Kind, messages: list[Message]) -> str | None:
     """What the program at the end of the latest turn printed, cut, and why it failed. Without one: "" where
-    the turn ends as programs do, else None. Raises `TaskFailed`: the sandbox failed, not the program."""
+    the turn ends as programs do, else None. A fence is the answer to a problem of `kind` code, and no call.
+    Raises `TaskFailed`: the sandbox failed, not the program."""
     text = messages[-1]["content"]
     found = _PROGRAM.search(text)
-    if not found:
+    if not found or (kind == "code" and found["fenced"] is not None):
         return "" if text.rstrip().endswith(("</python>", "```")) else None
     fenced = found["fenced"] is not None
     code = found["fenced" if fenced else "tagged"].strip("\n")

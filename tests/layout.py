@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("model", "rollout", "rewards", "pipeline", "distill")
-MOST_LINES = 27_400
+MOST_LINES = 27_500
 """Of the product."""
 MOST_IN_A_FILE = 400
 MOST_IN_A_FOLDER = 12

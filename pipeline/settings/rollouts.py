@@ -263,6 +263,15 @@ class GrpoSettings(EnvironmentSettings, RoundSettings):
             raise ValueError(f"inject={self.inject!r} needs staleness=0: old rollouts would hide the fault.")
         if not self.environment and "environment" in self.rewards:
             raise ValueError("the reward environment has no effect without one: set environment, too.")
+        if self.router_replay and self.rollout.workers and self.staleness > self.minibatches:
+            raise ValueError(
+                f"router_replay is not for workers with staleness={self.staleness}: new weights choose other "
+                f"experts than those that sampled; take staleness={self.minibatches}."
+            )
+        if self.router_replay and self.environment and self.rollout.engine == "vllm":
+            raise ValueError(
+                "vLLM records no experts of rollouts that an environment's strings stop: leave one out."
+            )
         if self.environment and self.inject:
             raise ValueError(f"inject={self.inject!r} is for rollouts of one turn: leave environment out.")
         buffer = f"overlong_buffer={self.overlong_buffer}"

@@ -48,6 +48,8 @@ class Need:
     """Its type decides what layers keep for the backward."""
     queued: int = 0
     """Frozen copies of the policy: one for each step whose rounds wait to be generated."""
+    ahead: int = 0
+    """Rounds that are generated ahead."""
     engine: int = 0
     """Bytes a number of the engine's own copy; 0 = it has none."""
 
@@ -57,10 +59,11 @@ class Need:
         if rollout.workers:
             return self
         vllm, other = rollout.engine == "vllm", rollout.dtype not in ("auto", self.optim.precision)
-        need = replace(self, queued=depth if depth > 1 or not (vllm or other) else 0)
+        need = replace(self, ahead=depth, queued=depth if depth > 1 or not (vllm or other) else 0)
         if not vllm:
             return replace(need, engine=DTYPES[rollout.dtype].itemsize if other else 0)
-        return replace(need, vllm=int(rollout.vllm.gpu_memory * gpu), sleeps=rollout.vllm.sleep != "off")
+        sleeps = rollout.vllm.sleep != "off" and not depth  # with a queue it always works
+        return replace(need, vllm=int(rollout.vllm.gpu_memory * gpu), sleeps=sleeps)
 
     def parts(self) -> dict[str, int]:
         """Bytes by what they are for, those that are there at once; raises as `training_bytes`."""
@@ -86,7 +89,7 @@ class Need:
 
     def lighter(self, free: int, gpu: int) -> Iterator[tuple[str, "Need"]]:
         """Settings that take less memory, and what is needed then; `free` of the `gpu` bytes are free."""
-        if self.vllm and not self.sleeps:
+        if self.vllm and not self.sleeps and not self.ahead:
             yield "--rollout.vllm.sleep on", replace(self, sleeps=True)
         if self.queued:
             yield "--staleness 0", replace(self, queued=0)

@@ -24,6 +24,10 @@ from model.kernels.packed import Packed, upload
 Per = Literal["rollout", "token", "constant"]
 """What a policy loss averages over, see `rollout_weights`."""
 
+UNFOLDED = 4
+"""Times `micro_tokens` that the sequences of a micro-batch may have in full, where prompts are shared:
+attention keeps queries, keys and values of all of them for the backward."""
+
 Encoded = tuple[Sequence[int] | NDArray[Any], Sequence[bool] | NDArray[Any]]
 """Token ids, and which of them are scored."""
 
@@ -167,18 +171,19 @@ def assign(lengths: Sequence[int], micro_tokens: int) -> list[list[int]]:
 
 def pack(examples: Sequence[Example], micro_tokens: int) -> Batch:
     """Examples in micro-batches of at most `micro_tokens`; a longer sequence is one by itself. Neighbours
-    with a common prefix stay together, as far as they fit."""
-    units, used = list[list[Example]](), list[int]()
+    with a common prefix stay together, as far as they fit; attention, which has each in full, gets at most
+    UNFOLDED times as many tokens."""
+    units, sizes = list[list[Example]](), list[tuple[int, int]]()  # of a unit: tokens of its row, and in full
     for e in examples:
-        common = e.common(units[-1][-1]) if units else 0
-        own = len(e.token_ids) - common
-        if common and used[-1] + own <= micro_tokens:
+        common, n = e.common(units[-1][-1]) if units else 0, len(e.token_ids)
+        row, full = (sizes[-1][0] + n - common, sizes[-1][1] + n) if common else (n, n)
+        if common and row <= micro_tokens and full <= UNFOLDED * micro_tokens:
             units[-1].append(e)
-            used[-1] += own
+            sizes[-1] = row, full
         else:
             units.append([e])
-            used.append(len(e.token_ids))
-    parts = assign(used, micro_tokens)
+            sizes.append((n, n))
+    parts = assign([max(row, -(-full // UNFOLDED)) for row, full in sizes], micro_tokens)
     return Batch([[e for i in part for e in units[i]] for part in parts])
 
 

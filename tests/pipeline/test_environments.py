@@ -65,7 +65,28 @@ def test_where_programs_are_not_run_the_rollout_fails():
             raise RuntimeError("programs are not run: no seccomp")
 
     with pytest.raises(RuntimeError, match="no seccomp"):
-        python_step(Closed(), [{"role": "assistant", "content": "<python>1</python>"}])
+        python_step(Closed(), "math", [{"role": "assistant", "content": "<python>1</python>"}])
+
+
+def test_a_fenced_program_that_answers_a_problem_of_code_is_no_call():
+    class Counting:
+        def call(self, task, timeout_s):
+            return {"output": "7\n", "why": ""}
+
+    said = [{"role": "assistant", "content": "```python\ndef f(x): return x\n```\n"}]
+    assert python_step(Counting(), "code", said) == "" and "7" in python_step(Counting(), "math", said)
+    said[0]["content"] = "<python>print(7)</python>"
+    assert python_step(Counting(), "code", said) == "<output>7</output>"
+
+
+@pytest.mark.parametrize("stop", ["</answer>", ("",), (3,)])
+def test_strings_that_cannot_end_a_turn_are_refused(monkeypatch, stop):
+    own = types.ModuleType("own_environment")
+    own.start = lambda problem: None
+    own.start.stop = stop
+    monkeypatch.setitem(sys.modules, "own_environment", own)
+    with pytest.raises(UserError, match="must be a tuple of strings"):
+        open_environment("own_environment:start", WorkerPool(1))
 
 
 def test_the_task_of_the_tool_says_what_the_tool_says(answer):

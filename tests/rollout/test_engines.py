@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.cache_utils import DynamicLayer
 
 import model as native
 from model.dense import DensePolicy
 from rollout.dense import engine as dense
-from rollout.dense.engine import DenseEngine
+from rollout.dense.engine import DenseEngine, RoomyLayer
 from rollout.native.engine import NativeEngine
 from rollout.types import SamplingParams
 from tests.small import POSITIONS, VOCAB, prompt
@@ -250,3 +251,16 @@ def test_engines_agree_on_the_same_weights(deepseek, deepseek_dir, prompts):
         assert tokens(got) == tokens(want)
         for name, rollout in got.items():
             assert rollout.logprobs == pytest.approx(want[name].logprobs, abs=2e-5)
+
+
+def test_a_cache_with_room_holds_what_transformers_own_does():
+    """Prefilled, of several rows a prompt, extended past its room, and of fewer rows."""
+    generator, pair = torch.Generator().manual_seed(0), (RoomyLayer(30), DynamicLayer())
+    for tokens, rows in ((7, [0, 0, 1]), *[(1, None)] * 5, (1, [2, 0]), *[(1, None)] * 16):
+        count = pair[1].keys.shape[0] if pair[1].is_initialized else 2
+        new = [torch.randn(count, 2, tokens, 4, generator=generator) for _ in range(2)]
+        for mine, theirs in zip(*(layer.update(*new) for layer in pair), strict=True):
+            assert torch.equal(mine, theirs)
+        for layer in pair if rows else ():
+            layer.batch_select_indices(torch.tensor(rows))
+    assert pair[0].room[0].shape[2] <= 30

@@ -138,6 +138,7 @@ def test_a_queue_has_a_copy_of_the_weights_a_round_and_another_type_one(gpu, mon
         (RolloutSettings(engine="vllm"), 2, 2),
         (RolloutSettings(workers=2, dtype="float32"), 4, 0),  # in memory of their own
     ):
+        assert not (depth and need.beside(rollout, 80 << 30, depth).sleeps)  # it always works
         assert need.beside(rollout, 0, depth).total() - need.total() == copies * weights, (rollout, depth)
 
 

@@ -16,7 +16,7 @@ from pipeline.__main__ import main
 from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import Learner, PolicyObjective, score
 from pipeline.train.losses import grpo
-from pipeline.train.pack import Example, Micro, pack
+from pipeline.train.pack import UNFOLDED, Example, Micro, pack
 from tests.small import VOCAB, bias_gates, llama, random_policy, tiny
 
 OBJECTIVE = PolicyObjective(
@@ -119,6 +119,12 @@ def test_samples_of_a_prompt_stay_together_as_far_as_they_fit():
     parts = pack(examples, 13).parts
     assert sorted(len(part) for part in parts) == [1, 3, 3]
     assert all(part.token_ids.shape[1] <= 13 for part in pack(examples, 13).micro_batches())
+
+
+def test_attention_of_shared_prompts_has_a_bound_too():
+    examples = [Example([5] * 40 + [i], [0.0] * 40 + [1.0], prefix=40) for i in range(30)]
+    for part in pack(examples, 64).micro_batches():
+        assert sum(part.packed.lengths) <= UNFOLDED * 64 and part.token_ids.shape[1] <= 64
 
 
 @pytest.fixture(scope="module")
