@@ -123,7 +123,7 @@ def trained(config, shape, longest: int, gpu: int = H100) -> list[float]:
     """The row of a stage with our own learner. A sequence of `longest` tokens may be a micro-batch."""
     rollout = getattr(config, "rollout", None)
     need = Need(shape, config.optim, max(config.micro_tokens, longest), bool(rollout))
-    need = need.beside(rollout, gpu) if rollout else need
+    need = need.beside(rollout, gpu, 0) if rollout else need
     parts = need.parts()
     training = need.total() - parts["vLLM"]
     if not rollout:
