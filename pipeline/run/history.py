@@ -48,8 +48,7 @@ def changes(path: Path, config: StageSettings) -> dict[str, list[Any]]:
             if key not in MAY_CHANGE and not key.startswith("guard."):
                 advice = "resume it with the same settings, or take another --name"
                 if key not in before or key not in now:
-                    code = "one side has no such setting: go on with the code it was begun with"
-                    advice = f"{code} (commit in env.json), or take another --name"
+                    advice = f"{advice}; if its code had other settings, go on with that (commit in env.json)"
                 values = f"{before.get(key)!r}, not {now.get(key)!r}"
                 raise UserError(f"{path} was begun with {key} = {values}; {advice}")
             found[key] = [before.get(key), now.get(key)]

@@ -237,10 +237,11 @@ def completion_text(
     turns it is what the model wrote, no observations, from the beginning of its last message on."""
     if isinstance(completion, Rollout) and completion.text is not None:
         return completion.text
-    ids = list[int]()
-    for own, part in completion.turns if isinstance(completion, Rollout) else [(True, completion)]:
+    ids, turns = list[int](), completion.turns if isinstance(completion, Rollout) else [(True, completion)]
+    ends = {*control_tokens(tokenizer), tokenizer.eos_token_id} if len(turns) > 1 else set()
+    for own, part in turns:
         if own:
-            ids = [*(() if ids[-1:] == [tokenizer.eos_token_id] else ids), *part]
+            ids = [*(() if ends.intersection(ids[-1:]) else ids), *part]
     if ids and ids[-1] == tokenizer.eos_token_id:  # not every tokenizer marks its eos as special
         ids.pop()
     return prefill(tokenizer, template_name) + decode(tokenizer, ids)

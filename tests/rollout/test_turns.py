@@ -13,7 +13,7 @@ from model.transformer import Transformer
 from rollout.dense.engine import DenseEngine
 from rollout.engine import RolloutEngine
 from rollout.native.engine import NativeEngine
-from rollout.text.tokenizer import completion_text, encode_text, make_prompt, next_turn
+from rollout.text.tokenizer import completion_text, control_tokens, encode_text, make_prompt, next_turn
 from rollout.turns.engine import Environment, TurnEngine
 from rollout.types import Problem, Rollout, SamplingParams
 from tests.small import llama, tiny
@@ -131,8 +131,11 @@ def test_the_environment_sees_texts_and_graders_only_what_the_model_wrote(inner,
         assert text.endswith(tokenizer.decode(list(r.turns[-1][1]), skip_special_tokens=True)[-1:])
 
 
-def test_a_message_after_an_end_token_is_graded_alone(tokenizer, prompts):
-    eos = tokenizer.eos_token_id
+@pytest.mark.parametrize("which", ["eos", "another"])
+def test_a_message_after_an_end_token_is_graded_alone(tokenizer, prompts, which):
+    """Whichever of the model's end tokens it is: a tokenizer knows one."""
+    others = [i for i in control_tokens(tokenizer) if i != tokenizer.eos_token_id]
+    eos = tokenizer.eos_token_id if which == "eos" else others[0]
     first, told, last = (tokenizer.encode(t) for t in ("<answer>3</answer>", "no", "<answer>4</answer>"))
     ids = [*first, eos, *told, *last, eos]
     span = (len(first) + 1, len(first) + 1 + len(told))

@@ -33,9 +33,7 @@ def test_a_run_of_code_with_other_settings_is_sent_to_that_code(opened):
         begun = config.read_text()
         config.write_text(text)
         said = refusal(opened(resume=True))
-        assert (
-            "one side has no such setting: go on with the code it was begun with (commit in env.json)" in said
-        )
+        assert "if its code had other settings, go on with that (commit in env.json)" in said
         assert said.count("\n") == 0 and ("overlap = True, not None" in said) == ("overlap" in text)
         config.write_text(begun)
 
