@@ -137,13 +137,15 @@ class Watch:
         (share, reason), n = error_share(graded), len(graded)
         self.failed = self.failed + 1 if share > self.max_error_share else 0
         cut = all(g.rollout.finish_reason == "length" for g in graded)
-        self.idle = 0 if spread and not cut else self.idle + 1
+        turns = any(g.rollout.observed for g in graded)  # then they may have been cut by their number
+        self.idle = 0 if spread and (turns or not cut) else self.idle + 1
         if share:
             why = f"most often: {reason or 'no reason given'}"
             say(f"step {step}: the verifier failed on {share:.0%} of {n} rollouts; {why}")
         if cut:
             most = max(len(g.rollout.token_ids) for g in graded)
-            say(f"step {step}: all {n} rollouts were cut at {most} tokens: raise --max-tokens")
+            way = "raise --max-tokens" + " or --max-turns" * turns
+            say(f"step {step}: all {n} rollouts were cut at {most} tokens: {way}")
         if not spread and share < 1:
             means = rollout_metrics(graded)["reward/mean"]
             why = f"no group of this step has spread in its rewards (mean {means:.3g}), so it teaches nothing"

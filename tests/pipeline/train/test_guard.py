@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,6 +269,10 @@ def test_what_a_step_cannot_learn_from_is_said_and_stops_the_run(capsys):
     with pytest.raises(Stopped, match="every rollout was cut, for 3 steps in a row"):
         look(graded(finish="length"))
     look(graded())
+    several = graded(finish="length")
+    several = replace(several, rollout=replace(several.rollout, observed=((0, 1),)))
+    for _ in range(4):  # cut by the number of turns: they teach as long as rewards differ
+        assert "raise --max-tokens or --max-turns" in look(several)
     assert "no group of this step has spread in its rewards" in look(graded(), graded(), spread=0.0)
     look(graded(), spread=0.0)
     state = watch.state_dict()
