@@ -142,7 +142,10 @@ class TurnEngine(WrappingEngine):
             except SystemExit:
                 future.set_exception(RuntimeError("it called exit()"))
 
-        threading.Thread(target=run, daemon=True).start()
+        try:
+            threading.Thread(target=run, daemon=True).start()
+        except RuntimeError as error:  # the machine has no more threads
+            future.set_exception(error)
 
     def _goes_on(self, episode: Episode, patience: float, turn: int, most: int) -> bool:
         """Take the answer to a turn; whether another turn follows."""

@@ -184,6 +184,15 @@ def test_one_that_hangs_is_given_up_once_and_the_others_count(inner, tokenizer, 
     assert hung and {r.index for r in hung} == {0} and "no answer within 0.3 s" in hung[0].failure
 
 
+def test_a_machine_without_threads_left_fails_rollouts_by_name(inner, tokenizer, prompts, monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    asked = [r for r in play(inner, tokenizer, prompts, lambda problem: lambda messages: "") if r.failure]
+    assert asked and all("can't start new thread" in r.failure for r in asked)
+
+
 def test_limits_cut(inner, tokenizer, prompts):
     endless = play(inner, tokenizer, prompts, lambda problem: lambda messages: "a", max_turns=3)
     assert all(r.finish_reason == "length" and len(r.observed) <= 2 for r in endless)
