@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import UserError
 from pipeline.run.environment import environment
 from pipeline.run.files import write_atomic
 
@@ -137,3 +139,14 @@ def peak_bytes() -> int:
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])
     raise RuntimeError("no VmHWM in /proc/self/status: this benchmark needs Linux")
+
+
+def finished_chains(count: int) -> tuple[Path, dict[str, Path]]:
+    """The folder R1_RUNS, and of the first `count` finished chains (make r1) there the base models, by name.
+    Raises `UserError`: there are fewer."""
+    root = Path(os.environ.get("R1_RUNS", "runs"))
+    models = sorted(root.glob("*/pretrain/model"))[:count]
+    if len(models) < count:
+        what = f"{root} holds {len(models)} finished chains, not {count}"
+        raise UserError(f"{what}: set R1_RUNS, or make r1 them")
+    return root, {model.parent.parent.name: model for model in models}

@@ -7,13 +7,12 @@ the folder R1_RUNS (make r1); this benchmark keeps its own in bench-queue and re
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from pipeline.__main__ import main
-from pipeline.errors import UserError
+from tests.bench.measure import finished_chains
 
 SUMMARY = "RL with rollouts up to four updates old against on-policy RL, three seeds"
 STEPS, SEEDS, DEPTH, LAST = 60, 3, 4, 10
@@ -47,15 +46,9 @@ def zero(model: Path, folder: Path, name: str, kind: str, seed: int) -> dict[str
 
 def run() -> dict[str, Any]:
     """Every seed, with and without the queue."""
-    root = Path(os.environ.get("R1_RUNS", "runs"))
-    models = sorted(root.glob("*/pretrain/model"))[:SEEDS]
-    if len(models) < SEEDS:
-        raise UserError(
-            f"{root} holds {len(models)} finished chains, not {SEEDS}: set R1_RUNS, or make r1 them"
-        )
+    root, models = finished_chains(SEEDS)
     folder, found = root / "bench-queue", dict[str, dict[str, Any]]()
-    for seed, model in enumerate(models, start=1):
-        name = model.parent.parent.name
+    for seed, (name, model) in enumerate(models.items(), start=1):
         found[name] = {kind: zero(model, folder, name, kind, seed) for kind in KINDS}
     plain = [of["on-policy"]["accuracy"] for of in found.values()]
     behind = fmean(plain) - fmean(of["queue"]["accuracy"] for of in found.values())

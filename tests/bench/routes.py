@@ -15,7 +15,6 @@ so that a benchmark that was killed goes on.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 from model.kernels.layout import Layout
 from model.moe import MoE
 from pipeline.__main__ import main
-from pipeline.errors import UserError
+from tests.bench.measure import finished_chains
 
 SUMMARY = (
     "RL with a bf16 engine and an fp32 trainer with and without router replay; MTP modules trained along"
@@ -124,17 +123,11 @@ def drafts(model: Path, folder: Path, name: str, steps: tuple[int, ...]) -> dict
 
 def run() -> dict[str, Any]:
     """Every seed, one after the other."""
-    root = Path(os.environ.get("R1_RUNS", "runs"))
-    models = sorted(root.glob("*/pretrain/model"))[:SEEDS]
-    if len(models) < SEEDS:
-        raise UserError(
-            f"{root} holds {len(models)} finished chains, not {SEEDS}: set R1_RUNS, or make r1 them"
-        )
+    root, models = finished_chains(SEEDS)
     folder = root / "bench-routes"
     folder.mkdir(exist_ok=True)
-    names = {model.parent.parent.name: model for model in models}
-    replays = {name: replay(model, folder, name, STEPS) for name, model in names.items()}
-    guesses = {name: drafts(model, folder, name, MTP_STEPS) for name, model in names.items()}
+    replays = {name: replay(model, folder, name, STEPS) for name, model in models.items()}
+    guesses = {name: drafts(model, folder, name, MTP_STEPS) for name, model in models.items()}
     claims = []
     for name, of in replays.items():
         other = of["with"]["experts_that_differ"]

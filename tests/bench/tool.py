@@ -18,8 +18,8 @@ from statistics import fmean
 from typing import Any
 
 from pipeline.__main__ import main
-from pipeline.errors import UserError
 from pipeline.run.files import read_toml
+from tests.bench.measure import finished_chains
 
 SUMMARY = "RL with a Python tool from a cold start that mostly guesses, and without the tool; three seeds"
 SEEDS, QUESTIONS, SAMPLES = 3, 320, 4
@@ -87,15 +87,10 @@ def measured(folder: Path, name: str, base: Path) -> dict[str, Any]:
 
 def run() -> dict[str, Any]:
     """Every seed, one after the other."""
-    root = Path(os.environ.get("R1_RUNS", "runs"))
-    bases = sorted(root.glob("*/pretrain/model"))[:SEEDS]
-    if len(bases) < SEEDS:
-        raise UserError(
-            f"{root} holds {len(bases)} finished chains, not {SEEDS}: set R1_RUNS, or make r1 them"
-        )
+    root, bases = finished_chains(SEEDS)
     folder = root / "bench-tool"
     folder.mkdir(exist_ok=True)
-    seeds = {base.parent.parent.name: measured(folder, base.parent.parent.name, base) for base in bases}
+    seeds = {name: measured(folder, name, base) for name, base in bases.items()}
     claims = []
     for name, of in seeds.items():
         before, after, without = (of[key] for key in ("cold_start", "rl", "control"))
