@@ -67,7 +67,7 @@ def verifiers_environment(name: str) -> Environment:
         import verifiers
 
         multi_turn, env = verifiers.MultiTurnEnv, verifiers.load_environment(name)
-        nobody = object.__new__(verifiers.clients.OpenAIChatCompletionsClient)  # the model is ours
+        client = object.__new__(verifiers.clients.OpenAIChatCompletionsClient)  # the model is ours
     except Exception as error:  # a user's module may raise anything
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         way = 'it needs pip install "verifiers<0.2", and the environment installed'
@@ -75,7 +75,7 @@ def verifiers_environment(name: str) -> Environment:
     if not isinstance(env, multi_turn) or getattr(env, "tool_defs", None):
         raise UserError(f"'verifiers:{name}' is no MultiTurnEnv of texts; native tool calls are not read")
     rows = {str(row.get("question") or row["prompt"][-1]["content"]): row for row in env.get_dataset()}
-    return Environment(lambda of: verifiers_step(env, nobody, of, rows.get(of.question, {})))
+    return Environment(lambda of: verifiers_step(env, client, of, rows.get(of.question, {})))
 
 
 def verifiers_step(env: Any, client: Any, problem: Problem, row: dict[str, Any]) -> Step:

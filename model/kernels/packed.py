@@ -27,9 +27,7 @@ class Shared:
 
     places: Tensor  # f, of a sequence's token in the row
     firsts: Tensor  # s, of a token of the row in the sequences: its first copy
-    copies: tuple[
-        tuple[int, int, int], ...
-    ]  # of a prefix: its place in the row, where another copy begins, tokens
+    copies: tuple[tuple[int, int, int], ...]  # place of a prefix in the row, begin of another copy, tokens
 
     @classmethod
     def of(
@@ -58,8 +56,10 @@ class _Unfold(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         shared = ctx.shared
+        if dy.is_cuda:  # a launch, not one for each copy
+            return dy.new_zeros(len(shared.firsts), *dy.shape[1:]).index_add_(0, shared.places, dy), None
         dx = dy.index_select(0, shared.firsts)
-        for place, begin, p in shared.copies:  # not index_add: a CPU adds its rows up one by one
+        for place, begin, p in shared.copies:  # index_add adds up rows one by one on a CPU
             dx[place : place + p] += dy[begin : begin + p]
         return dx, None
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from model.dense import DensePolicy
+from model.kernels.packed import Packed, unfold
 from model.transformer import Transformer
 from pipeline.settings.common import OptimSettings
 from pipeline.train.learner import Learner, PolicyObjective, score
@@ -149,3 +150,16 @@ def test_no_tensor_of_a_long_row_is_s_x_s(kind, precision, lengths):
         made.policy_update(batch, OBJECTIVE, None, None)
     assert not found.mixed
     assert found.largest[0] < 4096**2 / 2, found.report()  # bytes: a mask has 1 or more a pair
+
+
+def test_shared_prompts_have_the_cpus_gradient():
+    """A GPU adds up the copies of a prompt in one launch, a CPU copy by copy."""
+    x, dy = torch.randn(10, 2, 3), torch.randn(14, 2, 3)
+    found = []
+    for device in ("cpu", "cuda"):
+        with fake_cuda():
+            packed = Packed.of([4, 3, 5, 2], device, prefixes=[0, 2, 2, 0])
+            given = x.to(device).requires_grad_()
+            (gradient,) = torch.autograd.grad(unfold(given, packed), given, dy.to(device))
+            found.append(gradient.cpu())
+    torch.testing.assert_close(*found)
